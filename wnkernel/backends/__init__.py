@@ -1,0 +1,83 @@
+"""Which backend runs: the first that can, or the one that was asked for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .base import Backend
+from .compiled import CompiledBackend
+from .eager import EagerBackend
+
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CompiledBackend("cpu"), EagerBackend())
+}
+"""Every backend, in the order in which the automatic choice tries them."""
+
+AUTO = "auto"
+
+
+def _known(name: str, source: str) -> str | None:
+    if name == AUTO:
+        return None
+    if name not in BACKENDS:
+        names = ", ".join([AUTO, *BACKENDS])
+        raise ValueError(f"{source}: expected one of {names}, got {name!r}")
+    return name
+
+
+class _Choice(threading.local):
+    """The backend asked for on this thread; None lets :func:`choose` look for one."""
+
+    def __init__(self) -> None:
+        self.forced: str | None = _ENVIRONMENT
+
+
+_ENVIRONMENT = _known(os.environ.get("WNKERNEL_BACKEND", AUTO), "WNKERNEL_BACKEND")
+choice = _Choice()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every weight norm of this thread on one backend inside the ``with`` block.
+
+    A function compiled by ``torch.compile`` keeps the backend that it was traced with.
+
+    Args:
+        name: ``"cpu"``, ``"eager"``, or ``"auto"`` for the automatic choice; the environment
+            variable ``WNKERNEL_BACKEND`` sets the same for the whole process.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend cannot run on this machine; the message says why. A problem that
+            it cannot take (a tensor on another device, say) raises when it comes.
+    """
+    forced = _known(name, "backend")
+    if forced is not None and (why := BACKENDS[forced].missing()):
+        raise RuntimeError(f"backend {forced!r} cannot run: {'; '.join(why)}")
+    previous, choice.forced = choice.forced, forced
+    try:
+        yield
+    finally:
+        choice.forced = previous
+
+
+def choose(v: Tensor, g: Tensor) -> Backend:
+    """The backend for one checked problem.
+
+    Raises:
+        RuntimeError: a backend was asked for that cannot take it.
+    """
+    if choice.forced is not None:
+        backend = BACKENDS[choice.forced]
+        if why := backend.reasons(v, g):
+            raise RuntimeError(
+                f"backend {backend.name!r} was asked for and cannot run: {'; '.join(why)}"
+            )
+        return backend
+    return next(b for b in BACKENDS.values() if not b.reasons(v, g))

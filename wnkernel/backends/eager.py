@@ -1,0 +1,75 @@
+"""The backend that is always there: ``torch._weight_norm`` where it is right, composed operators
+elsewhere. Any device, no kernel of ours.
+
+On the first and the last dim torch has a fused kernel whose first derivative is right; its second
+derivative is not, so only the two raw kernels are used and never torch's autograd around them. As
+with torch, a float32 row whose sum of squares leaves the float range comes out as 0 or inf here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import composed
+from ..problem import Problem
+
+
+class EagerBackend:
+    name = "eager"
+
+    def missing(self) -> list[str]:
+        return []
+
+    def reasons(self, v: Tensor, g: Tensor) -> list[str]:
+        return []
+
+    def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = [_forward_one(p) for p in problems]
+        return [w for w, _ in pairs], [norm for _, norm in pairs]
+
+    def backward(
+        self,
+        problems: Sequence[Problem],
+        norms: Sequence[Tensor],
+        grad_ws: Sequence[Tensor],
+        need_v: Sequence[bool],
+        need_g: Sequence[bool],
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        grads = [_backward_one(*args) for args in zip(problems, norms, grad_ws, strict=True)]
+        return (
+            [gv if need else None for (gv, _), need in zip(grads, need_v, strict=True)],
+            [gg if need else None for (_, gg), need in zip(grads, need_g, strict=True)],
+        )
+
+
+def _torch_is_right(p: Problem) -> bool:
+    """Whether torch's fused kernels give the contract's result for ``p``."""
+    return (
+        p.v.device.type in ("cpu", "cuda")
+        and p.dim in (0, p.v.ndim - 1)
+        and p.eps == 0.0
+        and p.v.dtype == p.g.dtype == p.out_dtype
+        and p.v.numel() > 0
+        and p.v.is_contiguous()
+        and p.g.is_contiguous()
+    )
+
+
+def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
+    if _torch_is_right(p):
+        return torch._weight_norm_interface(p.v, p.g, p.dim)
+    acc = p.acc_dtype
+    norm = composed.norm_except_dim(p.v.to(acc), p.dim)
+    w = p.v.to(acc) * (p.g.to(acc) / norm.clamp_min(p.eps))
+    return w.to(p.out_dtype), norm
+
+
+def _backward_one(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
+    if _torch_is_right(p):
+        return torch.ops.aten._weight_norm_interface_backward(
+            grad_w.contiguous(), p.v, p.g, norm, p.dim
+        )
+    return composed.backward(p, norm, grad_w)

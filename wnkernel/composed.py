@@ -1,0 +1,110 @@
+"""The weight norm written in ordinary torch operators.
+
+Right on every device, under every transform and to every order of derivative, and slow: several
+passes and temporaries. The eager backend uses it where ``torch._weight_norm`` is wrong or missing,
+function transforms and forward-mode AD go through it, and it holds the second derivative of every
+Python-only backend. csrc/composed.cpp is its twin for the compiled operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, norm_shape
+
+
+def norm_except_dim(v: Tensor, dim: int) -> Tensor:
+    """Norms of ``v`` for a canonical ``dim``, in v's dtype and differentiable.
+
+    v is divided by its largest element first (a constant to the derivative: norms are homogeneous),
+    so that no square leaves the float range.
+    """
+    dims = tuple(k for k in range(v.ndim) if k != dim)
+    if not dims:
+        return v.abs()
+    shape = norm_shape(v.shape, dim)
+    if v.numel() == 0:
+        return v.sum(dims).reshape(shape)
+    scale = v.detach().abs().amax(dims, keepdim=True)
+    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
+    return (torch.linalg.vector_norm(v / scale, 2, dims, keepdim=True) * scale).reshape(shape)
+
+
+def weight_norm(p: Problem) -> Tensor:
+    """``g * v / max(norm(v), eps)`` in differentiable operators; keeps v's memory format."""
+    v = p.v.to(p.acc_dtype)
+    norm, _ = _clamped_norm(p, v)
+    return (v * (p.g.to(p.acc_dtype) / norm)).to(p.out_dtype)
+
+
+
+def backward(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
+    """First derivative: ``(grad_v, grad_g)`` from the unclamped ``norm`` kept by the forward.
+
+    With u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s), grad_g = s.
+    Rows with norm < eps have a constant denominator: the projection is gone there.
+    """
+    acc = p.acc_dtype
+    v, g, grad_w, norm = (t.to(acc) for t in (p.v, p.g, grad_w, norm))
+    inverse = norm.clamp_min(p.eps).reciprocal()
+    u = v * inverse
+    s = _row_sum(p, grad_w * u)
+    projected = u * (s if p.eps == 0.0 else s.masked_fill(norm < p.eps, 0.0))
+    grad_v = (g * inverse) * (grad_w - projected)
+    return grad_v.to(p.v.dtype), s.to(p.g.dtype)
+
+
+def double_backward(
+    p: Problem, grad_w: Tensor, gg_v: Tensor | None, gg_g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Second derivative: gradients of ``<gg_v, grad_v> + <gg_g, grad_g>`` with respect to
+    ``(grad_w, v, g)``, where ``(grad_v, grad_g)`` is what :func:`backward` returns.
+
+    The norm is differentiated in full. With c = g / n, a = <gg_v, u>, s = <grad_w, u> and
+    t = <gg_v, grad_w> - a s per row::
+
+        d grad_w = c (gg_v - u a) + gg_g u
+        d g      = t / n
+        d v      = (gg_g (grad_w - u s) - c (t u + s (gg_v - u a) + a (grad_w - u s))) / n
+
+    Where the norm is clamped, the terms through it vanish. Written in differentiable operators, so
+    that higher orders follow.
+    """
+    acc = p.acc_dtype
+    v, g, dw = (t.to(acc) for t in (p.v, p.g, grad_w))
+    gg_v = torch.zeros_like(v) if gg_v is None else gg_v.to(acc)
+    gg_g = torch.zeros_like(g) if gg_g is None else gg_g.to(acc)
+    norm, clamped = _clamped_norm(p, v)
+    inverse = norm.reciprocal()
+    u = v * inverse
+    c = g * inverse
+    a_full = _row_sum(p, gg_v * u)
+    s_full = _row_sum(p, dw * u)
+    a = a_full if clamped is None else a_full.masked_fill(clamped, 0.0)
+    s = s_full if clamped is None else s_full.masked_fill(clamped, 0.0)
+    t = _row_sum(p, gg_v * dw) - a * s
+    through_norm = t * u + s * (gg_v - u * a) + a * (dw - u * s)
+    if clamped is not None:
+        through_norm = through_norm.masked_fill(clamped, 0.0)
+    d_grad_w = c * (gg_v - u * a) + gg_g * u
+    d_v = inverse * (gg_g * (dw - u * s) - c * through_norm)
+    return d_grad_w.to(grad_w.dtype), d_v.to(p.v.dtype), (t * inverse).to(p.g.dtype)
+
+
+def _row_sum(p: Problem, x: Tensor) -> Tensor:
+    # An empty dim tuple would mean "all" to sum(): a vector normed per element has nothing to add.
+    return x.sum(p.norm_dims, keepdim=True).reshape(p.g.shape) if p.norm_dims else x
+
+
+def _clamped_norm(p: Problem, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``max(norm, eps)`` and the mask of clamped rows (None with eps 0).
+
+    Clamped rows are replaced before the norm, not after it: the derivative of a norm at a zero row
+    is 0/0, and a mask behind it would still multiply that NaN by zero.
+    """
+    if p.eps == 0.0:
+        return norm_except_dim(v, p.dim), None
+    clamped = norm_except_dim(v.detach(), p.dim) < p.eps
+    norm = norm_except_dim(torch.where(clamped, 1.0, v), p.dim)
+    return torch.where(clamped, p.eps, norm), clamped

@@ -1,0 +1,40 @@
+"""What is built, what runs and why not: ``python -m wnkernel.info`` goes into every bug report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import torch
+
+from . import _ops
+from ._version import __version__
+from .backends import BACKENDS, choice
+
+
+def info() -> dict[str, Any]:
+    """Versions, the compiled module and every backend, as plain JSON types.
+
+    Returns:
+        ``wnkernel``, ``torch``, ``python``, ``platform``: versions. ``compiled``: what the compiled
+        module was built with (torch, compiler, devices, the instruction set that runs), or ``None``.
+        ``load_error``: why it is not loaded, empty when it is. ``backends``: for every backend, in
+        the order of the automatic choice, the reasons why it cannot run here (empty: it can).
+        ``forced_backend``: the one asked for on this thread, or ``None``.
+    """
+    return {
+        "wnkernel": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "compiled": _ops.BUILD_INFO or None,
+        "load_error": _ops.load_error(),
+        "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
+        "forced_backend": choice.forced,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(info(), indent=2))

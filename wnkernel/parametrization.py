@@ -1,0 +1,192 @@
+"""The drop-in layer API: ``weight_norm(module)``, its parametrization, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
+
+from . import functional
+from .checkpoint import register_load_hook, unregister_load_hook
+from .problem import WHOLE_TENSOR, check_eps, check_v
+
+
+class WeightNorm(nn.Module):
+    """The parametrization ``(g, v) -> w``: what ``module.parametrizations[name][0]`` is.
+
+    Args:
+        dim: the dimension that keeps its norms apart; ``None`` and -1 mean the whole tensor.
+        eps: lower bound of the norm, see :func:`wnkernel.functional.weight_norm`.
+    """
+
+    def __init__(self, dim: int | None = 0, *, eps: float = 0.0) -> None:
+        super().__init__()
+        self.dim = WHOLE_TENSOR if dim is None else dim
+        self.eps = eps
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        return functional.weight_norm(weight_v, weight_g, self.dim, eps=self.eps)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``(g, v)`` that give ``weight``; the bits of g are torch's wherever torch's are right."""
+        g = torch.norm_except_dim(weight, 2, self.dim)
+        overflown_or_zero = ~g.isfinite() | (g == 0)
+        if not g.is_meta and overflown_or_zero.any():
+            g = torch.where(overflown_or_zero, functional.norm_except_dim(weight, self.dim), g)
+        return g, weight
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}" + (f", eps={self.eps}" if self.eps else "")
+
+
+class WeightNormList(parametrize.ParametrizationList):
+    """torch's ``ParametrizationList`` with a short way through when it holds one weight norm.
+
+    ``nn.Module.__call__`` and the generic loop over parametrizations cost several times the
+    operator itself. Hooks, further parametrizations and parameters that are not plain entries
+    (DataParallel replicas, FSDP views) take torch's way.
+    """
+
+    def __call__(self) -> Tensor:
+        parameters, modules = self._parameters, self._modules
+        if (
+            len(modules) == 1
+            and "original1" in parameters
+            and not self._forward_hooks
+            and not self._forward_pre_hooks
+            and not self._backward_hooks
+            and not self._backward_pre_hooks
+        ):
+            norm = modules["0"]
+            return functional.weight_norm(
+                parameters["original1"], parameters["original0"], norm.dim, eps=norm.eps
+            )
+        return super().__call__()
+
+
+def weight_norm(
+    module: nn.Module, name: str = "weight", dim: int | None = 0, *, eps: float = 0.0
+) -> nn.Module:
+    """Weight-normalise a parameter of ``module``: ``w = g * v / ||v||``.
+
+    A drop-in for :func:`torch.nn.utils.parametrizations.weight_norm`: the same keys
+    (``parametrizations.<name>.original0`` for g, ``.original1`` for v), the same values and the
+    same tools (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``).
+    Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v`` load too.
+
+    Args:
+        module: the layer, changed in place.
+        name: which of its parameters.
+        dim: the dimension that keeps its norms apart (0: one per output channel of a convolution or
+            linear layer). ``None`` and -1 mean one norm over the whole tensor.
+        eps: lower bound of the norm, as in :func:`torch.nn.functional.normalize`; 0 as in torch.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is no module, or the parameter is not a dense floating-point tensor.
+        ValueError: no such parameter, an uninitialised one, or a wrong ``dim`` or ``eps``.
+        RuntimeError: the parameter is already weight-normed, by any of the three kinds.
+    """
+    _check_module(module)
+    if kind := weight_norm_kind(module, name):
+        raise RuntimeError(
+            f"name: expected a parameter without weight norm, got {name!r}, which has {kind}"
+        )
+    if parametrize.is_parametrized(module, name):
+        raise RuntimeError(
+            f"name: expected a parameter without parametrizations, got {name!r}; weight norm has "
+            "to come first, others may be registered on top of it"
+        )
+    if module._parameters.get(name) is None:
+        known = ", ".join(module._parameters) or "none"
+        raise ValueError(
+            f"name: expected a parameter of {type(module).__name__} (it has: {known}), got {name!r}"
+        )
+    weight = getattr(module, name)
+    if isinstance(weight, UninitializedParameter):
+        raise ValueError(
+            f"name: expected an initialised parameter, got {name!r}, which is not: run the module "
+            "once before applying weight norm"
+        )
+    check_v(weight, dim)
+    parametrization = WeightNorm(dim, eps=check_eps(eps))
+    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    originals = module.parametrizations[name]
+    if type(originals) is parametrize.ParametrizationList:
+        originals.__class__ = WeightNormList
+    register_load_hook(module, name)
+    return module
+
+
+def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
+    """Fold ``w`` back into a plain parameter ``module.<name>``; the way back from any of the three
+    kinds: this package's, torch's parametrization, torch's legacy hook.
+
+    The new Parameter requires grad if g or v did. Optimizers that held g and v do not know it.
+
+    Args:
+        module: a layer with weight norm on ``name``, changed in place.
+        name: which of its parameters.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is no module.
+        ValueError: ``name`` has no weight norm.
+        RuntimeError: other parametrizations are stacked on the weight norm.
+    """
+    _check_module(module)
+    kind = weight_norm_kind(module, name)
+    if kind is None:
+        raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
+    if kind == LEGACY:
+        torch.nn.utils.remove_weight_norm(module, name)
+        return module
+    if len(module.parametrizations[name]) > 1:
+        stacked = ", ".join(type(p).__name__ for p in module.parametrizations[name])
+        raise RuntimeError(
+            f"name: expected weight norm alone on {name!r}, got {stacked}; "
+            "parametrize.remove_parametrizations folds them all"
+        )
+    with parametrize.cached():  # one computation, though torch reads the weight again
+        w = getattr(module, name)
+        requires_grad = any(p.requires_grad for p in module.parametrizations[name].parameters())
+        parametrize.remove_parametrizations(module, name)
+    unregister_load_hook(module, name)
+    # torch leaves a frozen layer's weight behind as a buffer
+    module._buffers.pop(name, None)
+    setattr(module, name, nn.Parameter(w.detach(), requires_grad=requires_grad))
+    return module
+
+
+OURS = "wnkernel.weight_norm"
+TORCH = "torch.nn.utils.parametrizations.weight_norm"
+LEGACY = "torch.nn.utils.weight_norm"
+
+
+def weight_norm_kind(module: nn.Module, name: str) -> str | None:
+    """Which weight norm ``module.<name>`` has: :data:`OURS`, :data:`TORCH`, :data:`LEGACY`, None."""
+    if parametrize.is_parametrized(module, name):
+        for p in module.parametrizations[name]:
+            if isinstance(p, WeightNorm):
+                return OURS
+            if isinstance(p, TorchWeightNorm):
+                return TORCH
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, LegacyHook) and hook.name == name:
+            return LEGACY
+    return None
+
+
+def _check_module(module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+

@@ -1,0 +1,169 @@
+"""What a weight norm is asked to do: dim rules, memory-order rules and argument checks.
+
+This is the only place in Python that knows what ``dim`` means; csrc/problem.cpp is its twin for
+the compiled operators, and tests/test_problem.py holds the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WHOLE_TENSOR = -1
+"""The canonical ``dim`` of one norm over the whole tensor, as in :mod:`torch.nn.utils`."""
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A dense tensor seen as ``[outer, rows, inner]`` in memory order, one norm per row."""
+
+    outer: int
+    rows: int
+    inner: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One checked weight norm ``w = g * v / max(norm(v), eps)``; build it with :func:`check`."""
+
+    v: Tensor
+    g: Tensor
+    dim: int
+    """Canonical: :data:`WHOLE_TENSOR` or ``0 <= dim < v.ndim``."""
+    eps: float
+    out_dtype: torch.dtype
+
+    @property
+    def norm_dims(self) -> tuple[int, ...]:
+        """The dimensions that each norm sums over."""
+        return tuple(k for k in range(self.v.ndim) if k != self.dim)
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        """The dtype that norms are computed in: float64 for float64, float32 for the others."""
+        return accumulation_dtype(self.v.dtype)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for float32 and the half types."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def canonical_dim(dim: int | None, ndim: int) -> int:
+    """Resolve ``dim`` as :func:`torch.nn.utils.parametrizations.weight_norm` does.
+
+    ``None`` and -1 mean the whole tensor; -2, -3, ... count from the end.
+
+    Raises:
+        TypeError: ``dim`` is neither an int nor None.
+        ValueError: ``dim`` is out of range for a tensor with ``ndim`` dimensions.
+    """
+    if dim is None:
+        return WHOLE_TENSOR
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim: expected an int or None, got {type(dim).__name__}")
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"dim: expected -{ndim} <= dim < {ndim} or None, got {dim}")
+    return dim if dim >= WHOLE_TENSOR else dim + ndim
+
+
+def norm_shape(shape: torch.Size, dim: int) -> torch.Size:
+    """Shape of ``norm`` and ``g`` for a canonical ``dim``: () or ones around ``shape[dim]``."""
+    if dim == WHOLE_TENSOR:
+        return torch.Size(())
+    return torch.Size([n if k == dim else 1 for k, n in enumerate(shape)])
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether ``t`` fills its memory without gaps or repeats, in whatever order."""
+    expected = 1
+    for stride, size in sorted((st, n) for n, st in zip(t.shape, t.stride()) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def row_view(v: Tensor, dim: int) -> RowView:
+    """``[outer, rows, inner]`` of a dense, non-empty ``v`` for a canonical ``dim``."""
+    if dim == WHOLE_TENSOR or v.shape[dim] == 1:
+        return RowView(1, 1, v.numel())
+    stride = v.stride(dim)
+    rows = v.shape[dim]
+    return RowView(v.numel() // (rows * stride), rows, stride)
+
+
+def check_v(v: Tensor, dim: int | None) -> int:
+    """Check the two arguments that every function here takes; returns the canonical dim.
+
+    Raises:
+        TypeError: v is no dense floating-point tensor.
+        ValueError: v is 0-dimensional, or ``dim`` is out of range.
+    """
+    _check_tensor("v", v)
+    if v.ndim == 0:
+        raise ValueError("v: expected at least 1 dimension, got a 0-dimensional tensor")
+    return canonical_dim(dim, v.ndim)
+
+
+def check_eps(eps: float) -> float:
+    """Check the lower bound of a norm.
+
+    Raises:
+        TypeError: eps is no number.
+        ValueError: eps is negative, infinite or NaN.
+    """
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not (eps >= 0.0 and math.isfinite(eps)):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    return float(eps)
+
+
+def check(
+    v: Tensor,
+    g: Tensor,
+    dim: int | None,
+    eps: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Problem:
+    """Check the arguments of a weight norm.
+
+    Raises:
+        TypeError: an argument of the wrong type, layout or dtype.
+        ValueError: a wrong shape, device, dim or eps.
+    """
+    dim = check_v(v, dim)
+    _check_tensor("g", g)
+    if g.device != v.device:
+        raise ValueError(f"g: expected device {v.device} (that of v), got {g.device}")
+    expected = norm_shape(v.shape, dim)
+    if g.shape != expected:
+        raise ValueError(
+            f"g: expected shape {list(expected)} for v of shape {list(v.shape)} and dim "
+            f"{dim}, got {list(g.shape)}"
+        )
+    eps = check_eps(eps)
+    if out_dtype is None:
+        out_dtype = v.dtype
+    elif out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: expected {_FLOAT_NAMES}, got {out_dtype}")
+    return Problem(v, g, dim, eps, out_dtype)
+
+
+_FLOAT_NAMES = "float16, bfloat16, float32 or float64"
+
+
+def _check_tensor(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if t.layout != torch.strided or t.is_quantized:
+        kind = "quantized" if t.is_quantized else str(t.layout)
+        raise TypeError(f"{name}: expected a dense strided tensor, got a {kind} one")
+    if t.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected dtype {_FLOAT_NAMES}, got {t.dtype}")
