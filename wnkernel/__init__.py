@@ -1,9 +1,9 @@
 """Weight normalisation for PyTorch with compiled kernels, exact to the second derivative."""
 
 from . import functional
+from ._info import info
 from ._version import __version__
 from .backends import use_backend
-from .info import info
 from .parametrization import WeightNorm, remove_weight_norm, weight_norm
 
 __all__ = [

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import composed
-from .backends.base import Backend
+from .backends.base import PythonBackend
 from .problem import Problem
 
 
-def weight_norms(problems: Sequence[Problem], backend: Backend) -> list[Tensor]:
+def weight_norms(problems: Sequence[Problem], backend: PythonBackend) -> list[Tensor]:
     """``w`` of every problem, differentiable through one node."""
     vs, gs = [p.v for p in problems], [p.g for p in problems]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*vs, *gs)):
@@ -31,7 +31,7 @@ def weight_norms(problems: Sequence[Problem], backend: Backend) -> list[Tensor]:
 class _Forward(Function):
     @staticmethod
     def forward(
-        ctx: Any, backend: Backend, problems: Sequence[Problem], *tensors: Tensor
+        ctx: Any, backend: PythonBackend, problems: Sequence[Problem], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         w, ctx.norms = backend.forward(problems)
         ctx.backend, ctx.problems = backend, problems
@@ -74,7 +74,7 @@ class _Backward(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: Backend,
+        backend: PythonBackend,
         problems: Sequence[Problem],
         norms: Sequence[Tensor],
         need_v: Sequence[bool],

@@ -7,6 +7,7 @@ its other backends and :func:`load_error` says why.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,13 +15,27 @@ from torch import Tensor
 
 from .problem import accumulation_dtype, canonical_dim, norm_shape
 
-try:
-    from . import _C
-except ImportError as error:
-    _C = None
-    _ERROR: ImportError | None = error
-else:
-    _ERROR = None
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module, or None and one line on why it is not there."""
+    try:
+        from ._build_info import TORCH_VERSION
+    except ImportError:
+        return None, "wnkernel._C is not built (a pure-Python install)"
+    if _minor(TORCH_VERSION) != _minor(torch.__version__):
+        here = torch.__version__
+        return None, f"wnkernel._C was built for torch {TORCH_VERSION}, this is torch {here}"
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, f"wnkernel._C cannot be loaded: {error}"
+    return _C, ""
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+_C, _LOAD_ERROR = _load()
 
 
 def loaded() -> bool:
@@ -39,23 +54,7 @@ The shortest way to torch.ops.wnkernel.weight_norm, for code that is not being t
 
 def load_error() -> str:
     """One line on why ``wnkernel._C`` is not loaded; empty when it is."""
-    if _ERROR is None:
-        return ""
-    built = _built_for()
-    if built is None:
-        return "wnkernel._C is not built (a pure-Python install)"
-    if built != torch.__version__:
-        return f"wnkernel._C was built for torch {built}, this is torch {torch.__version__}"
-    return f"wnkernel._C cannot be loaded: {_ERROR}"
-
-
-def _built_for() -> str | None:
-    """The torch version written down by setup.py next to the compiled module."""
-    try:
-        from ._build_info import TORCH_VERSION
-    except ImportError:
-        return None
-    return TORCH_VERSION
+    return _LOAD_ERROR
 
 
 def _fake_w(v: Tensor, out_dtype: torch.dtype | None) -> Tensor:
@@ -81,10 +80,10 @@ if _C is not None:
         g: Sequence[Tensor],
         dim: Sequence[int],
         eps: Sequence[float],
-        out_dtype: Sequence[torch.dtype],
+        out_dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         return (
-            [_fake_w(x, dtype) for x, dtype in zip(v, out_dtype, strict=True)],
+            [_fake_w(x, out_dtype) for x in v],
             [_fake_norm(x, d) for x, d in zip(v, dim, strict=True)],
         )
 

@@ -50,7 +50,11 @@ class LegacyLoadHook:
 
 
 def register_load_hook(module: nn.Module, name: str) -> None:
-    """Let ``module`` load checkpoints that hold ``<name>_g`` and ``<name>_v``."""
+    """Let ``module`` load checkpoints that hold ``<name>_g`` and ``<name>_v``.
+
+    A hook that an earlier weight norm left behind (``remove_parametrizations`` does) is replaced.
+    """
+    unregister_load_hook(module, name)
     module._register_load_state_dict_pre_hook(LegacyLoadHook(name), with_module=True)
 
 

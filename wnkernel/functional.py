@@ -81,7 +81,7 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
 
 
 def _weight_norm_checked(p: Problem) -> Tensor:
-    backend = choose(p.v, p.g)
+    backend = choose(p.v)
     if isinstance(backend, CompiledBackend):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
     if torch.compiler.is_compiling() or _is_transformed(p.v) or _is_transformed(p.g):

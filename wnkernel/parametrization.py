@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from . import functional
-from .checkpoint import register_load_hook, unregister_load_hook
+from .checkpoint import legacy_keys, register_load_hook, unregister_load_hook
 from .problem import WHOLE_TENSOR, check_eps, check_v
 
 
@@ -34,6 +35,8 @@ class WeightNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``(g, v)`` that give ``weight``; the bits of g are torch's wherever torch's are right."""
+        if weight.numel() == 0:  # torch cannot: one of its views would have any number of columns
+            return functional.norm_except_dim(weight, self.dim), weight
         g = torch.norm_except_dim(weight, 2, self.dim)
         overflown_or_zero = ~g.isfinite() | (g == 0)
         if not g.is_meta and overflown_or_zero.any():
@@ -48,25 +51,35 @@ class WeightNormList(parametrize.ParametrizationList):
     """torch's ``ParametrizationList`` with a short way through when it holds one weight norm.
 
     ``nn.Module.__call__`` and the generic loop over parametrizations cost several times the
-    operator itself. Hooks, further parametrizations and parameters that are not plain entries
-    (DataParallel replicas, FSDP views) take torch's way.
+    operator itself. Hooks (on the list, on the weight norm or on all modules), further or other
+    parametrizations and parameters that are not plain entries (DataParallel replicas, FSDP views)
+    take torch's way.
     """
 
     def __call__(self) -> Tensor:
         parameters, modules = self._parameters, self._modules
+        norm = modules.get("0")
         if (
-            len(modules) == 1
+            type(norm) is WeightNorm
+            and len(modules) == 1
             and "original1" in parameters
-            and not self._forward_hooks
-            and not self._forward_pre_hooks
-            and not self._backward_hooks
-            and not self._backward_pre_hooks
+            and not _has_hooks(self)
+            and not _has_hooks(norm)
+            and not _has_any_global_hook()
         ):
-            norm = modules["0"]
             return functional.weight_norm(
                 parameters["original1"], parameters["original0"], norm.dim, eps=norm.eps
             )
         return super().__call__()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def weight_norm(
@@ -148,7 +161,9 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
     if kind is None:
         raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
     if kind == LEGACY:
+        requires_grad = any(getattr(module, key).requires_grad for key in legacy_keys(name))
         torch.nn.utils.remove_weight_norm(module, name)
+        getattr(module, name).requires_grad_(requires_grad)
         return module
     if len(module.parametrizations[name]) > 1:
         stacked = ", ".join(type(p).__name__ for p in module.parametrizations[name])

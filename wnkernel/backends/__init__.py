@@ -67,7 +67,7 @@ def use_backend(name: str) -> Iterator[None]:
         choice.forced = previous
 
 
-def choose(v: Tensor, g: Tensor) -> Backend:
+def choose(v: Tensor) -> Backend:
     """The backend for one checked problem.
 
     Raises:
@@ -75,9 +75,9 @@ def choose(v: Tensor, g: Tensor) -> Backend:
     """
     if choice.forced is not None:
         backend = BACKENDS[choice.forced]
-        if why := backend.reasons(v, g):
+        if why := backend.reasons(v):
             raise RuntimeError(
                 f"backend {backend.name!r} was asked for and cannot run: {'; '.join(why)}"
             )
         return backend
-    return next(b for b in BACKENDS.values() if not b.reasons(v, g))
+    return next(b for b in BACKENDS.values() if not b.reasons(v))

@@ -1,4 +1,4 @@
-"""The contract that every backend keeps."""
+"""The contracts that backends keep."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from ..problem import Problem
 
 
 class Backend(Protocol):
-    """Computes a list of weight norms and their first derivatives, outside autograd.
-
-    Norms travel from :meth:`forward` to :meth:`backward` of the same backend and are its own
-    business, but for their number: one tensor per problem.
-    """
+    """Something that can run weight norms, and says why when it cannot."""
 
     name: str
 
     def missing(self) -> list[str]:
         """Why this backend cannot run on this machine at all; empty when it can."""
 
-    def reasons(self, v: Tensor, g: Tensor) -> list[str]:
-        """Why it cannot take this problem; empty when it can."""
+    def reasons(self, v: Tensor) -> list[str]:
+        """Why it cannot take a (checked) weight norm of ``v``; empty when it can."""
+
+
+class PythonBackend(Backend, Protocol):
+    """A backend called from Python: weight norms and first derivatives of a list, no autograd.
+
+    Norms travel from :meth:`forward` to :meth:`backward` of the same backend and are its own
+    business, but for their number: one tensor per problem.
+    """
 
     def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
         """``w`` and ``norm`` of every problem."""

@@ -23,7 +23,7 @@ class EagerBackend:
     def missing(self) -> list[str]:
         return []
 
-    def reasons(self, v: Tensor, g: Tensor) -> list[str]:
+    def reasons(self, v: Tensor) -> list[str]:
         return []
 
     def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:

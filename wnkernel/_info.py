@@ -1,8 +1,7 @@
-"""What is built, what runs and why not: ``python -m wnkernel.info`` goes into every bug report."""
+"""What is built, what runs and why not: ``python -m wnkernel`` prints it, for every bug report."""
 
 from __future__ import annotations
 
-import json
 import platform
 from typing import Any
 
@@ -35,6 +34,3 @@ def info() -> dict[str, Any]:
         "forced_backend": choice.forced,
     }
 
-
-if __name__ == "__main__":
-    print(json.dumps(info(), indent=2))

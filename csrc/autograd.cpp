@@ -1,0 +1,238 @@
+// Autograd under the dispatcher: one node for a list of weight norms, whose backward is again a
+// differentiable operator.
+//
+// Nothing goes through save_for_backward: v, g and norm live in saved_data, and their versions are
+// compared here. So a node may run backward any number of times, and activation checkpointing, which
+// counts saved tensors, sees none of it. Outputs are never kept: that would be a reference cycle.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "composed.h"
+#include "ops.h"
+
+namespace wnkernel {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+int64_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }
+
+std::vector<int64_t> versions_of(const Tensors& tensors) {
+  std::vector<int64_t> versions;
+  versions.reserve(tensors.size());
+  for (const at::Tensor& t : tensors) versions.push_back(version_of(t));
+  return versions;
+}
+
+void check_version(const char* name, const at::Tensor& t, int64_t expected) {
+  TORCH_CHECK(version_of(t) == expected,
+              "one of the variables needed for gradient computation has been modified by an "
+              "inplace operation: ",
+              name, " of shape ", t.sym_sizes(), " of a weight norm is at version ", version_of(t),
+              "; expected version ", expected, " instead");
+}
+
+bool needs_grad(at::TensorList tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const at::Tensor& t : tensors)
+    if (t.requires_grad()) return true;
+  return false;
+}
+
+// Function transforms and forward-mode AD, which no C++ node supports.
+bool is_transformed(at::TensorList tensors) {
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
+    return true;
+  for (const at::Tensor& t : tensors)
+    if (t._fw_grad(/*level=*/0).defined()) return true;
+  return false;
+}
+
+Tensors concat(at::TensorList a, at::TensorList b, at::TensorList c) {
+  Tensors all;
+  all.reserve(a.size() + b.size() + c.size());
+  for (const at::TensorList& list : {a, b, c}) all.insert(all.end(), list.begin(), list.end());
+  return all;
+}
+
+// The first derivative as a differentiable operation.
+// Inputs: grad_w, v, g of every problem. Outputs: wanted grad_v, then wanted grad_g.
+struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList grad_w, at::TensorList v,
+                               at::TensorList g, at::TensorList norm, at::IntArrayRef dim,
+                               at::ArrayRef<double> eps, const c10::List<bool>& need_v,
+                               const c10::List<bool>& need_g) {
+    Tensors tensors = concat(grad_w, v, g);
+    ctx->saved_data["versions"] = versions_of(tensors);
+    ctx->saved_data["tensors"] = std::move(tensors);
+    ctx->saved_data["dim"] = dim.vec();
+    ctx->saved_data["eps"] = eps.vec();
+    ctx->saved_data["need_v"] = need_v;
+    ctx->saved_data["need_g"] = need_g;
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [grads, grad_g] = wnkernel::backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
+    grads.insert(grads.end(), grad_g.begin(), grad_g.end());
+    return grads;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
+    const Tensors tensors = ctx->saved_data["tensors"].toTensorVector();
+    const auto versions = ctx->saved_data["versions"].toIntVector();
+    const auto dim = ctx->saved_data["dim"].toIntVector();
+    const auto eps = ctx->saved_data["eps"].toDoubleVector();
+    const auto need_v = ctx->saved_data["need_v"].toBoolList();
+    const auto need_g = ctx->saved_data["need_g"].toBoolList();
+    const size_t count = dim.size();
+    Tensors gg_v(count), gg_g(count);
+    size_t next = 0;
+    for (size_t k = 0; k < count; ++k)
+      if (need_v[k]) gg_v[k] = outputs[next++];
+    for (size_t k = 0; k < count; ++k)
+      if (need_g[k]) gg_g[k] = outputs[next++];
+    variable_list grads(3 * count + 5);
+    for (size_t k = 0; k < count; ++k) {
+      if (!gg_v[k].defined() && !gg_g[k].defined()) continue;
+      const at::Tensor &grad_w = tensors[k], &v = tensors[count + k], &g = tensors[2 * count + k];
+      check_version("grad_w", grad_w, versions[k]);
+      check_version("v", v, versions[count + k]);
+      check_version("g", g, versions[2 * count + k]);
+      auto [d_grad_w, d_v, d_g] =
+          composed::double_backward(grad_w, v, g, gg_v[k], gg_g[k], dim[k], eps[k]);
+      grads[k] = d_grad_w;
+      grads[count + k] = d_v;
+      grads[2 * count + k] = d_g;
+    }
+    return grads;
+  }
+};
+
+struct WeightNorms : torch::autograd::Function<WeightNorms> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList v, at::TensorList g,
+                               at::IntArrayRef dim, at::ArrayRef<double> eps,
+                               std::optional<at::ScalarType> out_dtype, Tensors* norms) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [w, norm] = wnkernel::forward(v, g, dim, eps, out_dtype);
+    *norms = norm;
+    ctx->saved_data["tensors"] = concat(v, g, norm);
+    ctx->saved_data["versions"] = versions_of(concat(v, g, {}));
+    ctx->saved_data["dim"] = dim.vec();
+    ctx->saved_data["eps"] = eps.vec();
+    ctx->set_materialize_grads(false);
+    return w;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_w) {
+    const Tensors tensors = ctx->saved_data["tensors"].toTensorVector();
+    const auto versions = ctx->saved_data["versions"].toIntVector();
+    const auto all_dim = ctx->saved_data["dim"].toIntVector();
+    const auto all_eps = ctx->saved_data["eps"].toDoubleVector();
+    const size_t count = all_dim.size();
+
+    // Weights that nothing was computed from are left out: their gradients stay None.
+    Tensors grad, v, g, norm;
+    std::vector<int64_t> dim;
+    std::vector<double> eps;
+    c10::List<bool> need_v, need_g;
+    std::vector<size_t> live;
+    for (size_t k = 0; k < count; ++k) {
+      const bool wants_v = ctx->needs_input_grad(k), wants_g = ctx->needs_input_grad(count + k);
+      if (!grad_w[k].defined() || !(wants_v || wants_g)) continue;
+      check_version("v", tensors[k], versions[k]);
+      check_version("g", tensors[count + k], versions[count + k]);
+      live.push_back(k);
+      grad.push_back(grad_w[k]);
+      v.push_back(tensors[k]);
+      g.push_back(tensors[count + k]);
+      norm.push_back(tensors[2 * count + k]);
+      dim.push_back(all_dim[k]);
+      eps.push_back(all_eps[k]);
+      need_v.push_back(wants_v);
+      need_g.push_back(wants_g);
+    }
+    variable_list grads(2 * count + 4);
+    if (live.empty()) return grads;
+    auto [grad_v, grad_g] = wnkernel::backward(grad, v, g, norm, dim, eps, need_v, need_g);
+    size_t next_v = 0, next_g = 0;
+    for (size_t j = 0; j < live.size(); ++j) {
+      if (need_v[j]) grads[live[j]] = std::move(grad_v[next_v++]);
+      if (need_g[j]) grads[count + live[j]] = std::move(grad_g[next_g++]);
+    }
+    return grads;
+  }
+};
+
+at::Tensor weight_norm_autograd(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                                std::optional<at::ScalarType> out_dtype) {
+  const at::Tensor inputs[] = {v, g};
+  if (is_transformed(inputs)) return composed::weight_norm(v, g, dim, eps, out_dtype);
+  if (needs_grad(inputs)) {
+    Tensors norms;
+    return WeightNorms::apply(at::TensorList(v), at::TensorList(g), at::IntArrayRef(dim),
+                              at::ArrayRef<double>(eps), out_dtype, &norms)[0];
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return weight_norm(v, g, dim, eps, out_dtype);
+}
+
+std::tuple<Tensors, Tensors> forward_autograd(at::TensorList v, at::TensorList g,
+                                              at::IntArrayRef dim, at::ArrayRef<double> eps,
+                                              std::optional<at::ScalarType> out_dtype) {
+  if (needs_grad(v) || needs_grad(g)) {
+    Tensors norms;
+    Tensors w = WeightNorms::apply(v, g, dim, eps, out_dtype, &norms);
+    return {std::move(w), std::move(norms)};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return forward(v, g, dim, eps, out_dtype);
+}
+
+std::tuple<Tensors, Tensors> backward_composed(at::TensorList grad_w, at::TensorList v,
+                                               at::TensorList g, at::TensorList,
+                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
+                                               const c10::List<bool>& need_v,
+                                               const c10::List<bool>& need_g) {
+  Tensors grad_v, grad_g;
+  for (size_t k = 0; k < v.size(); ++k) {
+    auto [gv, gg] = composed::backward(grad_w[k], v[k], g[k], dim[k], eps[k]);
+    if (need_v[k]) grad_v.push_back(std::move(gv));
+    if (need_g[k]) grad_g.push_back(std::move(gg));
+  }
+  return {std::move(grad_v), std::move(grad_g)};
+}
+
+std::tuple<Tensors, Tensors> backward_autograd(at::TensorList grad_w, at::TensorList v,
+                                               at::TensorList g, at::TensorList norm,
+                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
+                                               const c10::List<bool>& need_v,
+                                               const c10::List<bool>& need_g) {
+  if (is_transformed(grad_w) || is_transformed(v) || is_transformed(g))
+    return backward_composed(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  if (!needs_grad(grad_w) && !needs_grad(v) && !needs_grad(g)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  }
+  const Tensors grads = FirstDerivative::apply(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  int64_t wanted_v = 0;
+  for (const bool wanted : need_v) wanted_v += wanted;
+  return {Tensors(grads.begin(), grads.begin() + wanted_v),
+          Tensors(grads.begin() + wanted_v, grads.end())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wnkernel, Autograd, m) {
+  m.impl("weight_norm", weight_norm_autograd);
+  m.impl("forward", forward_autograd);
+  m.impl("backward", backward_autograd);
+}
+
+// vmap: in operators that have batching rules, rather than one by one.
+TORCH_LIBRARY_IMPL(wnkernel, FuncTorchBatched, m) {
+  m.impl("weight_norm", composed::weight_norm);
+  m.impl("backward", backward_composed);
+}
+
+}  // namespace wnkernel

@@ -1,0 +1,99 @@
+// The Python module wnkernel._C: loading it registers the operators. Besides, one function that
+// calls weight_norm with less overhead than torch.ops, and what the module was built with.
+#include <torch/csrc/DynamicTypes.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "ops.h"
+#include "problem.h"
+
+namespace wnkernel {
+namespace {
+
+const char* type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
+const at::Tensor& as_tensor(const char* name, PyObject* object) {
+  TORCH_CHECK_TYPE(THPVariable_Check(object), name, ": expected a torch.Tensor, got ",
+                   type_name(object));
+  return THPVariable_Unpack(object);
+}
+
+int64_t as_dim(PyObject* object) {
+  if (object == Py_None) return kWholeTensor;
+  TORCH_CHECK_TYPE(PyLong_Check(object) && !PyBool_Check(object),
+                   "dim: expected an int or None, got ", type_name(object));
+  int overflow = 0;
+  const long long dim = PyLong_AsLongLongAndOverflow(object, &overflow);
+  TORCH_CHECK_VALUE(!overflow, "dim: expected an int within the dimensions of v, got a huge one");
+  return dim;
+}
+
+double as_eps(PyObject* object) {
+  TORCH_CHECK_TYPE(PyFloat_Check(object) || PyLong_Check(object), "eps: expected a number, got ",
+                   type_name(object));
+  const double eps = PyFloat_AsDouble(object);
+  if (PyErr_Occurred()) throw python_error();
+  return eps;
+}
+
+std::optional<at::ScalarType> as_dtype(PyObject* object) {
+  if (object == Py_None) return std::nullopt;
+  TORCH_CHECK_TYPE(THPDtype_Check(object), "out_dtype: expected a torch.dtype or None, got ",
+                   type_name(object));
+  return reinterpret_cast<THPDtype*>(object)->scalar_type;
+}
+
+// weight_norm(v, g, dim, eps, out_dtype), all positional.
+PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 5, "weight_norm: expected 5 arguments, got ", count);
+  const at::Tensor &v = as_tensor("v", args[0]), &g = as_tensor("g", args[1]);
+  const int64_t dim = as_dim(args[2]);
+  const double eps = as_eps(args[3]);
+  const auto out_dtype = as_dtype(args[4]);
+  at::Tensor w;
+  {
+    pybind11::gil_scoped_release no_gil;
+    w = weight_norm(v, g, dim, eps, out_dtype);
+  }
+  return THPVariable_Wrap(std::move(w));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef kMethods[] = {
+    {"weight_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_weight_norm)),
+     METH_FASTCALL, "weight_norm(v, g, dim, eps, out_dtype) -> w"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["devices"] = std::vector<std::string>{"cpu"};
+  info["cpu_instruction_set"] = cpu_instruction_set();
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+std::array<int64_t, 3> py_row_view(const at::Tensor& v, int64_t dim) {
+  const RowView view = row_view(v, dim);
+  return {view.outer, view.rows, view.inner};
+}
+
+}  // namespace
+}  // namespace wnkernel
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of wnkernel; importing registers torch.ops.wnkernel.";
+  m.def("build_info", wnkernel::build_info, "What this module was built with.");
+  m.def("row_view", wnkernel::py_row_view, "(outer, rows, inner) of a dense, non-empty tensor.");
+  if (PyModule_AddFunctions(m.ptr(), wnkernel::kMethods) != 0) throw pybind11::error_already_set();
+}

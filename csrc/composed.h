@@ -1,0 +1,24 @@
+// The weight norm in ordinary ATen operators: for function transforms and forward-mode AD, and for
+// the second derivative. The twin of wnkernel/composed.py, where the formulas are explained.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <utility>
+
+namespace wnkernel::composed {
+
+at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                       std::optional<at::ScalarType> out_dtype);
+
+// (grad_v, grad_g)
+std::pair<at::Tensor, at::Tensor> backward(const at::Tensor& grad_w, const at::Tensor& v,
+                                           const at::Tensor& g, int64_t dim, double eps);
+
+// Gradients of <gg_v, grad_v> + <gg_g, grad_g> by (grad_w, v, g); gg_v, gg_g may be undefined.
+std::array<at::Tensor, 3> double_backward(const at::Tensor& grad_w, const at::Tensor& v,
+                                          const at::Tensor& g, const at::Tensor& gg_v,
+                                          const at::Tensor& gg_g, int64_t dim, double eps);
+
+}  // namespace wnkernel::composed

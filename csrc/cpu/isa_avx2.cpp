@@ -1,0 +1,28 @@
+// AVX2 (with FMA and F16C) kernels; an empty file on other processors.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define WNKERNEL_ISA avx2
+#define WNKERNEL_VECTOR_BYTES 32
+#define WNKERNEL_HALF_LOAD(p) _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
+#define WNKERNEL_HALF_STORE(p, x)                   \
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), \
+                   _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT))
+#include "primitives_impl.h"
+
+namespace wnkernel::cpu {
+constexpr InstructionSet kAvx2 = avx2::make("avx2");
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

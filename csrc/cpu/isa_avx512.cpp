@@ -1,0 +1,32 @@
+// AVX-512 (F, BW, DQ, VL) kernels; an empty file on other processors.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#endif
+#define WNKERNEL_ISA avx512
+#define WNKERNEL_VECTOR_BYTES 64
+// The masked forms: gcc 12 warns about the undefined source operand of the plain ones (PR105593).
+#define WNKERNEL_HALF_LOAD(p) \
+  _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
+#define WNKERNEL_HALF_STORE(p, x)     \
+  _mm256_storeu_si256(               \
+      reinterpret_cast<__m256i*>(p), \
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT))
+#include "primitives_impl.h"
+
+namespace wnkernel::cpu {
+constexpr InstructionSet kAvx512 = avx512::make("avx512");
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

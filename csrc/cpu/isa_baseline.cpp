@@ -1,0 +1,26 @@
+// Kernels for what the compiler assumes of every processor of the platform: SSE2 on x86-64, NEON
+// (whose half conversions are part of it) on 64-bit Arm, plain code elsewhere.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define WNKERNEL_HALF_LOAD(p) \
+  vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))
+#define WNKERNEL_HALF_STORE(p, x)             \
+  vst1_u16(reinterpret_cast<uint16_t*>(p), \
+           vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(x))))
+#define WNKERNEL_BASELINE_NAME "neon"
+#elif defined(__x86_64__)
+#define WNKERNEL_BASELINE_NAME "sse2"
+#else
+#define WNKERNEL_BASELINE_NAME "plain"
+#endif
+#define WNKERNEL_ISA baseline
+#define WNKERNEL_VECTOR_BYTES 16
+#include "primitives_impl.h"
+
+namespace wnkernel::cpu {
+constexpr InstructionSet kBaseline = baseline::make(WNKERNEL_BASELINE_NAME);
+}

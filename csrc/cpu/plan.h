@@ -1,0 +1,100 @@
+// How one problem is cut into chunks. A plan depends on the problem's own shape only, never on
+// threads or neighbours: that is what makes results bit-identical alone, grouped and for any number
+// of threads. The numbers are explained in docs/performance.md.
+#pragma once
+#include <algorithm>
+
+#include "../weight_norm.h"
+
+namespace wnkernel::cpu {
+
+// Elements of one chunk: v, w (and grad_w) of a chunk stay in a core's second-level cache between
+// the reduction and the map.
+constexpr int64_t kChunk = 16384;
+// A row, or a strip of columns, of up to this many elements is still done in one phase.
+constexpr int64_t kOnePhase = 65536;
+// Runs shorter than this are reduced down the columns, across rows, instead of along the run.
+constexpr int64_t kShortRun = 256;
+// Width of a strip of columns: its coefficients stay in the first-level cache.
+constexpr int64_t kMaxColumns = 2048;
+constexpr int64_t kMinColumns = 64;
+// Rows of memory that share one set of column sums.
+constexpr int64_t kMinOuter = 8;
+// Rows whose sums and coefficients a thread keeps at a time.
+constexpr int64_t kMaxRows = 1024;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  enum class Kind : uint8_t {
+    rows,     // adjacent rows, reduced along the run; one phase
+    pieces,   // rows too long for one chunk, cut into pieces; two phases
+    columns,  // many short runs per row, reduced down strips of columns; one or two phases
+  };
+  Kind kind;
+  bool one_phase;
+  RowView view;
+  int64_t tasks;          // chunks, each with one reduction and one map
+  int64_t rows_per_task;  // rows, columns: adjacent rows of one chunk
+  int64_t row_blocks;     // columns: strips
+  int64_t outer_per_task; // pieces with short runs, columns: rows of memory of one chunk
+  int64_t outer_blocks;   // chunks down the outer dimension: partial sums of a row
+  int64_t run_pieces;     // pieces with long runs: chunks of one run
+  int64_t repeat;         // columns: rows of memory side by side in one super-row
+
+  int64_t partials() const { return one_phase ? 0 : view.rows * outer_blocks * run_pieces; }
+};
+
+inline Plan plan_rows(const RowView& view) {
+  Plan p{};
+  p.kind = Plan::Kind::rows;
+  p.one_phase = true;
+  p.view = view;
+  p.rows_per_task = std::clamp<int64_t>(kChunk / view.row_size(), 1, kMaxRows);
+  p.tasks = p.row_blocks = ceil_div(view.rows, p.rows_per_task);
+  return p;
+}
+
+inline Plan plan_pieces(const RowView& view) {
+  Plan p{};
+  p.kind = Plan::Kind::pieces;
+  p.view = view;
+  p.rows_per_task = 1;
+  p.row_blocks = view.rows;
+  p.outer_per_task = std::max<int64_t>(1, kChunk / view.inner);
+  p.outer_blocks = ceil_div(view.outer, p.outer_per_task);
+  p.run_pieces = ceil_div(view.inner, kChunk);
+  p.tasks = view.rows * p.outer_blocks * p.run_pieces;
+  return p;
+}
+
+inline Plan plan_columns(const RowView& view) {
+  Plan p{};
+  p.kind = Plan::Kind::columns;
+  p.view = view;
+  p.run_pieces = 1;
+  const int64_t columns = view.rows * view.inner;
+  p.repeat = columns >= kMinColumns ? 1 : 16 * ceil_div(kMinColumns, 16 * columns);
+  const int64_t super_rows = ceil_div(view.outer, p.repeat);
+  const int64_t fitting = std::max(kMinColumns, kOnePhase / super_rows);
+  const auto rows_within = [&](int64_t width) {
+    return std::clamp<int64_t>(width / view.inner, 1, view.rows);
+  };
+  p.rows_per_task = p.repeat > 1 ? view.rows : rows_within(std::min(kMaxColumns, fitting));
+  const int64_t width = p.repeat * p.rows_per_task * view.inner;
+  p.one_phase = width * super_rows <= kOnePhase;
+  if (!p.one_phase && p.repeat == 1) p.rows_per_task = rows_within(kMaxColumns);
+  p.row_blocks = ceil_div(view.rows, p.rows_per_task);
+  const int64_t chunk_rows = kChunk / (p.repeat * p.rows_per_task * view.inner);
+  p.outer_per_task = p.one_phase ? view.outer : p.repeat * std::max(kMinOuter, chunk_rows);
+  p.outer_blocks = ceil_div(view.outer, p.outer_per_task);
+  p.tasks = p.row_blocks * p.outer_blocks;
+  return p;
+}
+
+inline Plan make_plan(const RowView& view) {
+  if (view.outer > 1 && view.rows > 1 && view.inner < kShortRun) return plan_columns(view);
+  return view.row_size() <= kOnePhase ? plan_rows(view) : plan_pieces(view);
+}
+
+}  // namespace wnkernel::cpu

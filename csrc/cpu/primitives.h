@@ -1,0 +1,65 @@
+// What an instruction set provides: reductions and maps over the rows or columns of one chunk, for
+// every pair of element types. driver.cpp cuts the chunks and owns their order.
+//
+// y is v. x is what is multiplied with it: v again in the forward, grad_w in the backward. A is the
+// accumulation type: double where v is f64, float otherwise.
+#pragma once
+#include "../weight_norm.h"
+
+namespace wnkernel::cpu {
+
+struct Kernels {
+  // sums[r] += <x[r, :], y[r, :]> for `rows` adjacent rows of length n.
+  void (*dot_rows)(const void* x, const void* y, int64_t rows, int64_t n, double* sums);
+  // sums[c] += <x[:, c], y[:, c]> for `outer` rows of memory, `stride` elements apart; sums: A.
+  void (*dot_columns)(const void* x, const void* y, int64_t outer, int64_t stride, int64_t columns,
+                      void* sums);
+  // Forward: out[r, :] = a[r] y[r, :]. Backward: out[r, :] = a[r] x[r, :] - b[r] y[r, :]. a, b: A.
+  void (*map_rows)(const void* x, const void* y, void* out, int64_t rows, int64_t n, const void* a,
+                   const void* b);
+  // The same with a and b per column.
+  void (*map_columns)(const void* x, const void* y, void* out, int64_t outer, int64_t stride,
+                      int64_t columns, const void* a, const void* b);
+};
+
+// From sums to the coefficients of the map. Rows that a float cannot hold (see SafeRange) are
+// counted in the result, and their sum is set to NaN: exact_rows.h does them again.
+struct Finish {
+  // sums: of squares. norm[r] and a[r] = g[r] / max(norm[r], eps).
+  int64_t (*forward)(double* sums, const void* g, int64_t rows, double eps, void* norm, void* a);
+  // sums: <grad_w, v>. grad_g[r] (unless null) and both coefficients.
+  int64_t (*backward)(double* sums, const void* g, const void* norm, int64_t rows, double eps,
+                      void* grad_g, void* a, void* b);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels forward[4][4];   // [v_type][w_type]
+  Kernels backward[4][4];  // [v_type][w_type]
+  Finish finish[4][4];     // [v_type][g_type]
+};
+
+extern const InstructionSet kBaseline;  // what the compiler assumes anyway: SSE2, NEON, ...
+#if defined(__x86_64__)
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+#endif
+
+// Where A carries squares, dot products and coefficients without overflow or lost digits, at any
+// row length that fits in memory.
+template <class A>
+struct SafeRange;
+template <>
+struct SafeRange<float> {
+  static constexpr double kNormMin = 0x1p-50, kNormMax = 0x1p60;
+  static constexpr double kDotMin = 0x1p-100, kDotMax = 0x1p120;
+  static constexpr double kCoefficientMin = 0x1p-120, kCoefficientMax = 0x1p120;
+};
+template <>
+struct SafeRange<double> {
+  static constexpr double kNormMin = 0x1p-400, kNormMax = 0x1p480;
+  static constexpr double kDotMin = 0x1p-900, kDotMax = 0x1p1000;
+  static constexpr double kCoefficientMin = 0x1p-1000, kCoefficientMax = 0x1p1000;
+};
+
+}  // namespace wnkernel::cpu

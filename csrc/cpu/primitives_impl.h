@@ -1,0 +1,219 @@
+// The primitives of one instruction set. Included by one translation unit per instruction set,
+// which defines WNKERNEL_ISA and WNKERNEL_VECTOR_BYTES and switches the compiler to it first.
+//
+// Nothing here may call a function template of the standard library: the linker would merge its
+// copies across instruction sets.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "primitives.h"
+#include "vec.h"
+
+namespace wnkernel::cpu::WNKERNEL_ISA {
+
+// Floats are added up in runs of this many elements, then as doubles.
+constexpr int64_t kFloatRun = 8192;
+constexpr int kUnroll = 4;
+
+template <class V, class W, bool backward>
+struct KernelsOf {
+  using A = typename AccumulationOf<V>::type;
+  using X = std::conditional_t<backward, W, V>;    // what y is multiplied with
+  using Out = std::conditional_t<backward, V, W>;  // what the map writes
+  static constexpr int64_t N = kLanes<A>;
+
+  WNKERNEL_INLINE Vec<A> add_product(Vec<A> sum, const X* x, const V* y) {
+    const Vec<A> vy = load<A>(y);
+    if constexpr (backward) return sum + load<A>(x) * vy;
+    return sum + vy * vy;
+  }
+
+  WNKERNEL_INLINE Vec<A> add_product_partial(Vec<A> sum, const X* x, const V* y, int64_t n) {
+    const Vec<A> vy = load_partial<A>(y, n);
+    if constexpr (backward) return sum + load_partial<A>(x, n) * vy;
+    return sum + vy * vy;
+  }
+
+  WNKERNEL_INLINE A dot_run(const X* x, const V* y, int64_t n) {
+    Vec<A> sum[kUnroll] = {};
+    int64_t k = 0;
+    for (; k + kUnroll * N <= n; k += kUnroll * N)
+      for (int u = 0; u < kUnroll; ++u) sum[u] = add_product(sum[u], x + k + u * N, y + k + u * N);
+    for (; k + N <= n; k += N) sum[0] = add_product(sum[0], x + k, y + k);
+    if (k < n) sum[1] = add_product_partial(sum[1], x + k, y + k, n - k);
+    return horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+
+  static void dot_rows(const void* x_, const void* y_, int64_t rows, int64_t n, double* sums) {
+    const X* x = static_cast<const X*>(x_);
+    const V* y = static_cast<const V*>(y_);
+    for (int64_t r = 0; r < rows; ++r, x += n, y += n)
+      for (int64_t k = 0; k < n; k += kFloatRun)
+        sums[r] += dot_run(x + k, y + k, n - k < kFloatRun ? n - k : kFloatRun);
+  }
+
+  static void dot_columns(const void* x_, const void* y_, int64_t outer, int64_t stride,
+                          int64_t columns, void* sums_) {
+    const X* x = static_cast<const X*>(x_);
+    const V* y = static_cast<const V*>(y_);
+    A* sums = static_cast<A*>(sums_);
+    int64_t c = 0;
+    for (; c + kUnroll * N <= columns; c += kUnroll * N) {
+      Vec<A> sum[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) sum[u] = load<A>(sums + c + u * N);
+      for (int64_t o = 0; o < outer; ++o)
+        for (int u = 0; u < kUnroll; ++u)
+          sum[u] = add_product(sum[u], x + o * stride + c + u * N, y + o * stride + c + u * N);
+      for (int u = 0; u < kUnroll; ++u) store<A>(sums + c + u * N, sum[u]);
+    }
+    for (; c < columns; c += N) {
+      const int64_t n = columns - c < N ? columns - c : N;
+      Vec<A> sum = load_partial<A>(sums + c, n);
+      for (int64_t o = 0; o < outer; ++o)
+        sum = add_product_partial(sum, x + o * stride + c, y + o * stride + c, n);
+      store_partial<A>(sums + c, sum, n);
+    }
+  }
+
+  WNKERNEL_INLINE Vec<A> combine(Vec<A> a, Vec<A> b, Vec<A> x, Vec<A> y) {
+    if constexpr (backward) return a * x - b * y;
+    return a * y;
+  }
+
+  static void map_rows(const void* x_, const void* y_, void* out_, int64_t rows, int64_t n,
+                       const void* a_, const void* b_) {
+    const X* x = static_cast<const X*>(x_);
+    const V* y = static_cast<const V*>(y_);
+    Out* out = static_cast<Out*>(out_);
+    for (int64_t r = 0; r < rows; ++r, x += n, y += n, out += n) {
+      const Vec<A> a = Vec<A>{} + static_cast<const A*>(a_)[r];
+      const Vec<A> b = backward ? Vec<A>{} + static_cast<const A*>(b_)[r] : Vec<A>{};
+      int64_t k = 0;
+      for (; k + N <= n; k += N)
+        store<A>(out + k, combine(a, b, backward ? load<A>(x + k) : a, load<A>(y + k)));
+      if (k < n) {
+        const Vec<A> tail = backward ? load_partial<A>(x + k, n - k) : a;
+        store_partial<A>(out + k, combine(a, b, tail, load_partial<A>(y + k, n - k)), n - k);
+      }
+    }
+  }
+
+  static void map_columns(const void* x_, const void* y_, void* out_, int64_t outer, int64_t stride,
+                          int64_t columns, const void* a_, const void* b_) {
+    const X* x = static_cast<const X*>(x_);
+    const V* y = static_cast<const V*>(y_);
+    Out* out = static_cast<Out*>(out_);
+    const A* a = static_cast<const A*>(a_);
+    const A* b = static_cast<const A*>(b_);
+    for (int64_t o = 0; o < outer; ++o, x += stride, y += stride, out += stride) {
+      int64_t c = 0;
+      for (; c + N <= columns; c += N) {
+        const Vec<A> va = load<A>(a + c), vb = backward ? load<A>(b + c) : va;
+        store<A>(out + c, combine(va, vb, backward ? load<A>(x + c) : va, load<A>(y + c)));
+      }
+      if (c < columns) {
+        const int64_t n = columns - c;
+        const Vec<A> va = load_partial<A>(a + c, n);
+        const Vec<A> vb = backward ? load_partial<A>(b + c, n) : va;
+        const Vec<A> vx = backward ? load_partial<A>(x + c, n) : va;
+        store_partial<A>(out + c, combine(va, vb, vx, load_partial<A>(y + c, n)), n);
+      }
+    }
+  }
+
+  static constexpr Kernels table() { return {dot_rows, dot_columns, map_rows, map_columns}; }
+};
+
+template <class V, class G>
+struct FinishOf {
+  using A = typename AccumulationOf<V>::type;
+  using Range = SafeRange<A>;
+
+  WNKERNEL_INLINE bool fits(double x, double low, double high) {  // false for NaN
+    return (x >= low) & (x <= high);
+  }
+
+  static int64_t forward(double* sums, const void* g_, int64_t rows, double eps, void* norm_,
+                         void* a_) {
+    const G* g = static_cast<const G*>(g_);
+    A* norm = static_cast<A*>(norm_);
+    A* a = static_cast<A*>(a_);
+    int64_t unsafe = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]);
+      const double scale = gr / (n > eps ? n : eps);
+      const bool safe = fits(n, Range::kNormMin, Range::kNormMax) &
+                        ((gr == 0.0) | fits(__builtin_fabs(scale), Range::kCoefficientMin,
+                                            Range::kCoefficientMax));
+      norm[r] = static_cast<A>(n);
+      a[r] = safe ? static_cast<A>(scale) : A(0);
+      sums[r] = safe ? sums[r] : __builtin_nan("");
+      unsafe += !safe;
+    }
+    return unsafe;
+  }
+
+  static int64_t backward(double* sums, const void* g_, const void* norm_, int64_t rows, double eps,
+                          void* grad_g_, void* a_, void* b_) {
+    const G* g = static_cast<const G*>(g_);
+    const A* norm = static_cast<const A*>(norm_);
+    G* grad_g = static_cast<G*>(grad_g_);
+    A* a = static_cast<A*>(a_);
+    A* b = static_cast<A*>(b_);
+    int64_t unsafe = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const double n = norm[r], gr = to_double(g[r]), s = sums[r];
+      const bool clamped = n < eps;
+      const double d = clamped ? eps : n, projection = s / d, scale = gr / d;
+      const double along = clamped ? 0.0 : scale * projection / d;
+      const double magnitude = __builtin_fabs(along);
+      const bool coefficients_fit =
+          fits(__builtin_fabs(scale), Range::kCoefficientMin, Range::kCoefficientMax) &
+          (clamped | fits(magnitude, Range::kCoefficientMin, Range::kCoefficientMax));
+      const bool safe = fits(n, Range::kNormMin, Range::kNormMax) &
+                        fits(__builtin_fabs(s), Range::kDotMin, Range::kDotMax) &
+                        ((gr == 0.0) | coefficients_fit);
+      if (grad_g) from_double(projection, grad_g + r);
+      a[r] = safe ? static_cast<A>(scale) : A(0);
+      b[r] = safe ? static_cast<A>(along) : A(0);
+      sums[r] = safe ? s : __builtin_nan("");
+      unsafe += !safe;
+    }
+    return unsafe;
+  }
+
+  static constexpr Finish table() { return {forward, backward}; }
+};
+
+template <bool backward, class V>
+constexpr void fill(Kernels (&row)[4]) {
+  row[0] = KernelsOf<V, f16, backward>::table();
+  row[1] = KernelsOf<V, bf16, backward>::table();
+  row[2] = KernelsOf<V, float, backward>::table();
+  row[3] = KernelsOf<V, double, backward>::table();
+}
+
+template <class V>
+constexpr void fill(InstructionSet& set, DType v_type) {
+  const int v = static_cast<int>(v_type);
+  fill<false, V>(set.forward[v]);
+  fill<true, V>(set.backward[v]);
+  set.finish[v][0] = FinishOf<V, f16>::table();
+  set.finish[v][1] = FinishOf<V, bf16>::table();
+  set.finish[v][2] = FinishOf<V, float>::table();
+  set.finish[v][3] = FinishOf<V, double>::table();
+}
+
+// A constant expression: no code of this instruction set runs before it is chosen.
+constexpr InstructionSet make(const char* name) {
+  InstructionSet set{};
+  set.name = name;
+  fill<f16>(set, DType::f16);
+  fill<bf16>(set, DType::bf16);
+  fill<float>(set, DType::f32);
+  fill<double>(set, DType::f64);
+  return set;
+}
+
+}  // namespace wnkernel::cpu::WNKERNEL_ISA

@@ -1,0 +1,107 @@
+#include "problem.h"
+
+#include <cmath>
+
+namespace wnkernel {
+namespace {
+
+constexpr const char* kFloatNames = "float16, bfloat16, float32 or float64";
+
+bool is_float(at::ScalarType t) {
+  return t == at::kFloat || t == at::kHalf || t == at::kBFloat16 || t == at::kDouble;
+}
+
+void check_tensor(const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), name, ": expected a torch.Tensor, got None");
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized(), name,
+                   ": expected a dense strided tensor, got a ",
+                   t.is_quantized() ? "quantized" : c10::str(t.layout()), " one");
+  TORCH_CHECK_TYPE(is_float(t.scalar_type()), name, ": expected dtype ", kFloatNames, ", got ",
+                   t.scalar_type());
+}
+
+bool has_norm_shape(const at::Tensor& t, const at::Tensor& v, int64_t dim) {
+  if (dim == kWholeTensor) return t.dim() == 0;
+  if (t.dim() != v.dim()) return false;
+  for (int64_t k = 0; k < t.dim(); ++k)
+    if (t.size(k) != (k == dim ? v.size(k) : 1)) return false;
+  return true;
+}
+
+std::vector<int64_t> norm_shape(const at::Tensor& v, int64_t dim) {
+  if (dim == kWholeTensor) return {};
+  std::vector<int64_t> shape(v.dim(), 1);
+  shape[dim] = v.size(dim);
+  return shape;
+}
+
+void check_norm_like(const char* name, const at::Tensor& t, const at::Tensor& v, int64_t dim) {
+  TORCH_CHECK_VALUE(t.device() == v.device(), name, ": expected device ", v.device(),
+                    " (that of v), got ", t.device());
+  TORCH_CHECK_VALUE(has_norm_shape(t, v, dim), name, ": expected shape ",
+                    at::IntArrayRef(norm_shape(v, dim)), " for v of shape ", v.sizes(), " and dim ",
+                    dim, ", got ", t.sizes());
+}
+
+}  // namespace
+
+int64_t canonical_dim(int64_t dim, int64_t ndim) {
+  TORCH_CHECK_VALUE(-ndim <= dim && dim < ndim, "dim: expected -", ndim, " <= dim < ", ndim,
+                    " or None, got ", dim);
+  return dim >= kWholeTensor ? dim : dim + ndim;
+}
+
+void check_forward(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                   std::optional<at::ScalarType> out_dtype) {
+  check_tensor("v", v);
+  TORCH_CHECK_VALUE(v.dim() > 0,
+                    "v: expected at least 1 dimension, got a 0-dimensional tensor");
+  dim = canonical_dim(dim, v.dim());
+  check_tensor("g", g);
+  check_norm_like("g", g, v, dim);
+  TORCH_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "eps: expected a finite number >= 0, got ",
+                    eps);
+  TORCH_CHECK_TYPE(!out_dtype || is_float(*out_dtype), "out_dtype: expected ", kFloatNames,
+                   ", got ", *out_dtype);
+}
+
+void check_backward(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
+                    const at::Tensor& norm, int64_t dim, double eps) {
+  check_forward(v, g, dim, eps, std::nullopt);
+  check_tensor("grad_w", grad_w);
+  TORCH_CHECK_VALUE(grad_w.device() == v.device(), "grad_w: expected device ", v.device(),
+                    " (that of v), got ", grad_w.device());
+  TORCH_CHECK_VALUE(grad_w.sizes() == v.sizes(), "grad_w: expected shape ", v.sizes(),
+                    " (that of v), got ", grad_w.sizes());
+  check_tensor("norm", norm);
+  check_norm_like("norm", norm, v, canonical_dim(dim, v.dim()));
+  TORCH_CHECK_TYPE(norm.scalar_type() == accumulation_dtype(v.scalar_type()),
+                   "norm: expected dtype ", accumulation_dtype(v.scalar_type()), ", got ",
+                   norm.scalar_type());
+}
+
+RowView row_view(const at::Tensor& v, int64_t dim) {
+  dim = canonical_dim(dim, v.dim());
+  if (dim == kWholeTensor || v.size(dim) == 1) return {1, 1, v.numel()};
+  const int64_t rows = v.size(dim), inner = v.stride(dim);
+  return {v.numel() / (rows * inner), rows, inner};
+}
+
+at::ScalarType accumulation_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kFloat:
+      return DType::f32;
+    default:
+      return DType::f64;
+  }
+}
+
+}  // namespace wnkernel

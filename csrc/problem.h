@@ -1,0 +1,31 @@
+// What a weight norm is asked to do: argument checks, dim rules and memory-order rules, on tensors.
+// The twin of wnkernel/problem.py; no kernel and no other file knows what `dim` means.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "weight_norm.h"
+
+namespace wnkernel {
+
+constexpr int64_t kWholeTensor = -1;
+
+// None and -1: the whole tensor; -2, -3, ... count from the end. Throws ValueError out of range.
+int64_t canonical_dim(int64_t dim, int64_t ndim);
+
+// Throw TypeError or ValueError that names the argument, what was expected and what came.
+void check_forward(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                   std::optional<at::ScalarType> out_dtype);
+void check_backward(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
+                    const at::Tensor& norm, int64_t dim, double eps);
+
+// [outer, rows, inner] of a dense, non-empty tensor, in memory order.
+RowView row_view(const at::Tensor& v, int64_t dim);
+
+// float64 for float64, float32 for the others.
+at::ScalarType accumulation_dtype(at::ScalarType dtype);
+
+DType dtype_of(const at::Tensor& t);
+
+}  // namespace wnkernel

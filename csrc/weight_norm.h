@@ -1,0 +1,57 @@
+// The problem table: what every kernel takes, whatever its device. Plain structs, no torch headers.
+//
+// w = g * v / max(norm, eps), one norm per row of a dense tensor seen as [outer, rows, inner] in
+// memory order. A single weight is a table of one; there is no other kernel.
+#pragma once
+#include <cstdint>
+
+namespace wnkernel {
+
+enum class DType : uint8_t { f16, bf16, f32, f64 };
+
+struct RowView {
+  int64_t outer, rows, inner;
+  int64_t row_size() const { return outer * inner; }
+  int64_t numel() const { return outer * rows * inner; }
+};
+
+// norm is float for f16, bf16 and f32, double for f64; unclamped by eps, inf where it does not fit.
+struct Forward {
+  const void* v;
+  const void* g;  // [rows], contiguous
+  void* w;        // laid out like v
+  void* norm;     // [rows]
+  RowView view;
+  DType v_type, g_type, w_type;
+  double eps;
+};
+
+// With n = max(norm, eps), u = v / n, s = <grad_w, u> per row:
+// grad_v = (g / n) (grad_w - u s), grad_g = s; without the projection where norm < eps.
+struct Backward {
+  const void* grad_w;  // laid out like v
+  const void* v;
+  const void* g;
+  const void* norm;
+  void* grad_v;  // null: not wanted
+  void* grad_g;  // null: not wanted
+  RowView view;
+  DType v_type, g_type, w_type;  // w_type: of grad_w
+  double eps;
+};
+
+// How a launcher reaches the caller's threads: run(tasks, body, context) calls body(context, k) once
+// for every k < tasks, on at most `threads` threads.
+struct Threads {
+  int threads;
+  void (*run)(int tasks, void (*body)(void* context, int task), void* context);
+};
+
+// Every problem must have numel > 0. Same bits for any number of threads and any neighbours.
+void forward_cpu(const Forward* problems, int64_t count, const Threads& threads);
+void backward_cpu(const Backward* problems, int64_t count, const Threads& threads);
+
+// Name of the instruction set that the CPU kernels use on this machine.
+const char* cpu_instruction_set();
+
+}  // namespace wnkernel

@@ -1,0 +1,102 @@
+"""Builds the optional compiled module wnkernel._C; everything else is in pyproject.toml.
+
+WNKERNEL_BUILD=auto  (default) compiled if torch and a C++ compiler are there, else pure Python
+WNKERNEL_BUILD=cpu   compiled CPU kernels or an error
+WNKERNEL_BUILD=cuda  compiled CPU and CUDA kernels or an error
+WNKERNEL_BUILD=none  pure Python
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+BUILD_INFO = ROOT / "wnkernel" / "_build_info.py"
+SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+
+
+def plain_line(text: str) -> None:
+    print(f"wnkernel: {text}", file=sys.stderr, flush=True)
+
+
+def wanted() -> str:
+    mode = os.environ.get("WNKERNEL_BUILD", "auto")
+    if mode not in ("auto", "cpu", "cuda", "none"):
+        raise SystemExit(f"WNKERNEL_BUILD: expected auto, cpu, cuda or none, got {mode!r}")
+    if mode == "cuda":
+        raise SystemExit("WNKERNEL_BUILD=cuda: this version has no CUDA kernels yet; use auto or cpu")
+    return mode
+
+
+def is_clang() -> bool:
+    compiler = os.environ.get("CXX", "c++")
+    try:
+        found = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return "clang" in found.stdout
+
+
+def compile_flags() -> list[str]:
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+    # torch brings the OpenMP runtime, which has gcc's entry points: compiled for, never linked.
+    return flags if is_clang() else [*flags, "-fopenmp"]
+
+
+def link_flags() -> list[str]:
+    return [] if platform.system() == "Darwin" else ["-Wl,--strip-all"]
+
+
+def extension_arguments() -> dict:
+    """Arguments of setup() that build wnkernel._C; empty for a pure-Python package."""
+    mode = wanted()
+    BUILD_INFO.unlink(missing_ok=True)
+    if mode == "none":
+        return {}
+    # torch looks for ninja on PATH only, and a virtual environment need not be active.
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        if mode == "cpu":
+            raise SystemExit(f"WNKERNEL_BUILD=cpu needs torch at build time: {error}") from error
+        plain_line(
+            "torch is not installed here, so this is the pure-Python package; for compiled kernels "
+            "install torch first and use: pip install --no-build-isolation"
+        )
+        return {}
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if mode == "cpu":
+                    raise
+                BUILD_INFO.unlink(missing_ok=True)
+                self.extensions = []
+                reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+                plain_line(f"compiled kernels were not built ({reason[0]}); "
+                           "the pure-Python package works without them")
+
+    BUILD_INFO.write_text(
+        f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n', encoding="utf-8"
+    )
+    extension = CppExtension(
+        "wnkernel._C",
+        SOURCES,
+        depends=HEADERS,
+        extra_compile_args=compile_flags(),
+        extra_link_args=link_flags(),
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
+setup(**extension_arguments())
