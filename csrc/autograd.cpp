@@ -6,7 +6,10 @@
 // counts saved tensors, sees none of it. Outputs are never kept: that would be a reference cycle.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <c10/util/SmallVector.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "composed.h"
 #include "ops.h"
@@ -18,13 +21,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 int64_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }
-
-std::vector<int64_t> versions_of(const Tensors& tensors) {
-  std::vector<int64_t> versions;
-  versions.reserve(tensors.size());
-  for (const at::Tensor& t : tensors) versions.push_back(version_of(t));
-  return versions;
-}
 
 void check_version(const char* name, const at::Tensor& t, int64_t expected) {
   TORCH_CHECK(version_of(t) == expected,
@@ -50,25 +46,54 @@ bool is_transformed(at::TensorList tensors) {
   return false;
 }
 
-Tensors concat(at::TensorList a, at::TensorList b, at::TensorList c) {
-  Tensors all;
-  all.reserve(a.size() + b.size() + c.size());
-  for (const at::TensorList& list : {a, b, c}) all.insert(all.end(), list.begin(), list.end());
-  return all;
-}
+// What a node keeps of one weight: entries of one list in saved_data, which costs less than an entry
+// of saved_data each, and which compiled autograd can read.
+struct Saved {
+  at::Tensor v, g, extra;  // extra: norm, or grad_w
+  int64_t dim;
+  double eps;
+  int64_t v_version, g_version, extra_version;
+  static constexpr size_t kEntries = 8;
+
+  static void store(AutogradContext* ctx, at::TensorList v, at::TensorList g, at::TensorList extra,
+                    at::IntArrayRef dim, at::ArrayRef<double> eps) {
+    c10::impl::GenericList list(c10::AnyType::get());
+    list.reserve(kEntries * v.size());
+    for (size_t k = 0; k < v.size(); ++k) {
+      for (const at::Tensor& t : {v[k], g[k], extra[k]}) list.push_back(t);
+      list.push_back(dim[k]);
+      list.push_back(eps[k]);
+      for (const at::Tensor& t : {v[k], g[k], extra[k]}) list.push_back(version_of(t));
+    }
+    ctx->saved_data["weights"] = std::move(list);
+  }
+
+  static c10::impl::GenericList load(AutogradContext* ctx) {
+    return ctx->saved_data["weights"].toList();
+  }
+
+  Saved(const c10::impl::GenericList& list, size_t k)
+      : v(list.get(kEntries * k).toTensor()),
+        g(list.get(kEntries * k + 1).toTensor()),
+        extra(list.get(kEntries * k + 2).toTensor()),
+        dim(list.get(kEntries * k + 3).toInt()),
+        eps(list.get(kEntries * k + 4).toDouble()),
+        v_version(list.get(kEntries * k + 5).toInt()),
+        g_version(list.get(kEntries * k + 6).toInt()),
+        extra_version(list.get(kEntries * k + 7).toInt()) {
+    check_version("v", v, v_version);
+    check_version("g", g, g_version);
+  }
+};
 
 // The first derivative as a differentiable operation.
 // Inputs: grad_w, v, g of every problem. Outputs: wanted grad_v, then wanted grad_g.
 struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
   static variable_list forward(AutogradContext* ctx, at::TensorList grad_w, at::TensorList v,
                                at::TensorList g, at::TensorList norm, at::IntArrayRef dim,
-                               at::ArrayRef<double> eps, const c10::List<bool>& need_v,
-                               const c10::List<bool>& need_g) {
-    Tensors tensors = concat(grad_w, v, g);
-    ctx->saved_data["versions"] = versions_of(tensors);
-    ctx->saved_data["tensors"] = std::move(tensors);
-    ctx->saved_data["dim"] = dim.vec();
-    ctx->saved_data["eps"] = eps.vec();
+                               at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                               at::IntArrayRef need_g) {
+    Saved::store(ctx, v, g, grad_w, dim, eps);
     ctx->saved_data["need_v"] = need_v;
     ctx->saved_data["need_g"] = need_g;
     ctx->set_materialize_grads(false);
@@ -79,13 +104,10 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
-    const Tensors tensors = ctx->saved_data["tensors"].toTensorVector();
-    const auto versions = ctx->saved_data["versions"].toIntVector();
-    const auto dim = ctx->saved_data["dim"].toIntVector();
-    const auto eps = ctx->saved_data["eps"].toDoubleVector();
-    const auto need_v = ctx->saved_data["need_v"].toBoolList();
-    const auto need_g = ctx->saved_data["need_g"].toBoolList();
-    const size_t count = dim.size();
+    const auto saved = Saved::load(ctx);
+    const auto need_v = ctx->saved_data["need_v"].toIntVector();
+    const auto need_g = ctx->saved_data["need_g"].toIntVector();
+    const size_t count = need_v.size();
     Tensors gg_v(count), gg_g(count);
     size_t next = 0;
     for (size_t k = 0; k < count; ++k)
@@ -95,12 +117,10 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     variable_list grads(3 * count + 5);
     for (size_t k = 0; k < count; ++k) {
       if (!gg_v[k].defined() && !gg_g[k].defined()) continue;
-      const at::Tensor &grad_w = tensors[k], &v = tensors[count + k], &g = tensors[2 * count + k];
-      check_version("grad_w", grad_w, versions[k]);
-      check_version("v", v, versions[count + k]);
-      check_version("g", g, versions[2 * count + k]);
+      const Saved w(saved, k);
+      check_version("grad_w", w.extra, w.extra_version);
       auto [d_grad_w, d_v, d_g] =
-          composed::double_backward(grad_w, v, g, gg_v[k], gg_g[k], dim[k], eps[k]);
+          composed::double_backward(w.extra, w.v, w.g, gg_v[k], gg_g[k], w.dim, w.eps);
       grads[k] = d_grad_w;
       grads[count + k] = d_v;
       grads[2 * count + k] = d_g;
@@ -109,52 +129,75 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
   }
 };
 
+std::tuple<Tensors, Tensors> backward_composed(at::TensorList grad_w, at::TensorList v,
+                                               at::TensorList g, at::TensorList,
+                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
+                                               at::IntArrayRef need_v,
+                                               at::IntArrayRef need_g) {
+  Tensors grad_v, grad_g;
+  for (size_t k = 0; k < v.size(); ++k) {
+    auto [gv, gg] = composed::backward(grad_w[k], v[k], g[k], dim[k], eps[k]);
+    if (need_v[k]) grad_v.push_back(std::move(gv));
+    if (need_g[k]) grad_g.push_back(std::move(gg));
+  }
+  return {std::move(grad_v), std::move(grad_g)};
+}
+
+std::tuple<Tensors, Tensors> first_derivatives(at::TensorList grad_w, at::TensorList v,
+                                               at::TensorList g, at::TensorList norm,
+                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
+                                               at::IntArrayRef need_v,
+                                               at::IntArrayRef need_g) {
+  if (is_transformed(grad_w) || is_transformed(v) || is_transformed(g))
+    return backward_composed(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  if (!needs_grad(grad_w) && !needs_grad(v) && !needs_grad(g)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  }
+  const Tensors grads = FirstDerivative::apply(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  const auto wanted_v = std::count(need_v.begin(), need_v.end(), 1);
+  return {Tensors(grads.begin(), grads.begin() + wanted_v),
+          Tensors(grads.begin() + wanted_v, grads.end())};
+}
+
 struct WeightNorms : torch::autograd::Function<WeightNorms> {
   static variable_list forward(AutogradContext* ctx, at::TensorList v, at::TensorList g,
                                at::IntArrayRef dim, at::ArrayRef<double> eps,
                                std::optional<at::ScalarType> out_dtype, Tensors* norms) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [w, norm] = wnkernel::forward(v, g, dim, eps, out_dtype);
-    *norms = norm;
-    ctx->saved_data["tensors"] = concat(v, g, norm);
-    ctx->saved_data["versions"] = versions_of(concat(v, g, {}));
-    ctx->saved_data["dim"] = dim.vec();
-    ctx->saved_data["eps"] = eps.vec();
+    Saved::store(ctx, v, g, norm, dim, eps);
     ctx->set_materialize_grads(false);
-    return w;
+    *norms = std::move(norm);
+    return std::move(w);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_w) {
-    const Tensors tensors = ctx->saved_data["tensors"].toTensorVector();
-    const auto versions = ctx->saved_data["versions"].toIntVector();
-    const auto all_dim = ctx->saved_data["dim"].toIntVector();
-    const auto all_eps = ctx->saved_data["eps"].toDoubleVector();
-    const size_t count = all_dim.size();
+    const auto saved = Saved::load(ctx);
+    const size_t count = grad_w.size();
 
     // Weights that nothing was computed from are left out: their gradients stay None.
-    Tensors grad, v, g, norm;
-    std::vector<int64_t> dim;
-    std::vector<double> eps;
-    c10::List<bool> need_v, need_g;
-    std::vector<size_t> live;
+    c10::SmallVector<at::Tensor, 1> grad, v, g, norm;
+    c10::SmallVector<int64_t, 1> dim, need_v, need_g;
+    c10::SmallVector<double, 1> eps;
+    c10::SmallVector<size_t, 1> live;
     for (size_t k = 0; k < count; ++k) {
       const bool wants_v = ctx->needs_input_grad(k), wants_g = ctx->needs_input_grad(count + k);
       if (!grad_w[k].defined() || !(wants_v || wants_g)) continue;
-      check_version("v", tensors[k], versions[k]);
-      check_version("g", tensors[count + k], versions[count + k]);
+      Saved w(saved, k);
       live.push_back(k);
       grad.push_back(grad_w[k]);
-      v.push_back(tensors[k]);
-      g.push_back(tensors[count + k]);
-      norm.push_back(tensors[2 * count + k]);
-      dim.push_back(all_dim[k]);
-      eps.push_back(all_eps[k]);
+      v.push_back(std::move(w.v));
+      g.push_back(std::move(w.g));
+      norm.push_back(std::move(w.extra));
+      dim.push_back(w.dim);
+      eps.push_back(w.eps);
       need_v.push_back(wants_v);
       need_g.push_back(wants_g);
     }
     variable_list grads(2 * count + 4);
     if (live.empty()) return grads;
-    auto [grad_v, grad_g] = wnkernel::backward(grad, v, g, norm, dim, eps, need_v, need_g);
+    auto [grad_v, grad_g] = first_derivatives(grad, v, g, norm, dim, eps, need_v, need_g);
     size_t next_v = 0, next_g = 0;
     for (size_t j = 0; j < live.size(); ++j) {
       if (need_v[j]) grads[live[j]] = std::move(grad_v[next_v++]);
@@ -189,44 +232,12 @@ std::tuple<Tensors, Tensors> forward_autograd(at::TensorList v, at::TensorList g
   return forward(v, g, dim, eps, out_dtype);
 }
 
-std::tuple<Tensors, Tensors> backward_composed(at::TensorList grad_w, at::TensorList v,
-                                               at::TensorList g, at::TensorList,
-                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
-                                               const c10::List<bool>& need_v,
-                                               const c10::List<bool>& need_g) {
-  Tensors grad_v, grad_g;
-  for (size_t k = 0; k < v.size(); ++k) {
-    auto [gv, gg] = composed::backward(grad_w[k], v[k], g[k], dim[k], eps[k]);
-    if (need_v[k]) grad_v.push_back(std::move(gv));
-    if (need_g[k]) grad_g.push_back(std::move(gg));
-  }
-  return {std::move(grad_v), std::move(grad_g)};
-}
-
-std::tuple<Tensors, Tensors> backward_autograd(at::TensorList grad_w, at::TensorList v,
-                                               at::TensorList g, at::TensorList norm,
-                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
-                                               const c10::List<bool>& need_v,
-                                               const c10::List<bool>& need_g) {
-  if (is_transformed(grad_w) || is_transformed(v) || is_transformed(g))
-    return backward_composed(grad_w, v, g, norm, dim, eps, need_v, need_g);
-  if (!needs_grad(grad_w) && !needs_grad(v) && !needs_grad(g)) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
-  }
-  const Tensors grads = FirstDerivative::apply(grad_w, v, g, norm, dim, eps, need_v, need_g);
-  int64_t wanted_v = 0;
-  for (const bool wanted : need_v) wanted_v += wanted;
-  return {Tensors(grads.begin(), grads.begin() + wanted_v),
-          Tensors(grads.begin() + wanted_v, grads.end())};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wnkernel, Autograd, m) {
   m.impl("weight_norm", weight_norm_autograd);
   m.impl("forward", forward_autograd);
-  m.impl("backward", backward_autograd);
+  m.impl("backward", first_derivatives);
 }
 
 // vmap: in operators that have batching rules, rather than one by one.

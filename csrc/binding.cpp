@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "cpu_buffers.h"
 #include "ops.h"
 #include "problem.h"
 
@@ -46,11 +47,12 @@ std::optional<at::ScalarType> as_dtype(PyObject* object) {
   return reinterpret_cast<THPDtype*>(object)->scalar_type;
 }
 
-// weight_norm(v, g, dim, eps, out_dtype), all positional.
+// weight_norm(v, g, dim, eps, out_dtype), all positional; NotImplemented if v is not on the CPU.
 PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5, "weight_norm: expected 5 arguments, got ", count);
   const at::Tensor &v = as_tensor("v", args[0]), &g = as_tensor("g", args[1]);
+  if (!v.is_cpu()) Py_RETURN_NOTIMPLEMENTED;
   const int64_t dim = as_dim(args[2]);
   const double eps = as_eps(args[3]);
   const auto out_dtype = as_dtype(args[4]);
@@ -88,6 +90,14 @@ std::array<int64_t, 3> py_row_view(const at::Tensor& v, int64_t dim) {
   return {view.outer, view.rows, view.inner};
 }
 
+pybind11::dict py_cpu_buffers() {
+  const BufferStatistics statistics = cpu_buffer_statistics();
+  pybind11::dict dict;
+  dict["held_bytes"] = statistics.held_bytes;
+  dict["used_bytes"] = statistics.used_bytes;
+  return dict;
+}
+
 }  // namespace
 }  // namespace wnkernel
 
@@ -95,5 +105,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of wnkernel; importing registers torch.ops.wnkernel.";
   m.def("build_info", wnkernel::build_info, "What this module was built with.");
   m.def("row_view", wnkernel::py_row_view, "(outer, rows, inner) of a dense, non-empty tensor.");
+  m.def("cpu_buffers", wnkernel::py_cpu_buffers, "Bytes that idle buffers and tensors hold.");
+  m.def("release_cpu_buffers", wnkernel::release_cpu_buffers, "Free all idle buffers.");
   if (PyModule_AddFunctions(m.ptr(), wnkernel::kMethods) != 0) throw pybind11::error_already_set();
 }

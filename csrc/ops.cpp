@@ -22,7 +22,7 @@ TORCH_LIBRARY(wnkernel, m) {
       "(Tensor[] w, Tensor[] norm)");
   m.def(
       "backward(Tensor[] grad_w, Tensor[] v, Tensor[] g, Tensor[] norm, int[] dim, float[] eps, "
-      "bool[] need_v, bool[] need_g) -> (Tensor[] grad_v, Tensor[] grad_g)");
+      "int[] need_v, int[] need_g) -> (Tensor[] grad_v, Tensor[] grad_g)");
 }
 
 namespace {
@@ -49,8 +49,8 @@ std::tuple<Tensors, Tensors> forward(at::TensorList v, at::TensorList g, at::Int
 
 std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, at::TensorList g,
                                       at::TensorList norm, at::IntArrayRef dim,
-                                      at::ArrayRef<double> eps, const c10::List<bool>& need_v,
-                                      const c10::List<bool>& need_g) {
+                                      at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                                      at::IntArrayRef need_g) {
   static const auto op = find("wnkernel::backward", backward);
   return op.call(grad_w, v, g, norm, dim, eps, need_v, need_g);
 }

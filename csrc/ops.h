@@ -19,10 +19,11 @@ std::tuple<Tensors, Tensors> forward(at::TensorList v, at::TensorList g, at::Int
                                      at::ArrayRef<double> eps,
                                      std::optional<at::ScalarType> out_dtype);
 
-// First derivatives of a list in one launch: grad_v where need_v, grad_g where need_g.
+// First derivatives of a list in one launch: grad_v where need_v, grad_g where need_g (0 or 1:
+// int[] costs no memory in a call, bool[] does).
 std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, at::TensorList g,
                                       at::TensorList norm, at::IntArrayRef dim,
-                                      at::ArrayRef<double> eps, const c10::List<bool>& need_v,
-                                      const c10::List<bool>& need_g);
+                                      at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                                      at::IntArrayRef need_g);
 
 }  // namespace wnkernel

@@ -4,6 +4,7 @@
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
+#include "cpu_buffers.h"
 #include "ops.h"
 #include "problem.h"
 
@@ -24,7 +25,8 @@ at::Tensor dense(const at::Tensor& v) {
 }
 
 at::Tensor empty_like(const at::Tensor& dense, at::ScalarType dtype) {
-  return at::detail::empty_strided_cpu(dense.sizes(), dense.strides(), dtype);
+  return at::detail::empty_strided_generic(dense.sizes(), dense.strides(), cpu_buffers(),
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
 }
 
 // t in the memory order of v: itself, or one copy.
@@ -73,8 +75,8 @@ std::tuple<Tensors, Tensors> forward_on_cpu(at::TensorList v, at::TensorList g,
 std::tuple<Tensors, Tensors> backward_on_cpu(at::TensorList grad_w, at::TensorList v,
                                              at::TensorList g, at::TensorList norm,
                                              at::IntArrayRef dim, at::ArrayRef<double> eps,
-                                             const c10::List<bool>& need_v,
-                                             const c10::List<bool>& need_g) {
+                                             at::IntArrayRef need_v,
+                                             at::IntArrayRef need_g) {
   const size_t count = v.size();
   check_lengths("grad_w", grad_w.size(), count);
   check_lengths("g", g.size(), count);

@@ -95,8 +95,8 @@ if _C is not None:
         norm: Sequence[Tensor],
         dim: Sequence[int],
         eps: Sequence[float],
-        need_v: Sequence[bool],
-        need_g: Sequence[bool],
+        need_v: Sequence[int],
+        need_g: Sequence[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
         return (
             [torch.empty_like(x) for x, need in zip(v, need_v, strict=True) if need],

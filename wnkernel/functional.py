@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.compiler import is_compiling
 
 from . import _autograd, _ops, composed
 from .backends import choice, choose
@@ -49,14 +50,10 @@ def weight_norm(
         ValueError: a wrong shape, device, dim or eps.
         RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
     """
-    if (
-        _native is not None
-        and choice.forced is None
-        and isinstance(v, Tensor)
-        and v.is_cpu
-        and not torch.compiler.is_compiling()
-    ):
-        return _native(v, g, dim, eps, out_dtype)
+    if _native is not None and choice.forced is None and not is_compiling():
+        w = _native(v, g, dim, eps, out_dtype)
+        if w is not NotImplemented:
+            return w
     return _weight_norm_checked(check(v, g, dim, eps, out_dtype))
 
 
@@ -84,7 +81,7 @@ def _weight_norm_checked(p: Problem) -> Tensor:
     backend = choose(p.v)
     if isinstance(backend, CompiledBackend):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
-    if torch.compiler.is_compiling() or _is_transformed(p.v) or _is_transformed(p.g):
+    if is_compiling() or _is_transformed(p.v) or _is_transformed(p.g):
         return composed.weight_norm(p)
     return _autograd.weight_norms([p], backend)[0]
 

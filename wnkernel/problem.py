@@ -120,7 +120,7 @@ def check_eps(eps: float) -> float:
     """
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not (eps >= 0.0 and math.isfinite(eps)):
+    if not 0.0 <= eps < math.inf:  # not isfinite(): torch.compile cannot trace it for dynamic floats
         raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
     return float(eps)
 

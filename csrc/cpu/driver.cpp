@@ -63,10 +63,10 @@ void exact_rows(const P& p, const double* sums, int64_t row, int64_t rows) {
 
 template <class P>
 struct Job {
-  const P* p;
-  Plan plan;
-  const Kernels* k;
-  DType acc;
+  const P* p = nullptr;
+  Plan plan{};
+  const Kernels* k = nullptr;
+  DType acc{};
   double* partials = nullptr;  // [outer_blocks * run_pieces][rows]
   double* sums = nullptr;      // [rows]
   char* a = nullptr;           // [rows] of acc
@@ -85,7 +85,9 @@ template <class P>
 class Launch {
  public:
   Launch(const P* problems, int64_t count, const Threads& threads)
-      : set_(instruction_set()), threads_(threads), jobs_(count) {
+      : set_(instruction_set()), threads_(threads), many_(count > 1 ? count : 0) {
+    jobs_ = count > 1 ? many_.data() : &single_;
+    count_ = count;
     size_t doubles = 0;
     for (int64_t k = 0; k < count; ++k) {
       Job<P>& job = jobs_[k];
@@ -100,7 +102,8 @@ class Launch {
     workspace_.resize(doubles);
     double* free = workspace_.data();
     const auto take = [&](int64_t n) { return std::exchange(free, free + n); };
-    for (Job<P>& job : jobs_) {
+    for (int64_t k = 0; k < count; ++k) {
+      Job<P>& job = jobs_[k];
       if (job.plan.one_phase) continue;
       two_phase_ = true;
       job.partials = take(job.plan.partials());
@@ -133,9 +136,8 @@ class Launch {
     const auto share = [&](int part) {
       const int64_t from = elements_ * part / parts, to = elements_ * (part + 1) / parts;
       int64_t start = reversed ? elements_ : 0;
-      const int64_t count = static_cast<int64_t>(jobs_.size());
-      for (int64_t j = 0; j < count; ++j) {
-        const Job<P>& job = jobs_[reversed ? count - 1 - j : j];
+      for (int64_t j = 0; j < count_; ++j) {
+        const Job<P>& job = jobs_[reversed ? count_ - 1 - j : j];
         const int64_t size = job.plan.view.numel();
         if (reversed) start -= size;
         const int64_t first = first_chunk(job, start, from), last = first_chunk(job, start, to);
@@ -163,9 +165,10 @@ class Launch {
       int64_t row;
     };
     std::vector<Block> blocks;
-    for (const Job<P>& job : jobs_)
-      if (!job.plan.one_phase)
-        for (int64_t row = 0; row < job.plan.view.rows; row += kMaxRows) blocks.push_back({&job, row});
+    for (int64_t k = 0; k < count_; ++k)
+      if (const Job<P>& job = jobs_[k]; !job.plan.one_phase)
+        for (int64_t row = 0; row < job.plan.view.rows; row += kMaxRows)
+          blocks.push_back({&job, row});
     const int64_t count = static_cast<int64_t>(blocks.size());
     const int64_t parts = std::min<int64_t>(count, std::max(1, threads_.threads));
     parallel(parts, [&](int part) {
@@ -345,7 +348,10 @@ class Launch {
 
   const InstructionSet& set_;
   const Threads& threads_;
-  std::vector<Job<P>> jobs_;
+  Job<P> single_;  // the table of one needs no memory
+  std::vector<Job<P>> many_;
+  Job<P>* jobs_;
+  int64_t count_;
   std::vector<double> workspace_;
   int64_t elements_ = 0;
   bool two_phase_ = false;

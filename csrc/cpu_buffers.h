@@ -1,0 +1,27 @@
+// Memory for results on the CPU: buffers that no tensor holds any more serve the next result of the
+// same size.
+//
+// Fresh memory is what a weight norm on the CPU spends most of its time on: a page fault for every
+// 4 KiB of w and grad_v, every step, because malloc gives large blocks back to the system at once.
+// A training step frees and asks for the same sizes again, so nearly every request is met here.
+#pragma once
+#include <c10/core/Allocator.h>
+
+namespace wnkernel {
+
+// An allocator for at::detail::empty_strided_generic and the like. Thread-safe. A buffer comes back
+// when the last tensor, view or array on its storage is gone, never earlier. Buffers that have not
+// been asked for while many times the held memory was served go back to the system. The environment
+// variable WNKERNEL_CPU_BUFFERS=0 turns it into torch's own allocator.
+c10::Allocator* cpu_buffers();
+
+struct BufferStatistics {
+  int64_t held_bytes;  // idle, waiting for the next request
+  int64_t used_bytes;  // held by tensors
+};
+BufferStatistics cpu_buffer_statistics();
+
+// Give all idle buffers back to the system.
+void release_cpu_buffers();
+
+}  // namespace wnkernel
