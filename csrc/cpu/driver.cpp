@@ -217,10 +217,16 @@ class Launch {
   }
 
   void whole_rows(const Job<P>& job, int64_t task) {
+    const int64_t row = task * job.plan.rows_per_task;
+    const int64_t end = std::min(row + job.plan.rows_per_task, job.plan.view.rows);
+    // Few rows at a time: the map finds in the first-level cache what the reduction has read.
+    const int64_t step = std::clamp<int64_t>(kBlock / job.plan.view.row_size(), 1, kMaxRows);
+    for (int64_t r = row; r < end; r += step) row_block(job, r, std::min(step, end - r));
+  }
+
+  void row_block(const Job<P>& job, int64_t row, int64_t rows) {
     const P& p = *job.p;
     const RowView& view = p.view;
-    const int64_t row = task * job.plan.rows_per_task;
-    const int64_t rows = std::min(job.plan.rows_per_task, view.rows - row);
     double sums[kMaxRows], a[kMaxRows], b[kMaxRows];
     std::fill(sums, sums + rows, 0.0);
     for (int64_t o = 0; o < view.outer; ++o) {
@@ -317,19 +323,23 @@ class Launch {
     constexpr bool backward = std::is_same_v<P, Backward>;
     const A *a = static_cast<const A*>(a_), *b = static_cast<const A*>(b_);
     A a_columns[kMaxColumns], b_columns[kMaxColumns];
-    for (int64_t j = 0, c = 0; j < repeat; ++j)
-      for (int64_t r = 0; r < s.rows; ++r)
-        for (int64_t i = 0; i < inner; ++i, ++c) {
-          a_columns[c] = a[r];
-          if (backward) b_columns[c] = b[r];
-        }
+    if (repeat * inner > 1) {
+      for (int64_t j = 0, c = 0; j < repeat; ++j)
+        for (int64_t r = 0; r < s.rows; ++r)
+          for (int64_t i = 0; i < inner; ++i, ++c) {
+            a_columns[c] = a[r];
+            if (backward) b_columns[c] = b[r];
+          }
+      a = a_columns;
+      b = b_columns;
+    }
     int64_t k = s.outer * s.stride + s.row * inner;
     job.k->map_columns(x_at(p, k), at(p.v, k, p.v_type), out_at(p, k), s.super_rows,
-                       repeat * s.stride, repeat * s.columns, a_columns, b_columns);
+                       repeat * s.stride, repeat * s.columns, a, b);
     k += s.super_rows * repeat * s.stride;
     if (s.leftover)
       job.k->map_columns(x_at(p, k), at(p.v, k, p.v_type), out_at(p, k), 1, 0,
-                         s.leftover * s.columns, a_columns, b_columns);
+                         s.leftover * s.columns, a, b);
   }
 
   void whole_strip(const Job<P>& job, int64_t task) {

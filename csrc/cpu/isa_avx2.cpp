@@ -13,10 +13,8 @@
 #endif
 #define WNKERNEL_ISA avx2
 #define WNKERNEL_VECTOR_BYTES 32
-#define WNKERNEL_HALF_LOAD(p) _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
-#define WNKERNEL_HALF_STORE(p, x)                   \
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), \
-                   _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT))
+#define WNKERNEL_WIDEN_HALF(raw) _mm256_cvtph_ps(bit_cast<__m128i>(raw))
+#define WNKERNEL_NARROW_HALF(x) _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT)
 #include "primitives_impl.h"
 
 namespace wnkernel::cpu {

@@ -15,12 +15,11 @@
 #define WNKERNEL_ISA avx512
 #define WNKERNEL_VECTOR_BYTES 64
 // The masked forms: gcc 12 warns about the undefined source operand of the plain ones (PR105593).
-#define WNKERNEL_HALF_LOAD(p) \
-  _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
-#define WNKERNEL_HALF_STORE(p, x)     \
-  _mm256_storeu_si256(               \
-      reinterpret_cast<__m256i*>(p), \
-      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT))
+#define WNKERNEL_WIDEN_HALF(raw) _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(raw))
+#define WNKERNEL_NARROW_HALF(x) \
+  _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT)
+#define WNKERNEL_MASKED_MOVES
+#include "avx512_masked.h"
 #include "primitives_impl.h"
 
 namespace wnkernel::cpu {

@@ -6,11 +6,8 @@
 #include <type_traits>
 #if defined(__aarch64__)
 #include <arm_neon.h>
-#define WNKERNEL_HALF_LOAD(p) \
-  vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))
-#define WNKERNEL_HALF_STORE(p, x)             \
-  vst1_u16(reinterpret_cast<uint16_t*>(p), \
-           vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(x))))
+#define WNKERNEL_WIDEN_HALF(raw) vcvt_f32_f16(vreinterpret_f16_u16(bit_cast<uint16x4_t>(raw)))
+#define WNKERNEL_NARROW_HALF(x) vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(x)))
 #define WNKERNEL_BASELINE_NAME "neon"
 #elif defined(__x86_64__)
 #define WNKERNEL_BASELINE_NAME "sse2"

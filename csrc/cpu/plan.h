@@ -13,13 +13,18 @@ namespace wnkernel::cpu {
 constexpr int64_t kChunk = 16384;
 // A row, or a strip of columns, of up to this many elements is still done in one phase.
 constexpr int64_t kOnePhase = 65536;
+// Short rows are reduced and mapped this many elements at a time: they stay in the first-level cache.
+constexpr int64_t kBlock = 2048;
 // Runs shorter than this are reduced down the columns, across rows, instead of along the run.
 constexpr int64_t kShortRun = 256;
 // Width of a strip of columns: its coefficients stay in the first-level cache.
 constexpr int64_t kMaxColumns = 2048;
 constexpr int64_t kMinColumns = 64;
-// Rows of memory that share one set of column sums.
-constexpr int64_t kMinOuter = 8;
+// Narrower strips are not worth their jumps through memory: two phases stream instead.
+constexpr int64_t kMinStrip = 1024;
+// Two-phase strips: elements of a chunk, and the most terms of one float sum down a column.
+constexpr int64_t kStripChunk = 65536;
+constexpr int64_t kMaxTerms = 256;
 // Rows whose sums and coefficients a thread keeps at a time.
 constexpr int64_t kMaxRows = 1024;
 
@@ -76,17 +81,16 @@ inline Plan plan_columns(const RowView& view) {
   const int64_t columns = view.rows * view.inner;
   p.repeat = columns >= kMinColumns ? 1 : 16 * ceil_div(kMinColumns, 16 * columns);
   const int64_t super_rows = ceil_div(view.outer, p.repeat);
-  const int64_t fitting = std::max(kMinColumns, kOnePhase / super_rows);
   const auto rows_within = [&](int64_t width) {
-    return std::clamp<int64_t>(width / view.inner, 1, view.rows);
+    return p.repeat > 1 ? view.rows : std::clamp<int64_t>(width / view.inner, 1, view.rows);
   };
-  p.rows_per_task = p.repeat > 1 ? view.rows : rows_within(std::min(kMaxColumns, fitting));
-  const int64_t width = p.repeat * p.rows_per_task * view.inner;
-  p.one_phase = width * super_rows <= kOnePhase;
-  if (!p.one_phase && p.repeat == 1) p.rows_per_task = rows_within(kMaxColumns);
+  const auto width = [&] { return p.repeat * p.rows_per_task * view.inner; };
+  p.rows_per_task = rows_within(std::min(kMaxColumns, std::max(kMinStrip, kOnePhase / super_rows)));
+  p.one_phase = width() * super_rows <= kOnePhase;
+  if (!p.one_phase) p.rows_per_task = rows_within(kMaxColumns);
   p.row_blocks = ceil_div(view.rows, p.rows_per_task);
-  const int64_t chunk_rows = kChunk / (p.repeat * p.rows_per_task * view.inner);
-  p.outer_per_task = p.one_phase ? view.outer : p.repeat * std::max(kMinOuter, chunk_rows);
+  const int64_t terms = std::clamp<int64_t>(kStripChunk / width(), 1, kMaxTerms);
+  p.outer_per_task = p.one_phase ? view.outer : p.repeat * terms;
   p.outer_blocks = ceil_div(view.outer, p.outer_per_task);
   p.tasks = p.row_blocks * p.outer_blocks;
   return p;

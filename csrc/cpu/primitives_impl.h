@@ -14,7 +14,9 @@ namespace wnkernel::cpu::WNKERNEL_ISA {
 
 // Floats are added up in runs of this many elements, then as doubles.
 constexpr int64_t kFloatRun = 8192;
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 4;      // independent sums along a row
+constexpr int kWideUnroll = 8;  // vectors of column sums in registers
+constexpr int64_t kStreams = 8;
 
 template <class V, class W, bool backward>
 struct KernelsOf {
@@ -42,7 +44,7 @@ struct KernelsOf {
       for (int u = 0; u < kUnroll; ++u) sum[u] = add_product(sum[u], x + k + u * N, y + k + u * N);
     for (; k + N <= n; k += N) sum[0] = add_product(sum[0], x + k, y + k);
     if (k < n) sum[1] = add_product_partial(sum[1], x + k, y + k, n - k);
-    return horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    return horizontal_sum<A, WNKERNEL_VECTOR_BYTES>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
   static void dot_rows(const void* x_, const void* y_, int64_t rows, int64_t n, double* sums) {
@@ -53,25 +55,34 @@ struct KernelsOf {
         sums[r] += dot_run(x + k, y + k, n - k < kFloatRun ? n - k : kFloatRun);
   }
 
+  // Adds `outer` rows of memory onto `u` vectors of column sums, which stay in registers.
+  template <int u>
+  WNKERNEL_INLINE void add_columns(const X* x, const V* y, int64_t outer, int64_t stride, A* sums) {
+    Vec<A> sum[u];
+    for (int k = 0; k < u; ++k) sum[k] = load<A>(sums + k * N);
+    for (int64_t o = 0; o < outer; ++o, x += stride, y += stride)
+      for (int k = 0; k < u; ++k) sum[k] = add_product(sum[k], x + k * N, y + k * N);
+    for (int k = 0; k < u; ++k) store<A>(sums + k * N, sum[k]);
+  }
+
   static void dot_columns(const void* x_, const void* y_, int64_t outer, int64_t stride,
                           int64_t columns, void* sums_) {
     const X* x = static_cast<const X*>(x_);
     const V* y = static_cast<const V*>(y_);
     A* sums = static_cast<A*>(sums_);
-    int64_t c = 0;
-    for (; c + kUnroll * N <= columns; c += kUnroll * N) {
-      Vec<A> sum[kUnroll];
-      for (int u = 0; u < kUnroll; ++u) sum[u] = load<A>(sums + c + u * N);
-      for (int64_t o = 0; o < outer; ++o)
-        for (int u = 0; u < kUnroll; ++u)
-          sum[u] = add_product(sum[u], x + o * stride + c + u * N, y + o * stride + c + u * N);
-      for (int u = 0; u < kUnroll; ++u) store<A>(sums + c + u * N, sum[u]);
-    }
-    for (; c < columns; c += N) {
-      const int64_t n = columns - c < N ? columns - c : N;
+    // Wide strips a few rows of memory at a time: as many streams as the prefetcher follows.
+    const int64_t group = columns > kWideUnroll * N ? kStreams : outer;
+    for (int64_t o = 0; o < outer; o += group, x += group * stride, y += group * stride) {
+      const int64_t rows = outer - o < group ? outer - o : group;
+      int64_t c = 0;
+      for (; c + kWideUnroll * N <= columns; c += kWideUnroll * N)
+        add_columns<kWideUnroll>(x + c, y + c, rows, stride, sums + c);
+      for (; c + N <= columns; c += N) add_columns<1>(x + c, y + c, rows, stride, sums + c);
+      if (c == columns) continue;
+      const int64_t n = columns - c;
       Vec<A> sum = load_partial<A>(sums + c, n);
-      for (int64_t o = 0; o < outer; ++o)
-        sum = add_product_partial(sum, x + o * stride + c, y + o * stride + c, n);
+      for (int64_t k = 0; k < rows; ++k)
+        sum = add_product_partial(sum, x + k * stride + c, y + k * stride + c, n);
       store_partial<A>(sums + c, sum, n);
     }
   }
@@ -134,11 +145,11 @@ struct FinishOf {
     return (x >= low) & (x <= high);
   }
 
-  static int64_t forward(double* sums, const void* g_, int64_t rows, double eps, void* norm_,
-                         void* a_) {
-    const G* g = static_cast<const G*>(g_);
-    A* norm = static_cast<A*>(norm_);
-    A* a = static_cast<A*>(a_);
+  static int64_t forward(double* __restrict sums, const void* g_, int64_t rows, double eps,
+                         void* norm_, void* a_) {
+    const G* __restrict g = static_cast<const G*>(g_);
+    A* __restrict norm = static_cast<A*>(norm_);
+    A* __restrict a = static_cast<A*>(a_);
     int64_t unsafe = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]);
@@ -154,13 +165,13 @@ struct FinishOf {
     return unsafe;
   }
 
-  static int64_t backward(double* sums, const void* g_, const void* norm_, int64_t rows, double eps,
-                          void* grad_g_, void* a_, void* b_) {
-    const G* g = static_cast<const G*>(g_);
-    const A* norm = static_cast<const A*>(norm_);
-    G* grad_g = static_cast<G*>(grad_g_);
-    A* a = static_cast<A*>(a_);
-    A* b = static_cast<A*>(b_);
+  static int64_t backward(double* __restrict sums, const void* g_, const void* norm_, int64_t rows,
+                          double eps, void* grad_g_, void* a_, void* b_) {
+    const G* __restrict g = static_cast<const G*>(g_);
+    const A* __restrict norm = static_cast<const A*>(norm_);
+    G* __restrict grad_g = static_cast<G*>(grad_g_);
+    A* __restrict a = static_cast<A*>(a_);
+    A* __restrict b = static_cast<A*>(b_);
     int64_t unsafe = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const double n = norm[r], gr = to_double(g[r]), s = sums[r];

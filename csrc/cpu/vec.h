@@ -1,5 +1,10 @@
 // Vectors of the instruction set that this translation unit is compiled for: WNKERNEL_ISA names its
 // namespace, WNKERNEL_VECTOR_BYTES its width. Loads widen to the accumulation type, stores round.
+//
+// What the compiler's portable vectors cannot say, an instruction set may say itself, before it
+// includes this file: WNKERNEL_WIDEN_HALF and WNKERNEL_NARROW_HALF (half conversions),
+// WNKERNEL_MASKED_MOVES (partial vectors in one instruction), WNKERNEL_STREAM (stores that bypass
+// the cache).
 #pragma once
 #include "elements.h"
 
@@ -7,7 +12,7 @@ namespace wnkernel::cpu::WNKERNEL_ISA {
 
 #define WNKERNEL_INLINE static inline __attribute__((always_inline))
 
-template <class T, int bytes>
+template <class T, int64_t bytes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(bytes)));
 };
@@ -16,9 +21,21 @@ using Vec = typename VectorOf<A, WNKERNEL_VECTOR_BYTES>::type;
 template <class A>
 constexpr int64_t kLanes = WNKERNEL_VECTOR_BYTES / sizeof(A);
 
-// A vector of T with as many lanes as Vec<A>.
+// As many elements of T in storage as Vec<A> has lanes.
+template <class T>
+struct StorageOf {
+  using type = T;
+};
+template <>
+struct StorageOf<f16> {
+  using type = uint16_t;
+};
+template <>
+struct StorageOf<bf16> {
+  using type = uint16_t;
+};
 template <class T, class A>
-using Narrow = typename VectorOf<T, kLanes<A> * sizeof(T)>::type;
+using Raw = typename VectorOf<typename StorageOf<T>::type, kLanes<A> * int64_t{sizeof(T)}>::type;
 
 template <class To, class From>
 WNKERNEL_INLINE To bit_cast(From from) {
@@ -28,97 +45,115 @@ WNKERNEL_INLINE To bit_cast(From from) {
   return to;
 }
 
-template <class R>
-WNKERNEL_INLINE R load_raw(const void* p) {
-  R raw;
-  __builtin_memcpy(&raw, p, sizeof raw);
-  return raw;
-}
-
+// Raw -> Vec<A> and back, by element type.
 template <class A, class T>
-struct Convert {  // float <-> double, and the pairs nobody uses (double sums of half grads)
-  WNKERNEL_INLINE Vec<A> load(const T* p) {
-    if constexpr (sizeof(T) >= 4) {
-      return __builtin_convertvector((load_raw<Narrow<T, A>>(p)), Vec<A>);
-    } else {
-      Vec<A> out;
-      for (int k = 0; k < kLanes<A>; ++k) out[k] = to_float(p[k]);
-      return out;
-    }
-  }
-  WNKERNEL_INLINE void store(T* p, Vec<A> x) {
-    if constexpr (sizeof(T) >= 4) {
-      const auto narrow = __builtin_convertvector(x, Narrow<T, A>);
-      __builtin_memcpy(p, &narrow, sizeof narrow);
-    } else {
-      for (int k = 0; k < kLanes<A>; ++k) from_double(x[k], p + k);
-    }
-  }
+struct Convert {  // float <-> double
+  WNKERNEL_INLINE Vec<A> widen(Raw<T, A> raw) { return __builtin_convertvector(raw, Vec<A>); }
+  WNKERNEL_INLINE Raw<T, A> narrow(Vec<A> x) { return __builtin_convertvector(x, Raw<T, A>); }
 };
 
 template <class A>
 struct Convert<A, A> {
-  WNKERNEL_INLINE Vec<A> load(const A* p) { return load_raw<Vec<A>>(p); }
-  WNKERNEL_INLINE void store(A* p, Vec<A> x) { __builtin_memcpy(p, &x, sizeof x); }
+  WNKERNEL_INLINE Vec<A> widen(Vec<A> raw) { return raw; }
+  WNKERNEL_INLINE Vec<A> narrow(Vec<A> x) { return x; }
 };
+
+template <class A, class H>
+struct ConvertByElement {  // the pairs that nobody uses: half grads of double weights
+  WNKERNEL_INLINE Vec<A> widen(Raw<H, A> raw) {
+    Vec<A> out{};
+    for (int k = 0; k < kLanes<A>; ++k) out[k] = to_float(H{raw[k]});
+    return out;
+  }
+  WNKERNEL_INLINE Raw<H, A> narrow(Vec<A> x) {
+    Raw<H, A> out{};
+    for (int k = 0; k < kLanes<A>; ++k) {
+      H h;
+      from_double(x[k], &h);
+      out[k] = h.bits;
+    }
+    return out;
+  }
+};
+template <class A>
+struct Convert<A, f16> : ConvertByElement<A, f16> {};
+template <class A>
+struct Convert<A, bf16> : ConvertByElement<A, bf16> {};
 
 template <>
 struct Convert<float, bf16> {
   using U32 = Vec<uint32_t>;
-  using U16 = Narrow<uint16_t, float>;
-  WNKERNEL_INLINE Vec<float> load(const bf16* p) {
-    return bit_cast<Vec<float>>(__builtin_convertvector(load_raw<U16>(p), U32) << 16);
+  using U16 = Raw<bf16, float>;
+  WNKERNEL_INLINE Vec<float> widen(U16 raw) {
+    return bit_cast<Vec<float>>(__builtin_convertvector(raw, U32) << 16);
   }
-  WNKERNEL_INLINE void store(bf16* p, Vec<float> x) {
+  WNKERNEL_INLINE U16 narrow(Vec<float> x) {
     const U32 bits = bit_cast<U32>(x);
     const U32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    const U32 quiet = bits * 0 + 0x7fc0u;
-    const U16 out = __builtin_convertvector(x == x ? rounded : quiet, U16);
-    __builtin_memcpy(p, &out, sizeof out);
+    const U32 quiet_nan = U32{} + 0x7fc0u;
+    return __builtin_convertvector(x == x ? rounded : quiet_nan, U16);
   }
 };
 
-#if defined(WNKERNEL_HALF_LOAD)  // the instruction set converts half vectors itself
+#if defined(WNKERNEL_WIDEN_HALF)
 template <>
 struct Convert<float, f16> {
-  WNKERNEL_INLINE Vec<float> load(const f16* p) { return bit_cast<Vec<float>>(WNKERNEL_HALF_LOAD(p)); }
-  WNKERNEL_INLINE void store(f16* p, Vec<float> x) { WNKERNEL_HALF_STORE(p, x); }
+  using U16 = Raw<f16, float>;
+  WNKERNEL_INLINE Vec<float> widen(U16 raw) { return bit_cast<Vec<float>>(WNKERNEL_WIDEN_HALF(raw)); }
+  WNKERNEL_INLINE U16 narrow(Vec<float> x) { return bit_cast<U16>(WNKERNEL_NARROW_HALF(x)); }
 };
 #endif
 
 template <class A, class T>
 WNKERNEL_INLINE Vec<A> load(const T* p) {
-  return Convert<A, T>::load(p);
+  Raw<T, A> raw;
+  __builtin_memcpy(&raw, p, sizeof raw);
+  return Convert<A, T>::widen(raw);
 }
 
 template <class A, class T>
 WNKERNEL_INLINE void store(T* p, Vec<A> x) {
-  Convert<A, T>::store(p, x);
+  const Raw<T, A> raw = Convert<A, T>::narrow(x);
+  __builtin_memcpy(p, &raw, sizeof raw);
 }
 
 // The first n < kLanes<A> elements; the other lanes are zero.
 template <class A, class T>
 WNKERNEL_INLINE Vec<A> load_partial(const T* p, int64_t n) {
+#if defined(WNKERNEL_MASKED_MOVES)
+  return Convert<A, T>::widen(bit_cast<Raw<T, A>>(masked_load<sizeof(Raw<T, A>), sizeof(T)>(p, n)));
+#else
   T padded[kLanes<A>] = {};
   for (int64_t k = 0; k < n; ++k) padded[k] = p[k];
   return load<A>(padded);
+#endif
 }
 
 template <class A, class T>
 WNKERNEL_INLINE void store_partial(T* p, Vec<A> x, int64_t n) {
+#if defined(WNKERNEL_MASKED_MOVES)
+  masked_store<sizeof(T)>(p, Convert<A, T>::narrow(x), n);
+#else
   T padded[kLanes<A>];
   store<A>(padded, x);
   for (int64_t k = 0; k < n; ++k) p[k] = padded[k];
+#endif
 }
 
 // Halves are folded onto each other: a fixed order, log2(lanes) additions.
-template <class A>
-WNKERNEL_INLINE A horizontal_sum(Vec<A> x) {
-  A lanes[kLanes<A>];
-  __builtin_memcpy(lanes, &x, sizeof x);
-  for (int64_t width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  return lanes[0];
+template <class A, int64_t bytes>
+WNKERNEL_INLINE A horizontal_sum(typename VectorOf<A, bytes>::type x) {
+  if constexpr (bytes > 16) {
+    struct Halves {
+      typename VectorOf<A, bytes / 2>::type low, high;
+    };
+    const Halves halves = bit_cast<Halves>(x);
+    return horizontal_sum<A, bytes / 2>(halves.low + halves.high);
+  } else if constexpr (sizeof(A) == 4) {
+    return (x[0] + x[2]) + (x[1] + x[3]);
+  } else {
+    return x[0] + x[1];
+  }
 }
 
 }  // namespace wnkernel::cpu::WNKERNEL_ISA

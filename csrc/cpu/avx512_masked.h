@@ -1,0 +1,56 @@
+// Partial vectors in one instruction, by size of vector and element; see vec.h.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace wnkernel::cpu::avx512 {
+
+static inline __attribute__((always_inline)) uint32_t first(int64_t n) { return (1u << n) - 1u; }
+
+// n elements of `element` bytes, zeros behind them, in a vector of `bytes`.
+template <int bytes, int element>
+static inline __attribute__((always_inline)) auto masked_load(const void* p, int64_t n) {
+  if constexpr (bytes == 64 && element == 4) {
+    return _mm512_maskz_loadu_epi32(first(n), p);
+  } else if constexpr (bytes == 64) {
+    return _mm512_maskz_loadu_epi64(first(n), p);
+  } else if constexpr (bytes == 32 && element == 4) {
+    return _mm256_maskz_loadu_epi32(first(n), p);
+  } else if constexpr (bytes == 32) {
+    return _mm256_maskz_loadu_epi16(first(n), p);
+  } else if constexpr (bytes == 128) {  // double grads of float weights
+    struct {
+      __m512i low, high;
+    } pair{_mm512_maskz_loadu_epi64(first(n < 8 ? n : 8), p),
+           _mm512_maskz_loadu_epi64(first(n < 8 ? 0 : n - 8), static_cast<const double*>(p) + 8)};
+    return pair;
+  } else {
+    return _mm_maskz_loadu_epi16(first(n), p);
+  }
+}
+
+template <int element, class Raw>
+static inline __attribute__((always_inline)) void masked_store(void* p, Raw raw, int64_t n) {
+  constexpr int bytes = sizeof raw;
+  if constexpr (bytes == 64 && element == 4) {
+    _mm512_mask_storeu_epi32(p, first(n), (__m512i)raw);
+  } else if constexpr (bytes == 64) {
+    _mm512_mask_storeu_epi64(p, first(n), (__m512i)raw);
+  } else if constexpr (bytes == 32 && element == 4) {
+    _mm256_mask_storeu_epi32(p, first(n), (__m256i)raw);
+  } else if constexpr (bytes == 32) {
+    _mm256_mask_storeu_epi16(p, first(n), (__m256i)raw);
+  } else if constexpr (bytes == 128) {
+    struct {
+      __m512i low, high;
+    } pair;
+    __builtin_memcpy(&pair, &raw, sizeof pair);
+    _mm512_mask_storeu_epi64(p, first(n < 8 ? n : 8), pair.low);
+    _mm512_mask_storeu_epi64(static_cast<double*>(p) + 8, first(n < 8 ? 0 : n - 8), pair.high);
+  } else {
+    _mm_mask_storeu_epi16(p, first(n), (__m128i)raw);
+  }
+}
+
+}  // namespace wnkernel::cpu::avx512
