@@ -29,7 +29,9 @@ def wanted() -> str:
     if mode not in ("auto", "cpu", "cuda", "none"):
         raise SystemExit(f"WNKERNEL_BUILD: expected auto, cpu, cuda or none, got {mode!r}")
     if mode == "cuda":
-        raise SystemExit("WNKERNEL_BUILD=cuda: this version has no CUDA kernels yet; use auto or cpu")
+        raise SystemExit(
+            "WNKERNEL_BUILD=cuda: this version has no CUDA kernels yet; use auto or cpu"
+        )
     return mode
 
 
@@ -56,6 +58,7 @@ def link_flags() -> list[str]:
 def extension_arguments() -> dict:
     """Arguments of setup() that build wnkernel._C; empty for a pure-Python package."""
     mode = wanted()
+    previous = BUILD_INFO.read_text(encoding="utf-8") if BUILD_INFO.exists() else ""
     BUILD_INFO.unlink(missing_ok=True)
     if mode == "none":
         return {}
@@ -73,8 +76,12 @@ def extension_arguments() -> dict:
         )
         return {}
 
+    build_info = f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+
     class Build(BuildExtension):
         def run(self) -> None:
+            # A module built against another torch is out of date however new its sources are.
+            self.force = self.force or build_info != previous
             try:
                 super().run()
             except (Exception, SystemExit) as error:
@@ -83,12 +90,12 @@ def extension_arguments() -> dict:
                 BUILD_INFO.unlink(missing_ok=True)
                 self.extensions = []
                 reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-                plain_line(f"compiled kernels were not built ({reason[0]}); "
-                           "the pure-Python package works without them")
+                plain_line(
+                    f"compiled kernels were not built ({reason[0]}); "
+                    "the pure-Python package works without them"
+                )
 
-    BUILD_INFO.write_text(
-        f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n', encoding="utf-8"
-    )
+    BUILD_INFO.write_text(build_info, encoding="utf-8")
     extension = CppExtension(
         "wnkernel._C",
         SOURCES,

@@ -2,11 +2,12 @@
 // differentiable operator.
 //
 // Nothing goes through save_for_backward: v, g and norm live in saved_data, and their versions are
-// compared here. So a node may run backward any number of times, and activation checkpointing, which
-// counts saved tensors, sees none of it. Outputs are never kept: that would be a reference cycle.
+// compared here. So a node may run backward any number of times, and activation checkpointing,
+// which counts saved tensors, sees none of it. Outputs are never kept: that would be a reference
+// cycle.
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -46,8 +47,8 @@ bool is_transformed(at::TensorList tensors) {
   return false;
 }
 
-// What a node keeps of one weight: entries of one list in saved_data, which costs less than an entry
-// of saved_data each, and which compiled autograd can read.
+// What a node keeps of one weight: entries of one list in saved_data, which costs less than an
+// entry of saved_data each, and which compiled autograd can read.
 struct Saved {
   at::Tensor v, g, extra;  // extra: norm, or grad_w
   int64_t dim;
@@ -114,7 +115,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
       if (need_v[k]) gg_v[k] = outputs[next++];
     for (size_t k = 0; k < count; ++k)
       if (need_g[k]) gg_g[k] = outputs[next++];
-    variable_list grads(3 * count + 5);
+    variable_list grads(4 * count + 4);
     for (size_t k = 0; k < count; ++k) {
       if (!gg_v[k].defined() && !gg_g[k].defined()) continue;
       const Saved w(saved, k);
@@ -132,8 +133,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
 std::tuple<Tensors, Tensors> backward_composed(at::TensorList grad_w, at::TensorList v,
                                                at::TensorList g, at::TensorList,
                                                at::IntArrayRef dim, at::ArrayRef<double> eps,
-                                               at::IntArrayRef need_v,
-                                               at::IntArrayRef need_g) {
+                                               at::IntArrayRef need_v, at::IntArrayRef need_g) {
   Tensors grad_v, grad_g;
   for (size_t k = 0; k < v.size(); ++k) {
     auto [gv, gg] = composed::backward(grad_w[k], v[k], g[k], dim[k], eps[k]);
@@ -146,8 +146,7 @@ std::tuple<Tensors, Tensors> backward_composed(at::TensorList grad_w, at::Tensor
 std::tuple<Tensors, Tensors> first_derivatives(at::TensorList grad_w, at::TensorList v,
                                                at::TensorList g, at::TensorList norm,
                                                at::IntArrayRef dim, at::ArrayRef<double> eps,
-                                               at::IntArrayRef need_v,
-                                               at::IntArrayRef need_g) {
+                                               at::IntArrayRef need_v, at::IntArrayRef need_g) {
   if (is_transformed(grad_w) || is_transformed(v) || is_transformed(g))
     return backward_composed(grad_w, v, g, norm, dim, eps, need_v, need_g);
   if (!needs_grad(grad_w) && !needs_grad(v) && !needs_grad(g)) {
@@ -245,5 +244,8 @@ TORCH_LIBRARY_IMPL(wnkernel, FuncTorchBatched, m) {
   m.impl("weight_norm", composed::weight_norm);
   m.impl("backward", backward_composed);
 }
+
+// The older vmap, which autograd.grad(..., is_grads_batched=True) and vectorized Jacobians use.
+TORCH_LIBRARY_IMPL(wnkernel, Batched, m) { m.impl("backward", backward_composed); }
 
 }  // namespace wnkernel

@@ -1,7 +1,7 @@
 // The Python module wnkernel._C: loading it registers the operators. Besides, one function that
 // calls weight_norm with less overhead than torch.ops, and what the module was built with.
-#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -52,6 +52,7 @@ PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5, "weight_norm: expected 5 arguments, got ", count);
   const at::Tensor &v = as_tensor("v", args[0]), &g = as_tensor("g", args[1]);
+  check_placement(v, g);
   if (!v.is_cpu()) Py_RETURN_NOTIMPLEMENTED;
   const int64_t dim = as_dim(args[2]);
   const double eps = as_eps(args[3]);

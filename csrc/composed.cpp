@@ -39,8 +39,7 @@ struct Terms {
     if (x.sym_numel() == 0) return row_sum(x);
     at::Tensor scale = x.detach().abs().amax(dims, true);
     scale = at::where((scale > 0).logical_and(scale.isfinite()), scale, at::ones({}, x.options()));
-    return (at::linalg_vector_norm(x / scale, 2, dims, true) * scale)
-        .reshape_symint(g.sym_sizes());
+    return (at::linalg_vector_norm(x / scale, 2, dims, true) * scale).reshape_symint(g.sym_sizes());
   }
 
   // x where the norm is differentiated, 0 where it is clamped.

@@ -59,7 +59,8 @@ class Pool final : public c10::Allocator {
     std::vector<Buffer*> freed;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (!idle_.empty() && (all || is_stale(*idle_.front()))) freed.push_back(pop(idle_.front()));
+      while (!idle_.empty() && (all || is_stale(*idle_.front())))
+        freed.push_back(pop(idle_.front()));
     }
     for (Buffer* buffer : freed) {
       c10::free_cpu(buffer->data);
@@ -120,7 +121,7 @@ class Pool final : public c10::Allocator {
 
   const bool enabled_ = wanted();
   std::mutex mutex_;
-  std::list<Buffer*> idle_;  // longest idle first
+  std::list<Buffer*> idle_;                                   // longest idle first
   std::unordered_map<size_t, std::vector<Buffer*>> by_size_;  // idle, longest idle first
   int64_t held_ = 0, used_ = 0, served_ = 0;
 };

@@ -2,10 +2,13 @@
 //
 // Semantics, for every k of a list: see wnkernel/functional.py for v, g, dim, eps and out_dtype.
 //   weight_norm  w of one weight. Differentiable to any order.
-//   forward      w and norm (unclamped; float32 for half types) of a list in one launch. Dims are as
+//   forward      w and norm (unclamped; float32 for half types) of a list in one launch. Dims are
+//   as
 //                in weight_norm; w is differentiable through one node, norm is not.
-//   backward     first derivatives of a list in one launch: grad_v of those with need_v, then grad_g
-//                of those with need_g. Differentiable; norm counts as a function of v, not as an input.
+//   backward     first derivatives of a list in one launch: grad_v of those with need_v, then
+//   grad_g
+//                of those with need_g. Differentiable; norm counts as a function of v, not as an
+//                input.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

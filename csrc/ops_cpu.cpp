@@ -43,8 +43,8 @@ void check_lengths(const char* name, size_t got, size_t expected) {
                     got);
 }
 
-std::tuple<Tensors, Tensors> forward_on_cpu(at::TensorList v, at::TensorList g,
-                                            at::IntArrayRef dim, at::ArrayRef<double> eps,
+std::tuple<Tensors, Tensors> forward_on_cpu(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                                            at::ArrayRef<double> eps,
                                             std::optional<at::ScalarType> out_dtype) {
   const size_t count = v.size();
   check_lengths("g", g.size(), count);
@@ -53,7 +53,8 @@ std::tuple<Tensors, Tensors> forward_on_cpu(at::TensorList v, at::TensorList g,
   for (size_t k = 0; k < count; ++k) check_forward(v[k], g[k], dim[k], eps[k], out_dtype);
 
   Tensors w(count), norm(count);
-  c10::SmallVector<at::Tensor, 2> alive;  // copies that the table points into
+  c10::SmallVector<at::Tensor, 2> alive;  // what the table points into
+  alive.reserve(2 * count);               // references to its elements are taken
   c10::SmallVector<Forward, 1> table;
   for (size_t k = 0; k < count; ++k) {
     const at::Tensor& vk = alive.emplace_back(dense(v[k]));
@@ -75,8 +76,7 @@ std::tuple<Tensors, Tensors> forward_on_cpu(at::TensorList v, at::TensorList g,
 std::tuple<Tensors, Tensors> backward_on_cpu(at::TensorList grad_w, at::TensorList v,
                                              at::TensorList g, at::TensorList norm,
                                              at::IntArrayRef dim, at::ArrayRef<double> eps,
-                                             at::IntArrayRef need_v,
-                                             at::IntArrayRef need_g) {
+                                             at::IntArrayRef need_v, at::IntArrayRef need_g) {
   const size_t count = v.size();
   check_lengths("grad_w", grad_w.size(), count);
   check_lengths("g", g.size(), count);
@@ -85,21 +85,19 @@ std::tuple<Tensors, Tensors> backward_on_cpu(at::TensorList grad_w, at::TensorLi
   check_lengths("eps", eps.size(), count);
   check_lengths("need_v", need_v.size(), count);
   check_lengths("need_g", need_g.size(), count);
-  for (size_t k = 0; k < count; ++k)
-    check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
+  for (size_t k = 0; k < count; ++k) check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
 
   Tensors grad_v, grad_g;
   c10::SmallVector<at::Tensor, 4> alive;
+  alive.reserve(4 * count);
   c10::SmallVector<Backward, 1> table;
   for (size_t k = 0; k < count; ++k) {
     if (!need_v[k] && !need_g[k]) continue;
     const at::Tensor& vk = alive.emplace_back(dense(v[k]));
     const at::Tensor& gk = alive.emplace_back(g[k].contiguous());
     void *to_v = nullptr, *to_g = nullptr;
-    if (need_v[k])
-      to_v = grad_v.emplace_back(empty_like(vk, vk.scalar_type())).mutable_data_ptr();
-    if (need_g[k])
-      to_g = grad_g.emplace_back(empty_like(gk, gk.scalar_type())).mutable_data_ptr();
+    if (need_v[k]) to_v = grad_v.emplace_back(empty_like(vk, vk.scalar_type())).mutable_data_ptr();
+    if (need_g[k]) to_g = grad_g.emplace_back(empty_like(gk, gk.scalar_type())).mutable_data_ptr();
     if (vk.numel() == 0) {  // a row of no elements: its norm does not depend on anything
       if (need_g[k]) grad_g.back().zero_();
       continue;

@@ -11,13 +11,22 @@ bool is_float(at::ScalarType t) {
   return t == at::kFloat || t == at::kHalf || t == at::kBFloat16 || t == at::kDouble;
 }
 
-void check_tensor(const char* name, const at::Tensor& t) {
+void check_layout(const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(t.defined(), name, ": expected a torch.Tensor, got None");
   TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized(), name,
                    ": expected a dense strided tensor, got a ",
                    t.is_quantized() ? "quantized" : c10::str(t.layout()), " one");
+}
+
+void check_tensor(const char* name, const at::Tensor& t) {
+  check_layout(name, t);
   TORCH_CHECK_TYPE(is_float(t.scalar_type()), name, ": expected dtype ", kFloatNames, ", got ",
                    t.scalar_type());
+}
+
+void check_device(const char* name, const at::Tensor& t, const at::Tensor& v) {
+  TORCH_CHECK_VALUE(t.device() == v.device(), name, ": expected device ", v.device(),
+                    " (that of v), got ", t.device());
 }
 
 bool has_norm_shape(const at::Tensor& t, const at::Tensor& v, int64_t dim) {
@@ -36,8 +45,7 @@ std::vector<int64_t> norm_shape(const at::Tensor& v, int64_t dim) {
 }
 
 void check_norm_like(const char* name, const at::Tensor& t, const at::Tensor& v, int64_t dim) {
-  TORCH_CHECK_VALUE(t.device() == v.device(), name, ": expected device ", v.device(),
-                    " (that of v), got ", t.device());
+  check_device(name, t, v);
   TORCH_CHECK_VALUE(has_norm_shape(t, v, dim), name, ": expected shape ",
                     at::IntArrayRef(norm_shape(v, dim)), " for v of shape ", v.sizes(), " and dim ",
                     dim, ", got ", t.sizes());
@@ -51,11 +59,16 @@ int64_t canonical_dim(int64_t dim, int64_t ndim) {
   return dim >= kWholeTensor ? dim : dim + ndim;
 }
 
+void check_placement(const at::Tensor& v, const at::Tensor& g) {
+  check_layout("v", v);
+  check_layout("g", g);
+  check_device("g", g, v);
+}
+
 void check_forward(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
                    std::optional<at::ScalarType> out_dtype) {
   check_tensor("v", v);
-  TORCH_CHECK_VALUE(v.dim() > 0,
-                    "v: expected at least 1 dimension, got a 0-dimensional tensor");
+  TORCH_CHECK_VALUE(v.dim() > 0, "v: expected at least 1 dimension, got a 0-dimensional tensor");
   dim = canonical_dim(dim, v.dim());
   check_tensor("g", g);
   check_norm_like("g", g, v, dim);
@@ -69,8 +82,7 @@ void check_backward(const at::Tensor& grad_w, const at::Tensor& v, const at::Ten
                     const at::Tensor& norm, int64_t dim, double eps) {
   check_forward(v, g, dim, eps, std::nullopt);
   check_tensor("grad_w", grad_w);
-  TORCH_CHECK_VALUE(grad_w.device() == v.device(), "grad_w: expected device ", v.device(),
-                    " (that of v), got ", grad_w.device());
+  check_device("grad_w", grad_w, v);
   TORCH_CHECK_VALUE(grad_w.sizes() == v.sizes(), "grad_w: expected shape ", v.sizes(),
                     " (that of v), got ", grad_w.sizes());
   check_tensor("norm", norm);

@@ -14,6 +14,9 @@ constexpr int64_t kWholeTensor = -1;
 // None and -1: the whole tensor; -2, -3, ... count from the end. Throws ValueError out of range.
 int64_t canonical_dim(int64_t dim, int64_t ndim);
 
+// Whether the dispatcher can choose a kernel at all: layouts and devices. Throws as below.
+void check_placement(const at::Tensor& v, const at::Tensor& g);
+
 // Throw TypeError or ValueError that names the argument, what was expected and what came.
 void check_forward(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
                    std::optional<at::ScalarType> out_dtype);

@@ -40,8 +40,8 @@ struct Backward {
   double eps;
 };
 
-// How a launcher reaches the caller's threads: run(tasks, body, context) calls body(context, k) once
-// for every k < tasks, on at most `threads` threads.
+// How a launcher reaches the caller's threads: run(tasks, body, context) calls body(context, k)
+// once for every k < tasks, on at most `threads` threads.
 struct Threads {
   int threads;
   void (*run)(int tasks, void (*body)(void* context, int task), void* context);

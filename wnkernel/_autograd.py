@@ -49,16 +49,20 @@ class _Forward(Function):
             _check_version("v", p.v, ctx.versions[k])
             _check_version("g", p.g, ctx.versions[n + k])
         need_v, need_g = [need[k] for k in live], [need[n + k] for k in live]
-        grads = _Backward.apply(
-            ctx.backend,
-            problems,
-            [ctx.norms[k] for k in live],
-            need_v,
-            need_g,
-            *(grad_ws[k] for k in live),
-            *(p.v for p in problems),
-            *(p.g for p in problems),
-        ) if live else ()
+        grads = (
+            _Backward.apply(
+                ctx.backend,
+                problems,
+                [ctx.norms[k] for k in live],
+                need_v,
+                need_g,
+                *(grad_ws[k] for k in live),
+                *(p.v for p in problems),
+                *(p.g for p in problems),
+            )
+            if live
+            else ()
+        )
         found = iter(grads)
         out: list[Tensor | None] = [None] * (2 * n)
         for k, wanted in zip(live, need_v, strict=True):

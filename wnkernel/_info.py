@@ -17,7 +17,7 @@ def info() -> dict[str, Any]:
 
     Returns:
         ``wnkernel``, ``torch``, ``python``, ``platform``: versions. ``compiled``: what the compiled
-        module was built with (torch, compiler, devices, the instruction set that runs), or ``None``.
+        module was built with (torch, compiler, devices), the instruction set in use; or None.
         ``load_error``: why it is not loaded, empty when it is. ``backends``: for every backend, in
         the order of the automatic choice, the reasons why it cannot run here (empty: it can).
         ``forced_backend``: the one asked for on this thread, or ``None``.
@@ -33,4 +33,3 @@ def info() -> dict[str, Any]:
         "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
         "forced_backend": choice.forced,
     }
-

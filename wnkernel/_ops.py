@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import accumulation_dtype, canonical_dim, norm_shape
+from .problem import Problem, check, check_grad_w, is_dense, norm_shape
+
 
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled module, or None and one line on why it is not there."""
@@ -57,13 +58,15 @@ def load_error() -> str:
     return _LOAD_ERROR
 
 
-def _fake_w(v: Tensor, out_dtype: torch.dtype | None) -> Tensor:
-    return torch.empty_like(v, dtype=out_dtype or v.dtype)
+def _fake_like(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a kernel allocates for v: its memory order if it is dense, contiguous if it has gaps."""
+    order = torch.preserve_format if is_dense(v) else torch.contiguous_format
+    return torch.empty_like(v, dtype=dtype, memory_format=order)
 
 
-def _fake_norm(v: Tensor, dim: int) -> Tensor:
-    shape = norm_shape(v.shape, canonical_dim(dim, v.ndim))
-    return v.new_empty(shape, dtype=accumulation_dtype(v.dtype))
+def _fake_forward(p: Problem) -> tuple[Tensor, Tensor]:
+    norm = p.g.new_empty(norm_shape(p.v.shape, p.dim), dtype=p.acc_dtype)
+    return _fake_like(p.v, p.out_dtype), norm
 
 
 if _C is not None:
@@ -72,7 +75,7 @@ if _C is not None:
     def _(
         v: Tensor, g: Tensor, dim: int, eps: float = 0.0, out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        return _fake_w(v, out_dtype)
+        return _fake_forward(check(v, g, dim, eps, out_dtype))[0]
 
     @torch.library.register_fake("wnkernel::forward")
     def _(
@@ -82,10 +85,9 @@ if _C is not None:
         eps: Sequence[float],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        return (
-            [_fake_w(x, out_dtype) for x in v],
-            [_fake_norm(x, d) for x, d in zip(v, dim, strict=True)],
-        )
+        weights = zip(v, g, dim, eps, strict=True)
+        results = [_fake_forward(check(*weight, out_dtype)) for weight in weights]
+        return [w for w, _ in results], [norm for _, norm in results]
 
     @torch.library.register_fake("wnkernel::backward")
     def _(
@@ -98,7 +100,9 @@ if _C is not None:
         need_v: Sequence[int],
         need_g: Sequence[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
+        for grad, *weight in zip(grad_w, v, g, dim, eps, strict=True):
+            check_grad_w(grad, check(*weight))
         return (
-            [torch.empty_like(x) for x, need in zip(v, need_v, strict=True) if need],
+            [_fake_like(x, x.dtype) for x, need in zip(v, need_v, strict=True) if need],
             [torch.empty_like(x) for x, need in zip(g, need_g, strict=True) if need],
         )

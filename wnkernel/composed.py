@@ -38,7 +38,6 @@ def weight_norm(p: Problem) -> Tensor:
     return (v * (p.g.to(p.acc_dtype) / norm)).to(p.out_dtype)
 
 
-
 def backward(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
     """First derivative: ``(grad_v, grad_g)`` from the unclamped ``norm`` kept by the forward.
 

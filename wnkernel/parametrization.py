@@ -188,7 +188,7 @@ LEGACY = "torch.nn.utils.weight_norm"
 
 
 def weight_norm_kind(module: nn.Module, name: str) -> str | None:
-    """Which weight norm ``module.<name>`` has: :data:`OURS`, :data:`TORCH`, :data:`LEGACY`, None."""
+    """Which weight norm ``module.<name>`` has: OURS, TORCH, LEGACY or None."""
     if parametrize.is_parametrized(module, name):
         for p in module.parametrizations[name]:
             if isinstance(p, WeightNorm):
@@ -204,4 +204,3 @@ def weight_norm_kind(module: nn.Module, name: str) -> str | None:
 def _check_module(module: Any) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-

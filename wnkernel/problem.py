@@ -82,7 +82,9 @@ def norm_shape(shape: torch.Size, dim: int) -> torch.Size:
 def is_dense(t: Tensor) -> bool:
     """Whether ``t`` fills its memory without gaps or repeats, in whatever order."""
     expected = 1
-    for stride, size in sorted((st, n) for n, st in zip(t.shape, t.stride()) if n != 1):
+    for stride, size in sorted(
+        (st, n) for n, st in zip(t.shape, t.stride(), strict=True) if n != 1
+    ):
         if stride != expected:
             return False
         expected *= size
@@ -120,7 +122,7 @@ def check_eps(eps: float) -> float:
     """
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not 0.0 <= eps < math.inf:  # not isfinite(): torch.compile cannot trace it for dynamic floats
+    if not 0.0 <= eps < math.inf:  # isfinite() of a dynamic float breaks torch.compile
         raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
     return float(eps)
 
@@ -154,6 +156,22 @@ def check(
     elif out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype: expected {_FLOAT_NAMES}, got {out_dtype}")
     return Problem(v, g, dim, eps, out_dtype)
+
+
+def check_grad_w(grad_w: Tensor, p: Problem) -> None:
+    """Check the gradient of ``w`` that a backward is called with.
+
+    Raises:
+        TypeError: no dense floating-point tensor.
+        ValueError: another shape or device than v's.
+    """
+    _check_tensor("grad_w", grad_w)
+    if grad_w.device != p.v.device:
+        raise ValueError(f"grad_w: expected device {p.v.device} (that of v), got {grad_w.device}")
+    if grad_w.shape != p.v.shape:
+        raise ValueError(
+            f"grad_w: expected shape {list(p.v.shape)} (that of v), got {list(grad_w.shape)}"
+        )
 
 
 _FLOAT_NAMES = "float16, bfloat16, float32 or float64"

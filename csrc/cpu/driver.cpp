@@ -1,10 +1,10 @@
 // Runs a table of problems: cuts every problem by its plan, spreads all chunks evenly over the
 // threads, and keeps the order of every sum fixed.
 //
-// Phase 1: one-phase chunks whole; partial sums of the others.     bytes: all of it, or v (+ grad_w)
-// Phase 2: partial sums -> row sums -> norms and coefficients.     bytes: almost none
-// Phase 3: the map of the others, last chunk first: it is the one that the cache still holds.
-// Phase 4: rows that leave the float range, again, exactly.        usually none
+// Phase 1: one-phase chunks whole; partial sums of the others.     bytes: all of it, or v (+
+// grad_w) Phase 2: partial sums -> row sums -> norms and coefficients.     bytes: almost none Phase
+// 3: the map of the others, last chunk first: it is the one that the cache still holds. Phase 4:
+// rows that leave the float range, again, exactly.        usually none
 #include <atomic>
 #include <type_traits>
 #include <utility>
@@ -75,10 +75,10 @@ struct Job {
 
 // A strip of columns times some rows of memory; see Plan.
 struct Strip {
-  int64_t row, rows;            // rows of the problem
-  int64_t outer, outers;        // rows of memory
-  int64_t columns, stride;      // per row of memory, in elements
-  int64_t super_rows, leftover; // full super-rows, rows of memory in the last, partial one
+  int64_t row, rows;             // rows of the problem
+  int64_t outer, outers;         // rows of memory
+  int64_t columns, stride;       // per row of memory, in elements
+  int64_t super_rows, leftover;  // full super-rows, rows of memory in the last, partial one
 };
 
 template <class P>
@@ -148,7 +148,8 @@ class Launch {
     parallel(parts, share);
   }
 
-  // The first chunk of a job, whose elements begin at `start` of all, that begins at `limit` or later.
+  // The first chunk of a job, whose elements begin at `start` of all, that begins at `limit` or
+  // later.
   static int64_t first_chunk(const Job<P>& job, int64_t start, int64_t limit) {
     if (limit <= start) return 0;
     const auto tasks = static_cast<unsigned __int128>(job.plan.tasks);
@@ -210,8 +211,8 @@ class Launch {
       std::fill(sums, sums + rows, 0.0);
       for (int64_t c = 0; c < chunks; ++c)
         for (int64_t r = 0; r < rows; ++r) sums[r] += job.partials[c * all_rows + row + r];
-      const int64_t bad = finish(set_, *job.p, row, rows, sums, at(job.a, row, job.acc),
-                                 at(job.b, row, job.acc));
+      const int64_t bad =
+          finish(set_, *job.p, row, rows, sums, at(job.a, row, job.acc), at(job.b, row, job.acc));
       if (bad) unsafe_.fetch_add(bad);
     });
   }

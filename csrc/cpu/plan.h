@@ -13,7 +13,8 @@ namespace wnkernel::cpu {
 constexpr int64_t kChunk = 16384;
 // A row, or a strip of columns, of up to this many elements is still done in one phase.
 constexpr int64_t kOnePhase = 65536;
-// Short rows are reduced and mapped this many elements at a time: they stay in the first-level cache.
+// Short rows are reduced and mapped this many elements at a time: they stay in the first-level
+// cache.
 constexpr int64_t kBlock = 2048;
 // Runs shorter than this are reduced down the columns, across rows, instead of along the run.
 constexpr int64_t kShortRun = 256;
@@ -39,13 +40,13 @@ struct Plan {
   Kind kind;
   bool one_phase;
   RowView view;
-  int64_t tasks;          // chunks, each with one reduction and one map
-  int64_t rows_per_task;  // rows, columns: adjacent rows of one chunk
-  int64_t row_blocks;     // columns: strips
-  int64_t outer_per_task; // pieces with short runs, columns: rows of memory of one chunk
-  int64_t outer_blocks;   // chunks down the outer dimension: partial sums of a row
-  int64_t run_pieces;     // pieces with long runs: chunks of one run
-  int64_t repeat;         // columns: rows of memory side by side in one super-row
+  int64_t tasks;           // chunks, each with one reduction and one map
+  int64_t rows_per_task;   // rows, columns: adjacent rows of one chunk
+  int64_t row_blocks;      // columns: strips
+  int64_t outer_per_task;  // pieces with short runs, columns: rows of memory of one chunk
+  int64_t outer_blocks;    // chunks down the outer dimension: partial sums of a row
+  int64_t run_pieces;      // pieces with long runs: chunks of one run
+  int64_t repeat;          // columns: rows of memory side by side in one super-row
 
   int64_t partials() const { return one_phase ? 0 : view.rows * outer_blocks * run_pieces; }
 };

@@ -99,7 +99,9 @@ struct Convert<float, bf16> {
 template <>
 struct Convert<float, f16> {
   using U16 = Raw<f16, float>;
-  WNKERNEL_INLINE Vec<float> widen(U16 raw) { return bit_cast<Vec<float>>(WNKERNEL_WIDEN_HALF(raw)); }
+  WNKERNEL_INLINE Vec<float> widen(U16 raw) {
+    return bit_cast<Vec<float>>(WNKERNEL_WIDEN_HALF(raw));
+  }
   WNKERNEL_INLINE U16 narrow(Vec<float> x) { return bit_cast<U16>(WNKERNEL_NARROW_HALF(x)); }
 };
 #endif

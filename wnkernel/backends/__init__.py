@@ -7,16 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from .base import Backend
 from .compiled import CompiledBackend
 from .eager import EagerBackend
 
-BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CompiledBackend("cpu"), EagerBackend())
-}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CompiledBackend("cpu"), EagerBackend())}
 """Every backend, in the order in which the automatic choice tries them."""
 
 AUTO = "auto"

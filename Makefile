@@ -1,0 +1,51 @@
+# make bench, make test: everything from a fresh clone, in a virtual environment of their own.
+# make bench VENV= : the same in the environment that is active, with the torch that it has.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+ifeq ($(strip $(VENV)),)
+BIN :=
+PY := $(PYTHON)
+else
+BIN := $(VENV)/bin/
+PY := $(BIN)python
+endif
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: build bench test lint format clean
+
+# torch first: the compiled module is built against the one that is there.
+$(STAMP): pyproject.toml
+	@mkdir -p $(@D)
+	$(if $(BIN),$(PYTHON) -m venv $(VENV))
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q '$(TORCH)'
+	$(PIP) install -q 'setuptools>=77' ninja pybind11
+	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[bench,lint,test]'
+	@touch $@
+
+# Incremental: compiles what changed, or everything when torch did.
+build: $(STAMP)
+	$(PY) setup.py -q build_ext --inplace
+
+bench: build
+	$(PY) -m benchmarks $(ARGS)
+
+test: build
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(BIN)clang-format --dry-run --Werror $(CPP)
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(BIN)clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist *.egg-info wnkernel/_C*.so wnkernel/_build_info.py

@@ -1,0 +1,114 @@
+"""Inputs: shapes, memory layouts and dims, each with the reason why it is tested."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "round": (32, 16, 8),  # a multiple of every vector width in every dim
+    "odd": (7, 5, 3),  # a multiple of nothing
+    "matrix": (33, 17),  # Linear: only a first and a last dim, one over a vector width
+    "vector": (9,),  # first and last dim at once: one element per norm
+    "single": (1, 1, 1),  # every dim has size 1, so every stride is arbitrary
+    "one_row": (1, 67),  # dim 0 is the whole tensor
+    "one_column": (67, 1),  # dim 0 has rows of one element, dim 1 one long strided row
+    "conv2d": (8, 6, 3, 3),  # the kernel dims are shorter than a vector
+    "conv3d": (4, 3, 2, 3, 2),  # two middle dims on either side of the normed one
+    "many_rows": (1500, 2),  # more rows than one chunk of short rows is likely to hold
+    "long_rows": (2, 9001),  # rows longer than a cache-sized chunk, odd tail
+}
+
+EMPTY_SHAPES: dict[str, tuple[int, ...]] = {
+    "no_rows": (0, 3),  # torch._weight_norm dies of a division by zero here
+    "no_columns": (3, 0),  # three norms over nothing
+    "no_inner": (2, 3, 0),  # the empty dim is neither first nor the normed one
+    "no_middle": (2, 0, 3),
+    "nothing": (0,),
+}
+
+LAYOUTS: dict[str, tuple[int, ...]] = {
+    "transposed": (7, 5, 3),  # dense, memory order reversed: first and last dim swap roles
+    "rotated": (6, 4, 5),  # dense, the first dim lies in between the others
+    "channels_last": (8, 6, 3, 3),  # dense, the usual conv2d order
+    "channels_last_3d": (4, 3, 2, 3, 2),  # dense, the usual conv3d order
+    "unaligned": (8, 16),  # dense, starts one element after an aligned address
+    "gaps": (7, 5, 3),  # every other element along the last dim
+    "cut": (6, 5, 8),  # a window: gaps between rows, inner dim dense
+    "expanded": (6, 5, 4),  # stride 0 along the first dim
+}
+"""Layout name -> the shape it is tested with."""
+
+DENSE_LAYOUTS = ["transposed", "rotated", "channels_last", "channels_last_3d", "unaligned"]
+
+
+def dims(shape: tuple[int, ...]) -> list[int | None]:
+    """Every legal ``dim``: None, -1 (the whole tensor too), and all others both ways."""
+    n = len(shape)
+    return [None, -1, *range(n), *range(-n, -1)]
+
+
+def shape_dims(shapes: dict[str, tuple[int, ...]]) -> list:
+    """``(shape, dim)`` parameters for every dim of every shape."""
+    return [
+        pytest.param(shape, dim, id=f"{name}-{dim}")
+        for name, shape in shapes.items()
+        for dim in dims(shape)
+    ]
+
+
+def layout_dims(names: list[str] | None = None) -> list:
+    """``(layout, dim)`` parameters: the non-negative dims and None."""
+    return [
+        pytest.param(name, dim, id=f"{name}-{dim}")
+        for name in names or LAYOUTS
+        for dim in (None, *range(len(LAYOUTS[name])))
+    ]
+
+
+def g_shape(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
+    """The shape of g, by the words of torch's documentation."""
+    if dim is None or dim == -1:
+        return ()
+    ones = [1] * len(shape)
+    ones[dim] = shape[dim]
+    return tuple(ones)
+
+
+def randn(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, layout: str = "contiguous"
+) -> Tensor:
+    """Normal random numbers in a memory layout of :data:`LAYOUTS`."""
+    if layout == "expanded":
+        return torch.randn(1, *shape[1:], dtype=torch.float64).to(dtype).expand(shape)
+    return empty(shape, dtype, layout).copy_(torch.randn(shape, dtype=torch.float64))
+
+
+def randn_g(shape: tuple[int, ...], dim: int | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A g for v of ``shape``, of either sign."""
+    return randn(g_shape(shape, dim), dtype)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    match layout:
+        case "contiguous":
+            return torch.empty(shape, dtype=dtype)
+        case "transposed":
+            return torch.empty(shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
+        case "rotated":
+            return torch.empty(shape[1], shape[0], *shape[2:], dtype=dtype).transpose(0, 1)
+        case "channels_last":
+            return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        case "channels_last_3d":
+            return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last_3d)
+        case "unaligned":
+            return torch.empty(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
+        case "gaps":
+            return torch.empty(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+        case "cut":
+            wide = torch.empty(shape[0] + 2, *shape[1:-1], shape[-1] + 3, dtype=dtype)
+            return wide[1:-1, ..., 1:-2]
+    raise ValueError(f"layout: expected one of {[*LAYOUTS]}, got {layout!r}")

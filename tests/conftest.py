@@ -1,0 +1,57 @@
+"""Fixtures: which backend runs, and a seed for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import wnkernel
+from wnkernel import _ops
+from wnkernel.backends import AUTO, BACKENDS
+from wnkernel.backends.compiled import CompiledBackend
+
+COMPILED = [name for name, backend in BACKENDS.items() if isinstance(backend, CompiledBackend)]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that can run here, asked for by name."""
+    yield from _on(request.param)
+
+
+@pytest.fixture(params=[*BACKENDS, AUTO])
+def route(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend, and the automatic choice, which has a shorter way into the compiled module."""
+    if request.param == AUTO and not _ops.loaded():
+        pytest.skip("without wnkernel._C the automatic choice is the eager backend")
+    yield from _on(request.param)
+
+
+@pytest.fixture(params=COMPILED)
+def compiled_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend of the compiled module."""
+    yield from _on(request.param)
+
+
+@pytest.fixture
+def ops() -> object:
+    """``torch.ops.wnkernel``."""
+    if not _ops.loaded():
+        pytest.skip(_ops.load_error())
+    return torch.ops.wnkernel
+
+
+def _on(name: str) -> Iterator[str]:
+    if name != AUTO and (why := BACKENDS[name].missing()):
+        pytest.skip(f"{name}: {'; '.join(why)}")
+    with wnkernel.use_backend(name):
+        yield name
