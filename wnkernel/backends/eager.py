@@ -18,6 +18,8 @@ from ..problem import Problem
 
 
 class EagerBackend:
+    """torch's own operators, outside torch's own autograd."""
+
     name = "eager"
 
     def missing(self) -> list[str]:

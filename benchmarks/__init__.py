@@ -1,0 +1,1 @@
+"""What wnkernel costs beside PyTorch's weight norms; ``python -m benchmarks --help``."""

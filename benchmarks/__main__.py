@@ -1,0 +1,145 @@
+"""The command line: choose the jobs, run them under one progress bar, report."""
+
+from __future__ import annotations
+
+import enum
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import compiled, host, layers, model_zoo, models, plan, report, summary
+from .environment import Environment, environment
+from .plan import Job, Plan
+from .results import Result
+from .verify import VerificationError
+
+OUT = Path(__file__).parent / "out"
+PIPE_WIDTH = 150
+"""Columns of a table when there is no terminal to ask."""
+
+
+class Case(str, enum.Enum):
+    """A part of the benchmark that `--only` can ask for."""
+
+    LAYERS = "layers"
+    HOST = "host"
+    COMPILE = "compile"
+    MODELS = "models"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@app.command()
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="A sample, in about 40 s.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Longer samples, forward alone too.")
+    ] = False,
+    only: Annotated[list[Case] | None, typer.Option(help="Only this case; repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    compile_model: Annotated[
+        str, typer.Option(help="Whose weights torch.compile gets.")
+    ] = "SpeechT5HifiGan",
+    out: Annotated[Path, typer.Option(help="Folder for the CSV files and the plot.")] = OUT,
+) -> None:
+    """Compare wnkernel with PyTorch's weight norms: verify against float64, then time.
+
+    Everything runs interleaved in one process; medians with 20th and 80th percentiles.
+    """
+    started = time.perf_counter()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)
+    if quick and full:
+        raise typer.BadParameter("--quick and --full exclude each other")
+    if compile_model not in model_zoo.BY_NAME:
+        known = ", ".join(model_zoo.BY_NAME)
+        raise typer.BadParameter(f"--compile-model: expected one of {known}, got {compile_model}")
+    try:
+        where = environment(device, threads)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    report.print_header(console, where)
+
+    size = plan.QUICK if quick else plan.FULL if full else plan.DEFAULT
+    notes: list[str] = []
+    jobs = _jobs(set(only or Case), size, where, compile_model, notes)
+    try:
+        results = _run(console, jobs, size.limit_s, notes)
+    except VerificationError as error:
+        console.print(f"Verification failed. {error}", style="bold red", markup=False)
+        raise typer.Exit(1) from None
+
+    if results:
+        report.print_results(console, results)
+        summary.print_summary(console, results)
+    for note in notes:  # last, where they are seen
+        console.print(note, markup=False)
+    if not results:
+        console.print("Nothing was measured.")
+        return
+    for path in report.write_csv(results, out):
+        console.print(f"Wrote {path}")
+    if any(r.case in (Case.LAYERS, Case.MODELS) for r in results):
+        from .plot import plot  # matplotlib takes a second to import
+
+        console.print(f"Wrote {plot(out)}")
+    console.print(f"Took {time.perf_counter() - started:.0f} s.")
+
+
+def _jobs(
+    wanted: set[Case], size: Plan, where: Environment, compile_model: str, notes: list[str]
+) -> list[Job]:
+    jobs: list[Job] = []
+    if Case.LAYERS in wanted:
+        jobs += layers.jobs(size, where)
+    if Case.HOST in wanted:
+        jobs += host.jobs(size, where)
+    with_models = model_zoo.available()
+    if not with_models and wanted & {Case.MODELS, Case.COMPILE}:
+        notes.append("Whole models skipped: transformers is not installed.")
+    if Case.MODELS in wanted and with_models:
+        jobs += models.jobs(size, where)
+    if Case.COMPILE in wanted:  # last, for the compiler leaves worker processes and caches behind
+        model = compile_model if with_models and size.compile_model else None
+        jobs += compiled.jobs(size, where, model, notes.append)
+    return jobs
+
+
+def _run(
+    console: Console, jobs: list[Job], limit_s: float | None, notes: list[str]
+) -> list[Result]:
+    deadline = float("inf") if limit_s is None else time.perf_counter() + limit_s
+    results: list[Result] = []
+    columns = (
+        TextColumn("{task.description:<36}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    # refreshed between jobs only: a refreshing thread would take its share of what is timed
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for i, job in enumerate(jobs):
+            if time.perf_counter() > deadline:
+                rest = jobs[i:]
+                notes.append(
+                    f"Left out {len(rest)} of {len(jobs)} cases, from {rest[0].title!r} on: the "
+                    f"{limit_s:.0f} s of this run were over. Use --only, or --full for no limit."
+                )
+                break
+            progress.update(task, description=job.title)
+            progress.refresh()
+            results += job.run()
+            progress.advance(task)
+    return results
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,92 @@
+"""How much is measured: the three sizes of a run, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .results import Result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a run. Budgets are the seconds that sampling one case may take; a case whose
+    three rounds take longer than that is finished all the same."""
+
+    limit_s: float | None
+    """After this many seconds no further case is begun; the report says how many were left out."""
+    layer_budget_s: float
+    host_budget_s: float
+    compile_budget_s: float
+    model_budget_s: float
+    step_budget_s: float
+    every: int
+    """Take every n-th weight of the grid (and all that are not normed along dim 0)."""
+    max_numel: int | None
+    """Leave out larger weights."""
+    phases: tuple[str, ...]
+    models: tuple[str, ...] | None
+    """None: all."""
+    compile_layers: int
+    compile_model: bool
+    compile_model_ours: bool
+    """Also compile the model with our layers, not only with torch's."""
+
+
+QUICK = Plan(
+    limit_s=90.0,
+    layer_budget_s=0.08,
+    host_budget_s=0.05,
+    compile_budget_s=0.2,
+    model_budget_s=0.8,
+    step_budget_s=1.5,
+    every=4,
+    max_numel=5_000_000,
+    phases=("forward+backward",),
+    models=("SpeechT5HifiGan", "EncodecModel"),
+    compile_layers=1,
+    compile_model=False,
+    compile_model_ours=False,
+)
+
+DEFAULT = Plan(
+    limit_s=210.0,
+    layer_budget_s=0.15,
+    host_budget_s=0.12,
+    compile_budget_s=0.5,
+    model_budget_s=1.5,
+    step_budget_s=2.5,
+    every=1,
+    max_numel=None,
+    phases=("forward+backward",),
+    models=None,
+    compile_layers=3,
+    compile_model=True,
+    compile_model_ours=False,
+)
+
+FULL = Plan(
+    limit_s=None,
+    layer_budget_s=1.0,
+    host_budget_s=0.5,
+    compile_budget_s=1.0,
+    model_budget_s=6.0,
+    step_budget_s=12.0,
+    every=1,
+    max_numel=None,
+    phases=("forward+backward", "forward"),
+    models=None,
+    compile_layers=99,
+    compile_model=True,
+    compile_model_ours=True,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of the progress bar."""
+
+    title: str
+    run: Callable[[], list[Result]]

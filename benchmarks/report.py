@@ -1,0 +1,126 @@
+"""Tables on the terminal and CSV files; one row per measurement, one column per contender."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from .environment import Environment
+from .results import COMPILED, COPY, LEGACY, OURS, TORCH, Result, by_subject
+
+LAYER_GROUPS = (
+    ("float32, dim 0", "float32", ("first",)),
+    ("float32, last dim", "float32", ("last",)),
+    ("float32, middle dims", "float32", ("middle",)),
+    ("float32, whole tensor (dim=None)", "float32", ("whole",)),
+    ("bfloat16, dim 0", "bfloat16", ("first",)),
+    ("bfloat16, last dim", "bfloat16", ("last",)),
+)
+
+
+def print_header(console: Console, where: Environment) -> None:
+    """Everything that the figures below depend on."""
+    commit = f", commit {where.commit}" if where.commit else ""
+    console.print(
+        f"{where.device_name}, {where.threads} threads, torch {where.torch}, "
+        f"wnkernel backend {where.backend!r}{commit}"
+    )
+
+
+def print_results(console: Console, results: Sequence[Result]) -> None:
+    """A table per group of comparable cases."""
+    cases = {
+        case: [r for r in results if r.case == case]
+        for case in dict.fromkeys(r.case for r in results)
+    }
+    for phase in dict.fromkeys(r.phase for r in cases.get("layers", [])):
+        for title, dtype, kinds in LAYER_GROUPS:
+            chosen = [
+                r
+                for r in cases["layers"]
+                if r.phase == phase and r.dtype == dtype and r.kind in kinds
+            ]
+            _print(console, f"Single weights, {phase}, {title}", chosen, (OURS, TORCH), "ms")
+    kinds = (OURS, TORCH, LEGACY)
+    _print(console, "Host cost of one layer.weight", cases.get("host", []), kinds, "µs")
+    compiled = (OURS, OURS + COMPILED, TORCH, TORCH + COMPILED)
+    _print(console, "torch.compile", cases.get("compile", []), compiled, "ms", spread=False)
+    title = "Whole models, every weight on its own (ungrouped)"
+    _print(console, title, cases.get("models", []), kinds, "ms")
+
+
+def _print(
+    console: Console,
+    title: str,
+    results: Sequence[Result],
+    names: Iterable[str],
+    unit: str,
+    *,
+    spread: bool = True,
+) -> None:
+    measurements = by_subject(results)
+    if not measurements:
+        return
+    names = [n for n in names if any(n in m for m in measurements)]
+    with_phase = len({(m[OURS].label, m[OURS].shape) for m in measurements}) < len(measurements)
+    with_phase = with_phase and len({r.phase for r in results}) > 1
+    with_limit = any(COPY in m for m in measurements)
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("dim")
+    table.add_column("of", overflow="ellipsis", no_wrap=True, max_width=24)
+    if with_phase:
+        table.add_column("phase", no_wrap=True)
+    for name in names:
+        head = f"{name}\n{unit} [p20, p80]" if spread else f"{name}\n{unit}"
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("times\ntorch", justify="right")
+    if with_limit:
+        for head in ("GB/s", "times the\ncopy limit"):
+            table.add_column(head, justify="right")
+    for m in measurements:
+        ours = m[OURS]
+        cells = [ours.shape, ours.dim, ours.label]
+        if with_phase:
+            cells.append(ours.phase)
+        cells += [_time(m[name], unit, spread) if name in m else "" for name in names]
+        cells.append(_speedup(ours.ratio_to_torch))
+        if with_limit:
+            cells += [_number(ours.gb_per_s, 1), _number(ours.ratio_to_limit, 2)]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def _time(r: Result, unit: str, spread: bool) -> str:
+    scale = 1e3 if unit == "µs" else 1.0
+    median, low, high = (_three_digits(scale * x) for x in (r.median_ms, r.p20_ms, r.p80_ms))
+    return f"{median} [{low}, {high}]" if spread else median
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:.{3 if x < 1 else 2 if x < 10 else 1 if x < 100 else 0}f}"
+
+
+def _speedup(x: float) -> str:
+    return f"[red]{x:.2f}[/red]" if x < 1 else f"{x:.2f}"
+
+
+def _number(x: float, digits: int) -> str:
+    return "" if x != x else f"{x:.{digits}f}"
+
+
+def write_csv(results: Sequence[Result], folder: Path) -> list[Path]:
+    """One file per case, overwritten; files of cases that were not run stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = pd.DataFrame([asdict(r) for r in results])
+    paths = []
+    for case, part in frame.groupby("case", sort=False):
+        path = folder / f"{case}.csv"
+        part.to_csv(path, index=False, float_format="%.6g")
+        paths.append(path)
+    return paths

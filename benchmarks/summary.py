@@ -1,0 +1,177 @@
+"""The end of a run: geometric means beside what is aimed at, and every case that is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .load import disturbed
+from .results import LEGACY, OURS, TORCH, Result
+
+LARGE = 1_000_000
+"""Above this many elements the memory limit is what counts; below, it is lost in call overhead."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a group of cases should reach against torch (times as fast), on two cores."""
+
+    title: str
+    belongs: Callable[[Result], bool]
+    geomean: float | None = None
+    least: float | None = None
+
+
+def _layers(dtype: str, *kinds: str) -> Callable[[Result], bool]:
+    return lambda r: (
+        r.case == "layers"
+        and r.phase == "forward+backward"
+        and r.dtype == dtype
+        and r.kind in kinds
+    )
+
+
+def _models(phase: str) -> Callable[[Result], bool]:
+    return lambda r: r.case == "models" and r.phase == phase
+
+
+FORGIVEN_SHARE = 0.05
+"""Of the cases may be disturbed by other processes before the run is called untrustworthy."""
+
+HOST_SHARE = 0.6
+"""Aim of the host cost of ``layer.weight``: at most this share of torch's."""
+
+AIMS = (
+    Aim("float32, dims 0 and last", _layers("float32", "first", "last"), 1.25, 0.95),
+    Aim("float32, middle dims", _layers("float32", "middle"), 8.0),
+    Aim("float32, whole tensor", _layers("float32", "whole"), 4.0),
+    Aim("bfloat16, dims 0 and last", _layers("bfloat16", "first", "last"), 1.8),
+    Aim("host cost of layer.weight", lambda r: r.case == "host", 1 / HOST_SHARE),
+    Aim("models, weight norms alone, ungrouped", _models("weight norms alone")),
+    Aim("models, training step, ungrouped", _models("training step")),
+)
+
+
+def print_summary(console: Console, results: Sequence[Result]) -> None:
+    """The table of aims, the accuracy of both sides, and the table of losses."""
+    ours = [r for r in results if r.contender == OURS]
+    table = Table(title="Summary: times as fast as torch", title_justify="left")
+    for head in (
+        "group",
+        "cases",
+        "geometric\nmean",
+        "aim",
+        "least",
+        "aim",
+        "times the copy\nlimit, all",
+        f"times the copy limit,\nover {LARGE // 10**6} M elements",
+    ):
+        table.add_column(head, justify="left" if head == "group" else "right")
+    for aim in AIMS:
+        group = [r for r in ours if aim.belongs(r)]
+        if not group:
+            continue
+        ratios = [r.ratio_to_torch for r in group]
+        table.add_row(
+            aim.title,
+            str(len(group)),
+            f"{geometric_mean(ratios):.2f}",
+            _verdict(geometric_mean(ratios), aim.geomean),
+            f"{min(ratios):.2f}",
+            _verdict(min(ratios), aim.least),
+            _limit(group),
+            _limit([r for r in group if r.numel > LARGE]),
+        )
+    console.print(table)
+    _print_host_share(console, ours)
+    _print_errors(console, results)
+    _print_disturbance(console, ours)
+    _print_losses(console, ours)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """NaN of nothing."""
+    return float(np.exp(np.mean(np.log(values)))) if len(values) else float("nan")
+
+
+def _verdict(value: float, aim: float | None) -> str:
+    if aim is None:
+        return ""
+    color = "green" if value >= aim else "red"
+    return f"[{color}]>= {aim:.2f} {'met' if value >= aim else 'missed'}[/{color}]"
+
+
+def _limit(group: Sequence[Result]) -> str:
+    ratios = [r.ratio_to_limit for r in group if r.ratio_to_limit == r.ratio_to_limit]
+    return f"{geometric_mean(ratios):.2f}" if ratios else ""
+
+
+def _print_host_share(console: Console, ours: Sequence[Result]) -> None:
+    host = [r.ratio_to_torch for r in ours if r.case == "host"]
+    if host:
+        console.print(
+            f"Host cost of layer.weight: {1 / geometric_mean(host):.2f} of torch's "
+            f"parametrization, at worst {1 / min(host):.2f} (aim: at most {HOST_SHARE})."
+        )
+
+
+def _print_errors(console: Console, results: Sequence[Result]) -> None:
+    """Speed means little beside a result that is off: the worst relative errors of each side."""
+    for dtype in dict.fromkeys(r.dtype for r in results):
+        worst = {
+            who: max(
+                (r for r in results if r.contender == who and r.dtype == dtype and r.error >= 0),
+                key=lambda r: r.error,
+                default=None,
+            )
+            for who in (OURS, TORCH, LEGACY)
+        }
+        found = [
+            f"{who} {r.error:.1e} ({r.label if r.case == 'models' else r.shape} {r.dim})".replace(
+                " )", ")"
+            )
+            for who, r in worst.items()
+            if r
+        ]
+        if found:
+            console.print(f"Largest error against float64, {dtype}: {'; '.join(found)}.")
+
+
+def _print_disturbance(console: Console, ours: Sequence[Result]) -> None:
+    bad = [r for r in ours if disturbed(r.other_cores, r.threads)]
+    if len(bad) > FORGIVEN_SHARE * len(ours):
+        worst = max(r.other_cores for r in bad)
+        console.print(
+            f"Do not trust this run: other processes were in the way in {len(bad)} of {len(ours)} "
+            f"cases (up to {worst:.1f} cores; column other_cores of the CSV).",
+            style="bold red",
+        )
+
+
+def _print_losses(console: Console, ours: Sequence[Result]) -> None:
+    lost = sorted((r for r in ours if r.ratio_to_torch < 1), key=lambda r: r.ratio_to_torch)
+    if not lost:
+        console.print("Where we lose: nowhere in this run.")
+        return
+    table = Table(title=f"Where we lose: {len(lost)} of {len(ours)} cases", title_justify="left")
+    for head in ("case", "phase", "dtype", "shape", "dim", "of"):
+        table.add_column(head)
+    for head in ("ms", "torch ms", "times torch"):
+        table.add_column(head, justify="right")
+    for r in lost:
+        table.add_row(
+            r.case,
+            r.phase,
+            r.dtype,
+            r.shape,
+            r.dim,
+            r.label,
+            f"{r.median_ms:.4g}",
+            f"{r.median_ms * r.ratio_to_torch:.4g}",
+            f"{r.ratio_to_torch:.2f}",
+        )
+    console.print(table)

@@ -1,0 +1,136 @@
+"""Interleaved measurement: every contender gets its turn in every round of one process.
+
+Clock speed, neighbours and the state of malloc drift over seconds. Contenders measured one after
+the other would each meet another machine; in rounds they share it, and the median forgets the
+rounds in which it misbehaved. The order is shuffled, so that nobody always runs on the caches that
+the same predecessor left.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .load import OtherLoad
+
+Contender = Callable[[], object]
+Sampler = Callable[[Contender, int], float]
+"""Runs a contender n times in a row and returns the seconds that all n took."""
+
+MIN_SAMPLE_S = 200e-6
+"""Shorter samples measure the clock and the interrupts more than the work."""
+
+MIN_ROUNDS = 3
+MAX_ROUNDS = 300
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Milliseconds of one call, over all rounds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    other_cores: float
+    """Cores that other processes used meanwhile."""
+
+
+def device_sampler(device: torch.device) -> Sampler:
+    """Samples the time that the work takes on ``device``."""
+    return _sample_events if device.type == "cuda" else _sample_wall
+
+
+def host_sampler(device: torch.device) -> Sampler:
+    """Samples the time that the calling thread spends, whatever it leaves to a device."""
+    if device.type != "cuda":
+        return _sample_wall
+
+    def sample(run: Contender, times: int) -> float:
+        torch.cuda.synchronize(device)
+        seconds = _sample_wall(run, times)
+        torch.cuda.synchronize(device)
+        return seconds
+
+    return sample
+
+
+def _sample_wall(run: Contender, times: int) -> float:
+    repeats = range(times)
+    start = time.perf_counter()
+    for _ in repeats:
+        run()
+    return time.perf_counter() - start
+
+
+def _sample_events(run: Contender, times: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(
+    contenders: Mapping[str, Contender], sample: Sampler, budget_s: float
+) -> dict[str, Stats]:
+    """Time all contenders round by round until ``budget_s`` seconds are spent.
+
+    At least :data:`MIN_ROUNDS` rounds are made, whatever they take.
+    """
+    counts = {name: _warm_up(run, sample) for name, run in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order, shuffle = list(contenders), random.Random(0).shuffle
+    with _no_garbage_collection():
+        others = OtherLoad()
+        deadline = time.perf_counter() + budget_s
+        for done in range(MAX_ROUNDS):
+            if done >= MIN_ROUNDS and time.perf_counter() > deadline:
+                break
+            shuffle(order)
+            for name in order:
+                times[name].append(sample(contenders[name], counts[name]) / counts[name])
+        other_cores = others.cores()
+    return {name: _stats(values, other_cores) for name, values in times.items()}
+
+
+def _warm_up(run: Contender, sample: Sampler) -> int:
+    """How many calls fill a sample; calls until that is known, which warms caches and malloc."""
+    times = 1
+    while True:
+        run()
+        seconds = sample(run, times)
+        if seconds >= MIN_SAMPLE_S:
+            return times
+        times = max(times + 1, math.ceil(1.1 * times * MIN_SAMPLE_S / max(seconds, 1e-7)))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect what is young before the rounds, and nothing during them.
+
+    A full collection here would take longer than most cases; models are collected where they end.
+    """
+    gc.collect(1)
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _stats(seconds: list[float], other_cores: float) -> Stats:
+    p20, median, p80 = np.percentile(np.asarray(seconds) * 1e3, (20, 50, 80))
+    return Stats(float(median), float(p20), float(p80), len(seconds), other_cores)
