@@ -17,7 +17,6 @@ constexpr int64_t kFloatRun = 8192;
 constexpr int kUnroll = 4;      // independent sums along a row
 constexpr int kWideUnroll = 8;  // vectors of column sums in registers
 constexpr int64_t kStreams = 8;
-constexpr int64_t kPrefetch = 4096;
 
 template <class V, class W, bool backward>
 struct KernelsOf {
@@ -98,19 +97,10 @@ struct KernelsOf {
     const X* x = static_cast<const X*>(x_);
     const V* y = static_cast<const V*>(y_);
     Out* out = static_cast<Out*>(out_);
-    // The map runs in the first-level cache: memory is free to bring in the block that comes next.
-    const int64_t ahead = rows * n <= kPrefetch ? rows * n : 0;
     for (int64_t r = 0; r < rows; ++r, x += n, y += n, out += n) {
       const Vec<A> a = Vec<A>{} + static_cast<const A*>(a_)[r];
       const Vec<A> b = backward ? Vec<A>{} + static_cast<const A*>(b_)[r] : Vec<A>{};
       int64_t k = 0;
-      if (ahead) {
-        for (; k + N <= n; k += N) {
-          if constexpr (backward) __builtin_prefetch(x + ahead + k);
-          __builtin_prefetch(y + ahead + k);
-          store<A>(out + k, combine(a, b, backward ? load<A>(x + k) : a, load<A>(y + k)));
-        }
-      }
       for (; k + N <= n; k += N)
         store<A>(out + k, combine(a, b, backward ? load<A>(x + k) : a, load<A>(y + k)));
       if (k < n) {
@@ -186,8 +176,9 @@ struct FinishOf {
     for (int64_t r = 0; r < rows; ++r) {
       const double n = norm[r], gr = to_double(g[r]), s = sums[r];
       const bool clamped = n < eps;
-      const double d = clamped ? eps : n, projection = s / d, scale = gr / d;
-      const double along = clamped ? 0.0 : scale * projection / d;
+      const double inverse = 1.0 / (clamped ? eps : n);
+      const double projection = s * inverse, scale = gr * inverse;
+      const double along = clamped ? 0.0 : scale * projection * inverse;
       const double magnitude = __builtin_fabs(along);
       const bool coefficients_fit =
           fits(__builtin_fabs(scale), Range::kCoefficientMin, Range::kCoefficientMax) &
