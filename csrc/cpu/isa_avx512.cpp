@@ -19,6 +19,8 @@
 #define WNKERNEL_NARROW_HALF(x) \
   _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT)
 #define WNKERNEL_MASKED_MOVES
+#define WNKERNEL_STREAM
+#include "x86_stream.h"
 #include "avx512_masked.h"
 #include "primitives_impl.h"
 

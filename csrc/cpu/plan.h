@@ -8,8 +8,7 @@
 
 namespace wnkernel::cpu {
 
-// Elements of one chunk: v, w (and grad_w) of a chunk stay in a core's second-level cache between
-// the reduction and the map.
+// Elements of one piece of a long row.
 constexpr int64_t kChunk = 16384;
 // A row, or a strip of columns, of up to this many elements is still done in one phase.
 constexpr int64_t kOnePhase = 65536;
@@ -56,7 +55,7 @@ inline Plan plan_rows(const RowView& view) {
   p.kind = Plan::Kind::rows;
   p.one_phase = true;
   p.view = view;
-  p.rows_per_task = std::clamp<int64_t>(kChunk / view.row_size(), 1, kMaxRows);
+  p.rows_per_task = std::clamp<int64_t>(kBlock / view.row_size(), 1, kMaxRows);
   p.tasks = p.row_blocks = ceil_div(view.rows, p.rows_per_task);
   return p;
 }

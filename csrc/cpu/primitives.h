@@ -14,12 +14,14 @@ struct Kernels {
   // sums[c] += <x[:, c], y[:, c]> for `outer` rows of memory, `stride` elements apart; sums: A.
   void (*dot_columns)(const void* x, const void* y, int64_t outer, int64_t stride, int64_t columns,
                       void* sums);
+  // stream: past the caches, for results too large to be found there later.
   // Forward: out[r, :] = a[r] y[r, :]. Backward: out[r, :] = a[r] x[r, :] - b[r] y[r, :]. a, b: A.
   void (*map_rows)(const void* x, const void* y, void* out, int64_t rows, int64_t n, const void* a,
-                   const void* b);
+                   const void* b, bool stream);
   // The same with a and b per column.
+
   void (*map_columns)(const void* x, const void* y, void* out, int64_t outer, int64_t stride,
-                      int64_t columns, const void* a, const void* b);
+                      int64_t columns, const void* a, const void* b, bool stream);
 };
 
 // From sums to the coefficients of the map. Rows that a float cannot hold (see SafeRange) are

@@ -92,45 +92,75 @@ struct KernelsOf {
     return a * y;
   }
 
-  static void map_rows(const void* x_, const void* y_, void* out_, int64_t rows, int64_t n,
-                       const void* a_, const void* b_) {
-    const X* x = static_cast<const X*>(x_);
-    const V* y = static_cast<const V*>(y_);
-    Out* out = static_cast<Out*>(out_);
-    for (int64_t r = 0; r < rows; ++r, x += n, y += n, out += n) {
-      const Vec<A> a = Vec<A>{} + static_cast<const A*>(a_)[r];
-      const Vec<A> b = backward ? Vec<A>{} + static_cast<const A*>(b_)[r] : Vec<A>{};
-      int64_t k = 0;
-      for (; k + N <= n; k += N)
-        store<A>(out + k, combine(a, b, backward ? load<A>(x + k) : a, load<A>(y + k)));
-      if (k < n) {
-        const Vec<A> tail = backward ? load_partial<A>(x + k, n - k) : a;
-        store_partial<A>(out + k, combine(a, b, tail, load_partial<A>(y + k, n - k)), n - k);
-      }
+  template <bool streaming>
+  WNKERNEL_INLINE void put(Out* out, Vec<A> x) {
+    if constexpr (streaming) {
+      store_streaming<A>(out, x);
+    } else {
+      store<A>(out, x);
     }
   }
 
+  template <bool streaming>
+  WNKERNEL_INLINE void map_row(const X* x, const V* y, Out* out, int64_t n, Vec<A> a, Vec<A> b) {
+    int64_t k = 0;
+    for (; k + N <= n; k += N)
+      put<streaming>(out + k, combine(a, b, backward ? load<A>(x + k) : a, load<A>(y + k)));
+    if (k == n) return;
+    const Vec<A> tail = backward ? load_partial<A>(x + k, n - k) : a;
+    store_partial<A>(out + k, combine(a, b, tail, load_partial<A>(y + k, n - k)), n - k);
+  }
+
+  static void map_rows(const void* x_, const void* y_, void* out_, int64_t rows, int64_t n,
+                       const void* a_, const void* b_, bool stream) {
+    const X* x = static_cast<const X*>(x_);
+    const V* y = static_cast<const V*>(y_);
+    Out* out = static_cast<Out*>(out_);
+    stream = stream && can_stream<A>(out, n);
+    for (int64_t r = 0; r < rows; ++r, x += n, y += n, out += n) {
+      const Vec<A> a = Vec<A>{} + static_cast<const A*>(a_)[r];
+      const Vec<A> b = backward ? Vec<A>{} + static_cast<const A*>(b_)[r] : Vec<A>{};
+      if (stream) {
+        map_row<true>(x, y, out, n, a, b);
+      } else {
+        map_row<false>(x, y, out, n, a, b);
+      }
+    }
+    if (stream) finish_streaming();
+  }
+
+  template <bool streaming>
+  WNKERNEL_INLINE void map_across(const X* x, const V* y, Out* out, int64_t columns, const A* a,
+                                  const A* b) {
+    int64_t c = 0;
+    for (; c + N <= columns; c += N) {
+      const Vec<A> va = load<A>(a + c), vb = backward ? load<A>(b + c) : va;
+      put<streaming>(out + c, combine(va, vb, backward ? load<A>(x + c) : va, load<A>(y + c)));
+    }
+    if (c == columns) return;
+    const int64_t n = columns - c;
+    const Vec<A> va = load_partial<A>(a + c, n);
+    const Vec<A> vb = backward ? load_partial<A>(b + c, n) : va;
+    const Vec<A> vx = backward ? load_partial<A>(x + c, n) : va;
+    store_partial<A>(out + c, combine(va, vb, vx, load_partial<A>(y + c, n)), n);
+  }
+
   static void map_columns(const void* x_, const void* y_, void* out_, int64_t outer, int64_t stride,
-                          int64_t columns, const void* a_, const void* b_) {
+                          int64_t columns, const void* a_, const void* b_, bool stream) {
     const X* x = static_cast<const X*>(x_);
     const V* y = static_cast<const V*>(y_);
     Out* out = static_cast<Out*>(out_);
     const A* a = static_cast<const A*>(a_);
     const A* b = static_cast<const A*>(b_);
+    stream = stream && can_stream<A>(out, stride) && columns % N == 0;
     for (int64_t o = 0; o < outer; ++o, x += stride, y += stride, out += stride) {
-      int64_t c = 0;
-      for (; c + N <= columns; c += N) {
-        const Vec<A> va = load<A>(a + c), vb = backward ? load<A>(b + c) : va;
-        store<A>(out + c, combine(va, vb, backward ? load<A>(x + c) : va, load<A>(y + c)));
-      }
-      if (c < columns) {
-        const int64_t n = columns - c;
-        const Vec<A> va = load_partial<A>(a + c, n);
-        const Vec<A> vb = backward ? load_partial<A>(b + c, n) : va;
-        const Vec<A> vx = backward ? load_partial<A>(x + c, n) : va;
-        store_partial<A>(out + c, combine(va, vb, vx, load_partial<A>(y + c, n)), n);
+      if (stream) {
+        map_across<true>(x, y, out, columns, a, b);
+      } else {
+        map_across<false>(x, y, out, columns, a, b);
       }
     }
+    if (stream) finish_streaming();
   }
 
   static constexpr Kernels table() { return {dot_rows, dot_columns, map_rows, map_columns}; }

@@ -142,6 +142,38 @@ WNKERNEL_INLINE void store_partial(T* p, Vec<A> x, int64_t n) {
 #endif
 }
 
+template <class A, class T>
+constexpr bool kStreamable = sizeof(Raw<T, A>) >= 16 && sizeof(Raw<T, A>) <= WNKERNEL_VECTOR_BYTES;
+
+// Whether vectors may be streamed to every n-th element of p, and the store that does it; without
+// WNKERNEL_STREAM an ordinary one.
+template <class A, class T>
+WNKERNEL_INLINE bool can_stream(const T* p, int64_t n) {
+#if defined(WNKERNEL_STREAM)
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Raw<T, A>) == 0 && n % kLanes<A> == 0 &&
+         kStreamable<A, T>;
+#else
+  return false;
+#endif
+}
+
+template <class A, class T>
+WNKERNEL_INLINE void store_streaming(T* p, Vec<A> x) {
+#if defined(WNKERNEL_STREAM)
+  if constexpr (kStreamable<A, T>) {
+    stream<sizeof(Raw<T, A>)>(p, Convert<A, T>::narrow(x));
+  }
+#else
+  store<A>(p, x);
+#endif
+}
+
+WNKERNEL_INLINE void finish_streaming() {
+#if defined(WNKERNEL_STREAM)
+  _mm_sfence();
+#endif
+}
+
 // Halves are folded onto each other: a fixed order, log2(lanes) additions.
 template <class A, int64_t bytes>
 WNKERNEL_INLINE A horizontal_sum(typename VectorOf<A, bytes>::type x) {
