@@ -47,6 +47,9 @@ std::optional<at::ScalarType> as_dtype(PyObject* object) {
   return reinterpret_cast<THPDtype*>(object)->scalar_type;
 }
 
+// Weights up to this size are done before another thread could have made use of the GIL.
+constexpr int64_t kHoldGil = 16384;
+
 // weight_norm(v, g, dim, eps, out_dtype), all positional; NotImplemented if v is not on the CPU.
 PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -57,11 +60,10 @@ PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const int64_t dim = as_dim(args[2]);
   const double eps = as_eps(args[3]);
   const auto out_dtype = as_dtype(args[4]);
-  at::Tensor w;
-  {
-    pybind11::gil_scoped_release no_gil;
-    w = weight_norm(v, g, dim, eps, out_dtype);
-  }
+  std::optional<pybind11::gil_scoped_release> no_gil;
+  if (const auto size = v.sym_numel().maybe_as_int(); !size || *size > kHoldGil) no_gil.emplace();
+  at::Tensor w = weight_norm(v, g, dim, eps, out_dtype);
+  no_gil.reset();
   return THPVariable_Wrap(std::move(w));
   END_HANDLE_TH_ERRORS
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import _autograd, _ops, composed
 from .backends import choice, choose
@@ -50,7 +50,7 @@ def weight_norm(
         ValueError: a wrong shape, device, dim or eps.
         RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
     """
-    if _native is not None and choice.forced is None and not is_compiling():
+    if _native is not None and choice.forced is None and not is_dynamo_compiling():
         w = _native(v, g, dim, eps, out_dtype)
         if w is not NotImplemented:
             return w
