@@ -48,18 +48,19 @@ extern const InstructionSet kAvx512;
 #endif
 
 // Where A carries squares, dot products and coefficients without overflow or lost digits, at any
-// row length that fits in memory.
+// row length that fits in memory. A dot product of exactly 0 is a row without a gradient, which is
+// common, unless the norm is so small that the products may have vanished one by one.
 template <class A>
 struct SafeRange;
 template <>
 struct SafeRange<float> {
-  static constexpr double kNormMin = 0x1p-50, kNormMax = 0x1p60;
+  static constexpr double kNormMin = 0x1p-50, kNormMax = 0x1p60, kZeroDotNormMin = 0x1p-20;
   static constexpr double kDotMin = 0x1p-100, kDotMax = 0x1p120;
   static constexpr double kCoefficientMin = 0x1p-120, kCoefficientMax = 0x1p120;
 };
 template <>
 struct SafeRange<double> {
-  static constexpr double kNormMin = 0x1p-400, kNormMax = 0x1p480;
+  static constexpr double kNormMin = 0x1p-400, kNormMax = 0x1p480, kZeroDotNormMin = 0x1p-100;
   static constexpr double kDotMin = 0x1p-900, kDotMax = 0x1p1000;
   static constexpr double kCoefficientMin = 0x1p-1000, kCoefficientMax = 0x1p1000;
 };

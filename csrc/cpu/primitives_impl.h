@@ -210,11 +210,12 @@ struct FinishOf {
       const double projection = s * inverse, scale = gr * inverse;
       const double along = clamped ? 0.0 : scale * projection * inverse;
       const double magnitude = __builtin_fabs(along);
+      const bool zero = (s == 0.0) & (n >= Range::kZeroDotNormMin);
       const bool coefficients_fit =
           fits(__builtin_fabs(scale), Range::kCoefficientMin, Range::kCoefficientMax) &
-          (clamped | fits(magnitude, Range::kCoefficientMin, Range::kCoefficientMax));
+          (clamped | zero | fits(magnitude, Range::kCoefficientMin, Range::kCoefficientMax));
       const bool safe = fits(n, Range::kNormMin, Range::kNormMax) &
-                        fits(__builtin_fabs(s), Range::kDotMin, Range::kDotMax) &
+                        (zero | fits(__builtin_fabs(s), Range::kDotMin, Range::kDotMax)) &
                         ((gr == 0.0) | coefficients_fit);
       if (grad_g) from_double(projection, grad_g + r);
       a[r] = safe ? static_cast<A>(scale) : A(0);
