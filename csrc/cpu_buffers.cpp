@@ -24,8 +24,8 @@ constexpr size_t kPage = 4096;
 // Idle buffers are stale once this many times the pool's own size was served without them.
 constexpr int64_t kPatience = 8;
 
-// Buffers of this size and more ask for huge pages: fewer faults the first time, fewer TLB misses ever
-// after. malloc's memory is not aligned for them.
+// Buffers of this size and more ask for huge pages: fewer faults the first time, fewer TLB misses
+// ever after. malloc's memory is not aligned for them.
 constexpr size_t kHugePage = 2 << 20;
 
 void* allocate_memory(size_t size) {

@@ -23,7 +23,8 @@ namespace {
 constexpr int64_t kThreadGrain = 16384;
 
 // Results larger than this are not found in a cache when they are read again: writing them past it
-// saves reading every line first (measured from 6 MiB up: forward 10 %, backward 25 %; below, a loss).
+// saves reading every line first (measured from 6 MiB up: forward 10 %, backward 25 %; below, a
+// loss).
 constexpr int64_t kStreamBytes = 6 << 20;
 
 int index(DType t) { return static_cast<int>(t); }

@@ -17,7 +17,8 @@
 #define WNKERNEL_NARROW_HALF(x) _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT)
 #define WNKERNEL_STREAM
 #include "x86_stream.h"
-#include "primitives_impl.h"
+
+#include "primitives_impl.h"  // after what it builds on
 
 namespace wnkernel::cpu {
 constexpr InstructionSet kAvx2 = avx2::make("avx2");

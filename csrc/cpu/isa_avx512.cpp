@@ -21,8 +21,9 @@
 #define WNKERNEL_MASKED_MOVES
 #define WNKERNEL_STREAM
 #include "x86_stream.h"
+
 #include "avx512_masked.h"
-#include "primitives_impl.h"
+#include "primitives_impl.h"  // after what it builds on
 
 namespace wnkernel::cpu {
 constexpr InstructionSet kAvx512 = avx512::make("avx512");

@@ -24,6 +24,9 @@ struct KernelsOf {
   using X = std::conditional_t<backward, W, V>;    // what y is multiplied with
   using Out = std::conditional_t<backward, V, W>;  // what the map writes
   static constexpr int64_t N = kLanes<A>;
+  // bf16 throughout: the even and the odd elements of two vectors, which cost a shift and a mask to
+  // unpack, where consecutive ones have to cross lanes. Sums may come in any fixed order.
+  static constexpr bool kInterleaved = std::is_same_v<V, bf16> && std::is_same_v<W, bf16>;
 
   WNKERNEL_INLINE Vec<A> add_product(Vec<A> sum, const X* x, const V* y) {
     const Vec<A> vy = load<A>(y);
@@ -41,7 +44,12 @@ struct KernelsOf {
     Vec<A> sum[kUnroll] = {};
     int64_t k = 0;
     for (; k + kUnroll * N <= n; k += kUnroll * N)
-      for (int u = 0; u < kUnroll; ++u) sum[u] = add_product(sum[u], x + k + u * N, y + k + u * N);
+      for (int u = 0; u < kUnroll; u += 2) {
+        const Vec2<A> vy = load_two<A, kInterleaved>(y + k + u * N);
+        const Vec2<A> vx = backward ? load_two<A, kInterleaved>(x + k + u * N) : vy;
+        sum[u] += vx.first * vy.first;
+        sum[u + 1] += vx.second * vy.second;
+      }
     for (; k + N <= n; k += N) sum[0] = add_product(sum[0], x + k, y + k);
     if (k < n) sum[1] = add_product_partial(sum[1], x + k, y + k, n - k);
     return horizontal_sum<A, WNKERNEL_VECTOR_BYTES>((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -104,6 +112,12 @@ struct KernelsOf {
   template <bool streaming>
   WNKERNEL_INLINE void map_row(const X* x, const V* y, Out* out, int64_t n, Vec<A> a, Vec<A> b) {
     int64_t k = 0;
+    if constexpr (kInterleaved)
+      for (; k + 2 * N <= n; k += 2 * N) {
+        const Vec2<A> vy = load_two<A, true>(y + k), vx = backward ? load_two<A, true>(x + k) : vy;
+        store_interleaved<streaming>(
+            out + k, {combine(a, b, vx.first, vy.first), combine(a, b, vx.second, vy.second)});
+      }
     for (; k + N <= n; k += N)
       put<streaming>(out + k, combine(a, b, backward ? load<A>(x + k) : a, load<A>(y + k)));
     if (k == n) return;
@@ -116,7 +130,7 @@ struct KernelsOf {
     const X* x = static_cast<const X*>(x_);
     const V* y = static_cast<const V*>(y_);
     Out* out = static_cast<Out*>(out_);
-    stream = stream && can_stream<A>(out, n);
+    stream = stream && can_stream<A>(out, n, kInterleaved ? 2 : 1);
     for (int64_t r = 0; r < rows; ++r, x += n, y += n, out += n) {
       const Vec<A> a = Vec<A>{} + static_cast<const A*>(a_)[r];
       const Vec<A> b = backward ? Vec<A>{} + static_cast<const A*>(b_)[r] : Vec<A>{};
@@ -152,7 +166,7 @@ struct KernelsOf {
     Out* out = static_cast<Out*>(out_);
     const A* a = static_cast<const A*>(a_);
     const A* b = static_cast<const A*>(b_);
-    stream = stream && can_stream<A>(out, stride) && columns % N == 0;
+    stream = stream && can_stream<A>(out, stride, 1) && columns % N == 0;
     for (int64_t o = 0; o < outer; ++o, x += stride, y += stride, out += stride) {
       if (stream) {
         map_across<true>(x, y, out, columns, a, b);
@@ -175,12 +189,18 @@ struct FinishOf {
     return (x >= low) & (x <= high);
   }
 
+  WNKERNEL_INLINE int64_t count_nan(const double* sums, int64_t rows) {
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) count += sums[r] != sums[r];
+    return count;
+  }
+
+  // Plain loops, one exit each: the compiler turns them into vectors of doubles.
   static int64_t forward(double* __restrict sums, const void* g_, int64_t rows, double eps,
                          void* norm_, void* a_) {
     const G* __restrict g = static_cast<const G*>(g_);
     A* __restrict norm = static_cast<A*>(norm_);
     A* __restrict a = static_cast<A*>(a_);
-    int64_t unsafe = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]);
       const double scale = gr / (n > eps ? n : eps);
@@ -190,9 +210,8 @@ struct FinishOf {
       norm[r] = static_cast<A>(n);
       a[r] = safe ? static_cast<A>(scale) : A(0);
       sums[r] = safe ? sums[r] : __builtin_nan("");
-      unsafe += !safe;
     }
-    return unsafe;
+    return count_nan(sums, rows);
   }
 
   static int64_t backward(double* __restrict sums, const void* g_, const void* norm_, int64_t rows,
@@ -202,7 +221,6 @@ struct FinishOf {
     G* __restrict grad_g = static_cast<G*>(grad_g_);
     A* __restrict a = static_cast<A*>(a_);
     A* __restrict b = static_cast<A*>(b_);
-    int64_t unsafe = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const double n = norm[r], gr = to_double(g[r]), s = sums[r];
       const bool clamped = n < eps;
@@ -217,13 +235,13 @@ struct FinishOf {
       const bool safe = fits(n, Range::kNormMin, Range::kNormMax) &
                         (zero | fits(__builtin_fabs(s), Range::kDotMin, Range::kDotMax)) &
                         ((gr == 0.0) | coefficients_fit);
-      if (grad_g) from_double(projection, grad_g + r);
       a[r] = safe ? static_cast<A>(scale) : A(0);
       b[r] = safe ? static_cast<A>(along) : A(0);
-      sums[r] = safe ? s : __builtin_nan("");
-      unsafe += !safe;
+      sums[r] = safe ? projection : __builtin_nan("");
     }
-    return unsafe;
+    if (grad_g)
+      for (int64_t r = 0; r < rows; ++r) from_double(sums[r], grad_g + r);
+    return count_nan(sums, rows);
   }
 
   static constexpr Finish table() { return {forward, backward}; }

@@ -145,13 +145,13 @@ WNKERNEL_INLINE void store_partial(T* p, Vec<A> x, int64_t n) {
 template <class A, class T>
 constexpr bool kStreamable = sizeof(Raw<T, A>) >= 16 && sizeof(Raw<T, A>) <= WNKERNEL_VECTOR_BYTES;
 
-// Whether vectors may be streamed to every n-th element of p, and the store that does it; without
-// WNKERNEL_STREAM an ordinary one.
+// Whether `count` vectors at a time may be streamed to every n-th element of p, and the store that
+// does it; without WNKERNEL_STREAM an ordinary one.
 template <class A, class T>
-WNKERNEL_INLINE bool can_stream(const T* p, int64_t n) {
+WNKERNEL_INLINE bool can_stream(const T* p, int64_t n, int64_t count) {
 #if defined(WNKERNEL_STREAM)
-  return reinterpret_cast<uintptr_t>(p) % sizeof(Raw<T, A>) == 0 && n % kLanes<A> == 0 &&
-         kStreamable<A, T>;
+  return reinterpret_cast<uintptr_t>(p) % (count * sizeof(Raw<T, A>)) == 0 &&
+         n % (count * kLanes<A>) == 0 && kStreamable<A, T>;
 #else
   return false;
 #endif
@@ -166,6 +166,40 @@ WNKERNEL_INLINE void store_streaming(T* p, Vec<A> x) {
 #else
   store<A>(p, x);
 #endif
+}
+
+template <class A>
+struct Vec2 {
+  Vec<A> first, second;
+};
+
+// Two vectors from 2 * kLanes<A> consecutive elements: the first half and the second half of them,
+// or, interleaved (bf16 only), those at even and those at odd places.
+template <class A, bool interleaved, class T>
+WNKERNEL_INLINE Vec2<A> load_two(const T* p) {
+  if constexpr (interleaved) {
+    Vec<uint32_t> raw;
+    __builtin_memcpy(&raw, p, sizeof raw);
+    return {bit_cast<Vec<A>>(raw << 16), bit_cast<Vec<A>>(raw & 0xffff0000u)};
+  } else {
+    return {load<A>(p), load<A>(p + kLanes<A>)};
+  }
+}
+
+// The store that belongs to interleaved loads. x must not hold a NaN other than the processor's
+// own: rows with NaN go to exact_rows.h.
+template <bool streaming>
+WNKERNEL_INLINE void store_interleaved(bf16* p, Vec2<float> x) {
+  using U32 = Vec<uint32_t>;
+  const U32 even = bit_cast<U32>(x.first), odd = bit_cast<U32>(x.second);
+  const U32 low = (even + 0x7fffu + (even >> 16 & 1u)) >> 16;
+  const U32 high = (odd + 0x7fffu + (odd >> 16 & 1u)) & 0xffff0000u;
+  const Vec<float> packed = bit_cast<Vec<float>>(low | high);
+  if constexpr (streaming) {
+    store_streaming<float>(reinterpret_cast<float*>(p), packed);
+  } else {
+    __builtin_memcpy(p, &packed, sizeof packed);
+  }
 }
 
 WNKERNEL_INLINE void finish_streaming() {
