@@ -47,7 +47,15 @@ struct Plan {
   int64_t run_pieces;      // pieces with long runs: chunks of one run
   int64_t repeat;          // columns: rows of memory side by side in one super-row
 
-  int64_t partials() const { return one_phase ? 0 : view.rows * outer_blocks * run_pieces; }
+  // Columns of one super-row; for pieces, the rows.
+  int64_t coefficients() const {
+    return kind == Kind::columns ? repeat * view.rows * view.inner : view.rows;
+  }
+  int64_t partials() const { return kind == Kind::columns ? outer_blocks * coefficients() : tasks; }
+  // Rows whose partial sums are added up together.
+  int64_t finish_rows() const { return kind == Kind::columns ? rows_per_task : kMaxRows; }
+  // Doubles of workspace: sums, partial sums and two coefficients; see job.h.
+  int64_t workspace() const { return one_phase ? 0 : view.rows + partials() + 2 * coefficients(); }
 };
 
 inline Plan plan_rows(const RowView& view) {

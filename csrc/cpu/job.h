@@ -1,0 +1,77 @@
+// One problem of a launch: its plan, its kernels, its share of the workspace; and what differs
+// between the directions (see primitives.h for x, y and out), so that the rest need not know.
+#pragma once
+#include <type_traits>
+
+#include "elements.h"
+#include "exact_rows.h"
+#include "plan.h"
+#include "primitives.h"
+
+namespace wnkernel::cpu {
+
+inline int index_of(DType t) { return static_cast<int>(t); }
+inline DType accumulation(DType v_type) { return v_type == DType::f64 ? DType::f64 : DType::f32; }
+
+inline const char* at(const void* p, int64_t k, DType t) {
+  return static_cast<const char*>(p) + k * element_size(t);
+}
+inline char* at(void* p, int64_t k, DType t) { return static_cast<char*>(p) + k * element_size(t); }
+
+inline const Kernels& kernels(const InstructionSet& set, const Forward& p) {
+  return set.forward[index_of(p.v_type)][index_of(p.w_type)];
+}
+inline const Kernels& kernels(const InstructionSet& set, const Backward& p) {
+  return set.backward[index_of(p.v_type)][index_of(p.w_type)];
+}
+inline const char* x_at(const Forward& p, int64_t k) { return at(p.v, k, p.v_type); }
+inline const char* x_at(const Backward& p, int64_t k) { return at(p.grad_w, k, p.w_type); }
+inline char* out_at(const Forward& p, int64_t k) { return at(p.w, k, p.w_type); }
+inline char* out_at(const Backward& p, int64_t k) { return at(p.grad_v, k, p.v_type); }
+inline DType out_type(const Forward& p) { return p.w_type; }
+inline DType out_type(const Backward& p) { return p.v_type; }
+inline bool wants_map(const Forward&) { return true; }
+inline bool wants_map(const Backward& p) { return p.grad_v != nullptr; }
+
+inline int64_t finish(const InstructionSet& set, const Forward& p, int64_t row, int64_t rows,
+                      double* sums, void* a, void*) {
+  return set.finish[index_of(p.v_type)][index_of(p.g_type)].forward(
+      sums, at(p.g, row, p.g_type), rows, p.eps, at(p.norm, row, accumulation(p.v_type)), a);
+}
+inline int64_t finish(const InstructionSet& set, const Backward& p, int64_t row, int64_t rows,
+                      double* sums, void* a, void* b) {
+  return set.finish[index_of(p.v_type)][index_of(p.g_type)].backward(
+      sums, at(p.g, row, p.g_type), at(p.norm, row, accumulation(p.v_type)), rows, p.eps,
+      p.grad_g ? at(p.grad_g, row, p.g_type) : nullptr, a, b);
+}
+
+// Does the rows again that finish() has marked.
+template <class P>
+void exact_rows(const P& p, const double* sums, int64_t row, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    if (sums[r] != sums[r]) exact_row(p, row + r);
+}
+
+template <class P>
+struct Job {
+  static constexpr bool kBackward = std::is_same_v<P, Backward>;
+
+  const P* p = nullptr;
+  Plan plan{};
+  const InstructionSet* set = nullptr;
+  const Kernels* k = nullptr;
+  DType acc{};
+  bool stream = false;
+  // The workspace of a two-phase plan; its sizes are in the plan.
+  double* sums = nullptr;  // [rows]
+  char* partials = nullptr;
+  char* a = nullptr;
+  char* b = nullptr;
+
+  // x, y and out from element k of the problem on.
+  const char* x(int64_t k) const { return x_at(*p, k); }
+  const char* y(int64_t k) const { return at(p->v, k, p->v_type); }
+  char* out(int64_t k) const { return out_at(*p, k); }
+};
+
+}  // namespace wnkernel::cpu

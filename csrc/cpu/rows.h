@@ -1,0 +1,70 @@
+// Chunks that are reduced along runs of memory: adjacent whole rows, and pieces of long rows.
+#pragma once
+#include <algorithm>
+
+#include "job.h"
+
+namespace wnkernel::cpu {
+
+// Several whole rows, from v to every output.
+template <class P>
+void whole_rows(const Job<P>& job, int64_t task) {
+  const RowView& view = job.plan.view;
+  const int64_t row = task * job.plan.rows_per_task;
+  const int64_t rows = std::min(job.plan.rows_per_task, view.rows - row);
+  double sums[kMaxRows], a[kMaxRows], b[kMaxRows];
+  std::fill(sums, sums + rows, 0.0);
+  for (int64_t o = 0; o < view.outer; ++o) {
+    const int64_t k = (o * view.rows + row) * view.inner;
+    job.k->dot_rows(job.x(k), job.y(k), rows, view.inner, sums);
+  }
+  const int64_t unsafe = finish(*job.set, *job.p, row, rows, sums, a, b);
+  if (wants_map(*job.p))
+    for (int64_t o = 0; o < view.outer; ++o) {
+      const int64_t k = (o * view.rows + row) * view.inner;
+      job.k->map_rows(job.x(k), job.y(k), job.out(k), rows, view.inner, a, b, job.stream);
+    }
+  if (unsafe) exact_rows(*job.p, sums, row, rows);
+}
+
+// f(row, first element, elements) for every run of one piece.
+template <class F>
+void each_run(const Plan& plan, int64_t task, F&& f) {
+  const RowView& view = plan.view;
+  const int64_t pieces = plan.tasks / view.rows, row = task / pieces, piece = task % pieces;
+  const int64_t first = piece / plan.run_pieces * plan.outer_per_task;
+  const int64_t last = std::min(view.outer, first + plan.outer_per_task);
+  const int64_t from = piece % plan.run_pieces * kChunk;
+  const int64_t size = std::min(view.inner - from, plan.run_pieces > 1 ? kChunk : view.inner);
+  for (int64_t o = first; o < last; ++o) f(row, (o * view.rows + row) * view.inner + from, size);
+}
+
+template <class P>
+void piece_sum(const Job<P>& job, int64_t task) {
+  double& sum = reinterpret_cast<double*>(job.partials)[task];  // [rows][pieces]
+  sum = 0;
+  each_run(job.plan, task,
+           [&](int64_t, int64_t k, int64_t n) { job.k->dot_rows(job.x(k), job.y(k), 1, n, &sum); });
+}
+
+template <class P>
+int64_t piece_finish(const Job<P>& job, int64_t row, int64_t rows) {
+  const int64_t pieces = job.plan.tasks / job.plan.view.rows;
+  const double* partial = reinterpret_cast<const double*>(job.partials) + row * pieces;
+  for (int64_t r = row; r < row + rows; ++r) {
+    job.sums[r] = 0;
+    for (int64_t k = 0; k < pieces; ++k) job.sums[r] += *partial++;
+  }
+  return finish(*job.set, *job.p, row, rows, job.sums + row, at(job.a, row, job.acc),
+                at(job.b, row, job.acc));
+}
+
+template <class P>
+void piece_map(const Job<P>& job, int64_t task) {
+  each_run(job.plan, task, [&](int64_t row, int64_t k, int64_t n) {
+    job.k->map_rows(job.x(k), job.y(k), job.out(k), 1, n, at(job.a, row, job.acc),
+                    at(job.b, row, job.acc), job.stream);
+  });
+}
+
+}  // namespace wnkernel::cpu
