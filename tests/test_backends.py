@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,19 +14,7 @@ from wnkernel import _ops
 from wnkernel import functional as F
 from wnkernel.backends import BACKENDS, choice, choose
 
-ROOT = Path(wnkernel.__file__).parents[1]
-
-
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k != "WNKERNEL_BACKEND"}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=inherited | {"PYTHONPATH": path} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+from .processes import python
 
 
 class Incapable:

@@ -282,3 +282,21 @@ def test_activation_checkpointing(route, use_reentrant, dim):
     plain = grads(block(x))
     checkpointed = grads(checkpoint(block, x, use_reentrant=use_reentrant))
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape, dim", [((6, 40), 0), ((6, 40), 1), ((5, 4, 7), 1), ((300, 300, 3), 2)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_a_gradient(backend, shape, dim, dtype):
+    """A convolution tap that only ever meets padding has a row of zeros in grad_w."""
+    v, g = randn(shape, dtype).requires_grad_(), randn_g(shape, dim, dtype).requires_grad_()
+    grad_w = randn(shape, dtype)
+    grad_w.select(dim, 1).zero_()
+    grad_v, grad_g = torch.autograd.grad(F.weight_norm(v, g, dim), (v, g), grad_w)
+    assert not grad_v.select(dim, 1).any()
+    assert not grad_g.select(dim, 1).any()
+    for name, got, expected in zip(
+        ("grad_v", "grad_g"), (grad_v, grad_g), reference.backward(v, g, grad_w, dim), strict=True
+    ):
+        reference.assert_close(name, got, expected)

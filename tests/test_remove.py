@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +122,15 @@ def test_stacked_parametrizations_fold_with_torchs_tool(route):
     parametrize.remove_parametrizations(module, "weight")
     assert torch.equal(module.weight, w)
     assert type(module) is nn.Linear
+
+
+def test_a_deep_copy_keeps_its_weight_norm():
+    """Copies share the class that parametrize made; a removal must not reach the others."""
+    original = wnkernel.weight_norm(torch.nn.Conv1d(4, 6, 3))
+    copy = deepcopy(original)
+    w = original.weight.clone()
+    wnkernel.remove_weight_norm(copy)
+    assert torch.equal(original.weight, w)
+    assert torch.equal(copy.weight, w)
+    wnkernel.remove_weight_norm(original)
+    assert type(original) is type(copy) is torch.nn.Conv1d

@@ -2,6 +2,7 @@
 
 from . import functional
 from ._info import info
+from ._ops import cpu_buffers, release_cpu_buffers
 from ._version import __version__
 from .backends import use_backend
 from .parametrization import WeightNorm, remove_weight_norm, weight_norm
@@ -9,8 +10,10 @@ from .parametrization import WeightNorm, remove_weight_norm, weight_norm
 __all__ = [
     "WeightNorm",
     "__version__",
+    "cpu_buffers",
     "functional",
     "info",
+    "release_cpu_buffers",
     "remove_weight_norm",
     "use_backend",
     "weight_norm",

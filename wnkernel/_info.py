@@ -20,6 +20,7 @@ def info() -> dict[str, Any]:
         module was built with (torch, compiler, devices), the instruction set in use; or None.
         ``load_error``: why it is not loaded, empty when it is. ``backends``: for every backend, in
         the order of the automatic choice, the reasons why it cannot run here (empty: it can).
+        ``cpu_buffers``: bytes that results on the CPU use and hold.
         ``forced_backend``: the one asked for on this thread, or ``None``.
     """
     return {
@@ -31,5 +32,6 @@ def info() -> dict[str, Any]:
         "compiled": _ops.BUILD_INFO or None,
         "load_error": _ops.load_error(),
         "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
+        "cpu_buffers": _ops.cpu_buffers(),
         "forced_backend": choice.forced,
     }

@@ -53,6 +53,21 @@ native_weight_norm = None if _C is None else _C.weight_norm
 The shortest way to torch.ops.wnkernel.weight_norm, for code that is not being traced."""
 
 
+def cpu_buffers() -> dict[str, int]:
+    """Memory of results on the CPU: ``used_bytes`` in tensors, ``held_bytes`` idle; docs/memory.md.
+
+    Results of 64 KiB and more live in buffers that serve the next result of the same size as soon
+    as no tensor holds them any more. Empty without ``wnkernel._C``.
+    """
+    return {} if _C is None else _C.cpu_buffers()
+
+
+def release_cpu_buffers() -> None:
+    """Give the idle buffers of :func:`cpu_buffers` back to the system."""
+    if _C is not None:
+        _C.release_cpu_buffers()
+
+
 def load_error() -> str:
     """One line on why ``wnkernel._C`` is not loaded; empty when it is."""
     return _LOAD_ERROR

@@ -171,15 +171,27 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
             f"name: expected weight norm alone on {name!r}, got {stacked}; "
             "parametrize.remove_parametrizations folds them all"
         )
-    with parametrize.cached():  # one computation, though torch reads the weight again
-        w = getattr(module, name)
-        requires_grad = any(p.requires_grad for p in module.parametrizations[name].parameters())
-        parametrize.remove_parametrizations(module, name)
+    with torch.no_grad():
+        w = module.parametrizations[name]()
+    requires_grad = any(p.requires_grad for p in module.parametrizations[name].parameters())
+    _own_class(module)
+    parametrize.remove_parametrizations(module, name)
     unregister_load_hook(module, name)
     # torch leaves a frozen layer's weight behind as a buffer
     module._buffers.pop(name, None)
-    setattr(module, name, nn.Parameter(w.detach(), requires_grad=requires_grad))
+    setattr(module, name, nn.Parameter(w, requires_grad=requires_grad))
     return module
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    Copies made by deepcopy share the class that parametrize made, and removing a parametrization
+    deletes a property of that class: the copies would lose their weights too.
+    """
+    cls = type(module)
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls)(cls.__name__, cls.__bases__, members)
 
 
 OURS = "wnkernel.weight_norm"

@@ -1,0 +1,120 @@
+"""Results on the CPU live in recycled buffers: never one that somebody still sees."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import wnkernel
+from wnkernel import functional as F
+
+from .processes import python
+from .reference import assert_close, forward
+
+SHAPE = (128, 64, 8)  # 256 KiB in float32: above the size from which buffers are recycled
+
+
+@pytest.fixture(autouse=True)
+def _empty(compiled_backend: str):
+    if compiled_backend != "cpu":
+        pytest.skip("buffers are for results on the CPU")
+    wnkernel.release_cpu_buffers()
+    yield
+    wnkernel.release_cpu_buffers()
+
+
+def weight(shape=SHAPE):
+    return torch.randn(shape), torch.rand(shape[0], 1, 1) + 0.5
+
+
+def test_a_freed_buffer_serves_the_next_result_of_its_size():
+    v, g = weight()
+    address = F.weight_norm(v, g).data_ptr()
+    assert F.weight_norm(v, g).data_ptr() == address
+
+
+def test_statistics_follow_the_tensors():
+    v, g = weight()
+    before = wnkernel.cpu_buffers()
+    w = F.weight_norm(v, g)
+    size = w.untyped_storage().nbytes()
+    assert wnkernel.cpu_buffers()["used_bytes"] == before["used_bytes"] + size
+    del w
+    assert wnkernel.cpu_buffers() == {"used_bytes": before["used_bytes"], "held_bytes": size}
+    wnkernel.release_cpu_buffers()
+    assert wnkernel.cpu_buffers()["held_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda w: w,
+        lambda w: w.detach(),
+        lambda w: w[3:5, 1],  # a view of a part
+        lambda w: w.numpy(),
+        lambda w: w.untyped_storage(),
+        lambda w: torch.utils.dlpack.to_dlpack(w),
+    ],
+    ids=["tensor", "detached", "view", "numpy", "storage", "dlpack"],
+)
+def test_a_buffer_that_is_still_seen_is_left_alone(keep):
+    v, g = weight()
+    w = F.weight_norm(v, g)
+    address, expected = w.data_ptr(), w.clone()
+    kept = keep(w)
+    del w
+    later = [F.weight_norm(torch.randn(SHAPE), g) for _ in range(4)]
+    assert all(x.data_ptr() != address for x in later)
+    if isinstance(kept, torch.Tensor) and kept.shape == expected.shape:
+        assert torch.equal(kept, expected)
+
+
+def test_gradients_that_are_kept_stay():
+    v, g = (t.requires_grad_() for t in weight())
+    F.weight_norm(v, g).square().sum().backward()
+    kept, expected = v.grad, v.grad.clone()
+    for _ in range(3):
+        v.grad = None
+        F.weight_norm(v, g).sum().backward()
+    assert torch.equal(kept, expected)
+
+
+def test_threads_do_not_share_a_buffer():
+    weights = [weight() for _ in range(4)]
+    failures = []
+
+    def work(v, g):
+        expected = forward(v, g, 0)
+        for _ in range(50):
+            try:
+                assert_close("w", F.weight_norm(v, g), expected)
+            except AssertionError as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in weights]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+def test_buffers_that_are_not_asked_for_again_go_back():
+    v, g = weight()
+    F.weight_norm(v, g)
+    other = torch.randn(64, 64, 8), torch.ones(64, 1, 1)  # half the size
+    for _ in range(100):
+        F.weight_norm(*other)
+    assert wnkernel.cpu_buffers()["held_bytes"] == other[0].numel() * 4
+
+
+def test_the_environment_switches_them_off():
+    code = (
+        "import torch, wnkernel; from wnkernel import functional as F;"
+        "w = F.weight_norm(torch.randn(128, 64, 8), torch.ones(128, 1, 1));"
+        "print(wnkernel.cpu_buffers()['used_bytes'])"
+    )
+    result = python("-c", code, WNKERNEL_CPU_BUFFERS="0")
+    assert result.stdout.strip() == "0", result.stderr

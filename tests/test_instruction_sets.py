@@ -1,0 +1,52 @@
+"""Every instruction set that this processor has gives right results, not just the widest.
+
+The choice is made once per process, so each set runs in one of its own.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+
+from wnkernel import _ops
+
+from .processes import python
+
+NAMES = ("avx512", "avx2", "sse2") if platform.machine() == "x86_64" else ("neon",)
+
+CHECK = """
+import torch, wnkernel
+from tests import reference
+from tests.cases import randn, randn_g
+from wnkernel import functional as F
+
+torch.manual_seed(0)
+print(wnkernel.info()["compiled"]["cpu_instruction_set"])
+# tails of every length around a vector; rows in one chunk, in pieces; columns, narrow, wide
+SHAPES = [(3, n) for n in range(1, 70)] + [(5, 7, 3), (2, 70001), (700, 3), (90, 200, 3), (6, 4, 300)]
+for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    for shape in SHAPES:
+        for dim in (*range(len(shape)), None):
+            v, g = randn(shape, dtype).requires_grad_(), randn_g(shape, dim, dtype).requires_grad_()
+            grad_w = randn(shape, dtype)
+            w = F.weight_norm(v, g, dim)
+            grads = torch.autograd.grad(w, (v, g), grad_w)
+            expected = reference.backward(v, g, grad_w, dim)
+            reference.assert_close("w", w, reference.forward(v, g, dim))
+            for name, got, right in zip(("grad_v", "grad_g"), grads, expected):
+                reference.assert_close(name, got, right)
+print("right")
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_are_right(name: str) -> None:
+    if not _ops.loaded():
+        pytest.skip(_ops.load_error())
+    result = python("-c", CHECK, WNKERNEL_CPU_ISA=name)
+    assert result.returncode == 0, result.stderr
+    used, verdict = result.stdout.split()
+    if used != name:
+        pytest.skip(f"this processor has no {name}: {used} ran")
+    assert verdict == "right"
