@@ -80,7 +80,7 @@ def assert_close(name: str, got: Tensor, expected: Expected) -> None:
     length = (want / unit).norm()
     if length > 100 * allowed:
         cosine = torch.dot(wide / unit, want / unit) / ((wide / unit).norm() * length)
-        # The sums of the cosine itself are rounded, in float64, as many times as there are elements.
+        # The cosine's own sums are rounded as many times as there are elements.
         slack = (allowed / length) ** 2 + 8 * math.sqrt(want.numel()) * torch.finfo(want.dtype).eps
         assert 1 - cosine <= slack, f"{name}: cosine {cosine:.12g}"
 
