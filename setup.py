@@ -45,14 +45,14 @@ def is_clang() -> bool:
 
 
 def compile_flags() -> list[str]:
-    flags = ["-O3", "-g1", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     # torch brings the OpenMP runtime, which has gcc's entry points: compiled for, never linked.
     return flags if is_clang() else [*flags, "-fopenmp"]
 
 
 def link_flags() -> list[str]:
-    return [] if True or platform.system() == "Darwin" else ["-Wl,--strip-all"]
+    return [] if platform.system() == "Darwin" else ["-Wl,--strip-all"]
 
 
 def extension_arguments() -> dict:

@@ -285,7 +285,7 @@ def test_activation_checkpointing(route, use_reentrant, dim):
 
 
 @pytest.mark.parametrize(
-    "shape, dim", [((6, 40), 0), ((6, 40), 1), ((5, 4, 7), 1), ((300, 300, 3), 2)]
+    ("shape", "dim"), [((6, 40), 0), ((6, 40), 1), ((5, 4, 7), 1), ((300, 300, 3), 2)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_a_gradient(backend, shape, dim, dtype):
