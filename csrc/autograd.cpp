@@ -8,6 +8,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -47,43 +48,36 @@ bool is_transformed(at::TensorList tensors) {
   return false;
 }
 
-// What a node keeps of one weight: entries of one list in saved_data, which costs less than an
-// entry of saved_data each, and which compiled autograd can read.
+// What a node keeps of one weight.
 struct Saved {
   at::Tensor v, g, extra;  // extra: norm, or grad_w
   int64_t dim;
   double eps;
   int64_t v_version, g_version, extra_version;
-  static constexpr size_t kEntries = 8;
+
+  void check_versions() const {
+    check_version("v", v, v_version);
+    check_version("g", g, g_version);
+  }
+};
+
+// What a node keeps: one entry of saved_data, since each costs a hash of its name.
+struct SavedWeights : torch::CustomClassHolder {
+  c10::SmallVector<Saved, 1> weights;
 
   static void store(AutogradContext* ctx, at::TensorList v, at::TensorList g, at::TensorList extra,
                     at::IntArrayRef dim, at::ArrayRef<double> eps) {
-    c10::impl::GenericList list(c10::AnyType::get());
-    list.reserve(kEntries * v.size());
-    for (size_t k = 0; k < v.size(); ++k) {
-      for (const at::Tensor& t : {v[k], g[k], extra[k]}) list.push_back(t);
-      list.push_back(dim[k]);
-      list.push_back(eps[k]);
-      for (const at::Tensor& t : {v[k], g[k], extra[k]}) list.push_back(version_of(t));
-    }
-    ctx->saved_data["weights"] = std::move(list);
+    auto saved = c10::make_intrusive<SavedWeights>();
+    saved->weights.reserve(v.size());
+    for (size_t k = 0; k < v.size(); ++k)
+      saved->weights.push_back({v[k], g[k], extra[k], dim[k], eps[k], version_of(v[k]),
+                                version_of(g[k]), version_of(extra[k])});
+    ctx->saved_data["weights"] = c10::IValue::make_capsule(std::move(saved));
   }
 
-  static c10::impl::GenericList load(AutogradContext* ctx) {
-    return ctx->saved_data["weights"].toList();
-  }
-
-  Saved(const c10::impl::GenericList& list, size_t k)
-      : v(list.get(kEntries * k).toTensor()),
-        g(list.get(kEntries * k + 1).toTensor()),
-        extra(list.get(kEntries * k + 2).toTensor()),
-        dim(list.get(kEntries * k + 3).toInt()),
-        eps(list.get(kEntries * k + 4).toDouble()),
-        v_version(list.get(kEntries * k + 5).toInt()),
-        g_version(list.get(kEntries * k + 6).toInt()),
-        extra_version(list.get(kEntries * k + 7).toInt()) {
-    check_version("v", v, v_version);
-    check_version("g", g, g_version);
+  static at::ArrayRef<Saved> load(AutogradContext* ctx) {
+    const auto holder = ctx->saved_data["weights"].toCapsule();  // saved_data keeps it alive
+    return static_cast<SavedWeights&>(*holder).weights;
   }
 };
 
@@ -94,7 +88,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
                                at::TensorList g, at::TensorList norm, at::IntArrayRef dim,
                                at::ArrayRef<double> eps, at::IntArrayRef need_v,
                                at::IntArrayRef need_g) {
-    Saved::store(ctx, v, g, grad_w, dim, eps);
+    SavedWeights::store(ctx, v, g, grad_w, dim, eps);
     ctx->saved_data["need_v"] = need_v;
     ctx->saved_data["need_g"] = need_g;
     ctx->set_materialize_grads(false);
@@ -105,7 +99,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
-    const auto saved = Saved::load(ctx);
+    const at::ArrayRef<Saved> saved = SavedWeights::load(ctx);
     const auto need_v = ctx->saved_data["need_v"].toIntVector();
     const auto need_g = ctx->saved_data["need_g"].toIntVector();
     const size_t count = need_v.size();
@@ -118,7 +112,8 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     variable_list grads(4 * count + 4);
     for (size_t k = 0; k < count; ++k) {
       if (!gg_v[k].defined() && !gg_g[k].defined()) continue;
-      const Saved w(saved, k);
+      const Saved& w = saved[k];
+      w.check_versions();
       check_version("grad_w", w.extra, w.extra_version);
       auto [d_grad_w, d_v, d_g] =
           composed::double_backward(w.extra, w.v, w.g, gg_v[k], gg_g[k], w.dim, w.eps);
@@ -165,14 +160,14 @@ struct WeightNorms : torch::autograd::Function<WeightNorms> {
                                std::optional<at::ScalarType> out_dtype, Tensors* norms) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [w, norm] = wnkernel::forward(v, g, dim, eps, out_dtype);
-    Saved::store(ctx, v, g, norm, dim, eps);
+    SavedWeights::store(ctx, v, g, norm, dim, eps);
     ctx->set_materialize_grads(false);
     *norms = std::move(norm);
     return std::move(w);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_w) {
-    const auto saved = Saved::load(ctx);
+    const at::ArrayRef<Saved> saved = SavedWeights::load(ctx);
     const size_t count = grad_w.size();
 
     // Weights that nothing was computed from are left out: their gradients stay None.
@@ -183,12 +178,13 @@ struct WeightNorms : torch::autograd::Function<WeightNorms> {
     for (size_t k = 0; k < count; ++k) {
       const bool wants_v = ctx->needs_input_grad(k), wants_g = ctx->needs_input_grad(count + k);
       if (!grad_w[k].defined() || !(wants_v || wants_g)) continue;
-      Saved w(saved, k);
+      const Saved& w = saved[k];
+      w.check_versions();
       live.push_back(k);
       grad.push_back(grad_w[k]);
-      v.push_back(std::move(w.v));
-      g.push_back(std::move(w.g));
-      norm.push_back(std::move(w.extra));
+      v.push_back(w.v);
+      g.push_back(w.g);
+      norm.push_back(w.extra);
       dim.push_back(w.dim);
       eps.push_back(w.eps);
       need_v.push_back(wants_v);
