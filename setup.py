@@ -16,6 +16,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = ROOT / "wnkernel" / "_build_info.py"
+BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
 
@@ -48,19 +49,27 @@ def compile_flags() -> list[str]:
     flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     # torch brings the OpenMP runtime, which has gcc's entry points: compiled for, never linked.
-    return flags if is_clang() else [*flags, "-fopenmp"]
+    if is_clang():
+        return [*flags, "-Wno-bitwise-instead-of-logical", "-Wno-unknown-warning-option"]
+    return [*flags, "-fopenmp"]
 
 
 def link_flags() -> list[str]:
     return [] if platform.system() == "Darwin" else ["-Wl,--strip-all"]
 
 
+def built_for() -> str:
+    """What the compiled module in the tree was built for; empty if there is none."""
+    return BUILD_INFO.read_text(encoding="utf-8") if BUILD_INFO.exists() else ""
+
+
 def extension_arguments() -> dict:
     """Arguments of setup() that build wnkernel._C; empty for a pure-Python package."""
     mode = wanted()
-    previous = BUILD_INFO.read_text(encoding="utf-8") if BUILD_INFO.exists() else ""
-    BUILD_INFO.unlink(missing_ok=True)
     if mode == "none":
+        if BUILD_COMMANDS & set(sys.argv):
+            BUILD_INFO.unlink(missing_ok=True)
+            plain_line("WNKERNEL_BUILD=none, so this is the pure-Python package")
         return {}
     # torch looks for ninja on PATH only, and a virtual environment need not be active.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
@@ -81,21 +90,25 @@ def extension_arguments() -> dict:
     class Build(BuildExtension):
         def run(self) -> None:
             # A module built against another torch is out of date however new its sources are.
-            self.force = self.force or build_info != previous
+            self.force = self.force or build_info != built_for()
+            BUILD_INFO.unlink(missing_ok=True)
             try:
                 super().run()
             except (Exception, SystemExit) as error:
                 if mode == "cpu":
                     raise
-                BUILD_INFO.unlink(missing_ok=True)
                 self.extensions = []
                 reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
                 plain_line(
                     f"compiled kernels were not built ({reason[0]}); "
                     "the pure-Python package works without them"
                 )
+                return
+            BUILD_INFO.write_text(build_info, encoding="utf-8")
+            if not self.inplace:  # build_py has copied the Python files already
+                target = Path(self.build_lib) / "wnkernel" / BUILD_INFO.name
+                target.write_text(build_info, encoding="utf-8")
 
-    BUILD_INFO.write_text(build_info, encoding="utf-8")
     extension = CppExtension(
         "wnkernel._C",
         SOURCES,

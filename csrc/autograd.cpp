@@ -15,6 +15,7 @@
 
 #include "composed.h"
 #include "ops.h"
+#include "problem.h"
 
 namespace wnkernel {
 namespace {
@@ -55,9 +56,10 @@ struct Saved {
   double eps;
   int64_t v_version, g_version, extra_version;
 
-  void check_versions() const {
+  void check_versions(const char* extra_name) const {
     check_version("v", v, v_version);
     check_version("g", g, g_version);
+    check_version(extra_name, extra, extra_version);
   }
 };
 
@@ -113,8 +115,7 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
     for (size_t k = 0; k < count; ++k) {
       if (!gg_v[k].defined() && !gg_g[k].defined()) continue;
       const Saved& w = saved[k];
-      w.check_versions();
-      check_version("grad_w", w.extra, w.extra_version);
+      w.check_versions("grad_w");
       auto [d_grad_w, d_v, d_g] =
           composed::double_backward(w.extra, w.v, w.g, gg_v[k], gg_g[k], w.dim, w.eps);
       grads[k] = d_grad_w;
@@ -125,31 +126,19 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
   }
 };
 
-std::tuple<Tensors, Tensors> backward_composed(at::TensorList grad_w, at::TensorList v,
-                                               at::TensorList g, at::TensorList,
-                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
-                                               at::IntArrayRef need_v, at::IntArrayRef need_g) {
-  Tensors grad_v, grad_g;
-  for (size_t k = 0; k < v.size(); ++k) {
-    auto [gv, gg] = composed::backward(grad_w[k], v[k], g[k], dim[k], eps[k]);
-    if (need_v[k]) grad_v.push_back(std::move(gv));
-    if (need_g[k]) grad_g.push_back(std::move(gg));
-  }
-  return {std::move(grad_v), std::move(grad_g)};
-}
-
 std::tuple<Tensors, Tensors> first_derivatives(at::TensorList grad_w, at::TensorList v,
                                                at::TensorList g, at::TensorList norm,
                                                at::IntArrayRef dim, at::ArrayRef<double> eps,
                                                at::IntArrayRef need_v, at::IntArrayRef need_g) {
+  check_backward_lengths(grad_w, v, g, norm, dim, eps, need_v, need_g);
   if (is_transformed(grad_w) || is_transformed(v) || is_transformed(g))
-    return backward_composed(grad_w, v, g, norm, dim, eps, need_v, need_g);
+    return composed::backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
   if (!needs_grad(grad_w) && !needs_grad(v) && !needs_grad(g)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
   }
   const Tensors grads = FirstDerivative::apply(grad_w, v, g, norm, dim, eps, need_v, need_g);
-  const auto wanted_v = std::count(need_v.begin(), need_v.end(), 1);
+  const auto wanted_v = std::count_if(need_v.begin(), need_v.end(), [](int64_t n) { return n; });
   return {Tensors(grads.begin(), grads.begin() + wanted_v),
           Tensors(grads.begin() + wanted_v, grads.end())};
 }
@@ -179,7 +168,7 @@ struct WeightNorms : torch::autograd::Function<WeightNorms> {
       const bool wants_v = ctx->needs_input_grad(k), wants_g = ctx->needs_input_grad(count + k);
       if (!grad_w[k].defined() || !(wants_v || wants_g)) continue;
       const Saved& w = saved[k];
-      w.check_versions();
+      w.check_versions("norm");
       live.push_back(k);
       grad.push_back(grad_w[k]);
       v.push_back(w.v);
@@ -218,6 +207,8 @@ at::Tensor weight_norm_autograd(const at::Tensor& v, const at::Tensor& g, int64_
 std::tuple<Tensors, Tensors> forward_autograd(at::TensorList v, at::TensorList g,
                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
                                               std::optional<at::ScalarType> out_dtype) {
+  check_forward_lengths(v, g, dim, eps);
+  if (is_transformed(v) || is_transformed(g)) return composed::forward(v, g, dim, eps, out_dtype);
   if (needs_grad(v) || needs_grad(g)) {
     Tensors norms;
     Tensors w = WeightNorms::apply(v, g, dim, eps, out_dtype, &norms);
@@ -238,10 +229,11 @@ TORCH_LIBRARY_IMPL(wnkernel, Autograd, m) {
 // vmap: in operators that have batching rules, rather than one by one.
 TORCH_LIBRARY_IMPL(wnkernel, FuncTorchBatched, m) {
   m.impl("weight_norm", composed::weight_norm);
-  m.impl("backward", backward_composed);
+  m.impl("forward", composed::forward);
+  m.impl("backward", composed::backward);
 }
 
 // The older vmap, which autograd.grad(..., is_grads_batched=True) and vectorized Jacobians use.
-TORCH_LIBRARY_IMPL(wnkernel, Batched, m) { m.impl("backward", backward_composed); }
+TORCH_LIBRARY_IMPL(wnkernel, Batched, m) { m.impl("backward", composed::backward); }
 
 }  // namespace wnkernel

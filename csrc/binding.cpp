@@ -1,5 +1,6 @@
 // The Python module wnkernel._C: loading it registers the operators. Besides, one function that
 // calls weight_norm with less overhead than torch.ops, and what the module was built with.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
@@ -16,10 +17,10 @@ namespace {
 
 const char* type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
-const at::Tensor& as_tensor(const char* name, PyObject* object) {
-  TORCH_CHECK_TYPE(THPVariable_Check(object), name, ": expected a torch.Tensor, got ",
-                   type_name(object));
-  return THPVariable_Unpack(object);
+// A Tensor or a Parameter, no subclass of them.
+bool is_plain(PyObject* object) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == THPVariableClass || type == ParameterClass;
 }
 
 int64_t as_dim(PyObject* object) {
@@ -50,11 +51,14 @@ std::optional<at::ScalarType> as_dtype(PyObject* object) {
 // Weights up to this size are done before another thread could have made use of the GIL.
 constexpr int64_t kHoldGil = 16384;
 
-// weight_norm(v, g, dim, eps, out_dtype), all positional; NotImplemented if v is not on the CPU.
+// weight_norm(v, g, dim, eps, out_dtype), all positional. NotImplemented where Python has to look:
+// v or g is no plain tensor, __torch_function__ modes are active, v is not on the CPU.
 PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5, "weight_norm: expected 5 arguments, got ", count);
-  const at::Tensor &v = as_tensor("v", args[0]), &g = as_tensor("g", args[1]);
+  if (!is_plain(args[0]) || !is_plain(args[1]) || at::impl::torch_function_mode_enabled())
+    Py_RETURN_NOTIMPLEMENTED;
+  const at::Tensor &v = THPVariable_Unpack(args[0]), &g = THPVariable_Unpack(args[1]);
   check_placement(v, g);
   if (!v.is_cpu()) Py_RETURN_NOTIMPLEMENTED;
   const int64_t dim = as_dim(args[2]);
@@ -89,6 +93,8 @@ pybind11::dict build_info() {
 }
 
 std::array<int64_t, 3> py_row_view(const at::Tensor& v, int64_t dim) {
+  TORCH_CHECK_VALUE(v.numel() > 0 && v.is_non_overlapping_and_dense(),
+                    "v: expected a dense, non-empty tensor, got shape ", v.sizes());
   const RowView view = row_view(v, dim);
   return {view.outer, view.rows, view.inner};
 }

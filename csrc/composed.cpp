@@ -52,16 +52,39 @@ struct Terms {
 
 at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
                        std::optional<at::ScalarType> out_dtype) {
+  check_forward(v, g, dim, eps, out_dtype);
   const Terms t(v, g, dim, eps);
   return (t.v * (t.g * t.inverse)).to(out_dtype.value_or(v.scalar_type()));
 }
 
-std::pair<at::Tensor, at::Tensor> backward(const at::Tensor& grad_w, const at::Tensor& v,
-                                           const at::Tensor& g, int64_t dim, double eps) {
-  const Terms t(v, g, dim, eps);
-  const at::Tensor dw = grad_w.to(t.acc), u = t.v * t.inverse, s = t.row_sum(dw * u);
-  const at::Tensor grad_v = (t.g * t.inverse) * (dw - u * t.unclamped(s));
-  return {grad_v.to(v.scalar_type()), s.to(g.scalar_type())};
+std::tuple<Tensors, Tensors> forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                                     at::ArrayRef<double> eps,
+                                     std::optional<at::ScalarType> out_dtype) {
+  check_forward_lengths(v, g, dim, eps);
+  Tensors w, norm;
+  for (size_t k = 0; k < v.size(); ++k) {
+    w.push_back(weight_norm(v[k], g[k], dim[k], eps[k], out_dtype));
+    const Terms t(v[k].detach(), g[k].detach(), dim[k], 0.0);
+    norm.push_back(t.norm(t.v));
+  }
+  return {std::move(w), std::move(norm)};
+}
+
+std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, at::TensorList g,
+                                      at::TensorList norm, at::IntArrayRef dim,
+                                      at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                                      at::IntArrayRef need_g) {
+  check_backward_lengths(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  Tensors grad_v, grad_g;
+  for (size_t k = 0; k < v.size(); ++k) {
+    check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
+    const Terms t(v[k], g[k], dim[k], eps[k]);
+    const at::Tensor dw = grad_w[k].to(t.acc), u = t.v * t.inverse, s = t.row_sum(dw * u);
+    if (need_v[k])
+      grad_v.push_back(((t.g * t.inverse) * (dw - u * t.unclamped(s))).to(v[k].scalar_type()));
+    if (need_g[k]) grad_g.push_back(s.to(g[k].scalar_type()));
+  }
+  return {std::move(grad_v), std::move(grad_g)};
 }
 
 std::array<at::Tensor, 3> double_backward(const at::Tensor& grad_w, const at::Tensor& v,

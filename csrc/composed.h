@@ -1,20 +1,23 @@
 // The weight norm in ordinary ATen operators: for function transforms and forward-mode AD, and for
 // the second derivative. The twin of wnkernel/composed.py, where the formulas are explained.
 #pragma once
-#include <ATen/core/Tensor.h>
-
 #include <array>
-#include <optional>
 #include <utility>
+
+#include "ops.h"
 
 namespace wnkernel::composed {
 
+// The three operators, with their checks.
 at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
                        std::optional<at::ScalarType> out_dtype);
-
-// (grad_v, grad_g)
-std::pair<at::Tensor, at::Tensor> backward(const at::Tensor& grad_w, const at::Tensor& v,
-                                           const at::Tensor& g, int64_t dim, double eps);
+std::tuple<Tensors, Tensors> forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                                     at::ArrayRef<double> eps,
+                                     std::optional<at::ScalarType> out_dtype);
+std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, at::TensorList g,
+                                      at::TensorList norm, at::IntArrayRef dim,
+                                      at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                                      at::IntArrayRef need_g);
 
 // Gradients of <gg_v, grad_v> + <gg_g, grad_g> by (grad_w, v, g); gg_v, gg_g may be undefined.
 std::array<at::Tensor, 3> double_backward(const at::Tensor& grad_w, const at::Tensor& v,

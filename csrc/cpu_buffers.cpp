@@ -1,7 +1,8 @@
 #include "cpu_buffers.h"
 
 #include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/alloc_cpu.h>
+#include <c10/util/Exception.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -9,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -21,30 +23,29 @@ namespace {
 // Smaller requests stay within malloc's own free lists and cost no page faults.
 constexpr size_t kSmallest = 64 << 10;
 constexpr size_t kPage = 4096;
-// Idle buffers are stale once this many times the pool's own size was served without them.
-constexpr int64_t kPatience = 8;
+// Idle and used buffers together stay below this many times the most that was used at once ...
+constexpr int64_t kSlack = 2;
+// ... lately: within the last one or two stretches in which this many times that much was served.
+constexpr int64_t kMemory = 8;
 
 // Buffers of this size and more ask for huge pages: fewer faults the first time, fewer TLB misses
 // ever after. malloc's memory is not aligned for them.
 constexpr size_t kHugePage = 2 << 20;
 
 void* allocate_memory(size_t size) {
+  const bool huge = size >= kHugePage;
+  void* data = nullptr;
+  const int error = posix_memalign(&data, huge ? kHugePage : kPage, size);
+  TORCH_CHECK(error == 0, "wnkernel: cannot allocate ", size, " bytes for a result on the CPU");
 #if defined(__linux__)
-  if (size >= kHugePage) {
-    void* data = nullptr;
-    if (posix_memalign(&data, kHugePage, size) == 0) {
-      madvise(data, size, MADV_HUGEPAGE);  // advice: nothing depends on the answer
-      return data;
-    }
-  }
+  if (huge) madvise(data, size, MADV_HUGEPAGE);  // advice: nothing depends on the answer
 #endif
-  return c10::alloc_cpu(size);  // throws torch's own out-of-memory error
+  return data;
 }
 
 struct Buffer {
   void* data;
   size_t size;
-  int64_t served_when_freed = 0;
   std::list<Buffer*>::iterator place;  // in Pool::idle_, while idle
 };
 
@@ -55,7 +56,7 @@ class Pool final : public c10::Allocator {
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
     Buffer* buffer = take(size);
     if (!buffer) {
-      buffer = new Buffer{nullptr, size, 0, {}};
+      buffer = new Buffer{nullptr, size, {}};
       try {
         buffer->data = allocate_memory(size);
       } catch (...) {
@@ -80,11 +81,11 @@ class Pool final : public c10::Allocator {
     std::vector<Buffer*> freed;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (!idle_.empty() && (all || is_stale(*idle_.front())))
+      while (!idle_.empty() && (all || held_ + used_ > kSlack * std::max(peak_, last_peak_)))
         freed.push_back(pop(idle_.front()));
     }
     for (Buffer* buffer : freed) {
-      c10::free_cpu(buffer->data);
+      std::free(buffer->data);
       delete buffer;
     }
   }
@@ -96,17 +97,24 @@ class Pool final : public c10::Allocator {
   }
 
  private:
-  bool is_stale(const Buffer& buffer) const {
-    return served_ - buffer.served_when_freed > kPatience * (held_ + used_);
+  Pool() {
+    // A child forked while another thread is in here must not inherit a locked mutex.
+    pthread_atfork([] { pool().mutex_.lock(); }, [] { pool().mutex_.unlock(); },
+                   [] { pool().mutex_.unlock(); });
   }
 
   // The most recently freed buffer of this size: the cache may still hold it.
   Buffer* take(size_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    served_ += static_cast<int64_t>(size);
     used_ += static_cast<int64_t>(size);
-    auto& free = by_size_[size];
-    return free.empty() ? nullptr : pop(free.back());
+    served_ += static_cast<int64_t>(size);
+    peak_ = std::max(peak_, used_);
+    if (served_ > kMemory * peak_) {
+      last_peak_ = std::exchange(peak_, used_);
+      served_ = 0;
+    }
+    const auto found = by_size_.find(size);
+    return found == by_size_.end() ? nullptr : pop(found->second.back());
   }
 
   void give(Buffer* buffer) {
@@ -114,7 +122,6 @@ class Pool final : public c10::Allocator {
       const std::lock_guard<std::mutex> lock(mutex_);
       used_ -= static_cast<int64_t>(buffer->size);
       held_ += static_cast<int64_t>(buffer->size);
-      buffer->served_when_freed = served_;
       buffer->place = idle_.insert(idle_.end(), buffer);
       by_size_[buffer->size].push_back(buffer);
     }
@@ -126,6 +133,7 @@ class Pool final : public c10::Allocator {
     idle_.erase(buffer->place);
     auto& same_size = by_size_[buffer->size];
     same_size.erase(std::find(same_size.begin(), same_size.end(), buffer));
+    if (same_size.empty()) by_size_.erase(buffer->size);
     return buffer;
   }
 
@@ -144,7 +152,8 @@ class Pool final : public c10::Allocator {
   std::mutex mutex_;
   std::list<Buffer*> idle_;                                   // longest idle first
   std::unordered_map<size_t, std::vector<Buffer*>> by_size_;  // idle, longest idle first
-  int64_t held_ = 0, used_ = 0, served_ = 0;
+  int64_t held_ = 0, used_ = 0;
+  int64_t served_ = 0, peak_ = 0, last_peak_ = 0;  // see kMemory
 };
 
 }  // namespace

@@ -10,9 +10,10 @@
 namespace wnkernel {
 
 // An allocator for at::detail::empty_strided_generic and the like. Thread-safe. A buffer comes back
-// when the last tensor, view or array on its storage is gone, never earlier. Buffers that have not
-// been asked for while many times the held memory was served go back to the system. The environment
-// variable WNKERNEL_CPU_BUFFERS=0 turns it into torch's own allocator.
+// when the last tensor, view or array on its storage is gone, never earlier. Idle and used
+// buffers together take at most twice what was used at once lately; what is idle longest goes back
+// to the system first. The environment variable WNKERNEL_CPU_BUFFERS=0 makes it torch's own
+// allocator.
 c10::Allocator* cpu_buffers();
 
 struct BufferStatistics {

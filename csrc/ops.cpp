@@ -1,14 +1,14 @@
 // Schemas of torch.ops.wnkernel, and the calls through the dispatcher that C++ code makes.
 //
-// Semantics, for every k of a list: see wnkernel/functional.py for v, g, dim, eps and out_dtype.
-//   weight_norm  w of one weight. Differentiable to any order.
-//   forward      w and norm (unclamped; float32 for half types) of a list in one launch. Dims are
-//   as
-//                in weight_norm; w is differentiable through one node, norm is not.
-//   backward     first derivatives of a list in one launch: grad_v of those with need_v, then
-//   grad_g
-//                of those with need_g. Differentiable; norm counts as a function of v, not as an
-//                input.
+// v, g, dim, eps and out_dtype are those of wnkernel/functional.py.
+//
+// weight_norm: w of one weight. Differentiable to any order.
+//
+// forward: w and norm of a list in one launch. norm is not clamped by eps, and float32 for half
+// types. w is differentiable, all of the list through one node; norm is not.
+//
+// backward: first derivatives of a list in one launch. grad_v holds those with need_v, grad_g those
+// with need_g. Differentiable; norm counts as a function of v there, not as an input.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

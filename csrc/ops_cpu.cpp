@@ -38,18 +38,11 @@ at::Tensor ordered_like(const at::Tensor& t, const at::Tensor& v) {
   return ordered;
 }
 
-void check_lengths(const char* name, size_t got, size_t expected) {
-  TORCH_CHECK_VALUE(got == expected, name, ": expected ", expected, " entries (one per v), got ",
-                    got);
-}
-
 std::tuple<Tensors, Tensors> forward_on_cpu(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
                                             at::ArrayRef<double> eps,
                                             std::optional<at::ScalarType> out_dtype) {
   const size_t count = v.size();
-  check_lengths("g", g.size(), count);
-  check_lengths("dim", dim.size(), count);
-  check_lengths("eps", eps.size(), count);
+  check_forward_lengths(v, g, dim, eps);
   for (size_t k = 0; k < count; ++k) check_forward(v[k], g[k], dim[k], eps[k], out_dtype);
 
   Tensors w(count), norm(count);
@@ -78,13 +71,7 @@ std::tuple<Tensors, Tensors> backward_on_cpu(at::TensorList grad_w, at::TensorLi
                                              at::IntArrayRef dim, at::ArrayRef<double> eps,
                                              at::IntArrayRef need_v, at::IntArrayRef need_g) {
   const size_t count = v.size();
-  check_lengths("grad_w", grad_w.size(), count);
-  check_lengths("g", g.size(), count);
-  check_lengths("norm", norm.size(), count);
-  check_lengths("dim", dim.size(), count);
-  check_lengths("eps", eps.size(), count);
-  check_lengths("need_v", need_v.size(), count);
-  check_lengths("need_g", need_g.size(), count);
+  check_backward_lengths(grad_w, v, g, norm, dim, eps, need_v, need_g);
   for (size_t k = 0; k < count; ++k) check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
 
   Tensors grad_v, grad_g;

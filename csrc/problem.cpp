@@ -29,26 +29,25 @@ void check_device(const char* name, const at::Tensor& t, const at::Tensor& v) {
                     " (that of v), got ", t.device());
 }
 
-bool has_norm_shape(const at::Tensor& t, const at::Tensor& v, int64_t dim) {
-  if (dim == kWholeTensor) return t.dim() == 0;
-  if (t.dim() != v.dim()) return false;
-  for (int64_t k = 0; k < t.dim(); ++k)
-    if (t.size(k) != (k == dim ? v.size(k) : 1)) return false;
-  return true;
+// Symbolic sizes throughout: these checks run under tracing and function transforms too.
+c10::SymDimVector norm_shape(const at::Tensor& v, int64_t dim) {
+  if (dim == kWholeTensor) return {};
+  c10::SymDimVector shape(v.dim(), 1);
+  shape[dim] = v.sym_size(dim);
+  return shape;
 }
 
-std::vector<int64_t> norm_shape(const at::Tensor& v, int64_t dim) {
-  if (dim == kWholeTensor) return {};
-  std::vector<int64_t> shape(v.dim(), 1);
-  shape[dim] = v.size(dim);
-  return shape;
+void check_length(const char* name, size_t got, size_t expected) {
+  TORCH_CHECK_VALUE(got == expected, name, ": expected ", expected, " entries (one per v), got ",
+                    got);
 }
 
 void check_norm_like(const char* name, const at::Tensor& t, const at::Tensor& v, int64_t dim) {
   check_device(name, t, v);
-  TORCH_CHECK_VALUE(has_norm_shape(t, v, dim), name, ": expected shape ",
-                    at::IntArrayRef(norm_shape(v, dim)), " for v of shape ", v.sizes(), " and dim ",
-                    dim, ", got ", t.sizes());
+  const c10::SymDimVector shape = norm_shape(v, dim);
+  TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(shape), name, ": expected shape ",
+                    c10::SymIntArrayRef(shape), " for v of shape ", v.sym_sizes(), " and dim ", dim,
+                    ", got ", t.sym_sizes());
 }
 
 }  // namespace
@@ -83,13 +82,30 @@ void check_backward(const at::Tensor& grad_w, const at::Tensor& v, const at::Ten
   check_forward(v, g, dim, eps, std::nullopt);
   check_tensor("grad_w", grad_w);
   check_device("grad_w", grad_w, v);
-  TORCH_CHECK_VALUE(grad_w.sizes() == v.sizes(), "grad_w: expected shape ", v.sizes(),
-                    " (that of v), got ", grad_w.sizes());
+  TORCH_CHECK_VALUE(grad_w.sym_sizes() == v.sym_sizes(), "grad_w: expected shape ", v.sym_sizes(),
+                    " (that of v), got ", grad_w.sym_sizes());
   check_tensor("norm", norm);
   check_norm_like("norm", norm, v, canonical_dim(dim, v.dim()));
   TORCH_CHECK_TYPE(norm.scalar_type() == accumulation_dtype(v.scalar_type()),
                    "norm: expected dtype ", accumulation_dtype(v.scalar_type()), ", got ",
                    norm.scalar_type());
+}
+
+void check_forward_lengths(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                           at::ArrayRef<double> eps) {
+  check_length("g", g.size(), v.size());
+  check_length("dim", dim.size(), v.size());
+  check_length("eps", eps.size(), v.size());
+}
+
+void check_backward_lengths(at::TensorList grad_w, at::TensorList v, at::TensorList g,
+                            at::TensorList norm, at::IntArrayRef dim, at::ArrayRef<double> eps,
+                            at::IntArrayRef need_v, at::IntArrayRef need_g) {
+  check_forward_lengths(v, g, dim, eps);
+  check_length("grad_w", grad_w.size(), v.size());
+  check_length("norm", norm.size(), v.size());
+  check_length("need_v", need_v.size(), v.size());
+  check_length("need_g", need_g.size(), v.size());
 }
 
 RowView row_view(const at::Tensor& v, int64_t dim) {

@@ -23,6 +23,13 @@ void check_forward(const at::Tensor& v, const at::Tensor& g, int64_t dim, double
 void check_backward(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
                     const at::Tensor& norm, int64_t dim, double eps);
 
+// Lists of different lengths throw ValueError; to be called before any entry is looked at.
+void check_forward_lengths(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                           at::ArrayRef<double> eps);
+void check_backward_lengths(at::TensorList grad_w, at::TensorList v, at::TensorList g,
+                            at::TensorList norm, at::IntArrayRef dim, at::ArrayRef<double> eps,
+                            at::IntArrayRef need_v, at::IntArrayRef need_g);
+
 // [outer, rows, inner] of a dense, non-empty tensor, in memory order.
 RowView row_view(const at::Tensor& v, int64_t dim);
 

@@ -9,6 +9,11 @@ namespace wnkernel {
 
 enum class DType : uint8_t { f16, bf16, f32, f64 };
 
+// The type of norms, sums and coefficients for v of a type.
+constexpr DType accumulation(DType v_type) {
+  return v_type == DType::f64 ? DType::f64 : DType::f32;
+}
+
 struct RowView {
   int64_t outer, rows, inner;
   int64_t row_size() const { return outer * inner; }

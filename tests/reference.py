@@ -101,7 +101,8 @@ def norm(v: Tensor, dim: int | None) -> Tensor:
     else:
         largest = v.detach().abs().amax(others, keepdim=True)
         exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1.0)).exponent
-        unit = torch.ldexp(torch.ones_like(largest), exponent)
+        # Before torch 2.8 or so ldexp with an integer exponent goes through a float32 power.
+        unit = torch.ldexp(torch.ones_like(largest), exponent.to(torch.float64))
         n = torch.linalg.vector_norm(v / unit, 2, others, keepdim=True) * unit
     return n.reshape(()) if whole else n
 

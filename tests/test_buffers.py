@@ -118,3 +118,36 @@ def test_the_environment_switches_them_off():
     )
     result = python("-c", code, WNKERNEL_CPU_BUFFERS="0")
     assert result.stdout.strip() == "0", result.stderr
+
+
+def test_ever_new_sizes_do_not_pile_up():
+    for k in range(300):
+        F.weight_norm(torch.randn(100 + k, 400), torch.ones(100 + k, 1))
+    largest = 400 * 400 * 4
+    assert wnkernel.cpu_buffers()["held_bytes"] <= 2 * largest
+
+
+def test_a_child_forked_amid_other_threads_can_use_them():
+    code = """
+import os, threading, torch
+from wnkernel import functional as F
+torch.set_num_threads(1)
+v, g = torch.randn(64, 320), torch.ones(64, 1)
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        F.weight_norm(v, g)
+threads = [threading.Thread(target=work) for _ in range(3)]
+for t in threads: t.start()
+for _ in range(60):
+    child = os.fork()
+    if child == 0:
+        F.weight_norm(v, g)
+        os._exit(0)
+    os.waitpid(child, 0)
+stop.set()
+for t in threads: t.join()
+print("alive")
+"""
+    result = python("-c", code)
+    assert result.stdout.strip() == "alive", result.stderr

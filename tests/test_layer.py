@@ -301,3 +301,41 @@ def test_training_equals_torchs(backend, dim, dtype):
         ours.state_dict(), torchs.state_dict(), rtol=100 * eps, atol=20 * eps
     )
     assert all((start[k] - p).abs().max() > 1e-3 for k, p in ours.state_dict().items())
+
+
+def test_symbolic_trace_keeps_the_weight_alive():
+    """torch.fx replaces nn.Module.__call__: going around it would freeze the weight."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    layer = wnkernel.weight_norm(Layer())
+    traced = torch.fx.symbolic_trace(layer)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(2)
+    assert torch.equal(traced(x), layer(x))
+
+
+def test_a_buffer_for_g():
+    layer = wnkernel.weight_norm(nn.Linear(4, 3))
+    originals = layer.parametrizations.weight
+    w, g = layer.weight.detach().clone(), originals.original0.detach().clone()
+    del originals.original0
+    originals.register_buffer("original0", g)
+    assert torch.equal(layer.weight, w)
+
+
+def test_tensor_subclasses_keep_their_class():
+    class Marked(torch.Tensor):
+        pass
+
+    v, g = torch.randn(3, 4), torch.rand(3, 1)
+    w = wnkernel.functional.weight_norm(v.as_subclass(Marked), g)
+    assert type(w) is Marked
+    assert torch.equal(w.as_subclass(torch.Tensor), wnkernel.functional.weight_norm(v, g))

@@ -204,3 +204,76 @@ def test_meta_device(choice, dim):
         w.sum().backward()
         same_metadata(v.grad, v)
         same_metadata(g.grad, g)
+
+
+LENGTHS = ["v", "g", "norm", "grad_w", "dim", "eps", "need_v", "need_g"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("short", LENGTHS[1:])
+def test_lists_of_different_lengths(ops, short, grad):
+    lists = {
+        "grad_w": [torch.ones(3, 4)],
+        "v": [torch.ones(3, 4, requires_grad=grad)],
+        "g": [torch.ones(3, 1)],
+        "norm": [torch.ones(3, 1)],
+        "dim": [0],
+        "eps": [0.0],
+        "need_v": [1],
+        "need_g": [1],
+    }
+    with pytest.raises(ValueError, match=f"{short}: expected 1 entries .* got 0"):
+        ops.backward(**(lists | {short: []}))
+    if short in ("g", "dim", "eps"):
+        forward = {k: lists[k] for k in ("v", "g", "dim", "eps")}
+        with pytest.raises(ValueError, match=f"{short}: expected 1 entries .* got 0"):
+            ops.forward(**(forward | {short: []}))
+
+
+def test_norm_changed_in_place(ops):
+    v, g = torch.randn(3, 4, requires_grad=True), torch.rand(3, 1)
+    w, norm = ops.forward([v], [g], [0], [0.0])
+    norm[0].mul_(2)
+    with pytest.raises(RuntimeError, match="inplace operation: norm"):
+        w[0].sum().backward()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_any_nonzero_need_counts(ops, grad):
+    v = [torch.randn(3, 4, requires_grad=grad) for _ in range(2)]
+    g = [torch.rand(3, 1) for _ in range(2)]
+    _, norm = ops.forward(v, g, [0, 0], [0.0, 0.0])
+    grads = ops.backward([torch.ones(3, 4)] * 2, v, g, norm, [0, 0], [0.0, 0.0], [2, 1], [0, 1])
+    assert [len(x) for x in grads] == [2, 1]
+
+
+def test_forward_under_transforms(ops):
+    v, g, tangent = torch.randn(3, 4), torch.rand(3, 1), torch.randn(3, 4)
+
+    def w(v):
+        return ops.forward([v], [g], [0], [0.0])[0][0]
+
+    def formula(v):
+        return g * v / v.norm(dim=1, keepdim=True)
+
+    for got, expected in zip(
+        torch.func.jvp(w, (v,), (tangent,)), torch.func.jvp(formula, (v,), (tangent,)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.func.vmap(w)(v[None]), formula(v)[None])
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp", "grad"])
+def test_checks_hold_under_transforms(ops, transform):
+    def run(v):
+        w = F.weight_norm(v, torch.ones(1, 4), 0)
+        return w.sum() if transform == "grad" else w
+
+    v = torch.randn(4, 4)
+    call = {
+        "vmap": lambda: torch.func.vmap(run)(v[None]),
+        "jvp": lambda: torch.func.jvp(run, (v,), (v,)),
+        "grad": lambda: torch.func.grad(run)(v),
+    }[transform]
+    with pytest.raises(ValueError, match="g: expected shape"):
+        call()

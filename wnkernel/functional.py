@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _ops, composed
 from .backends import choice, choose
@@ -50,10 +51,13 @@ def weight_norm(
         ValueError: a wrong shape, device, dim or eps.
         RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
     """
-    if _native is not None and choice.forced is None and not is_dynamo_compiling():
+    # While a program is traced, by Dynamo or by export, only torch.ops is seen.
+    if _native is not None and not is_compiling() and choice.forced is None:
         w = _native(v, g, dim, eps, out_dtype)
         if w is not NotImplemented:
             return w
+    if has_torch_function((v, g)):
+        return handle_torch_function(weight_norm, (v, g), v, g, dim, eps=eps, out_dtype=out_dtype)
     return _weight_norm_checked(check(v, g, dim, eps, out_dtype))
 
 

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
@@ -47,13 +52,16 @@ class WeightNorm(nn.Module):
         return f"dim={self.dim}" + (f", eps={self.eps}" if self.eps else "")
 
 
+_MODULE_CALL = nn.Module.__call__
+
+
 class WeightNormList(parametrize.ParametrizationList):
     """torch's ``ParametrizationList`` with a short way through when it holds one weight norm.
 
     ``nn.Module.__call__`` and the generic loop over parametrizations cost several times the
     operator itself. Hooks (on the list, on the weight norm or on all modules), further or other
-    parametrizations and parameters that are not plain entries (DataParallel replicas, FSDP views)
-    take torch's way.
+    parametrizations, parameters that are not plain entries (DataParallel replicas, FSDP views) and
+    tracers that replace ``nn.Module.__call__`` (torch.fx) take torch's way.
     """
 
     def __call__(self) -> Tensor:
@@ -62,10 +70,12 @@ class WeightNormList(parametrize.ParametrizationList):
         if (
             type(norm) is WeightNorm
             and len(modules) == 1
+            and "original0" in parameters
             and "original1" in parameters
+            and nn.Module.__call__ is _MODULE_CALL
             and not _has_hooks(self)
             and not _has_hooks(norm)
-            and not _has_any_global_hook()
+            and not _has_global_hooks()
         ):
             return functional.weight_norm(
                 parameters["original1"], parameters["original0"], norm.dim, eps=norm.eps
@@ -79,6 +89,15 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
     )
 
 

@@ -72,11 +72,11 @@ def canonical_dim(dim: int | None, ndim: int) -> int:
     return dim if dim >= WHOLE_TENSOR else dim + ndim
 
 
-def norm_shape(shape: torch.Size, dim: int) -> torch.Size:
+def norm_shape(shape: torch.Size, dim: int) -> tuple[int, ...]:
     """Shape of ``norm`` and ``g`` for a canonical ``dim``: () or ones around ``shape[dim]``."""
     if dim == WHOLE_TENSOR:
-        return torch.Size(())
-    return torch.Size([n if k == dim else 1 for k, n in enumerate(shape)])
+        return ()
+    return tuple([n if k == dim else 1 for k, n in enumerate(shape)])
 
 
 def is_dense(t: Tensor) -> bool:

@@ -1,11 +1,15 @@
 // Runs a table of problems: cuts every problem by its plan, spreads all chunks evenly over the
 // threads, and keeps the order of every sum fixed.
 //
-// Phase 1: one-phase chunks whole; partial sums of the others.     bytes: all of it, or v (+
-// grad_w) Phase 2: partial sums -> row sums -> norms and coefficients.     bytes: almost none Phase
-// 3: the map of the others, last chunk first: it is the one that the cache still holds. Phase 4:
-// rows that leave the float range, again, exactly.        usually none
+// Phase 1: one-phase chunks whole, partial sums of the others. Bytes: all of it, or the inputs.
+//
+// Phase 2: partial sums to row sums, norms and coefficients. Bytes: almost none.
+//
+// Phase 3: the map of the others, last chunk first: it is the one that the cache still holds.
+//
+// Phase 4: rows that leave the float range, again, exactly. Usually there are none.
 #include <atomic>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -59,7 +63,7 @@ class Launch {
           return job.plan.one_phase ? whole_strip(job, task) : strip_sum(job, task);
       }
     });
-    if (workspace_.empty()) return;
+    if (!workspace_) return;
     std::atomic<int64_t> unsafe{0};
     each_row_block([&](const Job<P>& job, int64_t row, int64_t rows) {
       const bool pieces = job.plan.kind == Plan::Kind::pieces;
@@ -78,8 +82,8 @@ class Launch {
 
  private:
   void share_workspace(int64_t words) {
-    workspace_.resize(words);
-    double* free = workspace_.data();
+    workspace_.reset(new double[words]);
+    double* free = workspace_.get();
     const auto take = [&](int64_t n) { return std::exchange(free, free + n); };
     for (int64_t k = 0; k < count_; ++k) {
       Job<P>& job = jobs_[k];
@@ -152,7 +156,7 @@ class Launch {
   Job<P>* jobs_;
   int64_t count_;
   int64_t elements_ = 0;
-  std::vector<double> workspace_;
+  std::unique_ptr<double[]> workspace_;
 };
 
 }  // namespace

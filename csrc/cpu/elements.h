@@ -15,25 +15,6 @@ struct bf16 {
   uint16_t bits;
 };
 
-template <DType>
-struct ElementOf;
-template <>
-struct ElementOf<DType::f16> {
-  using type = f16;
-};
-template <>
-struct ElementOf<DType::bf16> {
-  using type = bf16;
-};
-template <>
-struct ElementOf<DType::f32> {
-  using type = float;
-};
-template <>
-struct ElementOf<DType::f64> {
-  using type = double;
-};
-
 template <class V>
 struct AccumulationOf {
   using type = float;
@@ -103,7 +84,7 @@ static inline void from_float(float x, float* out) { *out = x; }
 static inline void from_float(float x, double* out) { *out = x; }
 
 static inline void from_double(double x, double* out) { *out = x; }
-// Twice rounded for half types: the float between has more than twice their digits plus two.
+// Rounded twice for half types: at a tie of theirs the last bit may differ from rounding once.
 template <class T>
 static inline void from_double(double x, T* out) {
   from_float(static_cast<float>(x), out);

@@ -32,8 +32,6 @@ void set_element(void* p, DType t, int64_t k, double x) {
   visit(t, [&](auto tag) { from_double(x, static_cast<decltype(tag)*>(p) + k); });
 }
 
-DType norm_type(DType v_type) { return v_type == DType::f64 ? DType::f64 : DType::f32; }
-
 // f(k) for the index k of every element of a row, in memory order.
 template <class F>
 void for_row(const RowView& view, int64_t row, F&& f) {
@@ -80,10 +78,16 @@ double norm_of(const ScaledRow& v, const RowView& view, int64_t row) {
 
 void exact_row(const Forward& p, int64_t row) {
   const ScaledRow v(p.v, p.v_type, p.view, row);
+  if (v.largest == 0) {
+    const double zero = p.eps > 0 ? 0.0 : std::nan("");
+    set_element(p.norm, accumulation(p.v_type), row, 0.0);
+    for_row(p.view, row, [&](int64_t k) { set_element(p.w, p.w_type, k, zero); });
+    return;
+  }
   const double norm = norm_of(v, p.view, row);
   const double divisor = std::max(norm, std::ldexp(p.eps, -v.exponent));
   const double g = element(p.g, p.g_type, row);
-  set_element(p.norm, norm_type(p.v_type), row, std::ldexp(norm, v.exponent));
+  set_element(p.norm, accumulation(p.v_type), row, std::ldexp(norm, v.exponent));
   for_row(p.view, row, [&](int64_t k) { set_element(p.w, p.w_type, k, g * (v[k] / divisor)); });
 }
 

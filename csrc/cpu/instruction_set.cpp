@@ -1,25 +1,33 @@
 #include "instruction_set.h"
 
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace wnkernel {
 namespace cpu {
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx2() {  // F16C as well: every processor with AVX2 has it, and clang 14 cannot ask for it
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const InstructionSet& choose() {
-  const char* wanted = std::getenv("WNKERNEL_CPU_ISA");
-  const auto allowed = [&](const InstructionSet& set) {
-    return !wanted || std::strcmp(wanted, set.name) == 0;
-  };
+  const char* setting = std::getenv("WNKERNEL_CPU_ISA");
+  const std::string wanted = setting ? setting : "";
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allowed(kAvx512) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return kAvx512;
-  if ((allowed(kAvx2) || allowed(kAvx512)) && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return kAvx2;
+  const bool known = wanted == kAvx512.name || wanted == kAvx2.name || wanted == kBaseline.name;
+  if (!wanted.empty() && !known)
+    throw std::invalid_argument("WNKERNEL_CPU_ISA: expected avx512, avx2 or sse2, got " + wanted);
+  if ((wanted.empty() || wanted == kAvx512.name) && has_avx512()) return kAvx512;
+  if (wanted != kBaseline.name && has_avx2()) return kAvx2;
 #endif
   return kBaseline;
 }

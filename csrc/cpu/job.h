@@ -11,7 +11,6 @@
 namespace wnkernel::cpu {
 
 inline int index_of(DType t) { return static_cast<int>(t); }
-inline DType accumulation(DType v_type) { return v_type == DType::f64 ? DType::f64 : DType::f32; }
 
 inline const char* at(const void* p, int64_t k, DType t) {
   return static_cast<const char*>(p) + k * element_size(t);

@@ -22,7 +22,8 @@ constexpr int64_t kMaxColumns = 2048;
 constexpr int64_t kMinColumns = 64;
 // Narrower strips are not worth their jumps through memory: two phases stream instead.
 constexpr int64_t kMinStrip = 1024;
-// Two-phase strips: elements of a chunk, and the most terms of one float sum down a column.
+// Two-phase strips: elements of a chunk, and the most terms of one float sum down a column
+// (one-phase strips may have up to kOnePhase / kMinColumns).
 constexpr int64_t kStripChunk = 65536;
 constexpr int64_t kMaxTerms = 256;
 // Rows whose sums and coefficients a thread keeps at a time.

@@ -19,7 +19,6 @@ struct Kernels {
   void (*map_rows)(const void* x, const void* y, void* out, int64_t rows, int64_t n, const void* a,
                    const void* b, bool stream);
   // The same with a and b per column.
-
   void (*map_columns)(const void* x, const void* y, void* out, int64_t outer, int64_t stride,
                       int64_t columns, const void* a, const void* b, bool stream);
 };

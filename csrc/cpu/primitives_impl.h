@@ -228,11 +228,12 @@ struct FinishOf {
       const double projection = s * inverse, scale = gr * inverse;
       const double along = clamped ? 0.0 : scale * projection * inverse;
       const double magnitude = __builtin_fabs(along);
-      const bool zero = (s == 0.0) & (n >= Range::kZeroDotNormMin);
+      const bool vanished = (n == 0.0) & (eps >= Range::kNormMin);
+      const bool zero = (s == 0.0) & (vanished | (n >= Range::kZeroDotNormMin));
       const bool coefficients_fit =
           fits(__builtin_fabs(scale), Range::kCoefficientMin, Range::kCoefficientMax) &
           (clamped | zero | fits(magnitude, Range::kCoefficientMin, Range::kCoefficientMax));
-      const bool safe = fits(n, Range::kNormMin, Range::kNormMax) &
+      const bool safe = (vanished | fits(n, Range::kNormMin, Range::kNormMax)) &
                         (zero | fits(__builtin_fabs(s), Range::kDotMin, Range::kDotMax)) &
                         ((gr == 0.0) | coefficients_fit);
       a[r] = safe ? static_cast<A>(scale) : A(0);

@@ -1,6 +1,7 @@
 // Chunks that are reduced down the columns of memory: rows made of many short runs. A strip is some
 // adjacent rows of the problem, that is some adjacent columns of memory, times some rows of memory.
-// Narrow problems (cols < kMinColumns) lay `repeat` rows of memory side by side as one super-row.
+// Narrow problems (fewer than kMinColumns columns) lay `repeat` rows of memory side by side as one
+// super-row.
 #pragma once
 #include <algorithm>
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch.compiler import assume_constant_result
 
 from .base import Backend
 from .compiled import CompiledBackend
@@ -64,14 +65,19 @@ def use_backend(name: str) -> Iterator[None]:
         choice.forced = previous
 
 
+@assume_constant_result  # torch 2.4 cannot trace through a subclass of threading.local
+def _forced() -> str | None:
+    return choice.forced
+
+
 def choose(v: Tensor) -> Backend:
     """The backend for one checked problem.
 
     Raises:
         RuntimeError: a backend was asked for that cannot take it.
     """
-    if choice.forced is not None:
-        backend = BACKENDS[choice.forced]
+    if (forced := _forced()) is not None:
+        backend = BACKENDS[forced]
         if why := backend.reasons(v):
             raise RuntimeError(
                 f"backend {backend.name!r} was asked for and cannot run: {'; '.join(why)}"
