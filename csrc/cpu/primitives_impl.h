@@ -10,10 +10,19 @@
 #include "primitives.h"
 #include "vec.h"
 
+// The arrays of the loop behind it do not overlap; more of them than compilers care to check.
+#if defined(__clang__)
+#define WNKERNEL_NO_ALIAS _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define WNKERNEL_NO_ALIAS _Pragma("GCC ivdep")
+#endif
+
 namespace wnkernel::cpu::WNKERNEL_ISA {
 
 // Floats are added up in runs of this many elements, then as doubles.
 constexpr int64_t kFloatRun = 8192;
+// Rows up to this length share their horizontal sums.
+constexpr int64_t kShortRow = 256;
 constexpr int kUnroll = 4;      // independent sums along a row
 constexpr int kWideUnroll = 8;  // vectors of column sums in registers
 constexpr int64_t kStreams = 8;
@@ -40,7 +49,7 @@ struct KernelsOf {
     return sum + vy * vy;
   }
 
-  WNKERNEL_INLINE A dot_run(const X* x, const V* y, int64_t n) {
+  WNKERNEL_INLINE Vec<A> dot_run(const X* x, const V* y, int64_t n) {
     Vec<A> sum[kUnroll] = {};
     int64_t k = 0;
     for (; k + kUnroll * N <= n; k += kUnroll * N)
@@ -52,15 +61,23 @@ struct KernelsOf {
       }
     for (; k + N <= n; k += N) sum[0] = add_product(sum[0], x + k, y + k);
     if (k < n) sum[1] = add_product_partial(sum[1], x + k, y + k, n - k);
-    return horizontal_sum<A, WNKERNEL_VECTOR_BYTES>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
   static void dot_rows(const void* x_, const void* y_, int64_t rows, int64_t n, double* sums) {
     const X* x = static_cast<const X*>(x_);
     const V* y = static_cast<const V*>(y_);
-    for (int64_t r = 0; r < rows; ++r, x += n, y += n)
+    int64_t r = 0;
+    for (; n <= kShortRow && r + N <= rows; r += N) {
+      Vec<A> products[N];
+      for (int k = 0; k < N; ++k, x += n, y += n) products[k] = dot_run(x, y, n);
+      const Vec<A> totals = horizontal_sums<A, 1>(products);
+      for (int k = 0; k < N; ++k) sums[r + k] += totals[k];
+    }
+    for (; r < rows; ++r, x += n, y += n)
       for (int64_t k = 0; k < n; k += kFloatRun)
-        sums[r] += dot_run(x + k, y + k, n - k < kFloatRun ? n - k : kFloatRun);
+        sums[r] += horizontal_sum<A, WNKERNEL_VECTOR_BYTES>(
+            dot_run(x + k, y + k, n - k < kFloatRun ? n - k : kFloatRun));
   }
 
   // Adds `outer` rows of memory onto `u` vectors of column sums, which stay in registers.
@@ -185,9 +202,12 @@ struct FinishOf {
   using A = typename AccumulationOf<V>::type;
   using Range = SafeRange<A>;
 
-  WNKERNEL_INLINE bool fits(double x, double low, double high) {  // false for NaN
-    return (x >= low) & (x <= high);
+  // Conditions as 0.0 and 1.0: the compiler makes no vectors of chains of bools.
+  WNKERNEL_INLINE double inside(double x, double low, double high) {  // |x|; 0 for NaN
+    const double magnitude = __builtin_fabs(x);
+    return (magnitude >= low ? 1.0 : 0.0) * (magnitude <= high ? 1.0 : 0.0);
   }
+  WNKERNEL_INLINE double either(double x, double y) { return x > y ? x : y; }
 
   WNKERNEL_INLINE int64_t count_nan(const double* sums, int64_t rows) {
     int64_t count = 0;
@@ -201,15 +221,16 @@ struct FinishOf {
     const G* __restrict g = static_cast<const G*>(g_);
     A* __restrict norm = static_cast<A*>(norm_);
     A* __restrict a = static_cast<A*>(a_);
+    WNKERNEL_NO_ALIAS
     for (int64_t r = 0; r < rows; ++r) {
       const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]);
       const double scale = gr / (n > eps ? n : eps);
-      const bool safe = fits(n, Range::kNormMin, Range::kNormMax) &
-                        ((gr == 0.0) | fits(__builtin_fabs(scale), Range::kCoefficientMin,
-                                            Range::kCoefficientMax));
+      const double safe = inside(n, Range::kNormMin, Range::kNormMax) *
+                          either(gr == 0.0 ? 1.0 : 0.0,
+                                 inside(scale, Range::kCoefficientMin, Range::kCoefficientMax));
       norm[r] = static_cast<A>(n);
-      a[r] = safe ? static_cast<A>(scale) : A(0);
-      sums[r] = safe ? sums[r] : __builtin_nan("");
+      a[r] = safe != 0.0 ? static_cast<A>(scale) : A(0);
+      sums[r] = safe != 0.0 ? sums[r] : __builtin_nan("");
     }
     return count_nan(sums, rows);
   }
@@ -221,24 +242,27 @@ struct FinishOf {
     G* __restrict grad_g = static_cast<G*>(grad_g_);
     A* __restrict a = static_cast<A*>(a_);
     A* __restrict b = static_cast<A*>(b_);
+    const double eps_is_safe = eps >= Range::kNormMin ? 1.0 : 0.0;
+    WNKERNEL_NO_ALIAS
     for (int64_t r = 0; r < rows; ++r) {
       const double n = norm[r], gr = to_double(g[r]), s = sums[r];
-      const bool clamped = n < eps;
-      const double inverse = 1.0 / (clamped ? eps : n);
-      const double projection = s * inverse, scale = gr * inverse;
-      const double along = clamped ? 0.0 : scale * projection * inverse;
-      const double magnitude = __builtin_fabs(along);
-      const bool vanished = (n == 0.0) & (eps >= Range::kNormMin);
-      const bool zero = (s == 0.0) & (vanished | (n >= Range::kZeroDotNormMin));
-      const bool coefficients_fit =
-          fits(__builtin_fabs(scale), Range::kCoefficientMin, Range::kCoefficientMax) &
-          (clamped | zero | fits(magnitude, Range::kCoefficientMin, Range::kCoefficientMax));
-      const bool safe = (vanished | fits(n, Range::kNormMin, Range::kNormMax)) &
-                        (zero | fits(__builtin_fabs(s), Range::kDotMin, Range::kDotMax)) &
-                        ((gr == 0.0) | coefficients_fit);
-      a[r] = safe ? static_cast<A>(scale) : A(0);
-      b[r] = safe ? static_cast<A>(along) : A(0);
-      sums[r] = safe ? projection : __builtin_nan("");
+      const double clamped = n < eps ? 1.0 : 0.0, d = n < eps ? eps : n;
+      const double inverse = 1.0 / d, projection = s * inverse, scale = gr * inverse;
+      const double through_norm = scale * projection * inverse;
+      const double along = n < eps ? 0.0 : through_norm;
+      const double vanished = (n == 0.0 ? 1.0 : 0.0) * eps_is_safe;
+      const double zero =
+          (s == 0.0 ? 1.0 : 0.0) * either(vanished, n >= Range::kZeroDotNormMin ? 1.0 : 0.0);
+      const double coefficients =
+          inside(scale, Range::kCoefficientMin, Range::kCoefficientMax) *
+          either(clamped,
+                 either(zero, inside(along, Range::kCoefficientMin, Range::kCoefficientMax)));
+      const double safe = either(vanished, inside(n, Range::kNormMin, Range::kNormMax)) *
+                          either(zero, inside(s, Range::kDotMin, Range::kDotMax)) *
+                          either(gr == 0.0 ? 1.0 : 0.0, coefficients);
+      a[r] = safe != 0.0 ? static_cast<A>(scale) : A(0);
+      b[r] = safe != 0.0 ? static_cast<A>(along) : A(0);
+      sums[r] = safe != 0.0 ? projection : __builtin_nan("");
     }
     if (grad_g)
       for (int64_t r = 0; r < rows; ++r) from_double(sums[r], grad_g + r);
