@@ -10,9 +10,9 @@
 #include "primitives.h"
 #include "vec.h"
 
-// The arrays of the loop behind it do not overlap; more of them than compilers care to check.
+// The arrays of the loop behind it do not overlap; they are more than gcc cares to check.
 #if defined(__clang__)
-#define WNKERNEL_NO_ALIAS _Pragma("clang loop vectorize(assume_safety)")
+#define WNKERNEL_NO_ALIAS
 #else
 #define WNKERNEL_NO_ALIAS _Pragma("GCC ivdep")
 #endif
