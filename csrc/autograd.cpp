@@ -15,7 +15,6 @@
 
 #include "composed.h"
 #include "ops.h"
-#include "problem.h"
 
 namespace wnkernel {
 namespace {
@@ -90,12 +89,12 @@ struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
                                at::TensorList g, at::TensorList norm, at::IntArrayRef dim,
                                at::ArrayRef<double> eps, at::IntArrayRef need_v,
                                at::IntArrayRef need_g) {
-    SavedWeights::store(ctx, v, g, grad_w, dim, eps);
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [grads, grad_g] = wnkernel::backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
+    SavedWeights::store(ctx, v, g, grad_w, dim, eps);  // the operator has checked the lists
     ctx->saved_data["need_v"] = need_v;
     ctx->saved_data["need_g"] = need_g;
     ctx->set_materialize_grads(false);
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [grads, grad_g] = wnkernel::backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
     grads.insert(grads.end(), grad_g.begin(), grad_g.end());
     return grads;
   }
@@ -130,7 +129,6 @@ std::tuple<Tensors, Tensors> first_derivatives(at::TensorList grad_w, at::Tensor
                                                at::TensorList g, at::TensorList norm,
                                                at::IntArrayRef dim, at::ArrayRef<double> eps,
                                                at::IntArrayRef need_v, at::IntArrayRef need_g) {
-  check_backward_lengths(grad_w, v, g, norm, dim, eps, need_v, need_g);
   if (is_transformed(grad_w) || is_transformed(v) || is_transformed(g))
     return composed::backward(grad_w, v, g, norm, dim, eps, need_v, need_g);
   if (!needs_grad(grad_w) && !needs_grad(v) && !needs_grad(g)) {
@@ -207,7 +205,6 @@ at::Tensor weight_norm_autograd(const at::Tensor& v, const at::Tensor& g, int64_
 std::tuple<Tensors, Tensors> forward_autograd(at::TensorList v, at::TensorList g,
                                               at::IntArrayRef dim, at::ArrayRef<double> eps,
                                               std::optional<at::ScalarType> out_dtype) {
-  check_forward_lengths(v, g, dim, eps);
   if (is_transformed(v) || is_transformed(g)) return composed::forward(v, g, dim, eps, out_dtype);
   if (needs_grad(v) || needs_grad(g)) {
     Tensors norms;

@@ -2,10 +2,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <type_traits>
+#include <utility>
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)

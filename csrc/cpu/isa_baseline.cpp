@@ -1,9 +1,8 @@
 // Kernels for what the compiler assumes of every processor of the platform: SSE2 on x86-64, NEON
 // (whose half conversions are part of it) on 64-bit Arm, plain code elsewhere.
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <type_traits>
+#include <utility>
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #define WNKERNEL_WIDEN_HALF(raw) vcvt_f32_f16(vreinterpret_f16_u16(bit_cast<uint16x4_t>(raw)))

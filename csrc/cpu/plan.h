@@ -65,7 +65,7 @@ inline Plan plan_rows(const RowView& view) {
   p.one_phase = true;
   p.view = view;
   p.rows_per_task = std::clamp<int64_t>(kBlock / view.row_size(), 1, kMaxRows);
-  p.tasks = p.row_blocks = ceil_div(view.rows, p.rows_per_task);
+  p.tasks = ceil_div(view.rows, p.rows_per_task);
   return p;
 }
 
@@ -73,8 +73,6 @@ inline Plan plan_pieces(const RowView& view) {
   Plan p{};
   p.kind = Plan::Kind::pieces;
   p.view = view;
-  p.rows_per_task = 1;
-  p.row_blocks = view.rows;
   p.outer_per_task = std::max<int64_t>(1, kChunk / view.inner);
   p.outer_blocks = ceil_div(view.outer, p.outer_per_task);
   p.run_pieces = ceil_div(view.inner, kChunk);

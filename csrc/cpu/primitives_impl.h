@@ -4,9 +4,6 @@
 // Nothing here may call a function template of the standard library: the linker would merge its
 // copies across instruction sets.
 #pragma once
-#include <cmath>
-#include <limits>
-
 #include "primitives.h"
 #include "vec.h"
 
