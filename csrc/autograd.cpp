@@ -149,8 +149,18 @@ struct WeightNorms : torch::autograd::Function<WeightNorms> {
     auto [w, norm] = wnkernel::forward(v, g, dim, eps, out_dtype);
     SavedWeights::store(ctx, v, g, norm, dim, eps);
     ctx->set_materialize_grads(false);
+    mark_frozen(ctx, v, g, w);
     *norms = std::move(norm);
     return std::move(w);
+  }
+
+  // Weights of which neither v nor g wants a gradient: nothing is to be computed for them.
+  static void mark_frozen(AutogradContext* ctx, at::TensorList v, at::TensorList g,
+                          const Tensors& w) {
+    variable_list frozen;
+    for (size_t k = 0; k < w.size(); ++k)
+      if (!v[k].requires_grad() && !g[k].requires_grad()) frozen.push_back(w[k]);
+    if (!frozen.empty()) ctx->mark_non_differentiable(frozen);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_w) {

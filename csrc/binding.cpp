@@ -5,12 +5,17 @@
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <algorithm>
+
 #include "cpu_buffers.h"
+#include "fastcall.h"
 #include "ops.h"
 #include "problem.h"
+#include "slot.h"
 
 namespace wnkernel {
 namespace {
@@ -72,9 +77,52 @@ PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// An entry of weight_norms() can be taken as it is. Throws on wrong types and devices.
+bool is_plain_cpu(PyObject* v, PyObject* g) {
+  if (!is_plain(v) || !is_plain(g)) return false;
+  check_placement(THPVariable_Unpack(v), THPVariable_Unpack(g));
+  return THPVariable_Unpack(v).is_cpu();
+}
+
+// weight_norms(vs, gs, dims, eps, out_dtype): four lists of the same length. NotImplemented as
+// above.
+PyObject* py_weight_norms(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      count == 5 && std::all_of(args, args + 4, [](auto* x) { return PyList_Check(x); }),
+      "weight_norms: expected four lists and a dtype");
+  if (at::impl::torch_function_mode_enabled()) Py_RETURN_NOTIMPLEMENTED;
+  const auto at = [&](int list, Py_ssize_t k) { return PyList_GET_ITEM(args[list], k); };
+  const Py_ssize_t size = PyList_GET_SIZE(args[0]);
+  for (int list = 1; list < 4; ++list)
+    TORCH_CHECK_VALUE(PyList_GET_SIZE(args[list]) == size,
+                      "weight_norms: expected lists of the same length");
+  Tensors v(size), g(size);
+  std::vector<int64_t> dim(size);
+  std::vector<double> eps(size);
+  for (Py_ssize_t k = 0; k < size; ++k) {
+    if (!is_plain_cpu(at(0, k), at(1, k))) Py_RETURN_NOTIMPLEMENTED;
+    v[k] = THPVariable_Unpack(at(0, k));
+    g[k] = THPVariable_Unpack(at(1, k));
+    dim[k] = as_dim(at(2, k));
+    eps[k] = as_eps(at(3, k));
+  }
+  const auto out_dtype = as_dtype(args[4]);
+  std::optional<pybind11::gil_scoped_release> no_gil(std::in_place);
+  const Tensors w = std::get<0>(forward(v, g, dim, eps, out_dtype));
+  no_gil.reset();
+  THPObjectPtr list(PyList_New(size));
+  if (!list) throw python_error();
+  for (Py_ssize_t k = 0; k < size; ++k) PyList_SET_ITEM(list.get(), k, THPVariable_Wrap(w[k]));
+  return list.release();
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef kMethods[] = {
-    {"weight_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_weight_norm)),
-     METH_FASTCALL, "weight_norm(v, g, dim, eps, out_dtype) -> w"},
+    {"weight_norm", fastcall(py_weight_norm), METH_FASTCALL,
+     "weight_norm(v, g, dim, eps, out_dtype) -> w"},
+    {"weight_norms", fastcall(py_weight_norms), METH_FASTCALL,
+     "weight_norms(vs, gs, dims, eps, out_dtype) -> list of w"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -116,5 +164,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_view", wnkernel::py_row_view, "(outer, rows, inner) of a dense, non-empty tensor.");
   m.def("cpu_buffers", wnkernel::py_cpu_buffers, "Bytes that idle buffers and tensors hold.");
   m.def("release_cpu_buffers", wnkernel::release_cpu_buffers, "Free all idle buffers.");
-  if (PyModule_AddFunctions(m.ptr(), wnkernel::kMethods) != 0) throw pybind11::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), wnkernel::kMethods) != 0 || !wnkernel::add_slots(m.ptr()))
+    throw pybind11::error_already_set();
 }

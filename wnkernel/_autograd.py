@@ -37,6 +37,14 @@ class _Forward(Function):
         ctx.backend, ctx.problems = backend, problems
         ctx.versions = [_version(t) for t in tensors]
         ctx.set_materialize_grads(False)
+        # Nothing is to be computed for weights of which neither v nor g wants a gradient.
+        ctx.mark_non_differentiable(
+            *(
+                frozen
+                for p, frozen in zip(problems, w, strict=True)
+                if not (p.v.requires_grad or p.g.requires_grad)
+            )
+        )
         return tuple(w)
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -14,6 +16,7 @@ from .backends.compiled import CompiledBackend
 from .problem import Problem, accumulation_dtype, check, check_v
 
 _native = _ops.native_weight_norm
+_native_list = _ops.native_weight_norms
 
 
 def weight_norm(
@@ -61,6 +64,60 @@ def weight_norm(
     return _weight_norm_checked(check(v, g, dim, eps, out_dtype))
 
 
+def weight_norms(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[int | None],
+    *,
+    eps: Sequence[float] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """:func:`weight_norm` of many weights: one launch forward, one backward, one autograd node.
+
+    The bits are those of :func:`weight_norm`. Weights of which neither ``v`` nor ``g`` requires
+    grad give results that do not; weights from which nothing was computed get no gradient.
+
+    Args:
+        v: directions, on one device, of any shapes and dtypes.
+        g: a magnitude for each of them.
+        dim: a dimension for each of them.
+        eps: a lower bound of the norm for each of them; 0 by default.
+        out_dtype: dtype of all results; by default each has that of its v.
+
+    Returns:
+        ``w`` of every weight.
+
+    Raises:
+        TypeError: an argument of the wrong type, layout or dtype.
+        ValueError: lists of different lengths, weights on different devices, or a wrong shape, dim
+            or eps.
+        RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
+    """
+    v, g, dim = list(v), list(g), list(dim)
+    eps = [0.0] * len(v) if eps is None else list(eps)
+    for name, entries in (("g", g), ("dim", dim), ("eps", eps)):
+        if len(entries) != len(v):
+            raise ValueError(f"{name}: expected {len(v)} entries (one per v), got {len(entries)}")
+    if not v:
+        return []
+    if _native_list is not None and not is_compiling() and choice.forced is None:
+        w = _native_list(v, g, dim, eps, out_dtype)
+        if w is not NotImplemented:
+            return w
+    if has_torch_function((*v, *g)):
+        return [
+            weight_norm(*weight, eps=e, out_dtype=out_dtype)
+            for *weight, e in zip(v, g, dim, eps, strict=True)
+        ]
+    problems = [check(*weight, out_dtype) for weight in zip(v, g, dim, eps, strict=True)]
+    for p in problems:
+        if p.v.device != v[0].device:
+            raise ValueError(
+                f"v: expected all on device {v[0].device} (that of the first), got {p.v.device}"
+            )
+    return _weight_norms_checked(problems, out_dtype)
+
+
 def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
     """The norms that ``weight_norm(v, g, dim)`` divides by.
 
@@ -88,6 +145,19 @@ def _weight_norm_checked(p: Problem) -> Tensor:
     if is_compiling() or _is_transformed(p.v) or _is_transformed(p.g):
         return composed.weight_norm(p)
     return _autograd.weight_norms([p], backend)[0]
+
+
+def _weight_norms_checked(
+    problems: Sequence[Problem], out_dtype: torch.dtype | None
+) -> list[Tensor]:
+    backend = choose(problems[0].v)
+    if isinstance(backend, CompiledBackend):
+        columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
+        v, g, dim, eps = (list(column) for column in columns)
+        return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
+    if is_compiling() or any(_is_transformed(t) for p in problems for t in (p.v, p.g)):
+        return [composed.weight_norm(p) for p in problems]
+    return _autograd.weight_norms(problems, backend)
 
 
 def _is_transformed(t: Tensor) -> bool:

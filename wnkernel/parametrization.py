@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -20,6 +21,13 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 from . import functional
 from .checkpoint import legacy_keys, register_load_hook, unregister_load_hook
 from .problem import WHOLE_TENSOR, check_eps, check_v
+
+
+class Owner(Protocol):
+    """What computes a weight together with others; see wnkernel/grouping."""
+
+    def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        """``w``, as fresh as :func:`wnkernel.functional.weight_norm` would give it."""
 
 
 class WeightNorm(nn.Module):
@@ -64,6 +72,9 @@ class WeightNormList(parametrize.ParametrizationList):
     tracers that replace ``nn.Module.__call__`` (torch.fx) take torch's way.
     """
 
+    owner: Owner | None = None
+    """The group that it is in."""
+
     def __call__(self) -> Tensor:
         parameters, modules = self._parameters, self._modules
         norm = modules.get("0")
@@ -77,10 +88,23 @@ class WeightNormList(parametrize.ParametrizationList):
             and not _has_hooks(norm)
             and not _has_global_hooks()
         ):
-            return functional.weight_norm(
-                parameters["original1"], parameters["original0"], norm.dim, eps=norm.eps
-            )
+            v, g = parameters["original1"], parameters["original0"]
+            if self.owner is not None and not is_compiling():
+                return self.owner.read(v, g, norm.dim, norm.eps)
+            return functional.weight_norm(v, g, norm.dim, eps=norm.eps)
         return super().__call__()
+
+
+def _shorten_property(cls: type[nn.Module], name: str) -> None:
+    """Let a parametrized class find the list of a parameter without ``nn.Module.__getattr__``."""
+    of_torch = getattr(cls, name)
+
+    def get(self: nn.Module) -> Tensor:
+        if parametrize._cache_enabled:
+            return of_torch.fget(self)
+        return self._modules["parametrizations"]._modules[name]()
+
+    setattr(cls, name, property(get, of_torch.fset))
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -153,6 +177,7 @@ def weight_norm(
     originals = module.parametrizations[name]
     if type(originals) is parametrize.ParametrizationList:
         originals.__class__ = WeightNormList
+        _shorten_property(type(module), name)
     register_load_hook(module, name)
     return module
 
@@ -184,15 +209,17 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
         torch.nn.utils.remove_weight_norm(module, name)
         getattr(module, name).requires_grad_(requires_grad)
         return module
-    if len(module.parametrizations[name]) > 1:
-        stacked = ", ".join(type(p).__name__ for p in module.parametrizations[name])
+    weights = module.parametrizations[name]
+    if len(weights) > 1:
+        stacked = ", ".join(type(p).__name__ for p in weights)
         raise RuntimeError(
             f"name: expected weight norm alone on {name!r}, got {stacked}; "
             "parametrize.remove_parametrizations folds them all"
         )
+    weights.owner = None  # what a group computed is the group's
     with torch.no_grad():
-        w = module.parametrizations[name]()
-    requires_grad = any(p.requires_grad for p in module.parametrizations[name].parameters())
+        w = weights()
+    requires_grad = any(p.requires_grad for p in weights.parameters())
     _own_class(module)
     parametrize.remove_parametrizations(module, name)
     unregister_load_hook(module, name)
@@ -220,16 +247,23 @@ LEGACY = "torch.nn.utils.weight_norm"
 
 def weight_norm_kind(module: nn.Module, name: str) -> str | None:
     """Which weight norm ``module.<name>`` has: OURS, TORCH, LEGACY or None."""
-    if parametrize.is_parametrized(module, name):
-        for p in module.parametrizations[name]:
-            if isinstance(p, WeightNorm):
-                return OURS
-            if isinstance(p, TorchWeightNorm):
-                return TORCH
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, LegacyHook) and hook.name == name:
-            return LEGACY
-    return None
+    return weight_norms(module).get(name)
+
+
+def weight_norms(module: nn.Module) -> dict[str, str]:
+    """The weight-normed parameters of a module (not of its children), each with its kind."""
+    kinds = {
+        hook.name: LEGACY
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, LegacyHook)
+    }
+    if parametrize.is_parametrized(module):
+        for name, parametrizations in module.parametrizations.items():
+            for p in parametrizations:
+                if isinstance(p, (WeightNorm, TorchWeightNorm)):
+                    kinds[name] = OURS if isinstance(p, WeightNorm) else TORCH
+                    break
+    return kinds
 
 
 def _check_module(module: Any) -> None:

@@ -1,0 +1,95 @@
+"""One launch: which members can be computed together, and their slots."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from .. import functional
+from .slots import PythonSlot, slots
+
+if TYPE_CHECKING:
+    from .members import Member, Roster
+
+PLAIN = (Tensor, Parameter)
+"""Types of v and g that a launch takes; subclasses (DTensor, say) are computed alone."""
+
+
+def can_be_launched(v: Tensor | None, g: Tensor | None) -> bool:
+    """Whether v and g are plain tensors with a version counter."""
+    return type(v) in PLAIN and type(g) in PLAIN and not (v.is_inference() or g.is_inference())
+
+
+class Bucket(NamedTuple):
+    """What members of one launch have in common."""
+
+    number: int
+    """Its place among those that ``bucket_cap_mb`` makes."""
+    device: torch.device
+    out_dtype: torch.dtype | None
+    unit: int | None
+    """The module that gathers and frees their parameters as one (FSDP)."""
+
+
+def bucket_of(member: Member, v: Tensor) -> Bucket:
+    """Where a member belongs at this moment."""
+    return _bucket(member, v, sharding_modules())
+
+
+def launch(
+    roster: Roster, indices: Iterable[int], bucket: Bucket, present: list[PythonSlot | None]
+) -> list[tuple[int, PythonSlot]]:
+    """Compute the members among ``indices`` that belong to a bucket and have no slot that is up to
+    date: one forward launch, one autograd node.
+
+    Returns:
+        Their slots. None at all if a weight has something wrong with it: read alone, it says what.
+    """
+    sharding = sharding_modules()
+    simple = not (sharding or roster.autocast)
+    chosen, vs, gs, dims, eps = [], [], [], [], []
+    for index in indices:
+        member = roster.members[index]()
+        weights = None if member is None else member.weights()
+        if weights is None:
+            continue
+        parameters, norm = weights._parameters, weights._modules["0"]
+        v, g = parameters.get("original1"), parameters.get("original0")
+        if not can_be_launched(v, g) or member.bucket != bucket.number or v.device != bucket.device:
+            continue
+        if not simple and _bucket(member, v, sharding) != bucket:
+            continue
+        slot = present[index]
+        if slot is not None and slot.is_current(v, g):
+            continue
+        chosen.append(index)
+        vs.append(v)
+        gs.append(g)
+        dims.append(norm.dim)
+        eps.append(norm.eps)
+    try:
+        ws = functional.weight_norms(vs, gs, dims, eps=eps, out_dtype=bucket.out_dtype)
+    except (TypeError, ValueError, RuntimeError):
+        return []
+    return list(zip(chosen, slots(ws, vs, gs), strict=True))
+
+
+def _bucket(member: Member, v: Tensor, sharding: tuple[type[nn.Module], ...]) -> Bucket:
+    roster = member.roster
+    unit = member.innermost(sharding) if sharding else None
+    out_dtype = roster.out_dtype(v) if roster.autocast else None
+    return Bucket(member.bucket, v.device, out_dtype, unit)
+
+
+def sharding_modules() -> tuple[type[nn.Module], ...]:
+    """The classes of modules that shard their parameters, if any can be in use."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ()
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    names = "FSDPModule", "FullyShardedDataParallel"
+    return tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))

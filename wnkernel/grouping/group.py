@@ -1,0 +1,207 @@
+"""``fuse(model)``: one launch for all weight norms of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import nn
+
+from .. import _ops
+from ..parametrization import OURS, WeightNormList, weight_norms
+from . import scopes
+from .members import Container, Member, Roster
+from .optimizers import steps
+
+REUSE = ("forward", "version")
+ROOT = 0
+"""The container of the model itself comes first."""
+NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
+"""Containers without a forward."""
+
+
+class WeightNormGroup:
+    """The weight norms of one model; made by :func:`fuse`."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the weights in the group that still exist, as they were when it was made."""
+        return [m.name for ref in self._roster.members if (m := ref()) is not None]
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Within the block, weights are computed together and may be read any number of times.
+
+        A forward of the model, or of a part of it with two or more of the weights, is a scope by
+        itself. This one is for code that reads weights outside any forward, or that wants several
+        forwards to share them.
+        """
+        container = self._roster.containers[ROOT]()
+        if container is None:  # removed, or the model is gone
+            yield
+            return
+        launches = self._roster.local.launches
+        launches.enter(container, None)
+        try:
+            yield
+        finally:
+            launches.leave(container)
+
+    def refresh(self) -> None:
+        """Compute every weight anew at its next read, in all threads."""
+        self._roster.refreshes += 1
+        self._roster.local.launches.drop()
+
+    def memory(self) -> dict[str, int]:
+        """What the group holds at this moment.
+
+        Returns:
+            ``slots``: weights that are computed and can be read again, in all threads;
+            ``slot_bytes``: their memory; ``idle_bytes``: memory on the CPU that served results of
+            this process before and waits for the next ones (:func:`wnkernel.cpu_buffers`).
+        """
+        held = [slot for launches in list(self._roster.threads) for slot in launches.slots()]
+        return {
+            "slots": len(held),
+            "slot_bytes": sum(slot.nbytes for slot in held),
+            "idle_bytes": _ops.cpu_buffers().get("held_bytes", 0),
+        }
+
+    def remove(self) -> None:
+        """Give the plain weight-normed layers back, each computed on its own. Safe to repeat."""
+        self._roster.local.launches.close()
+        for member in (ref() for ref in self._roster.members):
+            weights = None if member is None else member.weights()
+            if weights is not None:
+                weights.owner = None
+        for container in (ref() for ref in self._roster.containers):
+            module = None if container is None else container.module()
+            if module is not None:
+                scopes.detach(module)
+
+    def __repr__(self) -> str:
+        return f"WeightNormGroup({len(self.layers)} weights, reuse={self._roster.reuse!r})"
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    reuse: Literal["forward", "version"] = "forward",
+    bucket_cap_mb: float | None = None,
+    autocast: bool = False,
+) -> WeightNormGroup:
+    """Compute all weight norms of a model in one launch, forward and backward.
+
+    The first weight that a forward reads computes all that it will read (those that its previous
+    forward read; all, the first time), and one autograd node gives all their gradients. Values and
+    gradients have the bits of the single weights. Everything else stays as it is: parameters,
+    keys, hooks, layers called on their own.
+
+    Args:
+        model: a module with layers normed by :func:`wnkernel.weight_norm`. Layers added later are
+            not in the group: ``remove()`` it and fuse again.
+        reuse: how long computed weights serve. ``"forward"``: until the forward ends, so that every
+            change of a parameter between two forwards counts, however it was made.
+            ``"version"``: until a parameter changes visibly or a torch optimizer steps, for
+            discriminators that run twice per step, gradient accumulation and frozen models.
+            docs/fuse.md lists the changes that this mode cannot see.
+        bucket_cap_mb: at most this many MiB of v in one launch, so that gradients of the last
+            layers are there before the backward is done (DistributedDataParallel sends them
+            meanwhile). None: one launch for each device.
+        autocast: under autocast, write weights directly in its dtype, which saves the cast. The
+            bits are those of the cast; gradients of a weight that is used twice add up in that
+            dtype.
+
+    Returns:
+        The group. It need not be kept; the model holds what it needs.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: no weight-normed layers, or a wrong ``reuse`` or ``bucket_cap_mb``.
+        RuntimeError: a layer is in a group already.
+    """
+    _check(model, reuse, bucket_cap_mb, autocast)
+    found = _weights(model)
+    steps.watch()
+    roster = Roster(model, reuse, autocast)
+    buckets = _buckets([weights for _, weights, _ in found], bucket_cap_mb)
+    group = WeightNormGroup(roster)
+    try:
+        for (name, weights, around), bucket in zip(found, buckets, strict=True):
+            weights.owner = Member(roster, weights, name, bucket, around)
+        index = {id(weights): k for k, (_, weights, _) in enumerate(found)}
+        for module in model.modules():
+            members = [index[id(m)] for m in module.modules() if id(m) in index]
+            if module is model or (len(members) > 1 and not isinstance(module, NEVER_CALLED)):
+                scopes.attach(module, Container(roster, module, members))
+    except BaseException:
+        group.remove()
+        raise
+    return group
+
+
+def _check(model: object, reuse: object, bucket_cap_mb: object, autocast: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if reuse not in REUSE:
+        raise ValueError(f"reuse: expected one of {', '.join(REUSE)}, got {reuse!r}")
+    if not isinstance(autocast, bool):
+        raise TypeError(f"autocast: expected a bool, got {type(autocast).__name__}")
+    if bucket_cap_mb is None:
+        return
+    if not isinstance(bucket_cap_mb, (int, float)) or isinstance(bucket_cap_mb, bool):
+        raise TypeError(
+            f"bucket_cap_mb: expected a number or None, got {type(bucket_cap_mb).__name__}"
+        )
+    if not 0 < bucket_cap_mb < math.inf:
+        raise ValueError(f"bucket_cap_mb: expected a finite number > 0, got {bucket_cap_mb}")
+
+
+def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module]]]:
+    """Every weight of this package beneath a module: its name, its parametrization list and the
+    modules around it, innermost first.
+
+    Raises:
+        ValueError: there is none.
+        RuntimeError: one of them is in a group already.
+    """
+    found = []
+    others = set()
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        for name, kind in weight_norms(module).items():
+            full_name = f"{path}.{name}" if path else name
+            weights = module.parametrizations[name] if kind == OURS else None
+            if not isinstance(weights, WeightNormList) or len(weights) > 1:
+                others.add(kind)
+                continue
+            if weights.owner is not None:
+                raise RuntimeError(
+                    f"model: expected layers outside any group, got {full_name!r}, which is in one "
+                    "already; remove() that group first"
+                )
+            parts = path.split(".")
+            around = [modules[".".join(parts[:k])] for k in range(len(parts), 0, -1)]
+            found.append((full_name, weights, [*around, model] if path else [model]))
+    if not found:
+        got = f"layers with {', '.join(sorted(others))} only" if others else "none"
+        raise ValueError(f"model: expected layers with wnkernel.weight_norm, got {got}")
+    return found
+
+
+def _buckets(weights: list[WeightNormList], cap_mb: float | None) -> list[int]:
+    """The bucket of every weight, filled from the last one up: gradients come in that order."""
+    bucket, filled = 0, 0
+    buckets = []
+    for entry in reversed(weights):
+        size = entry.original1.numel() * entry.original1.element_size()
+        if cap_mb is not None and filled and filled + size > cap_mb * 2**20:
+            bucket, filled = bucket + 1, 0
+        filled += size
+        buckets.append(bucket)
+    return buckets[::-1]

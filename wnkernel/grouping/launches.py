@@ -1,0 +1,149 @@
+"""What one thread has computed of one group, and how long it may serve it.
+
+A launch computes many members at once and puts each into a slot. With ``reuse="forward"`` slots
+live until the outermost scope ends; with ``reuse="version"`` until one shows a change, an optimizer
+steps, or someone asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from . import batch
+from .modes import Mode, current_mode, is_capturing
+from .optimizers import steps
+from .slots import PythonSlot
+
+if TYPE_CHECKING:
+    from .members import Container, Member, Roster
+
+
+class Scope(NamedTuple):
+    """A running forward of a container, or a ``with group.scope()``."""
+
+    container: Container
+    frame: FrameType | None
+    """The frame that runs the container's hooks; None where a ``finally`` closes the scope."""
+    capturing: bool
+    """Whether it was opened while a CUDA graph was being captured."""
+
+
+class Launches:
+    """The scopes and the slots of one thread."""
+
+    def __init__(self) -> None:
+        self.stack: list[Scope] = []
+        self.tables: dict[Mode, list[PythonSlot | None]] = {}
+        """A slot for each member that was launched, by the member's index."""
+        self._stamp = 0
+        self._launched: set[Hashable] = set()
+        """Modes and buckets that had their launch in the scope that is running."""
+        self._missed: dict[Mode, set[int]] = {}
+        """Members that were read in this scope without having been launched."""
+        self._launchers: dict[Mode, set[Container]] = {}
+
+    def take(self, member: Member, v: Tensor, g: Tensor) -> Tensor | None:
+        """``w`` of a member from its slot or from a launch made now; None: compute it alone."""
+        roster = member.roster
+        mode = current_mode(v, roster.out_dtype(v) if roster.autocast else None)
+        if mode is None or (mode.capturing and not self._opened_in_capture()):
+            return None
+        stamp = roster.refreshes + steps.count
+        if self._stamp != stamp:
+            self.drop()
+            self._launched.clear()
+            self._stamp = stamp
+        table = self.tables.get(mode)
+        slot = None if table is None else table[member.index]
+        if slot is not None and (w := slot.take(v, g)) is not None:
+            return w
+        for scope in self.stack:
+            if member.index in scope.container.members:
+                return self._launch(scope.container, member, mode, v, g)
+        return None
+
+    def enter(self, container: Container, frame: FrameType | None) -> None:
+        """Open a scope. Scopes that an interrupt left open are closed first."""
+        while self.stack and not _is_running(self.stack[-1].frame, frame):
+            self._pop(container.roster)
+        capturing = self.stack[0].capturing if self.stack else is_capturing()
+        self.stack.append(Scope(container, frame, capturing))
+
+    def leave(self, container: Container) -> None:
+        """Close the scope of a container, and those that an interrupt left open within it."""
+        while any(scope.container is container for scope in self.stack):
+            if self._pop(container.roster) is container:
+                return
+
+    def close(self) -> None:
+        """Close every scope and let go of every slot."""
+        self.stack.clear()
+        self._launched.clear()
+        self.drop()
+
+    def slots(self) -> list[PythonSlot]:
+        """The slots that are filled."""
+        return [slot for table in list(self.tables.values()) for slot in table if slot is not None]
+
+    def drop(self) -> None:
+        """Let go of every slot."""
+        for mode in self.tables:
+            self._note_reads(mode)
+        self.tables.clear()
+        self._launchers.clear()
+
+    def _launch(
+        self, container: Container, member: Member, mode: Mode, v: Tensor, g: Tensor
+    ) -> Tensor | None:
+        """Compute a member and all else in its bucket that the container is likely to read."""
+        if not batch.can_be_launched(v, g):
+            return None
+        bucket = batch.bucket_of(member, v)
+        if (mode, bucket) in self._launched:
+            self._missed.setdefault(mode, set()).add(member.index)
+            return None
+        self._launched.add((mode, bucket))
+        table = self.tables.setdefault(mode, [None] * len(member.roster.members))
+        if table[member.index] is not None:  # out of date: a change that no optimizer made
+            self._note_reads(mode)
+        self._launchers.setdefault(mode, set()).add(container)
+        likely = container.likely(mode, member.index)
+        for index, slot in batch.launch(member.roster, likely, bucket, table):
+            table[index] = slot
+        slot = table[member.index]
+        return None if slot is None else slot.take(v, g)
+
+    def _note_reads(self, mode: Mode) -> None:
+        """Tell the containers which members were read: the next launch covers those."""
+        read = {i for i, slot in enumerate(self.tables[mode]) if slot is not None and slot.taken}
+        read |= self._missed.pop(mode, set())
+        for container in self._launchers[mode]:
+            container.read[mode] = sorted(read & container.members)
+
+    def _opened_in_capture(self) -> bool:
+        """Whether the scope is within a capture: its results are then for that one only."""
+        return bool(self.stack) and self.stack[0].capturing
+
+    def _pop(self, roster: Roster) -> Container:
+        scope = self.stack.pop()
+        if not self.stack:
+            self._launched.clear()
+            if roster.reuse == "forward" or scope.capturing:
+                self.drop()
+        return scope.container
+
+
+def _is_running(frame: FrameType | None, innermost: FrameType | None) -> bool:
+    """Whether a frame is among the callers of another; what has no frame counts as running."""
+    if frame is None or innermost is None:
+        return True
+    caller: FrameType | None = innermost
+    while caller is not None:
+        if caller is frame:
+            return True
+        caller = caller.f_back
+    return False

@@ -1,0 +1,151 @@
+"""Who is in a group: its weights, the modules around them, and what all of these share.
+
+References go one way: modules hold their member or container, which hold the roster, which knows
+everybody weakly. So a group keeps no module alive and makes no reference cycle. Copies follow their
+root: deep-copying it copies the group, deep-copying a part of it leaves the part without one.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..parametrization import WeightNormList
+from .launches import Launches
+from .modes import Mode
+
+
+class _ThreadLocal(threading.local):
+    def __init__(self, threads: weakref.WeakSet[Launches]) -> None:
+        self.launches = Launches()
+        threads.add(self.launches)
+
+
+class Roster:
+    """What the members and containers of one group share."""
+
+    def __init__(self, root: nn.Module, reuse: str, autocast: bool) -> None:
+        self.root = weakref.ref(root)
+        self.reuse = reuse
+        self.autocast = autocast
+        self.members: list[Callable[[], Member | None]] = []
+        self.containers: list[Callable[[], Container | None]] = []
+        self.refreshes = 0
+        """How often everything that was computed had to be thrown away."""
+        self.threads: weakref.WeakSet[Launches] = weakref.WeakSet()
+        self.local = _ThreadLocal(self.threads)
+
+    def out_dtype(self, v: Tensor) -> torch.dtype | None:
+        """The dtype that autocast casts ``w`` to, if the group does that for it; None: v's own."""
+        kind = v.device.type
+        if not self.autocast or v.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+            return None
+        return torch.get_autocast_dtype(kind)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Roster:
+        root = self.root()
+        new_root = copy.deepcopy(root, memo)  # copied already, unless the copy begins here
+        if (done := memo.get(id(self))) is not None:
+            return done
+        new = memo[id(self)] = Roster(new_root, self.reuse, self.autocast)
+        new.members = [_nobody] * len(self.members)
+        new.containers = [_nobody] * len(self.containers)
+        return new
+
+    def copy_with_root(self, memo: dict[int, Any]) -> Roster | None:
+        """The roster of a copy that is being made, or None if the root is not part of it."""
+        return copy.deepcopy(self, memo) if id(self.root()) in memo else None
+
+
+class Member:
+    """One weight of a group; what its ``WeightNormList`` asks when it is read."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        weights: WeightNormList,
+        name: str,
+        bucket: int,
+        around: Sequence[nn.Module],
+        index: int | None = None,
+    ) -> None:
+        self.roster = roster
+        self.index = _enroll(roster.members, self, index)
+        self.weights = weakref.ref(weights)
+        self.name = name
+        self.bucket = bucket
+        self._around = [weakref.ref(module) for module in around]
+
+    def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        """``w``: from the group if it has it or can compute it now, else computed alone."""
+        w = self.roster.local.launches.take(self, v, g)
+        return self.alone(v, g, dim, eps) if w is None else w
+
+    def alone(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        """``w``, computed now and for nobody else."""
+        return functional.weight_norm(v, g, dim, eps=eps, out_dtype=self.roster.out_dtype(v))
+
+    def innermost(self, kinds: tuple[type[nn.Module], ...]) -> int | None:
+        """Identity of the innermost module of some kinds around the weight."""
+        return next((id(m) for m in self._modules_around() if isinstance(m, kinds)), None)
+
+    def _modules_around(self) -> Iterator[nn.Module]:
+        return (module for ref in self._around if (module := ref()) is not None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Member | None:
+        roster = self.roster.copy_with_root(memo)
+        weights = memo.get(id(self.weights()))
+        if roster is None or weights is None:
+            return None
+        around = [memo[id(m)] for m in self._modules_around() if id(m) in memo]
+        return Member(roster, weights, self.name, self.bucket, around, self.index)
+
+
+class Container:
+    """A module with several members beneath it, whose forward is a scope."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        module: nn.Module,
+        members: Sequence[int],
+        index: int | None = None,
+    ) -> None:
+        self.roster = roster
+        self.index = _enroll(roster.containers, self, index)
+        self.module = weakref.ref(module)
+        self.members = frozenset(members)
+        self.read: dict[Mode, list[int]] = {}
+        """The members that its previous forward read."""
+
+    def likely(self, mode: Mode, member: int) -> list[int]:
+        """The members that a forward is likely to read: ``member`` and those of the previous one,
+        or all if there was none."""
+        return sorted({member, *self.read.get(mode, self.members)})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Container | None:
+        roster = self.roster.copy_with_root(memo)
+        module = memo.get(id(self.module()))
+        if roster is None or module is None:
+            return None
+        return Container(roster, module, sorted(self.members), self.index)
+
+
+def _enroll(registry: list[Callable[[], Any]], entry: object, index: int | None) -> int:
+    """Put an entry into a roster: at the end, or, in a copy, where its original stands."""
+    if index is None:
+        registry.append(_nobody)
+        index = len(registry) - 1
+    registry[index] = weakref.ref(entry)
+    return index
+
+
+def _nobody() -> None:
+    """A reference to what is not there."""

@@ -1,0 +1,32 @@
+"""How many steps torch's optimizers made.
+
+torch's fused Adam, SGD and Adagrad write to parameters without a trace in their version counters,
+and so does any optimizer that writes through ``.data``. What they have in common is the hook that
+``torch.optim.Optimizer`` runs after every step of every subclass.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch.compiler import is_compiling
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class _Steps:
+    def __init__(self) -> None:
+        self.count = 0
+        """Steps since the process began to watch."""
+
+    @functools.cache  # noqa: B019 - there is one instance, which lives as long as the process
+    def watch(self) -> None:
+        """Begin to count, if that has not been done."""
+        register_optimizer_step_post_hook(self._add)
+
+    def _add(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if not is_compiling():  # compiled steps leave their trace in the version counters
+            self.count += 1
+
+
+steps = _Steps()

@@ -1,0 +1,49 @@
+"""The hooks that make a module's forward a scope.
+
+They find the group through the module that they receive, so a copy of a module, with its copied
+hooks, finds the copy of the group, or none.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_compiling
+
+from .members import Container
+
+ATTRIBUTE = "_weight_norm_container"
+
+
+def attach(module: nn.Module, container: Container) -> None:
+    """Make the forward of ``module`` a scope."""
+    setattr(module, ATTRIBUTE, container)
+    module.register_forward_pre_hook(_enter, prepend=True)
+    module.register_forward_hook(_leave, always_call=True)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo :func:`attach`, also on a copy of the module."""
+    module.__dict__.pop(ATTRIBUTE, None)
+    for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    if is_compiling():
+        return
+    container: Container | None = module.__dict__.get(ATTRIBUTE)
+    if container is not None:
+        container.roster.local.launches.enter(container, sys._getframe(1))
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    if is_compiling():
+        return
+    container: Container | None = module.__dict__.get(ATTRIBUTE)
+    if container is not None:
+        container.roster.local.launches.leave(container)

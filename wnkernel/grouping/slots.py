@@ -1,0 +1,105 @@
+"""A slot: ``w`` of one weight, and what ``v`` and ``g`` were when it was computed.
+
+A slot serves ``w`` as long as nothing shows that it would come out differently today: ``v`` and
+``g`` are the same objects with the same storage, sizes, strides, dtype, ``requires_grad`` and
+version counter, and nobody wrote to ``w`` itself. The check is a handful of comparisons, whatever
+the size. csrc/slot.cpp is the twin for installations with ``wnkernel._C``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _ops
+
+ALONE = -1
+"""The launch mode in which every weight is to be computed on its own."""
+
+
+class _Seen:
+    """A tensor as it was at one moment. Holding the storage keeps another from its address."""
+
+    __slots__ = ("_facts", "_storage", "_tensor")
+
+    def __init__(self, t: Tensor) -> None:
+        self._tensor = t
+        self._storage = t.untyped_storage()
+        self._facts = _facts(t)
+
+    def is_current(self, t: Tensor) -> bool:
+        return t is self._tensor and _facts(t) == self._facts
+
+
+def _facts(t: Tensor) -> tuple[object, ...]:
+    storage = t.untyped_storage()._cdata
+    state = t.dtype, t.requires_grad, _version(t)
+    return storage, t.data_ptr(), t.shape, t.stride(), *state
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+class PythonSlot:
+    """``w`` of one launch with the ``v`` and ``g`` that it was computed from."""
+
+    __slots__ = ("_g", "_v", "_w", "_w_version", "taken")
+
+    def __init__(self, w: Tensor, v: Tensor, g: Tensor) -> None:
+        self._w, self._w_version = w, _version(w)
+        self._v, self._g = _Seen(v), _Seen(g)
+        self.taken = False
+        """Whether :meth:`take` ever returned ``w``."""
+
+    def is_current(self, v: Tensor, g: Tensor) -> bool:
+        """Whether ``w`` is what a computation from ``v`` and ``g`` would give now."""
+        return (
+            self._v.is_current(v) and self._g.is_current(g) and _version(self._w) == self._w_version
+        )
+
+    def take(self, v: Tensor, g: Tensor) -> Tensor | None:
+        """``w``, or None if it is out of date."""
+        if not self.is_current(v, g):
+            return None
+        self.taken = True
+        return self._w
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory of ``w``."""
+        return self._w.untyped_storage().nbytes()
+
+
+def _python_slots(
+    ws: Sequence[Tensor], vs: Sequence[Tensor], gs: Sequence[Tensor]
+) -> list[PythonSlot]:
+    return [PythonSlot(*weight) for weight in zip(ws, vs, gs, strict=True)]
+
+
+def _python_launch_mode() -> int:
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return ALONE
+    mode = torch._C._len_torch_function_stack()
+    for bit in (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+    ):
+        mode = 2 * mode + bit
+    return mode
+
+
+slots = _python_slots if _ops.native_slots is None else _ops.native_slots
+"""``slots(ws, vs, gs)``: a slot for each weight of a launch."""
+
+launch_mode = _python_launch_mode if _ops.native_launch_mode is None else _ops.native_launch_mode
+"""What a weight depends on besides its parameters, as one number: grad mode, inference mode, the
+deterministic setting, the depth of ``__torch_function__`` modes. :data:`ALONE` under function
+transforms, ``__torch_dispatch__`` modes and tracers, whose tensors must not outlive them."""
