@@ -53,7 +53,7 @@ native_weight_norm = None if _C is None else _C.weight_norm
 The shortest way to torch.ops.wnkernel.weight_norm, for code that is not being traced."""
 
 native_weight_norms = None if _C is None else _C.weight_norms
-"""``weight_norms(vs, gs, dims, eps, out_dtype)``: the same for lists, torch.ops.wnkernel.forward."""
+"""``weight_norms(vs, gs, dims, eps, out_dtype)``, the way to torch.ops.wnkernel.forward."""
 
 native_slots = None if _C is None else _C.slots
 native_launch_mode = None if _C is None else _C.launch_mode

@@ -89,7 +89,7 @@ class WeightNormList(parametrize.ParametrizationList):
             and not _has_global_hooks()
         ):
             v, g = parameters["original1"], parameters["original0"]
-            if self.owner is not None and not is_compiling():
+            if not is_compiling() and self.owner is not None:
                 return self.owner.read(v, g, norm.dim, norm.eps)
             return functional.weight_norm(v, g, norm.dim, eps=norm.eps)
         return super().__call__()

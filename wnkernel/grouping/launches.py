@@ -52,6 +52,8 @@ class Launches:
         mode = current_mode(v, roster.out_dtype(v) if roster.autocast else None)
         if mode is None or (mode.capturing and not self._opened_in_capture()):
             return None
+        if self.stack and roster.reuse == "forward" and _has_ended(self.stack[0].frame):
+            self.close()
         stamp = roster.refreshes + steps.count
         if self._stamp != stamp:
             self.drop()
@@ -68,7 +70,7 @@ class Launches:
 
     def enter(self, container: Container, frame: FrameType | None) -> None:
         """Open a scope. Scopes that an interrupt left open are closed first."""
-        while self.stack and not _is_running(self.stack[-1].frame, frame):
+        while self.stack and _has_ended(self.stack[-1].frame):
             self._pop(container.roster)
         capturing = self.stack[0].capturing if self.stack else is_capturing()
         self.stack.append(Scope(container, frame, capturing))
@@ -137,13 +139,13 @@ class Launches:
         return scope.container
 
 
-def _is_running(frame: FrameType | None, innermost: FrameType | None) -> bool:
-    """Whether a frame is among the callers of another; what has no frame counts as running."""
-    if frame is None or innermost is None:
-        return True
-    caller: FrameType | None = innermost
-    while caller is not None:
-        if caller is frame:
-            return True
-        caller = caller.f_back
-    return False
+def _has_ended(frame: FrameType | None) -> bool:
+    """Whether the call of a frame has returned or raised. torch runs no hooks after an exception
+    that is no ``Exception`` (an interrupt, say), so a scope has to look for itself."""
+    if frame is None:
+        return False
+    try:
+        frame.clear()
+    except RuntimeError:  # refused, as it is being executed
+        return False
+    return True

@@ -7,22 +7,22 @@ and so does any optimizer that writes through ``.data``. What they have in commo
 
 from __future__ import annotations
 
-import functools
-
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 
 class _Steps:
     def __init__(self) -> None:
         self.count = 0
-        """Steps since the process began to watch."""
+        """Steps of all optimizers since :meth:`watch` was called first."""
+        self._hook: RemovableHandle | None = None
 
-    @functools.cache  # noqa: B019 - there is one instance, which lives as long as the process
     def watch(self) -> None:
-        """Begin to count, if that has not been done."""
-        register_optimizer_step_post_hook(self._add)
+        """Begin to count."""
+        if self._hook is None:
+            self._hook = register_optimizer_step_post_hook(self._add)
 
     def _add(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if not is_compiling():  # compiled steps leave their trace in the version counters

@@ -1,0 +1,188 @@
+"""Train a small vocoder on real speech with three weight norms, and compare the loss curves.
+
+    pip install '.[examples]'
+    python examples/train_vocoder.py --out curves
+
+A HiFi-GAN generator (transformers' SpeechT5HifiGan, 80 channels of log-mel spectrogram to 16 kHz
+audio) learns one sentence of CMU ARCTIC, or any recording given with --audio, by the distance of
+log spectra at three resolutions. Each seed is trained four times: with torch's weight norm, with
+wnkernel's, with wnkernel's fused, and, as a yardstick, with torch's again but g moved to the next
+float32 number at the start. Weight norms that are the same up to rounding must not part from
+torch's further than the yardstick does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+from transformers.audio_utils import mel_filter_bank
+
+import wnkernel
+
+ARCTIC = Path(__file__).parent / "audio" / "arctic_a0007.wav"
+RATE = 16_000
+HOP = 256
+MELS = 80
+SEGMENT = 32
+"""Spectrogram frames of a training example: half a second."""
+BATCH = 4
+LEARNING_RATE = 1e-3
+RESOLUTIONS = (256, 512, 1024)
+"""Window lengths of the loss, in samples."""
+
+TORCH, OURS, FUSED, YARDSTICK = "torch", "wnkernel", "wnkernel, fused", "torch, one rounding apart"
+
+
+def generator(kind: str, seed: int) -> nn.Module:
+    """The vocoder, with one kind of weight norm on every convolution."""
+    torch.manual_seed(seed)
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=MELS,
+        upsample_initial_channel=64,
+        upsample_rates=[8, 8, 4],
+        upsample_kernel_sizes=[16, 16, 8],
+        resblock_kernel_sizes=[3, 7],
+        resblock_dilation_sizes=[[1, 3], [1, 3]],
+        normalize_before=False,
+    )
+    model = SpeechT5HifiGan(config)
+    of_torch = kind in (TORCH, YARDSTICK)
+    apply = nn.utils.parametrizations.weight_norm if of_torch else wnkernel.weight_norm
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            apply(module)
+    if kind == FUSED:
+        wnkernel.fuse(model)
+    if kind == YARDSTICK:
+        for key, parameter in model.named_parameters():
+            if key.endswith("original0"):
+                parameter.data.copy_(torch.nextafter(parameter.data, torch.tensor(torch.inf)))
+    return model
+
+
+def load(path: Path) -> Tensor:
+    """A recording as one channel of float32 samples.
+
+    Raises:
+        typer.BadParameter: it has another sampling rate, or is too short.
+    """
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    if rate != RATE:
+        raise typer.BadParameter(f"expected {RATE} samples per second, got {rate} in {path}")
+    if len(samples) < (SEGMENT + 1) * HOP:
+        raise typer.BadParameter(f"expected at least half a second of audio, got {path}")
+    return torch.from_numpy(samples.mean(axis=1))
+
+
+def spectrum(audio: Tensor, window: int, hop: int) -> Tensor:
+    """Log magnitudes ``[..., frequency, frame]``."""
+    frames = torch.stft(audio, window, hop, window=torch.hann_window(window), return_complex=True)
+    return frames.abs().clamp_min(1e-5).log()
+
+
+def log_mel(audio: Tensor) -> Tensor:
+    """``[frame, mel]`` log-mel spectrogram, one frame for every HOP samples."""
+    filters = mel_filter_bank(513, MELS, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
+    mel = torch.from_numpy(filters).float().T @ spectrum(audio, 1024, HOP).exp()
+    return mel.clamp_min(1e-5).log().T
+
+
+def batches(audio: Tensor, seed: int, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """``(spectrogram, audio)`` of random segments."""
+    mel = log_mel(audio)
+    random = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(steps):
+        starts = torch.randint(len(audio) // HOP - SEGMENT, (BATCH,), generator=random).tolist()
+        mels = torch.stack([mel[k : k + SEGMENT] for k in starts])
+        out.append((mels, torch.stack([audio[k * HOP : (k + SEGMENT) * HOP] for k in starts])))
+    return out
+
+
+def distance(made: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute difference of log spectra over the resolutions."""
+    return torch.stack(
+        [(spectrum(made, n, n // 4) - spectrum(real, n, n // 4)).abs().mean() for n in RESOLUTIONS]
+    ).mean()
+
+
+def train(kind: str, seed: int, data: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """The loss of every step."""
+    model = generator(kind, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.8, 0.99))
+    losses = []
+    for mel, audio in data:
+        loss = distance(model(mel), audio)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def plot(curves: pd.DataFrame, path: Path) -> None:
+    """Loss curves above, their relative distance to torch's below."""
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(2, sharex=True, figsize=(7, 7), layout="constrained")
+    first = curves[curves.seed == curves.seed.min()].pivot(
+        index="step", columns="kind", values="loss"
+    )
+    for kind, style in ((TORCH, "-"), (OURS, "--"), (FUSED, ":")):
+        upper.plot(first[kind], style, label=kind)
+    wide = curves.pivot(index=["seed", "step"], columns="kind", values="loss")
+    for kind, color in ((YARDSTICK, "0.6"), (OURS, "C1"), (FUSED, "C2")):
+        apart = (wide[kind] / wide[TORCH] - 1).abs().groupby("step").max()
+        lower.semilogy(apart.clip(lower=1e-9), color=color, label=kind)
+    upper.set_ylabel("loss, first seed")
+    lower.set_ylabel("relative distance to torch, largest of all seeds")
+    lower.set_xlabel("step")
+    upper.legend()
+    lower.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(
+    audio: Annotated[Path, typer.Option(exists=True, dir_okay=False)] = ARCTIC,
+    steps: Annotated[int, typer.Option(min=2)] = 150,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for losses.csv and losses.png.")] = Path("."),
+) -> None:
+    """Train, and print how far the loss curves are apart."""
+    samples = load(audio)
+    out.mkdir(parents=True, exist_ok=True)
+    runs = [(seed, kind) for seed in range(seeds) for kind in (TORCH, OURS, FUSED, YARDSTICK)]
+    rows = []
+    for seed, kind in track(runs, "training"):
+        losses = train(kind, seed, batches(samples, seed, steps))
+        rows += [(seed, kind, step, loss) for step, loss in enumerate(losses)]
+    curves = pd.DataFrame(rows, columns=["seed", "kind", "step", "loss"])
+    curves.to_csv(out / "losses.csv", index=False)
+    plot(curves, out / "losses.png")
+
+    table = Table("seed", "kind", "first loss", "last loss", "largest distance to torch")
+    wide = curves.pivot(index=["seed", "step"], columns="kind", values="loss")
+    for seed, kind in runs:
+        mine, of_torch = wide.loc[seed, kind].to_numpy(), wide.loc[seed, TORCH].to_numpy()
+        apart = np.abs(mine / of_torch - 1).max()
+        table.add_row(str(seed), kind, f"{mine[0]:.4f}", f"{mine[-1]:.4f}", f"{apart:.1e}")
+    Console().print(table)
+    same = (wide[OURS] == wide[FUSED]).all()
+    Console().print(f"fused and not fused: {'the same to the last bit' if same else 'different'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
