@@ -36,6 +36,8 @@ class Seen {
         requires_grad_(t.requires_grad()),
         version_(version_of(t)) {}
 
+  const at::Tensor& tensor() const { return tensor_; }
+
   bool is_current(const at::Tensor& t) const {
     return t.is_same(tensor_) && t.has_storage() &&
            t.storage().unsafeGetStorageImpl() == storage_.unsafeGetStorageImpl() &&
@@ -55,9 +57,7 @@ class Seen {
 };
 
 struct Contents {
-  at::Tensor w;
-  uint32_t w_version;
-  Seen v, g;
+  Seen w, v, g;
 };
 
 struct Slot {
@@ -77,7 +77,7 @@ bool is_current(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == 2, "expected v and g, got ", count, " arguments");
   const Contents& c = *as_slot(self)->contents;
   return c.v.is_current(as_tensor("v", args[0])) && c.g.is_current(as_tensor("g", args[1])) &&
-         version_of(c.w) == c.w_version;
+         c.w.is_current(c.w.tensor());
 }
 
 PyObject* py_is_current(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -90,7 +90,7 @@ PyObject* py_take(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (!is_current(self, args, count)) Py_RETURN_NONE;
   as_slot(self)->taken = true;
-  return THPVariable_Wrap(as_slot(self)->contents->w);
+  return THPVariable_Wrap(as_slot(self)->contents->w.tensor());
   END_HANDLE_TH_ERRORS
 }
 
@@ -98,7 +98,7 @@ PyObject* py_taken(PyObject* self, void*) { return PyBool_FromLong(as_slot(self)
 
 PyObject* py_nbytes(PyObject* self, void*) {
   HANDLE_TH_ERRORS
-  return PyLong_FromSize_t(as_slot(self)->contents->w.storage().nbytes());
+  return PyLong_FromSize_t(as_slot(self)->contents->w.tensor().storage().nbytes());
   END_HANDLE_TH_ERRORS
 }
 
@@ -138,7 +138,7 @@ THPObjectPtr new_slot(const at::Tensor& w, const at::Tensor& v, const at::Tensor
   if (!slot) throw python_error();
   as_slot(slot)->taken = false;
   as_slot(slot)->contents = nullptr;
-  as_slot(slot)->contents = new Contents{w, version_of(w), Seen(v), Seen(g)};
+  as_slot(slot)->contents = new Contents{Seen(w), Seen(v), Seen(g)};
   return slot;
 }
 

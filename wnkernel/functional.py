@@ -105,10 +105,9 @@ def weight_norms(
         if w is not NotImplemented:
             return w
     if has_torch_function((*v, *g)):
-        return [
-            weight_norm(*weight, eps=e, out_dtype=out_dtype)
-            for *weight, e in zip(v, g, dim, eps, strict=True)
-        ]
+        return handle_torch_function(
+            weight_norms, (*v, *g), v, g, dim, eps=eps, out_dtype=out_dtype
+        )
     problems = [check(*weight, out_dtype) for weight in zip(v, g, dim, eps, strict=True)]
     for p in problems:
         if p.v.device != v[0].device:

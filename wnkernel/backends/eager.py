@@ -58,7 +58,8 @@ def _torch_is_right(p: Problem) -> bool:
         and (_CPU_HAS_HALF or p.v.dtype != torch.float16 or p.v.device.type != "cpu")
         and p.dim in (0, p.v.ndim - 1)
         and p.eps == 0.0
-        and p.v.dtype == p.g.dtype == p.out_dtype
+        and p.v.dtype == p.g.dtype
+        and (p.out_dtype == p.v.dtype or p.v.dtype == p.acc_dtype)  # else rounded twice
         and p.v.numel() > 0
         and p.v.is_contiguous()
         and p.g.is_contiguous()
@@ -67,7 +68,8 @@ def _torch_is_right(p: Problem) -> bool:
 
 def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
     if _torch_is_right(p):
-        return torch._weight_norm_interface(p.v, p.g, p.dim)
+        w, norm = torch._weight_norm_interface(p.v, p.g, p.dim)
+        return w.to(p.out_dtype), norm
     acc = p.acc_dtype
     norm = composed.norm_except_dim(p.v.to(acc), p.dim)
     w = p.v.to(acc) * (p.g.to(acc) / norm.clamp_min(p.eps))
@@ -77,6 +79,6 @@ def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
 def _backward_one(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
     if _torch_is_right(p):
         return torch.ops.aten._weight_norm_interface_backward(
-            grad_w.contiguous(), p.v, p.g, norm, p.dim
+            grad_w.to(p.v.dtype).contiguous(), p.v, p.g, norm, p.dim
         )
     return composed.backward(p, norm, grad_w)

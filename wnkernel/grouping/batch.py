@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -73,10 +74,22 @@ def launch(
         dims.append(norm.dim)
         eps.append(norm.eps)
     try:
-        ws = functional.weight_norms(vs, gs, dims, eps=eps, out_dtype=bucket.out_dtype)
+        with _version_counters():
+            ws = functional.weight_norms(vs, gs, dims, eps=eps, out_dtype=bucket.out_dtype)
     except (TypeError, ValueError, RuntimeError):
         return []
     return list(zip(chosen, slots(ws, vs, gs), strict=True))
+
+
+def _version_counters() -> AbstractContextManager[object]:
+    """Results without gradients in inference mode too, but with a version counter: a write to one
+    of them must not go unseen."""
+    if not torch.is_inference_mode_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
 
 
 def _bucket(member: Member, v: Tensor, sharding: tuple[type[nn.Module], ...]) -> Bucket:

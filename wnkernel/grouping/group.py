@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .. import _ops
 from ..parametrization import OURS, WeightNormList, weight_norms
@@ -16,8 +17,6 @@ from .members import Container, Member, Roster
 from .optimizers import steps
 
 REUSE = ("forward", "version")
-ROOT = 0
-"""The container of the model itself comes first."""
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 """Containers without a forward."""
 
@@ -27,6 +26,8 @@ class WeightNormGroup:
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
+        self._root: Container | None = None
+        """The scope of :meth:`scope`."""
 
     @property
     def layers(self) -> list[str]:
@@ -41,16 +42,15 @@ class WeightNormGroup:
         itself. This one is for code that reads weights outside any forward, or that wants several
         forwards to share them.
         """
-        container = self._roster.containers[ROOT]()
-        if container is None:  # removed, or the model is gone
+        container, launches = self._root, self._roster.local.launches
+        if container is None:  # removed
             yield
             return
-        launches = self._roster.local.launches
-        launches.enter(container, None)
+        depth = launches.enter(container, None)
         try:
             yield
         finally:
-            launches.leave(container)
+            launches.cut(self._roster, depth)
 
     def refresh(self) -> None:
         """Compute every weight anew at its next read, in all threads."""
@@ -75,6 +75,7 @@ class WeightNormGroup:
     def remove(self) -> None:
         """Give the plain weight-normed layers back, each computed on its own. Safe to repeat."""
         self._roster.local.launches.close()
+        self._root = None
         for member in (ref() for ref in self._roster.members):
             weights = None if member is None else member.weights()
             if weights is not None:
@@ -138,7 +139,10 @@ def fuse(
         for module in model.modules():
             members = [index[id(m)] for m in module.modules() if id(m) in index]
             if module is model or (len(members) > 1 and not isinstance(module, NEVER_CALLED)):
-                scopes.attach(module, Container(roster, module, members))
+                container = Container(roster, module, members)
+                scopes.attach(module, container)
+                if module is model:
+                    group._root = container
     except BaseException:
         group.remove()
         raise
@@ -178,7 +182,7 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
             full_name = f"{path}.{name}" if path else name
             weights = module.parametrizations[name] if kind == OURS else None
             if not isinstance(weights, WeightNormList) or len(weights) > 1:
-                others.add(kind)
+                others.add(kind if weights is None else f"{kind} {_why_not(weights)}")
                 continue
             if weights.owner is not None:
                 raise RuntimeError(
@@ -192,6 +196,13 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
         got = f"layers with {', '.join(sorted(others))} only" if others else "none"
         raise ValueError(f"model: expected layers with wnkernel.weight_norm, got {got}")
     return found
+
+
+def _why_not(weights: parametrize.ParametrizationList) -> str:
+    """Why a weight norm of this package cannot be in a group."""
+    if len(weights) > 1:
+        return "under other parametrizations"
+    return "registered as a parametrization by hand"
 
 
 def _buckets(weights: list[WeightNormList], cap_mb: float | None) -> list[int]:

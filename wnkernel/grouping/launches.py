@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import batch
 from .modes import Mode, current_mode, is_capturing
@@ -48,12 +49,15 @@ class Launches:
 
     def take(self, member: Member, v: Tensor, g: Tensor) -> Tensor | None:
         """``w`` of a member from its slot or from a launch made now; None: compute it alone."""
+        if not self.stack:
+            return None
         roster = member.roster
         mode = current_mode(v, roster.out_dtype(v) if roster.autocast else None)
-        if mode is None or (mode.capturing and not self._opened_in_capture()):
+        if mode is None or (mode.capturing and not self.stack[0].capturing):
             return None
-        if self.stack and roster.reuse == "forward" and _has_ended(self.stack[0].frame):
-            self.close()
+        if _has_ended(self.stack[0].frame):
+            self.cut(roster, 0)
+            return None
         stamp = roster.refreshes + steps.count
         if self._stamp != stamp:
             self.drop()
@@ -68,18 +72,23 @@ class Launches:
                 return self._launch(scope.container, member, mode, v, g)
         return None
 
-    def enter(self, container: Container, frame: FrameType | None) -> None:
-        """Open a scope. Scopes that an interrupt left open are closed first."""
-        while self.stack and _has_ended(self.stack[-1].frame):
-            self._pop(container.roster)
+    def enter(self, container: Container, frame: FrameType | None) -> int:
+        """Open a scope; how many were open before."""
+        self._close_ended(container.roster)
         capturing = self.stack[0].capturing if self.stack else is_capturing()
         self.stack.append(Scope(container, frame, capturing))
+        return len(self.stack) - 1
 
-    def leave(self, container: Container) -> None:
-        """Close the scope of a container, and those that an interrupt left open within it."""
-        while any(scope.container is container for scope in self.stack):
-            if self._pop(container.roster) is container:
-                return
+    def leave(self, roster: Roster, frame: FrameType) -> None:
+        """Close the scope that a frame opened, if it did."""
+        self._close_ended(roster)
+        if self.stack and self.stack[-1].frame is frame:
+            self._pop(roster)
+
+    def cut(self, roster: Roster, depth: int) -> None:
+        """Close all scopes but the outermost ``depth``."""
+        while len(self.stack) > depth:
+            self._pop(roster)
 
     def close(self) -> None:
         """Close every scope and let go of every slot."""
@@ -102,7 +111,7 @@ class Launches:
         self, container: Container, member: Member, mode: Mode, v: Tensor, g: Tensor
     ) -> Tensor | None:
         """Compute a member and all else in its bucket that the container is likely to read."""
-        if not batch.can_be_launched(v, g):
+        if not batch.can_be_launched(v, g) or forward_ad._current_level >= 0:
             return None
         bucket = batch.bucket_of(member, v)
         if (mode, bucket) in self._launched:
@@ -126,17 +135,16 @@ class Launches:
         for container in self._launchers[mode]:
             container.read[mode] = sorted(read & container.members)
 
-    def _opened_in_capture(self) -> bool:
-        """Whether the scope is within a capture: its results are then for that one only."""
-        return bool(self.stack) and self.stack[0].capturing
+    def _close_ended(self, roster: Roster) -> None:
+        while self.stack and _has_ended(self.stack[-1].frame):
+            self._pop(roster)
 
-    def _pop(self, roster: Roster) -> Container:
+    def _pop(self, roster: Roster) -> None:
         scope = self.stack.pop()
         if not self.stack:
             self._launched.clear()
             if roster.reuse == "forward" or scope.capturing:
                 self.drop()
-        return scope.container
 
 
 def _has_ended(frame: FrameType | None) -> bool:

@@ -31,8 +31,8 @@ class _ThreadLocal(threading.local):
 class Roster:
     """What the members and containers of one group share."""
 
-    def __init__(self, root: nn.Module, reuse: str, autocast: bool) -> None:
-        self.root = weakref.ref(root)
+    def __init__(self, root: nn.Module | None, reuse: str, autocast: bool) -> None:
+        self.root = _nobody if root is None else weakref.ref(root)
         self.reuse = reuse
         self.autocast = autocast
         self.members: list[Callable[[], Member | None]] = []
@@ -43,9 +43,12 @@ class Roster:
         self.local = _ThreadLocal(self.threads)
 
     def out_dtype(self, v: Tensor) -> torch.dtype | None:
-        """The dtype that autocast casts ``w`` to, if the group does that for it; None: v's own."""
+        """The dtype that autocast casts ``w`` to, if the group does that for it; None: v's own.
+
+        Autocast leaves float64 alone, and half types would be rounded once instead of twice.
+        """
         kind = v.device.type
-        if not self.autocast or v.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        if not self.autocast or v.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
             return None
         return torch.get_autocast_dtype(kind)
 

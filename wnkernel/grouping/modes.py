@@ -48,7 +48,9 @@ def current_mode(v: Tensor, out_dtype: torch.dtype | None) -> Mode | None:
     if v.is_cpu:
         return _mode(flags, choice.forced, out_dtype)
     stream = _stream(v.device)
-    return stream and _mode(flags, choice.forced, out_dtype, stream, is_capturing())
+    if stream is None:
+        return None
+    return _mode(flags, choice.forced, out_dtype, stream, is_capturing())
 
 
 def is_capturing() -> bool:

@@ -1,28 +1,34 @@
-"""How many steps torch's optimizers made.
+"""How often torch's optimizers began and ended a step.
 
 torch's fused Adam, SGD and Adagrad write to parameters without a trace in their version counters,
-and so does any optimizer that writes through ``.data``. What they have in common is the hook that
-``torch.optim.Optimizer`` runs after every step of every subclass.
+and so does any optimizer that writes through ``.data``. What they have in common are the hooks
+that ``torch.optim.Optimizer`` runs around every step of every subclass.
 """
 
 from __future__ import annotations
 
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 
 class _Steps:
     def __init__(self) -> None:
         self.count = 0
-        """Steps of all optimizers since :meth:`watch` was called first."""
-        self._hook: RemovableHandle | None = None
+        """Beginnings and ends of steps, of all optimizers, since :meth:`watch` was called first."""
+        self._hooks: list[RemovableHandle] = []
 
     def watch(self) -> None:
         """Begin to count."""
-        if self._hook is None:
-            self._hook = register_optimizer_step_post_hook(self._add)
+        if not self._hooks:
+            self._hooks = [
+                register_optimizer_step_pre_hook(self._add),  # a step may raise half-way
+                register_optimizer_step_post_hook(self._add),
+            ]
 
     def _add(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if not is_compiling():  # compiled steps leave their trace in the version counters

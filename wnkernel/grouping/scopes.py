@@ -19,6 +19,7 @@ ATTRIBUTE = "_weight_norm_container"
 
 def attach(module: nn.Module, container: Container) -> None:
     """Make the forward of ``module`` a scope."""
+    detach(module)  # hooks that a copy of a part brought along
     setattr(module, ATTRIBUTE, container)
     module.register_forward_pre_hook(_enter, prepend=True)
     module.register_forward_hook(_leave, always_call=True)
@@ -46,4 +47,4 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
         return
     container: Container | None = module.__dict__.get(ATTRIBUTE)
     if container is not None:
-        container.roster.local.launches.leave(container)
+        container.roster.local.launches.leave(container.roster, sys._getframe(1))

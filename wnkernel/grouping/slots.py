@@ -1,8 +1,8 @@
 """A slot: ``w`` of one weight, and what ``v`` and ``g`` were when it was computed.
 
-A slot serves ``w`` as long as nothing shows that it would come out differently today: ``v`` and
-``g`` are the same objects with the same storage, sizes, strides, dtype, ``requires_grad`` and
-version counter, and nobody wrote to ``w`` itself. The check is a handful of comparisons, whatever
+A slot serves ``w`` as long as nothing shows that it would come out differently today: ``v``, ``g``
+and ``w`` itself are the same objects with the same storage, sizes, strides, dtype,
+``requires_grad`` and version counter. The check is a handful of comparisons, whatever
 the size. csrc/slot.cpp is the twin for installations with ``wnkernel._C``.
 """
 
@@ -22,15 +22,15 @@ ALONE = -1
 class _Seen:
     """A tensor as it was at one moment. Holding the storage keeps another from its address."""
 
-    __slots__ = ("_facts", "_storage", "_tensor")
+    __slots__ = ("_facts", "_storage", "tensor")
 
     def __init__(self, t: Tensor) -> None:
-        self._tensor = t
+        self.tensor = t
         self._storage = t.untyped_storage()
         self._facts = _facts(t)
 
     def is_current(self, t: Tensor) -> bool:
-        return t is self._tensor and _facts(t) == self._facts
+        return t is self.tensor and _facts(t) == self._facts
 
 
 def _facts(t: Tensor) -> tuple[object, ...]:
@@ -46,18 +46,17 @@ def _version(t: Tensor) -> int:
 class PythonSlot:
     """``w`` of one launch with the ``v`` and ``g`` that it was computed from."""
 
-    __slots__ = ("_g", "_v", "_w", "_w_version", "taken")
+    __slots__ = ("_g", "_v", "_w", "taken")
 
     def __init__(self, w: Tensor, v: Tensor, g: Tensor) -> None:
-        self._w, self._w_version = w, _version(w)
-        self._v, self._g = _Seen(v), _Seen(g)
+        self._w, self._v, self._g = _Seen(w), _Seen(v), _Seen(g)
         self.taken = False
         """Whether :meth:`take` ever returned ``w``."""
 
     def is_current(self, v: Tensor, g: Tensor) -> bool:
         """Whether ``w`` is what a computation from ``v`` and ``g`` would give now."""
         return (
-            self._v.is_current(v) and self._g.is_current(g) and _version(self._w) == self._w_version
+            self._v.is_current(v) and self._g.is_current(g) and self._w.is_current(self._w.tensor)
         )
 
     def take(self, v: Tensor, g: Tensor) -> Tensor | None:
@@ -65,12 +64,12 @@ class PythonSlot:
         if not self.is_current(v, g):
             return None
         self.taken = True
-        return self._w
+        return self._w.tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of the memory of ``w``."""
-        return self._w.untyped_storage().nbytes()
+        return self._w.tensor.untyped_storage().nbytes()
 
 
 def _python_slots(
