@@ -12,6 +12,10 @@ from wnkernel import _ops
 from wnkernel.backends import AUTO, BACKENDS
 from wnkernel.backends.compiled import CompiledBackend
 
+from .groups import computed, python_slots
+
+__all__ = ["computed", "python_slots"]
+
 COMPILED = [name for name, backend in BACKENDS.items() if isinstance(backend, CompiledBackend)]
 
 

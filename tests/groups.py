@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 import wnkernel
 from wnkernel import WeightNormGroup, functional
 from wnkernel.grouping import batch, modes, slots
+
+Context = Callable[[], AbstractContextManager[object]]
 
 REUSE = ["forward", "version"]
 both_modes = pytest.mark.parametrize("reuse", REUSE)
@@ -160,7 +163,7 @@ class Computed:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
-    """Counts from the beginning of the test; to be imported where it is used."""
+    """Counts from the beginning of the test."""
     return Computed(monkeypatch)
 
 
@@ -169,3 +172,39 @@ def python_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups keep their weights as they do without the compiled module."""
     monkeypatch.setattr(batch, "slots", slots._python_slots)
     monkeypatch.setattr(modes, "launch_mode", slots._python_launch_mode)
+
+
+def triple(model: nn.Module) -> None:
+    """A change that also the version mode sees."""
+    with torch.no_grad():
+        for p in originals(model):
+            p.mul_(3)
+
+
+def assert_plain(model: nn.Module) -> None:
+    """Nothing of a group is left."""
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert not module._forward_hooks_always_called
+        assert getattr(module, "owner", None) is None
+        assert not any("container" in name for name in vars(module))
+
+
+def assert_same_training(
+    model: nn.Module, twin: nn.Module, *args: torch.Tensor, once: Context = nullcontext
+) -> None:
+    """Outputs, gradients, and both again after a change, bit for bit.
+
+    ``once``: what surrounds the twin's forward. torch's ``parametrize.cached`` also adds the
+    gradients of a weight that is used twice up before the norm's backward.
+    """
+    for _ in range(2):
+        y = model(*args)
+        with once():
+            want = twin(*args)
+        assert_same(y, want)
+        y.square().sum().backward(), want.square().sum().backward()
+        assert_same_tensors(gradients(model), gradients(twin))
+        triple(model), triple(twin)
+        model.zero_grad(), twin.zero_grad()

@@ -27,18 +27,14 @@ from .groups import (
     assert_same_models,
     assert_same_tensors,
     both_modes,
-    computed,
     gradients,
     layer,
     originals,
-    python_slots,
     ramp,
     twins,
     weights,
 )
 from .processes import ROOT
-
-__all__ = ["computed", "python_slots"]  # fixtures
 
 Reader = Callable[[nn.Module, WeightNormGroup | None], dict[str, Tensor]]
 

@@ -27,15 +27,12 @@ from .groups import (
     assert_same_models,
     assert_same_tensors,
     both_modes,
-    computed,
     layer,
     originals,
     ramp,
     twins,
     weights,
 )
-
-__all__ = ["computed"]  # a fixture
 
 
 def test_a_launch_covers_what_the_previous_forward_read(backend: str, computed: Computed) -> None:

@@ -23,13 +23,10 @@ from .groups import (
     assert_same_models,
     assert_same_tensors,
     both_modes,
-    computed,
     ramp,
     twins,
     weights,
 )
-
-__all__ = ["computed"]  # a fixture
 
 
 class Hooked(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .. import functional
+from ..parametrization import WeightNorm
 from .slots import PythonSlot, slots
 
 if TYPE_CHECKING:
@@ -59,9 +60,11 @@ def launch(
         weights = None if member is None else member.weights()
         if weights is None:
             continue
-        parameters, norm = weights._parameters, weights._modules["0"]
+        parameters, norm = weights._parameters, weights._modules.get("0")
         v, g = parameters.get("original1"), parameters.get("original0")
-        if not can_be_launched(v, g) or member.bucket != bucket.number or v.device != bucket.device:
+        if type(norm) is not WeightNorm or not can_be_launched(v, g):
+            continue
+        if member.bucket != bucket.number or v.device != bucket.device:
             continue
         if not simple and _bucket(member, v, sharding) != bucket:
             continue

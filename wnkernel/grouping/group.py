@@ -29,6 +29,24 @@ class WeightNormGroup:
         self._root: Container | None = None
         """The scope of :meth:`scope`."""
 
+    @classmethod
+    def of(cls, model: nn.Module) -> WeightNormGroup:
+        """The group that a model was fused into; how to get that of a copy.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: it was not passed to :func:`fuse`, and is no copy of such a model.
+        """
+        _check_model(model)
+        container = scopes.container_of(model)
+        if container is None or container.roster.root() is not model:
+            raise ValueError(
+                f"model: expected one that fuse() was called with, got {type(model).__name__}"
+            )
+        group = cls(container.roster)
+        group._root = container
+        return group
+
     @property
     def layers(self) -> list[str]:
         """Names of the weights in the group that still exist, as they were when it was made."""
@@ -149,9 +167,13 @@ def fuse(
     return group
 
 
-def _check(model: object, reuse: object, bucket_cap_mb: object, autocast: object) -> None:
+def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check(model: object, reuse: object, bucket_cap_mb: object, autocast: object) -> None:
+    _check_model(model)
     if reuse not in REUSE:
         raise ValueError(f"reuse: expected one of {', '.join(REUSE)}, got {reuse!r}")
     if not isinstance(autocast, bool):

@@ -32,7 +32,6 @@ class Roster:
     """What the members and containers of one group share."""
 
     def __init__(self, root: nn.Module | None, reuse: str, autocast: bool) -> None:
-        self.root = _nobody if root is None else weakref.ref(root)
         self.reuse = reuse
         self.autocast = autocast
         self.members: list[Callable[[], Member | None]] = []
@@ -41,6 +40,8 @@ class Roster:
         """How often everything that was computed had to be thrown away."""
         self.threads: weakref.WeakSet[Launches] = weakref.WeakSet()
         self.local = _ThreadLocal(self.threads)
+        threads = self.threads  # and not self: no cycle
+        self.root = weakref.ref(root, lambda _: drop_all(threads)) if root is not None else _nobody
 
     def out_dtype(self, v: Tensor) -> torch.dtype | None:
         """The dtype that autocast casts ``w`` to, if the group does that for it; None: v's own.
@@ -139,6 +140,12 @@ class Container:
         if roster is None or module is None:
             return None
         return Container(roster, module, sorted(self.members), self.index)
+
+
+def drop_all(threads: weakref.WeakSet[Launches]) -> None:
+    """Let go of the slots of all threads."""
+    for launches in list(threads):
+        launches.drop()
 
 
 def _enroll(registry: list[Callable[[], Any]], entry: object, index: int | None) -> int:

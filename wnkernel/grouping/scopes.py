@@ -34,10 +34,15 @@ def detach(module: nn.Module) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
+def container_of(module: nn.Module) -> Container | None:
+    """What a group knows of a module, if one does."""
+    return module.__dict__.get(ATTRIBUTE)
+
+
 def _enter(module: nn.Module, args: Any) -> None:
     if is_compiling():
         return
-    container: Container | None = module.__dict__.get(ATTRIBUTE)
+    container = container_of(module)
     if container is not None:
         container.roster.local.launches.enter(container, sys._getframe(1))
 
@@ -45,6 +50,6 @@ def _enter(module: nn.Module, args: Any) -> None:
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if is_compiling():
         return
-    container: Container | None = module.__dict__.get(ATTRIBUTE)
+    container = container_of(module)
     if container is not None:
         container.roster.local.launches.leave(container.roster, sys._getframe(1))
