@@ -19,6 +19,13 @@ Threads threads() {
           }};
 }
 
+// FSDP takes the memory of a parameter away without telling those who hold it.
+void check_memory(const char* name, const at::Tensor& t) {
+  TORCH_CHECK(t.numel() == 0 || t.storage().nbytes() > 0, name,
+              ": expected a tensor with memory, got one of shape ", t.sizes(),
+              " whose storage was freed");
+}
+
 // v itself where it fills its memory without gaps or repeats, in whatever order; else a copy.
 at::Tensor dense(const at::Tensor& v) {
   return v.is_non_overlapping_and_dense() ? v : v.contiguous();
@@ -43,7 +50,11 @@ std::tuple<Tensors, Tensors> forward_on_cpu(at::TensorList v, at::TensorList g, 
                                             std::optional<at::ScalarType> out_dtype) {
   const size_t count = v.size();
   check_forward_lengths(v, g, dim, eps);
-  for (size_t k = 0; k < count; ++k) check_forward(v[k], g[k], dim[k], eps[k], out_dtype);
+  for (size_t k = 0; k < count; ++k) {
+    check_forward(v[k], g[k], dim[k], eps[k], out_dtype);
+    check_memory("v", v[k]);
+    check_memory("g", g[k]);
+  }
 
   Tensors w(count), norm(count);
   c10::SmallVector<at::Tensor, 2> alive;  // what the table points into
@@ -72,7 +83,12 @@ std::tuple<Tensors, Tensors> backward_on_cpu(at::TensorList grad_w, at::TensorLi
                                              at::IntArrayRef need_v, at::IntArrayRef need_g) {
   const size_t count = v.size();
   check_backward_lengths(grad_w, v, g, norm, dim, eps, need_v, need_g);
-  for (size_t k = 0; k < count; ++k) check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
+  for (size_t k = 0; k < count; ++k) {
+    check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
+    check_memory("grad_w", grad_w[k]);
+    check_memory("v", v[k]);
+    check_memory("g", g[k]);
+  }
 
   Tensors grad_v, grad_g;
   c10::SmallVector<at::Tensor, 4> alive;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -138,6 +139,8 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
 
 
 def _weight_norm_checked(p: Problem) -> Tensor:
+    if _is_distributed(p.v) or _is_distributed(p.g):
+        return composed.weight_norm(p)
     backend = choose(p.v)
     if isinstance(backend, CompiledBackend):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
@@ -157,6 +160,12 @@ def _weight_norms_checked(
     if is_compiling() or any(_is_transformed(t) for p in problems for t in (p.v, p.g)):
         return [composed.weight_norm(p) for p in problems]
     return _autograd.weight_norms(problems, backend)
+
+
+def _is_distributed(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor, which has rules for torch's own operators only."""
+    module = sys.modules.get("torch.distributed.tensor")  # there if anybody made a DTensor
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def _is_transformed(t: Tensor) -> bool:

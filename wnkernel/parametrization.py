@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -89,7 +89,7 @@ class WeightNormList(parametrize.ParametrizationList):
             and not _has_global_hooks()
         ):
             v, g = parameters["original1"], parameters["original0"]
-            if not is_compiling() and self.owner is not None:
+            if not is_dynamo_compiling() and self.owner is not None:
                 return self.owner.read(v, g, norm.dim, norm.eps)
             return functional.weight_norm(v, g, norm.dim, eps=norm.eps)
         return super().__call__()

@@ -7,7 +7,6 @@ steps, or someone asks.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,11 +40,13 @@ class Launches:
         self.tables: dict[Mode, list[PythonSlot | None]] = {}
         """A slot for each member that was launched, by the member's index."""
         self._stamp = 0
-        self._launched: set[Hashable] = set()
+        self._launched: set[tuple[Mode, batch.Bucket]] = set()
         """Modes and buckets that had their launch in the scope that is running."""
         self._missed: dict[Mode, set[int]] = {}
-        """Members that were read in this scope without having been launched."""
+        """Members that were read in this scope and have no slot, or none any more."""
         self._launchers: dict[Mode, set[Container]] = {}
+        self._units: set[int] = set()
+        """Modules that shard their parameters and whose members were launched."""
 
     def take(self, member: Member, v: Tensor, g: Tensor) -> Tensor | None:
         """``w`` of a member from its slot or from a launch made now; None: compute it alone."""
@@ -114,6 +115,8 @@ class Launches:
         if not batch.can_be_launched(v, g) or forward_ad._current_level >= 0:
             return None
         bucket = batch.bucket_of(member, v)
+        if bucket.unit is not None and not self._is_running(bucket.unit):
+            return None
         if (mode, bucket) in self._launched:
             self._missed.setdefault(mode, set()).add(member.index)
             return None
@@ -122,6 +125,8 @@ class Launches:
         if table[member.index] is not None:  # out of date: a change that no optimizer made
             self._note_reads(mode)
         self._launchers.setdefault(mode, set()).add(container)
+        if bucket.unit is not None:
+            self._units.add(bucket.unit)
         likely = container.likely(mode, member.index)
         for index, slot in batch.launch(member.roster, likely, bucket, table):
             table[index] = slot
@@ -141,10 +146,31 @@ class Launches:
 
     def _pop(self, roster: Roster) -> None:
         scope = self.stack.pop()
+        if self._units:
+            self._close_unit(scope.container)
         if not self.stack:
             self._launched.clear()
             if roster.reuse == "forward" or scope.capturing:
                 self.drop()
+
+
+    def _is_running(self, module: int) -> bool:
+        """Whether the forward of a module is one of the scopes."""
+        return any(id(scope.container.module()) == module for scope in self.stack)
+
+    def _close_unit(self, container: Container) -> None:
+        """If a container shards its parameters, its slots end with its forward: they are gathered
+        anew for the next one, without a trace, and autograd nodes may not outlive that."""
+        unit = id(container.module())
+        if unit not in self._units:
+            return
+        self._units.remove(unit)
+        self._launched = {(m, bucket) for m, bucket in self._launched if bucket.unit != unit}
+        for mode, table in self.tables.items():
+            for index in container.members:
+                slot, table[index] = table[index], None
+                if slot is not None and slot.taken:
+                    self._missed.setdefault(mode, set()).add(index)
 
 
 def _has_ended(frame: FrameType | None) -> bool:

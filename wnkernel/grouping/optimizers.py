@@ -7,7 +7,7 @@ that ``torch.optim.Optimizer`` runs around every step of every subclass.
 
 from __future__ import annotations
 
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -31,7 +31,7 @@ class _Steps:
             ]
 
     def _add(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if not is_compiling():  # compiled steps leave their trace in the version counters
+        if not is_dynamo_compiling():  # a count in a compiled step would compile it again and again
             self.count += 1
 
 

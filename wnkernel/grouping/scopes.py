@@ -2,6 +2,9 @@
 
 They find the group through the module that they receive, so a copy of a module, with its copied
 hooks, finds the copy of the group, or none.
+
+While Dynamo traces them they do nothing: what it traces is the plain operator. The question is
+``is_dynamo_compiling``, since ``is_compiling`` is true on all threads while one compiles.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import sys
 from typing import Any
 
 from torch import nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .members import Container
 
@@ -40,7 +43,7 @@ def container_of(module: nn.Module) -> Container | None:
 
 
 def _enter(module: nn.Module, args: Any) -> None:
-    if is_compiling():
+    if is_dynamo_compiling():
         return
     container = container_of(module)
     if container is not None:
@@ -48,7 +51,7 @@ def _enter(module: nn.Module, args: Any) -> None:
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    if is_compiling():
+    if is_dynamo_compiling():
         return
     container = container_of(module)
     if container is not None:
