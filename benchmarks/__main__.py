@@ -11,7 +11,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compiled, host, layers, model_zoo, models, plan, report, summary
+from . import (
+    compiled,
+    flat,
+    fused,
+    gan,
+    grouped_report,
+    host,
+    layers,
+    memory,
+    model_zoo,
+    models,
+    plan,
+    report,
+    summary,
+)
 from .environment import Environment, environment
 from .plan import Job, Plan
 from .results import Result
@@ -27,6 +41,10 @@ class Case(str, enum.Enum):
 
     LAYERS = "layers"
     HOST = "host"
+    FUSED = "fused"
+    FLAT = "flat"
+    GAN = "gan"
+    MEMORY = "memory"
     COMPILE = "compile"
     MODELS = "models"
 
@@ -36,7 +54,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 @app.command()
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="A sample, in about 40 s.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A sample, in about a minute.")] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Longer samples, forward alone too.")
     ] = False,
@@ -50,7 +68,8 @@ def main(
 ) -> None:
     """Compare wnkernel with PyTorch's weight norms: verify against float64, then time.
 
-    Everything runs interleaved in one process; medians with 20th and 80th percentiles.
+    Everything runs interleaved: single weights and torch.compile in one process, grouped weight
+    norms with a process for each contender. Medians with 20th and 80th percentiles.
     """
     started = time.perf_counter()
     console = Console()
@@ -78,6 +97,7 @@ def main(
 
     if results:
         report.print_results(console, results)
+        grouped_report.print_results(console, results)
         summary.print_summary(console, results)
     for note in notes:  # last, where they are seen
         console.print(note, markup=False)
@@ -86,8 +106,13 @@ def main(
         return
     for path in report.write_csv(results, out):
         console.print(f"Wrote {path}")
-    if any(r.case in (Case.LAYERS, Case.MODELS) for r in results):
+    measured = {r.case for r in results}
+    if measured & {Case.LAYERS, Case.MODELS}:
         from .plot import plot  # matplotlib takes a second to import
+
+        console.print(f"Wrote {plot(out)}")
+    if measured & {Case.FUSED, Case.FLAT}:
+        from .grouped_plot import plot
 
         console.print(f"Wrote {plot(out)}")
     console.print(f"Took {time.perf_counter() - started:.0f} s.")
@@ -101,6 +126,16 @@ def _jobs(
         jobs += layers.jobs(size, where)
     if Case.HOST in wanted:
         jobs += host.jobs(size, where)
+    if Case.FUSED in wanted:
+        jobs += fused.jobs(size, where)
+    if Case.FLAT in wanted:
+        jobs += flat.jobs(size, where)
+    if Case.GAN in wanted:
+        jobs += gan.jobs(size, where)
+    if Case.MEMORY in wanted and memory.can_measure(where):
+        jobs += memory.jobs(size, where)
+    elif Case.MEMORY in wanted:
+        notes.append("Peak memory skipped: this system does not tell that of a process.")
     with_models = model_zoo.available()
     if not with_models and wanted & {Case.MODELS, Case.COMPILE}:
         notes.append("Whole models skipped: transformers is not installed.")

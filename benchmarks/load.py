@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _STAT = Path("/proc/stat")
@@ -16,13 +17,19 @@ _STAT = Path("/proc/stat")
 
 class OtherLoad:
     """Cores that other processes used, on average, since this object was made; NaN where the system
-    does not tell."""
+    does not tell.
 
-    def __init__(self) -> None:
-        self._start = _now()
+    Args:
+        own_cpu_s: CPU seconds of the processes that do not count as others.
+    """
+
+    def __init__(self, own_cpu_s: Callable[[], float] = time.process_time) -> None:
+        self._own_cpu_s = own_cpu_s
+        self._start = _now(own_cpu_s)
 
     def cores(self) -> float:
-        wall, busy, own = (b - a for a, b in zip(self._start, _now(), strict=True))
+        now = _now(self._own_cpu_s)
+        wall, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
         return max(0.0, (busy - own) / wall) if wall > 0 else float("nan")
 
 
@@ -35,9 +42,9 @@ def disturbed(other_cores: float, threads: int) -> bool:
     return other_cores + threads > (os.cpu_count() or threads) + _FORGIVEN_CORES
 
 
-def _now() -> tuple[float, float, float]:
-    """Seconds: on the clock, of all CPUs at work, of this process's CPU time."""
-    own = time.process_time()
+def _now(own_cpu_s: Callable[[], float]) -> tuple[float, float, float]:
+    """Seconds: on the clock, of all CPUs at work, of our own CPU time."""
+    own = own_cpu_s()
     try:
         user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = (
             int(field) for field in _STAT.read_text().split(maxsplit=11)[1:11]

@@ -33,10 +33,22 @@ class Plan:
     compile_model: bool
     compile_model_ours: bool
     """Also compile the model with our layers, not only with torch's."""
+    fused_models: tuple[str, ...] | None
+    """Of shapes.csv. None: all that the case knows."""
+    fused_budget_s: float
+    flat_layers: tuple[int, ...]
+    flat_budget_s: float
+    gan_frames: int
+    """Length of the audio: 256 samples each."""
+    gan_step: bool
+    """Also time whole GAN steps, not only their weight norms."""
+    gan_budget_s: float
+    memory_phases: int
+    """How many of training and no_grad."""
 
 
 QUICK = Plan(
-    limit_s=90.0,
+    limit_s=120.0,
     layer_budget_s=0.08,
     host_budget_s=0.05,
     compile_budget_s=0.2,
@@ -49,10 +61,18 @@ QUICK = Plan(
     compile_layers=1,
     compile_model=False,
     compile_model_ours=False,
+    fused_models=("SpeechT5HifiGan", "ParallelWaveGAN"),
+    fused_budget_s=0.8,
+    flat_layers=(4, 64),
+    flat_budget_s=0.3,
+    gan_frames=8,
+    gan_step=False,
+    gan_budget_s=1.0,
+    memory_phases=1,
 )
 
 DEFAULT = Plan(
-    limit_s=210.0,
+    limit_s=345.0,
     layer_budget_s=0.15,
     host_budget_s=0.12,
     compile_budget_s=0.5,
@@ -65,6 +85,14 @@ DEFAULT = Plan(
     compile_layers=3,
     compile_model=True,
     compile_model_ours=False,
+    fused_models=None,
+    fused_budget_s=2.5,
+    flat_layers=(1, 4, 16, 64, 256),
+    flat_budget_s=1.0,
+    gan_frames=16,
+    gan_step=True,
+    gan_budget_s=4.0,
+    memory_phases=2,
 )
 
 FULL = Plan(
@@ -81,6 +109,14 @@ FULL = Plan(
     compile_layers=99,
     compile_model=True,
     compile_model_ours=True,
+    fused_models=None,
+    fused_budget_s=10.0,
+    flat_layers=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+    flat_budget_s=4.0,
+    gan_frames=32,
+    gan_step=True,
+    gan_budget_s=40.0,
+    memory_phases=2,
 )
 
 

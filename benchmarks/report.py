@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .environment import Environment
-from .results import COMPILED, COPY, LEGACY, OURS, TORCH, Result, by_subject
+from .results import COMPILED, COPY, LEGACY, OURS, TORCH, UNCHANGED, Result, by_subject
 
 LAYER_GROUPS = (
     ("float32, dim 0", "float32", ("first",)),
@@ -33,7 +33,7 @@ def print_header(console: Console, where: Environment) -> None:
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
-    """A table per group of comparable cases."""
+    """A table per group of comparable cases, as far as every weight is computed on its own."""
     cases = {
         case: [r for r in results if r.case == case]
         for case in dict.fromkeys(r.case for r in results)
@@ -47,7 +47,8 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
             ]
             _print(console, f"Single weights, {phase}, {title}", chosen, (OURS, TORCH), "ms")
     kinds = (OURS, TORCH, LEGACY)
-    _print(console, "Host cost of one layer.weight", cases.get("host", []), kinds, "µs")
+    host = (UNCHANGED, *kinds)
+    _print(console, "Host cost of one layer.weight", cases.get("host", []), host, "µs")
     compiled = (OURS, OURS + COMPILED, TORCH, TORCH + COMPILED)
     _print(console, "torch.compile", cases.get("compile", []), compiled, "ms", spread=False)
     title = "Whole models, every weight on its own (ungrouped)"
@@ -89,28 +90,31 @@ def _print(
         if with_phase:
             cells.append(ours.phase)
         cells += [_time(m[name], unit, spread) if name in m else "" for name in names]
-        cells.append(_speedup(ours.ratio_to_torch))
+        cells.append(speedup(ours.ratio_to_torch))
         if with_limit:
-            cells += [_number(ours.gb_per_s, 1), _number(ours.ratio_to_limit, 2)]
+            cells += [number(ours.gb_per_s, 1), number(ours.ratio_to_limit, 2)]
         table.add_row(*cells)
     console.print(table)
 
 
 def _time(r: Result, unit: str, spread: bool) -> str:
     scale = 1e3 if unit == "µs" else 1.0
-    median, low, high = (_three_digits(scale * x) for x in (r.median_ms, r.p20_ms, r.p80_ms))
+    median, low, high = (three_digits(scale * x) for x in (r.median_ms, r.p20_ms, r.p80_ms))
     return f"{median} [{low}, {high}]" if spread else median
 
 
-def _three_digits(x: float) -> str:
+def three_digits(x: float) -> str:
+    """A positive number, short."""
     return f"{x:.{3 if x < 1 else 2 if x < 10 else 1 if x < 100 else 0}f}"
 
 
-def _speedup(x: float) -> str:
+def speedup(x: float) -> str:
+    """A ratio in red where it is below 1."""
     return f"[red]{x:.2f}[/red]" if x < 1 else f"{x:.2f}"
 
 
-def _number(x: float, digits: int) -> str:
+def number(x: float, digits: int) -> str:
+    """Nothing for NaN."""
     return "" if x != x else f"{x:.{digits}f}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from .environment import Environment
 from .timing import Stats
@@ -13,6 +13,16 @@ TORCH = "torch"
 """torch's own weight norm: the operator, or the parametrization where a layer is meant."""
 LEGACY = "torch legacy hook"
 COPY = "copy_"
+FUSED = "fused"
+"""wnkernel after ``fuse(model)``: all weights in one launch."""
+VERSION = "fused, version"
+"""``fuse(model, reuse="version")``, with parameters that change in every iteration."""
+UNCHANGED = "fused, version, unchanged"
+"""The same with parameters that do not change, so that weights are read and not computed."""
+PLAIN = "no weight norm"
+"""The same model with folded weights."""
+GROUPED = (OURS, FUSED, VERSION, UNCHANGED)
+"""All that wnkernel computes."""
 COMPILED = ", compiled"
 """What follows the name of a contender that went through torch.compile."""
 
@@ -21,6 +31,11 @@ ARRAYS = {"forward": 2, "forward+backward": 5, "weight norms alone": 5}
 and grad_w, write grad_v. g and the norms are small and not counted."""
 
 COPY_ARRAYS = 2
+CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, UNCHANGED: 3}
+"""Contenders that do less than the phase: an unchanged group only runs its backward."""
+
+
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class Subject:
     """What is measured, apart from who does it."""
 
     case: str
-    """``layers``, ``host``, ``compile`` or ``models``; one CSV file each."""
+    """``layers``, ``host``, ``fused`` and so on; one CSV file each."""
     label: str
     phase: str
     dtype: str
@@ -39,6 +54,10 @@ class Subject:
     numel: int
     array_bytes: int
     """The bytes of one array of v's size, over all weights."""
+
+    def of_phase(self, phase: str) -> Subject:
+        """The same with another phase."""
+        return replace(self, phase=phase)
 
 
 @dataclass(frozen=True)
@@ -59,26 +78,26 @@ class Result:
     numel: int
     contender: str
     phase: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    bytes: float
-    gb_per_s: float
-    ratio_to_torch: float
+    median_ms: float = NAN
+    p20_ms: float = NAN
+    p80_ms: float = NAN
+    rounds: int = 0
+    bytes: float = NAN
+    gb_per_s: float = NAN
+    ratio_to_torch: float = NAN
     """torch's median divided by this one: above 1 is faster than torch."""
-    ratio_to_limit: float
+    ratio_to_limit: float = NAN
     """This median divided by that of an in-place ``copy_`` scaled to the same bytes: 1 is the
     limit that memory sets."""
-    error: float
+    error: float = NAN
     """The largest relative error against float64 before timing."""
-    compile_s: float
+    compile_s: float = NAN
     """Seconds of the first call, for a compiled contender."""
-    other_cores: float
+    other_cores: float = NAN
     """Cores that other processes used while this was timed."""
-
-
-NAN = float("nan")
+    peak_bytes: float = NAN
+    """Peak memory over that of the model itself. Such a row has no times, and its
+    ``ratio_to_torch`` is torch's peak divided by this one."""
 
 
 def rows(
@@ -89,44 +108,55 @@ def rows(
     errors: Mapping[str, float] | None = None,
     compile_s: Mapping[str, float] | None = None,
 ) -> list[Result]:
-    """One row per contender of a measurement."""
+    """One row per contender of a measurement of time."""
     arrays = ARRAYS.get(subject.phase)
     copy_ms = stats[COPY].median_ms if COPY in stats else NAN
     out = []
     for name, s in stats.items():
-        own_arrays = COPY_ARRAYS if name == COPY else arrays
+        own_arrays = CONTENDER_ARRAYS.get(name, arrays)
         traffic = own_arrays * subject.array_bytes if own_arrays else NAN
         limit_ms = copy_ms * own_arrays / COPY_ARRAYS if own_arrays else NAN
-        out.append(
-            Result(
-                case=subject.case,
-                label=subject.label,
-                device=where.device_name,
-                torch=where.torch,
-                commit=where.commit,
-                backend=where.backend,
-                threads=where.threads,
-                dtype=subject.dtype,
-                shape=subject.shape,
-                dim=subject.dim,
-                kind=subject.kind,
-                numel=subject.numel,
-                contender=name,
-                phase=subject.phase,
-                median_ms=s.median_ms,
-                p20_ms=s.p20_ms,
-                p80_ms=s.p80_ms,
-                rounds=s.rounds,
-                bytes=traffic,
-                gb_per_s=traffic / s.median_ms / 1e6,
-                ratio_to_torch=NAN if name == COPY else stats[TORCH].median_ms / s.median_ms,
-                ratio_to_limit=NAN if name == COPY else s.median_ms / limit_ms,
-                error=(errors or {}).get(name, NAN),
-                compile_s=(compile_s or {}).get(name, NAN),
-                other_cores=s.other_cores,
-            )
+        row = _row(
+            subject,
+            where,
+            name,
+            median_ms=s.median_ms,
+            p20_ms=s.p20_ms,
+            p80_ms=s.p80_ms,
+            rounds=s.rounds,
+            bytes=traffic,
+            gb_per_s=traffic / s.median_ms / 1e6,
+            ratio_to_torch=NAN if name == COPY else stats[TORCH].median_ms / s.median_ms,
+            ratio_to_limit=NAN if name == COPY else s.median_ms / limit_ms,
+            error=(errors or {}).get(name, NAN),
+            compile_s=(compile_s or {}).get(name, NAN),
+            other_cores=s.other_cores,
         )
+        out.append(row)
     return out
+
+
+def memory_rows(subject: Subject, where: Environment, peaks: Mapping[str, float]) -> list[Result]:
+    """One row per contender of a measurement of peak memory, in bytes."""
+    return [
+        _row(subject, where, name, peak_bytes=peak, ratio_to_torch=peaks[TORCH] / peak)
+        for name, peak in peaks.items()
+    ]
+
+
+def _row(subject: Subject, where: Environment, contender: str, **measured: float) -> Result:
+    facts = asdict(subject)
+    del facts["array_bytes"]
+    return Result(
+        **facts,
+        device=where.device_name,
+        torch=where.torch,
+        commit=where.commit,
+        backend=where.backend,
+        threads=where.threads,
+        contender=contender,
+        **measured,
+    )
 
 
 def by_subject(results: Iterable[Result]) -> list[dict[str, Result]]:

@@ -69,12 +69,10 @@ def grid() -> list[LayerCase]:
     """
     users: dict[tuple[tuple[int, ...], int | None], list[str]] = {}
     layers: dict[tuple[tuple[int, ...], int | None], str] = {}
-    with SHAPES_CSV.open(newline="") as file:
-        for row in csv.DictReader(file):
-            shape = tuple(int(n) for n in row["shape"].split("x"))
-            key = shape, None if row["dim"] == "none" else int(row["dim"])
-            users.setdefault(key, []).append(row["model"])
-            layers.setdefault(key, row["layer"])
+    for row in _rows():
+        key = _shape(row), _dim(row)
+        users.setdefault(key, []).append(row["model"])
+        layers.setdefault(key, row["layer"])
     for shape in _ADDED_SHAPES:
         for dim in (*range(len(shape)), None):
             if (shape, dim) not in users:
@@ -84,6 +82,33 @@ def grid() -> list[LayerCase]:
         LayerCase(shape, dim, _label(models), layers[shape, dim])
         for (shape, dim), models in users.items()
     ]
+
+
+def weight_list(model: str) -> list[LayerCase]:
+    """Every weight of a model of shapes.csv, equal ones as often as it has them.
+
+    Equal shapes are spread over the list, for in a model they do not stand side by side either.
+    """
+    placed = [
+        ((k + 0.5) / int(row["count"]), LayerCase(_shape(row), _dim(row), model, row["layer"]))
+        for row in _rows()
+        if row["model"] == model
+        for k in range(int(row["count"]))
+    ]
+    return [case for _, case in sorted(placed, key=lambda entry: entry[0])]
+
+
+def _rows() -> list[dict[str, str]]:
+    with SHAPES_CSV.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _shape(row: dict[str, str]) -> tuple[int, ...]:
+    return tuple(int(n) for n in row["shape"].split("x"))
+
+
+def _dim(row: dict[str, str]) -> int | None:
+    return None if row["dim"] == "none" else int(row["dim"])
 
 
 def _label(models: list[str]) -> str:

@@ -82,17 +82,29 @@ def _sample_events(run: Contender, times: int) -> float:
 
 
 def measure(
-    contenders: Mapping[str, Contender], sample: Sampler, budget_s: float
+    contenders: Mapping[str, Contender],
+    sample: Sampler,
+    budget_s: float,
+    *,
+    min_sample_s: float = MIN_SAMPLE_S,
+    own_cpu_s: Callable[[], float] = time.process_time,
 ) -> dict[str, Stats]:
     """Time all contenders round by round until ``budget_s`` seconds are spent.
 
     At least :data:`MIN_ROUNDS` rounds are made, whatever they take.
+
+    Args:
+        contenders: who takes turns.
+        sample: how a turn is timed.
+        budget_s: for all rounds.
+        min_sample_s: how long a turn lasts at least.
+        own_cpu_s: see :class:`~benchmarks.load.OtherLoad`.
     """
-    counts = {name: _warm_up(run, sample) for name, run in contenders.items()}
+    counts = {name: _warm_up(run, sample, min_sample_s) for name, run in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
-    with _no_garbage_collection():
-        others = OtherLoad()
+    with no_garbage_collection():
+        others = OtherLoad(own_cpu_s)
         deadline = time.perf_counter() + budget_s
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and time.perf_counter() > deadline:
@@ -104,19 +116,19 @@ def measure(
     return {name: _stats(values, other_cores) for name, values in times.items()}
 
 
-def _warm_up(run: Contender, sample: Sampler) -> int:
+def _warm_up(run: Contender, sample: Sampler, min_sample_s: float) -> int:
     """How many calls fill a sample; calls until that is known, which warms caches and malloc."""
     times = 1
     while True:
         run()
         seconds = sample(run, times)
-        if seconds >= MIN_SAMPLE_S:
+        if seconds >= min_sample_s:
             return times
-        times = max(times + 1, math.ceil(1.1 * times * MIN_SAMPLE_S / max(seconds, 1e-7)))
+        times = max(times + 1, math.ceil(1.1 * times * min_sample_s / max(seconds, 1e-7)))
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Collect what is young before the rounds, and nothing during them.
 
     A full collection here would take longer than most cases; models are collected where they end.

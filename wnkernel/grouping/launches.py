@@ -153,10 +153,9 @@ class Launches:
             if roster.reuse == "forward" or scope.capturing:
                 self.drop()
 
-
     def _is_running(self, module: int) -> bool:
-        """Whether the forward of a module is one of the scopes."""
-        return any(id(scope.container.module()) == module for scope in self.stack)
+        """Whether the forward of a module is one of the scopes (an explicit one is no forward)."""
+        return any(s.frame is not None and id(s.container.module()) == module for s in self.stack)
 
     def _close_unit(self, container: Container) -> None:
         """If a container shards its parameters, its slots end with its forward: they are gathered

@@ -7,6 +7,7 @@ that ``torch.optim.Optimizer`` runs around every step of every subclass.
 
 from __future__ import annotations
 
+import torch
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -31,8 +32,15 @@ class _Steps:
             ]
 
     def _add(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if not is_dynamo_compiling():  # a count in a compiled step would compile it again and again
-            self.count += 1
+        # A count within a compiled step would compile it again and again, and is not needed: it
+        # leaves a trace in the version counters. Fused kernels do not, and are no part of a graph.
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        if not is_dynamo_compiling() or fused:
+            self._count()
+
+    @torch.compiler.disable
+    def _count(self) -> None:
+        self.count += 1
 
 
 steps = _Steps()

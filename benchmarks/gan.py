@@ -1,0 +1,262 @@
+"""Case "gan": a training step of HiFi-GAN, and what weight norm costs in it.
+
+Per step the discriminators run twice for their own loss and twice for the generator's, as in the
+original code. The cost of the weight norms is measured on the same sequence of reads, backwards and
+changes without the convolutions: the difference of two whole steps would drown in their noise. In
+that sequence every use of a weight gives a fresh gradient, as a convolution does; what that takes,
+and what adding up the gradients of two uses takes, is in the sequence of the contender without
+weight norm too, and is subtracted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import wnkernel
+
+from . import hifigan, verify
+from .environment import Environment
+from .fused import subject
+from .grouped import Checker, norm, random_grads
+from .kinds import NormedLayer
+from .models import OUTPUT_L2
+from .plan import Job, Plan
+from .processes import measure_apart, run_apart
+from .results import FUSED, OURS, PLAIN, TORCH, VERSION, Result, rows
+from .shapes import weight_list
+
+STEP = "GAN step"
+NORMS = "weight norms of a GAN step"
+CONTENDERS = (TORCH, OURS, FUSED, VERSION)
+WEIGHTS = {
+    hifigan.Generator: ("SpeechT5HifiGan",),
+    hifigan.Discriminators: ("HiFi-GAN-MPD", "HiFi-GAN-MSD"),
+}
+"""The models of shapes.csv that the two modules have to have the weights of."""
+
+BATCH = 1
+LEARNING_RATE = 1e-6
+"""So small that the models stay the same while they are timed."""
+
+CHECKED_RATE = 1e-3
+"""So large that a weight from before the step would not pass."""
+
+CHECKED_FRAMES = 4
+BEFORE_OPTIMIZER = 2
+"""How many of the outputs of :class:`Step` no optimizer had a part in, the first time."""
+
+
+def jobs(plan: Plan, where: Environment) -> list[Job]:
+    """The step and its weight norms are one job."""
+    return [Job("GAN step", lambda: run(plan, where))]
+
+
+def run(plan: Plan, where: Environment) -> list[Result]:
+    """Verify, then time, the weight norms of a step and the whole step."""
+    label = f"HiFi-GAN, batch {BATCH} x {plan.gan_frames * hifigan.UPSAMPLING} samples"
+    cases = [c for models in WEIGHTS.values() for name in models for c in weight_list(name)]
+    about = subject("gan", label, cases)
+    contenders = (*CONTENDERS, PLAIN)
+    errors = run_apart(functools.partial(_check_norms, contenders, where), where)
+    prepare = {who: functools.partial(_norms, who, where) for who in contenders}
+    stats = measure_apart(prepare, where, plan.gan_budget_s)
+    out = rows(about.of_phase(NORMS), where, stats, errors=errors)
+    if plan.gan_step:
+        _check_steps(contenders, where)
+        prepare = {w: functools.partial(_step, plan.gan_frames, w, where) for w in contenders}
+        stats = measure_apart(prepare, where, plan.gan_budget_s)
+        out += rows(about.of_phase(STEP), where, stats)
+    return out
+
+
+@dataclass(frozen=True)
+class Part:
+    """The generator or the discriminators, as one contender has them."""
+
+    model: nn.Module
+    modules: list[nn.Module]
+    """The layers with weight norm."""
+    layers: list[NormedLayer]
+    scope: Callable[[], AbstractContextManager[None]]
+    changed: Callable[[], None]
+    parameters: list[nn.Parameter]
+    """All v and g, or the weights of the contender that has none."""
+
+
+def build(
+    kind: type[hifigan.Generator | hifigan.Discriminators], who: str, where: Environment
+) -> Part:
+    """Generator or discriminators, the same for every contender.
+
+    Raises:
+        VerificationError: it has not the weights that it should have.
+    """
+    torch.manual_seed(0)
+    model = kind().to(where.device)
+    modules = hifigan.weight_normed(model)
+    have = sorted(tuple(module.weight.shape) for module in modules)
+    if have != sorted(case.shape for name in WEIGHTS[kind] for case in weight_list(name)):
+        raise verify.VerificationError(f"{kind.__name__}: not the weights of {WEIGHTS[kind]}")
+    normed = norm(OURS if who == PLAIN else who, model, [(module, 0) for module in modules])
+    if who != PLAIN:
+        parameters = [p for layer in normed.layers for p in (layer.v, layer.g)]
+        return Part(model, modules, normed.layers, normed.scope, normed.changed, parameters)
+    for module in modules:
+        wnkernel.remove_weight_norm(module)
+    return Part(model, modules, [], nullcontext, normed.changed, [m.weight for m in modules])
+
+
+class Norms:
+    """The weight norms of a step: the reads, backwards and changes of :class:`Step`."""
+
+    def __init__(self, generator: Part, discriminators: Part) -> None:
+        self.generator, self.discriminators = generator, discriminators
+        self.grads = {
+            part.model: random_grads([module.weight for module in part.modules])
+            for part in (generator, discriminators)
+        }
+
+    def __call__(self, look: Callable[[], None] | None = None) -> None:
+        """Run one step.
+
+        Args:
+            look: called when both parts have their gradients of the generator's loss.
+        """
+        generator, discriminators = self.generator, self.discriminators
+        generated = self._forward(generator)
+        (self._forward(discriminators) + self._forward(discriminators)).backward()
+        self._step(discriminators)
+        again = self._forward(discriminators) + self._forward(discriminators)
+        (generated + again).backward()
+        if look is not None:
+            look()
+        self._step(generator, discriminators)
+
+    def _forward(self, part: Part) -> Tensor:
+        x = torch.zeros((), device=part.parameters[0].device, requires_grad=True)
+        with part.scope():
+            for module, grad in zip(part.modules, self.grads[part.model], strict=True):
+                x = _Use.apply(x, module.weight, grad)
+        return x
+
+    def _step(self, *parts: Part) -> None:
+        for part in parts:
+            for p in part.parameters:
+                p.grad = None
+        self.generator.changed()  # any step of a torch optimizer counts for every group
+        self.discriminators.changed()
+
+
+class _Use(torch.autograd.Function):
+    """A layer without arithmetic: holds its weight until its backward makes a gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+        ctx.weight, ctx.grad = weight, grad
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.weight = None
+        return grad_x, ctx.grad.clone(), None
+
+
+class Step:
+    """A training step."""
+
+    def __init__(self, parts: tuple[Part, Part], frames: int, rate: float) -> None:
+        self.generator, self.discriminators = (part.model for part in parts)
+        self.optimizers = [
+            torch.optim.AdamW(part.model.parameters(), lr=rate, betas=(0.8, 0.99)) for part in parts
+        ]
+        random = torch.Generator().manual_seed(1)
+        device = parts[0].parameters[0].device
+        mel = torch.randn(BATCH, hifigan.MEL_BANDS, frames, generator=random)
+        audio = torch.rand(BATCH, 1, frames * hifigan.UPSAMPLING, generator=random)
+        self.mel, self.audio = mel.to(device), (2 * audio - 1).to(device)
+
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns: waveform, loss of the discriminators, loss of the generator."""
+        for_generator, for_discriminators = self.optimizers
+        audio, discriminators = self.audio, self.discriminators
+        x = self.generator(self.mel)
+
+        for_discriminators.zero_grad()
+        loss_d = hifigan.discriminator_loss(discriminators(audio), discriminators(x.detach()))
+        loss_d.backward()
+        for_discriminators.step()
+
+        for_generator.zero_grad()
+        loss_g = hifigan.generator_loss(discriminators(audio), discriminators(x), x, audio)
+        loss_g.backward()
+        for_generator.step()
+        return x, loss_d, loss_g
+
+
+def _parts(who: str, where: Environment) -> tuple[Part, Part]:
+    return build(hifigan.Generator, who, where), build(hifigan.Discriminators, who, where)
+
+
+def _norms(who: str, where: Environment) -> Norms:
+    return Norms(*_parts(who, where))
+
+
+def _step(frames: int, who: str, where: Environment) -> Step:
+    return Step(_parts(who, where), frames, LEARNING_RATE)
+
+
+def _check_norms(contenders: tuple[str, ...], where: Environment) -> dict[str, float]:
+    """Check the weights and gradients of a second step against float64; the worst errors."""
+    checkers = Checker("generator", where), Checker("discriminators", where)
+    errors = {}
+    for who in contenders:
+        norms = _norms(who, where)
+        look = functools.partial(_look, who, norms, checkers, errors)
+        norms()
+        norms(look)
+    return errors
+
+
+def _look(
+    who: str, norms: Norms, checkers: tuple[Checker, Checker], errors: dict[str, float]
+) -> None:
+    for part, uses, checker in zip(
+        (norms.generator, norms.discriminators), (1, 2), checkers, strict=True
+    ):
+        grads = [uses * grad for grad in norms.grads[part.model]]
+        with part.scope():
+            weights = [module.weight for module in part.modules]
+        if who == PLAIN:
+            for weight, grad in zip(weights, grads, strict=True):
+                verify.check_same(f"{who}, GAN step", weight.grad, grad, 0.0)
+            continue
+        results = [
+            (w, layer.v.grad, layer.g.grad) for w, layer in zip(weights, part.layers, strict=True)
+        ]
+        error = checker.check(who, part.layers, results, grads)
+        errors[who] = max(error, errors.get(who, 0.0))
+
+
+def _check_steps(contenders: tuple[str, ...], where: Environment) -> None:
+    """Compare outputs and losses of two steps with those of torch's layers. (Without weight norm an
+    optimizer's step leads elsewhere, so there what comes before the first one has to do.)"""
+    took = {w: run_apart(functools.partial(_two_steps, w, where), where) for w in contenders}
+    for who, got in took.items():
+        for i, (have, want) in enumerate(zip(got, took[TORCH], strict=True)):
+            if who != PLAIN or i < BEFORE_OPTIMIZER:
+                title = f"{who}, GAN step, output {i}"
+                have, want = torch.from_numpy(have), torch.from_numpy(want)
+                verify.check_same(title, have, want, OUTPUT_L2)
+
+
+def _two_steps(who: str, where: Environment) -> list[np.ndarray]:
+    step = Step(_parts(who, where), CHECKED_FRAMES, CHECKED_RATE)
+    return [t.detach().cpu().numpy() for _ in range(2) for t in step()]

@@ -1,0 +1,158 @@
+"""HiFi-GAN as plain modules: the generator of SpeechT5HifiGan's size and the two discriminators.
+
+The layers are those of shapes.csv (SpeechT5HifiGan, HiFi-GAN-MPD, HiFi-GAN-MSD). The first scale
+discriminator has spectral norm, as in the paper, and is no weight-normed layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+MEL_BANDS = 80
+UPSAMPLING = 256
+"""Samples per frame of the generator's input."""
+
+SLOPE = 0.1
+Score = tuple[Tensor, list[Tensor]]
+"""What a discriminator says, and the outputs of its layers."""
+
+
+class ResidualBlock(nn.Module):
+    """Three pairs of convolutions with growing dilation."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.dilated = nn.ModuleList(_conv(channels, kernel, d) for d in (1, 3, 5))
+        self.plain = nn.ModuleList(_conv(channels, kernel, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for dilated, plain in zip(self.dilated, self.plain, strict=True):
+            x = x + plain(F.leaky_relu(dilated(F.leaky_relu(x, SLOPE)), SLOPE))
+        return x
+
+
+def _conv(channels: int, kernel: int, dilation: int) -> nn.Conv1d:
+    return nn.Conv1d(channels, channels, kernel, dilation=dilation, padding="same")
+
+
+class Generator(nn.Module):
+    """Mel spectrogram (batch, bands, frames) to waveform (batch, 1, samples)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = (512, 256, 128, 64, 32)
+        self.first = nn.Conv1d(MEL_BANDS, channels[0], 7, padding=3)
+        self.up = nn.ModuleList(
+            nn.ConvTranspose1d(a, b, 8, stride=4, padding=2)
+            for a, b in itertools.pairwise(channels)
+        )
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(c, kernel) for kernel in (3, 7, 11)) for c in channels[1:]
+        )
+        self.last = nn.Conv1d(channels[-1], 1, 7, padding=3)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        x = self.first(mel)
+        for up, blocks in zip(self.up, self.blocks, strict=True):
+            x = up(F.leaky_relu(x, SLOPE))
+            x = sum(block(x) for block in blocks) / len(blocks)
+        return torch.tanh(self.last(F.leaky_relu(x)))
+
+
+class Discriminator(nn.Module):
+    """A stack of convolutions that also gives away what each of them says."""
+
+    def __init__(self, convs: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, x: Tensor) -> Score:
+        features = []
+        for conv in self.convs[:-1]:
+            x = F.leaky_relu(conv(x), SLOPE)
+            features.append(x)
+        return self.convs[-1](x).flatten(1), features
+
+
+class PeriodDiscriminator(Discriminator):
+    """Looks at every n-th sample side by side."""
+
+    def __init__(self, period: int) -> None:
+        channels = (1, 32, 128, 512, 1024)
+        convs = [
+            nn.Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0))
+            for a, b in itertools.pairwise(channels)
+        ]
+        convs.append(nn.Conv2d(1024, 1024, (5, 1), padding=(2, 0)))
+        convs.append(nn.Conv2d(1024, 1, (3, 1), padding=(1, 0)))
+        super().__init__(convs)
+        self.period = period
+
+    def forward(self, x: Tensor) -> Score:
+        x = F.pad(x, (0, -x.shape[-1] % self.period), mode="reflect")
+        return super().forward(x.unflatten(-1, (-1, self.period)))
+
+
+def scale_discriminator() -> Discriminator:
+    """Looks at consecutive samples."""
+    return Discriminator(
+        [
+            nn.Conv1d(1, 128, 15, padding=7),
+            nn.Conv1d(128, 128, 41, stride=2, groups=4, padding=20),
+            nn.Conv1d(128, 256, 41, stride=2, groups=16, padding=20),
+            nn.Conv1d(256, 512, 41, stride=4, groups=16, padding=20),
+            nn.Conv1d(512, 1024, 41, stride=4, groups=16, padding=20),
+            nn.Conv1d(1024, 1024, 41, groups=16, padding=20),
+            nn.Conv1d(1024, 1024, 5, padding=2),
+            nn.Conv1d(1024, 1, 3, padding=1),
+        ]
+    )
+
+
+class Discriminators(nn.Module):
+    """The multi-period and the multi-scale discriminator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.periods = nn.ModuleList(PeriodDiscriminator(p) for p in (2, 3, 5, 7, 11))
+        self.scales = nn.ModuleList(scale_discriminator() for _ in range(3))
+        for conv in self.scales[0].convs:
+            spectral_norm(conv)
+
+    def forward(self, x: Tensor) -> list[Score]:
+        scores = [discriminator(x) for discriminator in self.periods]
+        for i, discriminator in enumerate(self.scales):
+            if i:
+                x = F.avg_pool1d(x, 4, stride=2, padding=2)
+            scores.append(discriminator(x))
+        return scores
+
+
+def weight_normed(model: nn.Module) -> list[nn.Module]:
+    """The layers of a generator or of discriminators that HiFi-GAN gives weight norm."""
+    convs = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)
+    return [m for m in model.modules() if isinstance(m, convs) and "weight" in m._parameters]
+
+
+def discriminator_loss(real: list[Score], generated: list[Score]) -> Tensor:
+    """Least squares: 1 for what is real, 0 for what is not."""
+    return sum(
+        (1 - r).square().mean() + g.square().mean()
+        for (r, _), (g, _) in zip(real, generated, strict=True)
+    )
+
+
+def generator_loss(real: list[Score], generated: list[Score], x: Tensor, audio: Tensor) -> Tensor:
+    """Least squares, features that match, and the distance to the audio (the paper's is between
+    spectrograms)."""
+    loss = 45 * F.l1_loss(x, audio)
+    for (_, real_features), (score, features) in zip(real, generated, strict=True):
+        loss = loss + (1 - score).square().mean()
+        loss = loss + 2 * sum(map(F.l1_loss, features, real_features))
+    return loss

@@ -1,0 +1,125 @@
+"""Case "memory": what weight norms add to the peak memory of a model.
+
+Every figure comes from a fresh process, which builds the generator of HiFi-GAN, remembers how much
+memory it has, runs a few steps, and reports by how much the peak was higher. On the CPU that is
+resident memory, with everything that malloc and buffer pools hold on to; on a GPU, tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import gan, hifigan, verify
+from .environment import Environment
+from .fused import subject
+from .models import LEARNING_RATE, OUTPUT_L2
+from .plan import Job, Plan
+from .processes import run_apart
+from .results import FUSED, OURS, PLAIN, TORCH, VERSION, Result, memory_rows
+from .shapes import weight_list
+from .timing import Contender
+
+TRAINING = "training step"
+NO_GRAD = "no_grad forward"
+CONTENDERS = (TORCH, OURS, FUSED, VERSION, PLAIN)
+MODEL = "SpeechT5HifiGan"
+FRAMES = 8
+"""So few that weights and their gradients, not activations, make the peak."""
+
+STEPS = 5
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+
+
+def can_measure(where: Environment) -> bool:
+    """Whether the peak of a process can be told on this system."""
+    return where.device.type == "cuda" or (_STATUS.exists() and _CLEAR_REFS.exists())
+
+
+def jobs(plan: Plan, where: Environment) -> list[Job]:
+    """One job per phase."""
+    phases = (TRAINING, NO_GRAD)[: plan.memory_phases]
+    return [Job(f"memory, {phase}", lambda p=phase: run(p, where)) for phase in phases]
+
+
+def run(phase: str, where: Environment) -> list[Result]:
+    """The peak of every contender."""
+    peaks = {
+        who: run_apart(functools.partial(_peak, who, phase, where), where) for who in CONTENDERS
+    }
+    return memory_rows(subject("memory", MODEL, weight_list(MODEL)).of_phase(phase), where, peaks)
+
+
+def _peak(who: str, phase: str, where: Environment) -> float:
+    """Peak memory of some steps in bytes, above what there is when the model is built.
+
+    Raises:
+        VerificationError: the model, after the steps, does not compute what torch's would.
+    """
+    generator = gan.build(hifigan.Generator, who, where)
+    mel = torch.randn(1, hifigan.MEL_BANDS, FRAMES, generator=torch.Generator().manual_seed(1))
+    mel = mel.to(where.device)
+    step = _training(generator.model, mel) if phase == TRAINING else _no_grad(generator.model, mel)
+    before = _reset(where.device)
+    for _ in range(STEPS):
+        step()
+    peak = _highest(where.device) - before
+    _check(who, generator, mel, where)
+    return peak
+
+
+def _training(model: nn.Module, mel: Tensor) -> Contender:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+    def step() -> None:
+        model(mel).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _no_grad(model: nn.Module, mel: Tensor) -> Contender:
+    return torch.no_grad()(functools.partial(model, mel))
+
+
+def _check(who: str, generator: gan.Part, mel: Tensor, where: Environment) -> None:
+    if who == PLAIN:
+        return
+    folded = hifigan.Generator().to(where.device)
+    for module, layer in zip(hifigan.weight_normed(folded), generator.layers, strict=True):
+        want = verify.reference(layer.v, layer.g, layer.dim, torch.zeros_like(layer.v))
+        module.weight.data.copy_(want.w)
+        module.bias.data.copy_(layer.module.bias)
+    with torch.no_grad():
+        verify.check_same(f"{who}, memory", generator.model(mel), folded(mel), OUTPUT_L2)
+
+
+def _reset(device: torch.device) -> int:
+    """Forget the peak so far, and say what is in use, in bytes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what building the model left behind would hide a part of the peak
+        trim(0)
+    _CLEAR_REFS.write_text(_RESET_PEAK)
+    return _status("VmRSS")
+
+
+def _highest(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    return 1024 * int(found[1])
