@@ -72,7 +72,7 @@ QUICK = Plan(
 )
 
 DEFAULT = Plan(
-    limit_s=345.0,
+    limit_s=480.0,
     layer_budget_s=0.15,
     host_budget_s=0.12,
     compile_budget_s=0.5,
