@@ -7,8 +7,8 @@ A HiFi-GAN generator (transformers' SpeechT5HifiGan, 80 channels of log-mel spec
 audio) learns one sentence of CMU ARCTIC, or any recording given with --audio, by the distance of
 log spectra at three resolutions. Each seed is trained four times: with torch's weight norm, with
 wnkernel's, with wnkernel's fused, and, as a yardstick, with torch's again but g moved to the next
-float32 number at the start. Training is chaotic: roundings grow from step to step. Weight norms that
-are the same up to rounding part from torch's like the yardstick does.
+float32 number at the start. Training is chaotic, and roundings grow from step to step: weight norms
+that are the same up to rounding part from torch's like the yardstick does.
 """
 
 from __future__ import annotations
