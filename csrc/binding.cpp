@@ -1,5 +1,5 @@
-// The Python module wnkernel._C: loading it registers the operators. Besides, one function that
-// calls weight_norm with less overhead than torch.ops, and what the module was built with.
+// The Python module wnkernel._C: loading it registers the operators. Besides, two functions that
+// call them with less overhead than torch.ops, slots, and what the module was built with.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>

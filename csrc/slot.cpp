@@ -1,5 +1,5 @@
-// A slot: w of one weight, and what v and g were when it was computed. wnkernel/_slots.py is its
-// twin for installations without this module, and says what counts as a change.
+// A slot: w of one weight, and what v and g were when it was computed. Its twin for installations
+// without this module, wnkernel/grouping/slots.py, says what counts as a change.
 #include "slot.h"
 
 #include <ATen/Context.h>

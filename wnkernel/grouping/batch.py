@@ -81,7 +81,7 @@ def launch(
             ws = functional.weight_norms(vs, gs, dims, eps=eps, out_dtype=bucket.out_dtype)
     except (TypeError, ValueError, RuntimeError):
         return []
-    return list(zip(chosen, slots(ws, vs, gs), strict=True))
+    return list(zip(chosen, slots(list(ws), vs, gs), strict=True))
 
 
 def _version_counters() -> AbstractContextManager[object]:
@@ -106,6 +106,12 @@ def sharding_modules() -> tuple[type[nn.Module], ...]:
     """The classes of modules that shard their parameters, if any can be in use."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ()
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    names = "FSDPModule", "FullyShardedDataParallel"
-    return tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
+    found = (
+        getattr(sys.modules.get(module), name, None)
+        for module, name in (
+            ("torch.distributed.fsdp", "FSDPModule"),
+            ("torch.distributed._composable.fsdp", "FSDPModule"),  # before torch 2.6
+            ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+        )
+    )
+    return tuple(kind for kind in found if kind is not None)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from .. import _ops
 from ..parametrization import OURS, WeightNormList, weight_norms
 from . import scopes
-from .members import Container, Member, Roster
+from .members import Container, Member, Roster, drop_all
 from .optimizers import steps
 
 REUSE = ("forward", "version")
@@ -58,7 +58,8 @@ class WeightNormGroup:
 
         A forward of the model, or of a part of it with two or more of the weights, is a scope by
         itself. This one is for code that reads weights outside any forward, or that wants several
-        forwards to share them.
+        forwards to share them. It belongs to the thread: no ``yield`` and no ``await`` in the
+        block, or code that runs meanwhile is served from it.
         """
         container, launches = self._root, self._roster.local.launches
         if container is None:  # removed
@@ -93,6 +94,7 @@ class WeightNormGroup:
     def remove(self) -> None:
         """Give the plain weight-normed layers back, each computed on its own. Safe to repeat."""
         self._roster.local.launches.close()
+        drop_all(self._roster.threads)
         self._root = None
         for member in (ref() for ref in self._roster.members):
             weights = None if member is None else member.weights()
@@ -124,14 +126,14 @@ def fuse(
     Args:
         model: a module with layers normed by :func:`wnkernel.weight_norm`. Layers added later are
             not in the group: ``remove()`` it and fuse again.
-        reuse: how long computed weights serve. ``"forward"``: until the forward ends, so that every
-            change of a parameter between two forwards counts, however it was made.
+        reuse: how long computed weights serve. ``"forward"``: until the outermost forward ends, so
+            that every change of a parameter between two of them counts, however it was made.
             ``"version"``: until a parameter changes visibly or a torch optimizer steps, for
             discriminators that run twice per step, gradient accumulation and frozen models.
             docs/fuse.md lists the changes that this mode cannot see.
         bucket_cap_mb: at most this many MiB of v in one launch, so that gradients of the last
             layers are there before the backward is done (DistributedDataParallel sends them
-            meanwhile). None: one launch for each device.
+            meanwhile). None: one launch for each device and autocast dtype.
         autocast: under autocast, write weights directly in its dtype, which saves the cast. The
             bits are those of the cast; gradients of a weight that is used twice add up in that
             dtype.

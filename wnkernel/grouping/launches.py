@@ -59,7 +59,7 @@ class Launches:
         if _has_ended(self.stack[0].frame):
             self.cut(roster, 0)
             return None
-        stamp = roster.refreshes + steps.count
+        stamp = roster.refreshes + steps.count  # both only grow
         if self._stamp != stamp:
             self.drop()
             self._launched.clear()
@@ -150,7 +150,7 @@ class Launches:
             self._close_unit(scope.container)
         if not self.stack:
             self._launched.clear()
-            if roster.reuse == "forward" or scope.capturing:
+            if roster.reuse == "forward" or scope.capturing or steps.running:
                 self.drop()
 
     def _is_running(self, module: int) -> bool:

@@ -21,26 +21,41 @@ class _Steps:
     def __init__(self) -> None:
         self.count = 0
         """Beginnings and ends of steps, of all optimizers, since :meth:`watch` was called first."""
+        self.running: set[int] = set()
+        """Optimizers within a step: it may write, and run the model, any number of times. One that
+        raised stays here until its next step is done."""
         self._hooks: list[RemovableHandle] = []
 
     def watch(self) -> None:
         """Begin to count."""
         if not self._hooks:
             self._hooks = [
-                register_optimizer_step_pre_hook(self._add),  # a step may raise half-way
-                register_optimizer_step_post_hook(self._add),
+                register_optimizer_step_pre_hook(self._begin),
+                register_optimizer_step_post_hook(self._end),
             ]
 
-    def _add(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        # A count within a compiled step would compile it again and again, and is not needed: it
-        # leaves a trace in the version counters. Fused kernels do not, and are no part of a graph.
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        if not is_dynamo_compiling() or fused:
-            self._count()
+    def _begin(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if _counts(optimizer):
+            self._count(id(optimizer), True)
+
+    def _end(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if _counts(optimizer):
+            self._count(id(optimizer), False)
 
     @torch.compiler.disable
-    def _count(self) -> None:
+    def _count(self, optimizer: int, begins: bool) -> None:
         self.count += 1
+        if begins:
+            self.running.add(optimizer)
+        else:
+            self.running.discard(optimizer)
+
+
+def _counts(optimizer: Optimizer) -> bool:
+    """A count within a compiled step would compile it again and again, and is not needed: it leaves
+    a trace in the version counters. Fused kernels do not, and are no part of a graph."""
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    return fused or not is_dynamo_compiling()
 
 
 steps = _Steps()
