@@ -51,3 +51,14 @@ def test_a_step_that_raises_half_way_is_seen():
     for m in (model, twin):  # and the next one, invisible but for the hooks
         Search(m).step(lambda m=m: m(x))
     assert_same(model(x), twin(x))
+
+
+def test_weights_are_kept_again_after_a_step_that_raised(computed):
+    model, _, _ = twins("version", layers)
+    search = Search(model, fail=True)
+    with pytest.raises(ArithmeticError):
+        search.step(lambda: model(ramp(2, 5)))
+    model(ramp(2, 5))
+    computed.take()
+    model(ramp(2, 5))
+    assert computed.take() == ([], 0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import batch
+from .frames import has_ended
 from .modes import Mode, current_mode, is_capturing
 from .optimizers import steps
 from .slots import PythonSlot
@@ -56,7 +57,7 @@ class Launches:
         mode = current_mode(v, roster.out_dtype(v) if roster.autocast else None)
         if mode is None or (mode.capturing and not self.stack[0].capturing):
             return None
-        if _has_ended(self.stack[0].frame):
+        if has_ended(self.stack[0].frame):
             self.cut(roster, 0)
             return None
         stamp = roster.refreshes + steps.count  # both only grow
@@ -141,7 +142,7 @@ class Launches:
             container.read[mode] = sorted(read & container.members)
 
     def _close_ended(self, roster: Roster) -> None:
-        while self.stack and _has_ended(self.stack[-1].frame):
+        while self.stack and has_ended(self.stack[-1].frame):
             self._pop(roster)
 
     def _pop(self, roster: Roster) -> None:
@@ -150,7 +151,7 @@ class Launches:
             self._close_unit(scope.container)
         if not self.stack:
             self._launched.clear()
-            if roster.reuse == "forward" or scope.capturing or steps.running:
+            if roster.reuse == "forward" or scope.capturing or steps.running():
                 self.drop()
 
     def _is_running(self, module: int) -> bool:
@@ -170,15 +171,3 @@ class Launches:
                 slot, table[index] = table[index], None
                 if slot is not None and slot.taken:
                     self._missed.setdefault(mode, set()).add(index)
-
-
-def _has_ended(frame: FrameType | None) -> bool:
-    """Whether the call of a frame has returned or raised. torch runs no hooks after an exception
-    that is no ``Exception`` (an interrupt, say), so a scope has to look for itself."""
-    if frame is None:
-        return False
-    try:
-        frame.clear()
-    except RuntimeError:  # refused, as it is being executed
-        return False
-    return True

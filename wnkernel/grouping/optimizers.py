@@ -7,6 +7,9 @@ that ``torch.optim.Optimizer`` runs around every step of every subclass.
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+
 import torch
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
@@ -16,14 +19,15 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from .frames import has_ended
+
 
 class _Steps:
     def __init__(self) -> None:
         self.count = 0
         """Beginnings and ends of steps, of all optimizers, since :meth:`watch` was called first."""
-        self.running: set[int] = set()
-        """Optimizers within a step: it may write, and run the model, any number of times. One that
-        raised stays here until its next step is done."""
+        self._running: list[FrameType] = []
+        """Calls of ``step``."""
         self._hooks: list[RemovableHandle] = []
 
     def watch(self) -> None:
@@ -34,21 +38,27 @@ class _Steps:
                 register_optimizer_step_post_hook(self._end),
             ]
 
+    def running(self) -> bool:
+        """Whether an optimizer is within a step: it may write, and run the model, repeatedly."""
+        self._running = [frame for frame in self._running if not has_ended(frame)]
+        return bool(self._running)
+
     def _begin(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if _counts(optimizer):
-            self._count(id(optimizer), True)
+            self._count()
+        if not is_dynamo_compiling():
+            self._running.append(sys._getframe(1))
 
     def _end(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if _counts(optimizer):
-            self._count(id(optimizer), False)
+            self._count()
+        if not is_dynamo_compiling():
+            step = sys._getframe(1)
+            self._running = [f for f in self._running if f is not step and not has_ended(f)]
 
     @torch.compiler.disable
-    def _count(self, optimizer: int, begins: bool) -> None:
+    def _count(self) -> None:
         self.count += 1
-        if begins:
-            self.running.add(optimizer)
-        else:
-            self.running.discard(optimizer)
 
 
 def _counts(optimizer: Optimizer) -> bool:
