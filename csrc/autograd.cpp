@@ -15,14 +15,13 @@
 
 #include "composed.h"
 #include "ops.h"
+#include "problem.h"
 
 namespace wnkernel {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-int64_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }
 
 void check_version(const char* name, const at::Tensor& t, int64_t expected) {
   TORCH_CHECK(version_of(t) == expected,

@@ -56,16 +56,21 @@ std::optional<at::ScalarType> as_dtype(PyObject* object) {
 // Weights up to this size are done before another thread could have made use of the GIL.
 constexpr int64_t kHoldGil = 16384;
 
+// Whether C++ can take a weight as it is. Throws on wrong layouts and devices.
+bool is_plain_cpu(PyObject* v, PyObject* g) {
+  if (!is_plain(v) || !is_plain(g)) return false;
+  check_placement(THPVariable_Unpack(v), THPVariable_Unpack(g));
+  return THPVariable_Unpack(v).is_cpu();
+}
+
 // weight_norm(v, g, dim, eps, out_dtype), all positional. NotImplemented where Python has to look:
 // v or g is no plain tensor, __torch_function__ modes are active, v is not on the CPU.
 PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5, "weight_norm: expected 5 arguments, got ", count);
-  if (!is_plain(args[0]) || !is_plain(args[1]) || at::impl::torch_function_mode_enabled())
+  if (at::impl::torch_function_mode_enabled() || !is_plain_cpu(args[0], args[1]))
     Py_RETURN_NOTIMPLEMENTED;
   const at::Tensor &v = THPVariable_Unpack(args[0]), &g = THPVariable_Unpack(args[1]);
-  check_placement(v, g);
-  if (!v.is_cpu()) Py_RETURN_NOTIMPLEMENTED;
   const int64_t dim = as_dim(args[2]);
   const double eps = as_eps(args[3]);
   const auto out_dtype = as_dtype(args[4]);
@@ -75,13 +80,6 @@ PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   no_gil.reset();
   return THPVariable_Wrap(std::move(w));
   END_HANDLE_TH_ERRORS
-}
-
-// An entry of weight_norms() can be taken as it is. Throws on wrong types and devices.
-bool is_plain_cpu(PyObject* v, PyObject* g) {
-  if (!is_plain(v) || !is_plain(g)) return false;
-  check_placement(THPVariable_Unpack(v), THPVariable_Unpack(g));
-  return THPVariable_Unpack(v).is_cpu();
 }
 
 // weight_norms(vs, gs, dims, eps, out_dtype): four lists of the same length. NotImplemented as

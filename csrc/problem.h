@@ -38,4 +38,7 @@ at::ScalarType accumulation_dtype(at::ScalarType dtype);
 
 DType dtype_of(const at::Tensor& t);
 
+// Writes so far, as autograd counts them; inference tensors have no counter.
+inline int64_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }
+
 }  // namespace wnkernel

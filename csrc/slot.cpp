@@ -15,13 +15,10 @@
 #include <memory>
 
 #include "fastcall.h"
+#include "problem.h"
 
 namespace wnkernel {
 namespace {
-
-uint32_t version_of(const at::Tensor& t) {
-  return t.is_inference() ? 0 : static_cast<uint32_t>(t._version());
-}
 
 // A tensor as it was at one moment. Holding the storage keeps another one from taking its address.
 class Seen {
@@ -53,7 +50,7 @@ class Seen {
   c10::SmallVector<int64_t, 4> sizes_, strides_;
   at::ScalarType dtype_;
   bool requires_grad_;
-  uint32_t version_;
+  int64_t version_;
 };
 
 struct Contents {

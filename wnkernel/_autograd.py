@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from . import composed
 from .backends.base import PythonBackend
-from .problem import Problem
+from .problem import Problem, version_of
 
 
 def weight_norms(problems: Sequence[Problem], backend: PythonBackend) -> list[Tensor]:
@@ -35,7 +35,7 @@ class _Forward(Function):
     ) -> tuple[Tensor, ...]:
         w, ctx.norms = backend.forward(problems)
         ctx.backend, ctx.problems = backend, problems
-        ctx.versions = [_version(t) for t in tensors]
+        ctx.versions = [version_of(t) for t in tensors]
         ctx.set_materialize_grads(False)
         # Nothing is to be computed for weights of which neither v nor g wants a gradient.
         ctx.mark_non_differentiable(
@@ -96,7 +96,7 @@ class _Backward(Function):
         grad_ws = tensors[: len(problems)]
         ctx.problems, ctx.grad_ws = problems, grad_ws
         ctx.need_v, ctx.need_g = need_v, need_g
-        ctx.versions = [_version(t) for t in tensors]
+        ctx.versions = [version_of(t) for t in tensors]
         ctx.set_materialize_grads(False)
         grad_v, grad_g = backend.backward(problems, norms, grad_ws, need_v, need_g)
         return tuple(t for t in (*grad_v, *grad_g) if t is not None)
@@ -119,12 +119,8 @@ class _Backward(Function):
         return None, None, None, None, None, *out
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
-
-
 def _check_version(name: str, t: Tensor, expected: int) -> None:
-    if _version(t) != expected:
+    if version_of(t) != expected:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             f"operation: {name} of shape {list(t.shape)} of a weight norm is at version "

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _ops, composed
 from .backends import choice, choose
+from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
 from .problem import Problem, accumulation_dtype, check, check_v
 
@@ -144,9 +145,7 @@ def _weight_norm_checked(p: Problem) -> Tensor:
     backend = choose(p.v)
     if isinstance(backend, CompiledBackend):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
-    if is_compiling() or _is_transformed(p.v) or _is_transformed(p.g):
-        return composed.weight_norm(p)
-    return _autograd.weight_norms([p], backend)[0]
+    return _on_python_backend([p], backend)[0]
 
 
 def _weight_norms_checked(
@@ -157,6 +156,10 @@ def _weight_norms_checked(
         columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
         v, g, dim, eps = (list(column) for column in columns)
         return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
+    return _on_python_backend(problems, backend)
+
+
+def _on_python_backend(problems: Sequence[Problem], backend: PythonBackend) -> list[Tensor]:
     if is_compiling() or any(_is_transformed(t) for p in problems for t in (p.v, p.g)):
         return [composed.weight_norm(p) for p in problems]
     return _autograd.weight_norms(problems, backend)

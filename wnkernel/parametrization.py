@@ -247,10 +247,10 @@ LEGACY = "torch.nn.utils.weight_norm"
 
 def weight_norm_kind(module: nn.Module, name: str) -> str | None:
     """Which weight norm ``module.<name>`` has: OURS, TORCH, LEGACY or None."""
-    return weight_norms(module).get(name)
+    return weight_norm_kinds(module).get(name)
 
 
-def weight_norms(module: nn.Module) -> dict[str, str]:
+def weight_norm_kinds(module: nn.Module) -> dict[str, str]:
     """The weight-normed parameters of a module (not of its children), each with its kind."""
     kinds = {
         hook.name: LEGACY

@@ -100,6 +100,11 @@ def row_view(v: Tensor, dim: int) -> RowView:
     return RowView(v.numel() // (rows * stride), rows, stride)
 
 
+def version_of(t: Tensor) -> int:
+    """Writes so far, as autograd counts them; inference tensors have no counter."""
+    return 0 if t.is_inference() else t._version
+
+
 def check_v(v: Tensor, dim: int | None) -> int:
     """Check the two arguments that every function here takes; returns the canonical dim.
 

@@ -38,9 +38,10 @@ class Bucket(NamedTuple):
     """The module that gathers and frees their parameters as one (FSDP)."""
 
 
-def bucket_of(member: Member, v: Tensor) -> Bucket:
-    """Where a member belongs at this moment."""
-    return _bucket(member, v, sharding_modules())
+def bucket_of(member: Member, v: Tensor, sharding: tuple[type[nn.Module], ...]) -> Bucket:
+    """Where a member belongs at this moment, given :func:`sharding_modules`."""
+    unit = member.innermost(sharding) if sharding else None
+    return Bucket(member.bucket, v.device, member.roster.out_dtype(v), unit)
 
 
 def launch(
@@ -66,7 +67,7 @@ def launch(
             continue
         if member.bucket != bucket.number or v.device != bucket.device:
             continue
-        if not simple and _bucket(member, v, sharding) != bucket:
+        if not simple and bucket_of(member, v, sharding) != bucket:
             continue
         slot = present[index]
         if slot is not None and slot.is_current(v, g):
@@ -93,13 +94,6 @@ def _version_counters() -> AbstractContextManager[object]:
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.no_grad())
     return stack
-
-
-def _bucket(member: Member, v: Tensor, sharding: tuple[type[nn.Module], ...]) -> Bucket:
-    roster = member.roster
-    unit = member.innermost(sharding) if sharding else None
-    out_dtype = roster.out_dtype(v) if roster.autocast else None
-    return Bucket(member.bucket, v.device, out_dtype, unit)
 
 
 def sharding_modules() -> tuple[type[nn.Module], ...]:

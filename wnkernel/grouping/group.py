@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .. import _ops
-from ..parametrization import OURS, WeightNormList, weight_norms
+from ..parametrization import OURS, WeightNormList, weight_norm_kinds
 from . import scopes
 from .members import Container, Member, Roster, drop_all
 from .optimizers import steps
@@ -202,7 +202,7 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
     others = set()
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        for name, kind in weight_norms(module).items():
+        for name, kind in weight_norm_kinds(module).items():
             full_name = f"{path}.{name}" if path else name
             weights = module.parametrizations[name] if kind == OURS else None
             if not isinstance(weights, WeightNormList) or len(weights) > 1:

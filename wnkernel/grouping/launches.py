@@ -54,7 +54,7 @@ class Launches:
         if not self.stack:
             return None
         roster = member.roster
-        mode = current_mode(v, roster.out_dtype(v) if roster.autocast else None)
+        mode = current_mode(v, roster.out_dtype(v))
         if mode is None or (mode.capturing and not self.stack[0].capturing):
             return None
         if has_ended(self.stack[0].frame):
@@ -115,7 +115,7 @@ class Launches:
         """Compute a member and all else in its bucket that the container is likely to read."""
         if not batch.can_be_launched(v, g) or forward_ad._current_level >= 0:
             return None
-        bucket = batch.bucket_of(member, v)
+        bucket = batch.bucket_of(member, v, batch.sharding_modules())
         if bucket.unit is not None and not self._is_running(bucket.unit):
             return None
         if (mode, bucket) in self._launched:
@@ -139,7 +139,7 @@ class Launches:
         read = {i for i, slot in enumerate(self.tables[mode]) if slot is not None and slot.taken}
         read |= self._missed.pop(mode, set())
         for container in self._launchers[mode]:
-            container.read[mode] = sorted(read & container.members)
+            container.previous[mode] = sorted(read & container.members)
 
     def _close_ended(self, roster: Roster) -> None:
         while self.stack and has_ended(self.stack[-1].frame):

@@ -48,8 +48,10 @@ class Roster:
 
         Autocast leaves float64 alone, and half types would be rounded once instead of twice.
         """
+        if not self.autocast or v.dtype != torch.float32:
+            return None
         kind = v.device.type
-        if not self.autocast or v.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        if not torch.is_autocast_enabled(kind):
             return None
         return torch.get_autocast_dtype(kind)
 
@@ -126,13 +128,13 @@ class Container:
         self.index = _enroll(roster.containers, self, index)
         self.module = weakref.ref(module)
         self.members = frozenset(members)
-        self.read: dict[Mode, list[int]] = {}
+        self.previous: dict[Mode, list[int]] = {}
         """The members that its previous forward read."""
 
-    def likely(self, mode: Mode, member: int) -> list[int]:
-        """The members that a forward is likely to read: ``member`` and those of the previous one,
-        or all if there was none."""
-        return sorted({member, *self.read.get(mode, self.members)})
+    def likely(self, mode: Mode, index: int) -> list[int]:
+        """The members that a forward is likely to read: the one at ``index`` and those of the
+        previous forward, or all if there was none."""
+        return sorted({index, *self.previous.get(mode, self.members)})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Container | None:
         roster = self.roster.copy_with_root(memo)

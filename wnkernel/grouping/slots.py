@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from ..problem import version_of
 
 ALONE = -1
 """The launch mode in which every weight is to be computed on its own."""
@@ -35,12 +36,8 @@ class _Seen:
 
 def _facts(t: Tensor) -> tuple[object, ...]:
     storage = t.untyped_storage()._cdata
-    state = t.dtype, t.requires_grad, _version(t)
+    state = t.dtype, t.requires_grad, version_of(t)
     return storage, t.data_ptr(), t.shape, t.stride(), *state
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
 
 
 class PythonSlot:
