@@ -1,0 +1,3 @@
+from .interpreter import use_interpreter
+
+use_interpreter()

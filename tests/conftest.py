@@ -1,4 +1,4 @@
-"""Fixtures: which backend runs, and a seed for every test."""
+"""Fixtures: which backend runs, on which device, and a seed for every test."""
 
 from __future__ import annotations
 

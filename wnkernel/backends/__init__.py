@@ -13,8 +13,11 @@ from torch.compiler import assume_constant_result
 from .base import Backend
 from .compiled import CompiledBackend
 from .eager import EagerBackend
+from .triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CompiledBackend("cpu"), EagerBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CompiledBackend("cpu"), TritonBackend(), EagerBackend())
+}
 """Every backend, in the order in which the automatic choice tries them."""
 
 AUTO = "auto"
@@ -47,8 +50,8 @@ def use_backend(name: str) -> Iterator[None]:
     A function compiled by ``torch.compile`` keeps the backend that it was traced with.
 
     Args:
-        name: ``"cpu"``, ``"eager"``, or ``"auto"`` for the automatic choice; the environment
-            variable ``WNKERNEL_BACKEND`` sets the same for the whole process.
+        name: ``"cpu"``, ``"triton"``, ``"eager"``, or ``"auto"`` for the automatic choice; the
+            environment variable ``WNKERNEL_BACKEND`` sets the same for the whole process.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -83,4 +86,4 @@ def choose(v: Tensor) -> Backend:
                 f"backend {backend.name!r} was asked for and cannot run: {'; '.join(why)}"
             )
         return backend
-    return next(b for b in BACKENDS.values() if not b.reasons(v))
+    return next(b for b in BACKENDS.values() if b.is_automatic(v) and not b.reasons(v))

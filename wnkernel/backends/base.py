@@ -21,6 +21,9 @@ class Backend(Protocol):
     def reasons(self, v: Tensor) -> list[str]:
         """Why it cannot take a (checked) weight norm of ``v``; empty when it can."""
 
+    def is_automatic(self, v: Tensor) -> bool:
+        """Whether nobody has to ask for it by name to have it take ``v``."""
+
 
 class PythonBackend(Backend, Protocol):
     """A backend called from Python: weight norms and first derivatives of a list, no autograd.
@@ -28,6 +31,9 @@ class PythonBackend(Backend, Protocol):
     Norms travel from :meth:`forward` to :meth:`backward` of the same backend and are its own
     business, but for their number: one tensor per problem.
     """
+
+    is_traceable: bool
+    """Whether it is made of torch's operators, which dispatch modes and fake tensors see."""
 
     def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
         """``w`` and ``norm`` of every problem."""

@@ -21,12 +21,16 @@ class EagerBackend:
     """torch's own operators, outside torch's own autograd."""
 
     name = "eager"
+    is_traceable = True
 
     def missing(self) -> list[str]:
         return []
 
     def reasons(self, v: Tensor) -> list[str]:
         return []
+
+    def is_automatic(self, v: Tensor) -> bool:
+        return True
 
     def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [_forward_one(p) for p in problems]

@@ -1,0 +1,43 @@
+"""What kernels read and write: inputs in an order that a plan can describe."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problem import is_dense
+from .launch_table import VECTOR_BYTES
+
+
+def dense(name: str, t: Tensor) -> Tensor:
+    """t itself where it fills its memory without gaps or repeats, in whatever order; else a copy.
+
+    Raises:
+        RuntimeError: t has no memory: FSDP takes that of a parameter away without telling those
+            who hold it.
+    """
+    if t.untyped_storage().nbytes() == 0 and t.numel() > 0:
+        raise RuntimeError(
+            f"{name}: expected a tensor with memory, got one of shape {list(t.shape)} whose "
+            "storage was freed"
+        )
+    return t if t.is_contiguous() or is_dense(t) else t.contiguous()
+
+
+def ordered_like(name: str, t: Tensor, v: Tensor) -> Tensor:
+    """t in the memory order of a dense v: itself, or one copy.
+
+    Raises:
+        RuntimeError: t has no memory.
+    """
+    t = dense(name, t)
+    if t.stride() == v.stride() or (t.is_contiguous() and v.is_contiguous()):
+        return t
+    return torch.empty_like(v, dtype=t.dtype).copy_(t)
+
+
+def vector_of(*tensors: Tensor) -> int:
+    """Elements of the widest access to all of them at the same offsets; 1 for none."""
+    if any(t.data_ptr() % VECTOR_BYTES for t in tensors):
+        return 1
+    return VECTOR_BYTES // min(t.element_size() for t in tensors)

@@ -1,0 +1,95 @@
+"""The device that kernels are launched on: guard, stream, capture, threads of a program."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch_table import THREADS
+from .tile import INTERPRETED
+
+RESERVE = 1 << 17
+"""Numbers in a reserve of pinned memory: 1 MiB, or the tables of ten training steps."""
+
+ELEMENTS = {
+    torch.float16: triton.language.float16,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float32: triton.language.float32,
+    torch.float64: triton.language.float64,
+}
+
+
+def guard(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one, on whose current stream Triton launches."""
+    if device.type == "cpu":
+        return nullcontext()
+    module = getattr(torch, device.type)
+    return nullcontext() if module.current_device() == device.index else module.device(device)
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream that work on ``device`` is queued on now."""
+    if device.type == "cpu":
+        return 0
+    stream = getattr(torch, device.type).current_stream(device)
+    return stream.cuda_stream if device.type == "cuda" else stream.sycl_queue
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Uploads:
+    """Copies of CPU memory to devices, from pinned memory, so that nothing waits.
+
+    torch keeps pinned memory from being used again before a copy from it is done. A captured copy
+    reads it at every replay instead, and nobody says when the graph is gone; so what is captured
+    comes from a reserve that is never used again. The reserve is made outside of captures, in which
+    older torch cannot allocate pinned memory.
+    """
+
+    def __init__(self) -> None:
+        self._reserve: list[Tensor] = []
+        self._left = 0
+        self._lock = threading.Lock()
+
+    def copy(self, memory: Tensor, device: torch.device) -> Tensor:
+        """A copy of ``memory`` (int64, one-dimensional) on a device."""
+        if device.type == "cpu":
+            return memory
+        if is_capturing(device):
+            pinned = self._take(memory.numel()).copy_(memory)
+        else:
+            self._refill()
+            pinned = memory.pin_memory()
+        return pinned.to(device, non_blocking=True)
+
+    def _refill(self, numbers: int = RESERVE) -> None:
+        with self._lock:
+            if self._left < numbers // 2:
+                self._reserve.append(
+                    torch.empty(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
+                )
+                self._left = numbers
+
+    def _take(self, numbers: int) -> Tensor:
+        if self._left < numbers:
+            self._refill(max(2 * numbers, RESERVE))
+        with self._lock:
+            start = self._reserve[-1].numel() - self._left
+            self._left -= numbers
+            return self._reserve[-1][start : start + numbers]
+
+
+@cache
+def warps(device: torch.device) -> int:
+    """Warps of a program on a device, which has to be the current one."""
+    if INTERPRETED.value:
+        return 1
+    return THREADS // triton.runtime.driver.active.get_current_target().warp_size

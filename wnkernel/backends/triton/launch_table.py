@@ -1,0 +1,227 @@
+"""How a weight norm is cut into programs: every launch number of the Triton kernels, in one table.
+
+A program works on tiles of ``lines x columns`` elements; memory is contiguous along columns. There
+are three ways to lay rows (the elements of one norm) over tiles:
+
+- ``ROWS``: a line of the tile is a whole row. Read once.
+- ``RUN``: one row per program, over as many tiles as it takes: long rows, and rows that come in
+  runs of ``inner`` elements.
+- ``SEGMENTS``: a strip of adjacent columns of the matrix ``[outer, rows * inner]``, over as many
+  tiles as it takes; the sums of columns are added up to rows at the end. Columns of a narrow matrix
+  are folded: several of its lines make one line of the tile.
+
+The last two read v (and grad_w) twice, the second time from a cache, mostly. Where there are too
+few programs to fill a card, a row or a strip is split over several, which leave partial sums
+behind; a second launch adds them up, in the same order in every program, and scales. Everything
+here depends on the shape, the element size and the alignment of one weight, so its bits do not
+depend on its neighbours, nor on the card's number of processors.
+
+None of these numbers was measured on a GPU yet; the reasons are arithmetic.
+"""
+
+from __future__ import annotations
+
+import enum
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+THREADS = 256
+"""Of a program."""
+
+VECTOR_BYTES = 16
+"""The widest access of a thread. Tiles marked ``aligned`` use it."""
+
+TILE = 4096
+"""Elements of most tiles: 16 a thread, in flight as 4 loads of 16 bytes for float32. Twice that is
+the longest row that stays on chip: with its gradient it takes 64 registers of a thread. float64 has
+a quarter, for its numbers and addresses take twice the registers, and nobody trains in it.
+
+With these sizes no variant takes more than 128 registers, so that two programs and more share a
+processor, and none spills (tests/test_triton_offline.py)."""
+
+STRIP = 32
+"""Columns of a strip: a cache line of float32, two sectors of halves. Narrower than a cache line
+would be wasteful, and wider strips are fewer, while the sums of columns are added up to rows by
+comparing all columns of a strip with all."""
+
+OFFSET_LIMIT = 1 << 31
+"""Elements that a tile may span: kernels count them in 32 bits."""
+
+FILL = 512
+"""Programs that fill a large card: four for each of about 130 processors."""
+
+SPLIT_FROM = 1 << 18
+"""Elements from which splitting pays for its second launch (about 3 us, the time in which a card
+copies 4 M elements): below, a few programs are done by then."""
+
+SPLIT_TILES = 4
+"""Tiles that a program of a split row has at least: more programs mean more partial sums to add."""
+
+
+class Kind(enum.IntEnum):
+    """How rows lie over tiles."""
+
+    ROWS = 0
+    RUN = 1
+    SEGMENTS = 2
+
+
+MAX_SPLIT = 512
+"""Programs that share a row at most: each of them reads the partial sums of all."""
+
+MAX_PARTIALS = 2048
+"""Partial sums of a strip at most, one for each column and program: they are read as one tile."""
+
+
+class Tile(NamedTuple):
+    """A compile-time choice: one branch of the kernels for lists, one variant of the others."""
+
+    kind: Kind
+    lines: int
+    columns: int
+    aligned: bool
+    """Lines start at 16-byte addresses and hold whole vectors."""
+
+
+@cache
+def tiles(itemsize: int) -> tuple[Tile, ...]:
+    """Every tile for an element size in bytes. Their places in this tuple name them in tables."""
+    full = TILE if itemsize <= 4 else TILE // 4
+    strip = STRIP if itemsize <= 4 else STRIP // 2
+    return (
+        # Rows of real convolutions are multiples of 16 bytes. At most half of a tile is empty.
+        *(Tile(Kind.ROWS, max(full // n, 1), n, True) for n in _powers(64, 2 * full)),
+        # Depthwise kernels and odd sizes: little memory, so that empty lanes do not matter, and
+        # every element takes an address of its own.
+        *(Tile(Kind.ROWS, 1024 // n, n, False) for n in (16, 64, 512)),
+        Tile(Kind.ROWS, 1, 2048, False),
+        *(Tile(Kind.RUN, lines, full // lines, True) for lines in (1, 32)),
+        *(Tile(Kind.RUN, lines, 1024 // lines, False) for lines in (1, 32)),
+        Tile(Kind.SEGMENTS, full // 2 // strip, strip, True),
+        Tile(Kind.SEGMENTS, 1024 // strip, strip, False),
+    )
+
+
+class Plan(NamedTuple):
+    """One weight norm over one kind of tile. Sizes are in elements."""
+
+    tile: int
+    """Its place in :func:`tiles`."""
+    rows: int
+    inner: int
+    lines: int
+    """Of the matrix that tiles cover."""
+    pitch: int
+    """From one line of it to the next."""
+    strip_rows: int
+    """Rows of a program."""
+    width: int
+    """Columns of a program."""
+    numel: int
+    per_chunk: int
+    """Tiles of a program."""
+    tiles: int
+    """Tiles of all programs that share a row or a strip."""
+    split: int
+    """Programs that share a row or a strip."""
+    programs: int
+
+
+@lru_cache(maxsize=4096)
+def plan(outer: int, rows: int, inner: int, itemsize: int, vector: int) -> Plan:
+    """How to cut a non-empty ``[outer, rows, inner]``.
+
+    Args:
+        outer, rows, inner: the view of the weight, in memory order.
+        itemsize: bytes of an element of v.
+        vector: elements of the widest access that the addresses of all arrays allow; 1 for none.
+    """
+    choices = tiles(itemsize)
+    strip = next(t for t in choices if t.kind is Kind.SEGMENTS).columns
+    if outer == 1:
+        aligned = vector > 1 and inner % vector == 0 and inner > 16
+        if (place := _first(choices, Kind.ROWS, aligned, inner)) is not None:
+            return _rows(place, choices[place], rows, inner)
+    fits = outer > 1 and rows * inner < OFFSET_LIMIT // TILE
+    if fits and inner <= strip:
+        return _segments(choices, outer, rows, inner, vector, strip)
+    aligned = vector > 1 and inner % vector == 0
+    places = [
+        k
+        for k, t in enumerate(choices)
+        if t.kind is Kind.RUN and t.aligned is aligned and (fits or t.lines == 1)
+    ]
+    place = min(places, key=lambda k: _tiles_of_run(choices[k], outer, inner))
+    count = _tiles_of_run(choices[place], outer, inner)
+    split, per_chunk = _split(MAX_SPLIT, rows, count, outer * rows * inner)
+    return Plan(
+        place, rows, inner, outer, rows * inner, 1, inner, outer * rows * inner,
+        per_chunk, count, split, rows * split,
+    )  # fmt: skip
+
+
+def _rows(place: int, tile: Tile, rows: int, inner: int) -> Plan:
+    programs = _ceil(rows, tile.lines)
+    return Plan(place, rows, inner, rows, inner, tile.lines, inner, rows * inner, 1, 1, 1, programs)
+
+
+def _segments(
+    choices: tuple[Tile, ...], outer: int, rows: int, inner: int, vector: int, strip: int
+) -> Plan:
+    numel, pitch = outer * rows * inner, rows * inner
+    if pitch <= strip:  # all columns, and several lines of the matrix side by side
+        fold = min(strip // pitch, outer)
+        if vector > 1:
+            fold = _multiple(fold, pitch, vector)
+        strip_rows, strips, width = rows, 1, fold * pitch
+        lines, pitch = _ceil(outer, fold), width
+    else:
+        strip_rows = min(strip // inner, rows)
+        if vector > 1:
+            strip_rows = _multiple(strip_rows, inner, vector)
+        strips, width, lines = _ceil(rows, strip_rows), strip_rows * inner, outer
+    aligned = vector > 1 and all(n % vector == 0 for n in (pitch, width, numel))
+    place = _first(choices, Kind.SEGMENTS, aligned, width)
+    count = _ceil(lines, choices[place].lines)
+    split, per_chunk = _split(MAX_PARTIALS // strip, strips, count, numel)
+    return Plan(
+        place, rows, inner, lines, pitch, strip_rows, width, numel,
+        per_chunk, count, split, strips * split,
+    )  # fmt: skip
+
+
+def _split(most: int, programs: int, count: int, numel: int) -> tuple[int, int]:
+    """Into how many programs, ``most`` of them, to split each of ``programs`` with ``count`` tiles,
+    and the tiles of each of those."""
+    wanted = min(_ceil(FILL, programs), count // SPLIT_TILES, most)
+    if numel < SPLIT_FROM or wanted < 2:
+        return 1, count
+    per_chunk = _ceil(count, wanted)
+    return _ceil(count, per_chunk), per_chunk
+
+
+def _first(choices: tuple[Tile, ...], kind: Kind, aligned: bool, columns: int) -> int | None:
+    """The first tile of a kind that is wide enough."""
+    fitting = (
+        k
+        for k, t in enumerate(choices)
+        if t.kind is kind and t.aligned is aligned and t.columns >= columns
+    )
+    return next(fitting, None)
+
+
+def _tiles_of_run(tile: Tile, outer: int, inner: int) -> int:
+    return _ceil(outer, tile.lines) * _ceil(inner, tile.columns)
+
+
+def _multiple(most: int, size: int, vector: int) -> int:
+    """The largest count up to ``most`` whose product with ``size`` holds whole vectors, if any."""
+    return next((n for n in range(most, 0, -1) if n * size % vector == 0), most)
+
+
+def _powers(first: int, last: int) -> list[int]:
+    return [1 << k for k in range(first.bit_length() - 1, last.bit_length())]
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

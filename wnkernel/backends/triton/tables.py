@@ -1,0 +1,121 @@
+"""What a launch over a list reads: a table of weights, and which of them each program works on.
+
+Both lie on the device, and are kept while every address and size in them stays the same, as is
+usual from one training step to the next.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch_table import Kind, Plan, plan, tiles
+
+HEADER = (*Plan._fields, "first", "first_to_finish", "partials", "eps_bits")
+"""Columns that both tables begin with. ``first``: the first program of a weight in each of the two
+launches; ``partials``: elements before its partial sums in the workspace."""
+FORWARD = (*HEADER, "v", "g", "w", "norm")
+BACKWARD = (*HEADER, "grad_w", "v", "g", "norm", "grad_v", "grad_g")
+"""Addresses follow; 0 for a gradient that nobody wants."""
+
+FORWARD_PLANES = 2
+"""Numbers that a program leaves behind for a part of a row: a sum of squares and its unit."""
+BACKWARD_PLANES = 1
+
+KEPT = 64
+"""Tables that a thread keeps: several models of a few dtypes, forward and backward."""
+
+
+class Weight(NamedTuple):
+    """One weight of a list: all that its line of a table depends on."""
+
+    outer: int
+    rows: int
+    inner: int
+    vector: int
+    eps: float
+    addresses: tuple[int, ...]
+
+
+class Table(NamedTuple):
+    """A list ready to be launched."""
+
+    memory: Tensor
+    """int64: a line for each weight, then the weight of each program of the first launch, then of
+    the second."""
+    lines: int
+    """Numbers in the lines of all weights."""
+    programs: int
+    """Of the first launch."""
+    programs_to_finish: int
+    """Of the second; 0 where nothing is split."""
+    workspace: int
+    """Elements of partial sums."""
+
+
+def bits_of(x: float) -> int:
+    """A float64 as an integer: Triton takes float arguments as float32."""
+    return struct.unpack("<q", struct.pack("<d", x))[0] if x else 0
+
+
+def workspace(p: Plan, itemsize: int, planes: int) -> int:
+    """Elements of partial sums of one weight."""
+    if p.split == 1:
+        return 0
+    tile = tiles(itemsize)[p.tile]
+    return p.programs * planes * (tile.columns if tile.kind is Kind.SEGMENTS else 1)
+
+
+def build(weights: Sequence[Weight], itemsize: int, planes: int) -> Table:
+    """Make a table, on the CPU. Weights whose programs take long come first, so that none of those
+    is left to run alone at the end.
+
+    Args:
+        weights: the list.
+        itemsize: bytes of an element of v.
+        planes: FORWARD_PLANES or BACKWARD_PLANES.
+    """
+    plans = [plan(w.outer, w.rows, w.inner, itemsize, w.vector) for w in weights]
+    lines: list[int] = []
+    order = sorted(range(len(plans)), key=lambda k: -plans[k].per_chunk)
+    first = first_to_finish = partials = 0
+    for k in order:
+        p, w = plans[k], weights[k]
+        lines += (*p, first, first_to_finish, partials, bits_of(w.eps), *w.addresses)
+        first += p.programs
+        first_to_finish += p.programs if p.split > 1 else 0
+        partials += workspace(p, itemsize, planes)
+    programs = _numbers([plans[k].programs for k in order])
+    to_finish = _numbers([plans[k].programs if plans[k].split > 1 else 0 for k in order])
+    place = torch.arange(len(plans), device="cpu")
+    owners = place.repeat_interleave(programs), place.repeat_interleave(to_finish)
+    memory = torch.cat((_numbers(lines), *owners))
+    return Table(memory, len(lines), first, first_to_finish, partials)
+
+
+def _numbers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+class Tables(threading.local):
+    """The tables that this thread used last."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[object, Table] = OrderedDict()
+
+    def get(self, key: object, make: Callable[[], Table]) -> Table:
+        """The table of a key, made now if need be."""
+        table = self._kept.get(key)
+        if table is None:
+            table = self._kept[key] = make()
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        else:
+            self._kept.move_to_end(key)
+        return table

@@ -1,0 +1,180 @@
+"""Tiles in Triton: which elements they hold, how those are loaded, stored and added up to rows.
+
+A strip is what one row, or the adjacent rows of one program, cover; launch_table.py says how. Plans
+come as a tuple of 64-bit integers, the fields of Plan without its first and its last.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch_table import MAX_PARTIALS, MAX_SPLIT, Kind
+
+ROWS = tl.constexpr(int(Kind.ROWS))
+RUN = tl.constexpr(int(Kind.RUN))
+SEGMENTS = tl.constexpr(int(Kind.SEGMENTS))
+_MAX_SPLIT = tl.constexpr(MAX_SPLIT)
+_MAX_PARTIALS = tl.constexpr(MAX_PARTIALS)
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+INTERPRETED = tl.constexpr(not isinstance(_nothing, triton.JITFunction))
+"""Whether kernels run in Triton's interpreter, whose conversions of bfloat16 truncate, and read
+float64 from one as an integer."""
+
+
+@triton.jit
+def widen(x, ACC: tl.constexpr):
+    """x in the type of sums."""
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)  # the interpreter knows no other way
+    return x.to(ACC)
+
+
+@triton.jit
+def store(p, x, mask):
+    """Stores x, rounded to the nearest, ties to even; float64 to bfloat16 by way of float32."""
+    OUT: tl.constexpr = p.dtype.element_ty
+    if OUT == tl.bfloat16:
+        x = x.to(tl.float32)
+        if INTERPRETED:
+            bits = x.to(tl.uint32, bitcast=True)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+            quiet = ((bits >> 16) | 0x40).to(tl.uint16)
+            x = tl.where(x == x, rounded, quiet).to(tl.bfloat16, bitcast=True)
+    tl.store(p, x.to(OUT), mask=mask)
+
+
+@triton.jit
+def _whole(n, VECTOR: tl.constexpr):
+    """n, in a way that shows the compiler that it counts whole vectors. (Hints on the arguments of
+    a function are lost when it is inlined.)"""
+    return n // VECTOR * VECTOR if VECTOR > 1 else n
+
+
+@triton.jit
+def _at(p, origin, offsets, VECTOR: tl.constexpr):
+    p += origin
+    return (tl.multiple_of(p, 16) if VECTOR > 1 else p) + offsets
+
+
+@triton.jit
+def _left(n, most: tl.constexpr, VECTOR: tl.constexpr):
+    """n of a tile's lines or columns, in 32 bits."""
+    return _whole(tl.minimum(n, most).to(tl.int32), VECTOR)
+
+
+@triton.jit
+def tile_of(
+    tile, strip, plan,
+    KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """A tile of a strip: its first element, the offsets of the others from there, which there are.
+    A plan sees to it that offsets fit in 32 bits."""
+    rows, inner, lines, pitch, strip_rows, width, numel, _per_chunk, _tiles, _split = plan
+    origin = strip * strip_rows * inner
+    if KIND == ROWS:
+        lines -= strip * strip_rows
+    elif KIND == RUN:
+        across = (width + COLUMNS - 1) // COLUMNS
+        first = tile % across * COLUMNS
+        origin += tile // across * LINES * pitch + first
+        lines -= tile // across * LINES
+        width -= first
+    else:
+        width = tl.minimum(width, pitch - origin)
+        origin += tile * LINES * pitch
+        lines -= tile * LINES
+    line = tl.arange(0, LINES)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    offsets = line * _whole(pitch.to(tl.int32), VECTOR) + column
+    mask = (line < _left(lines, LINES, 1)) & (column < _left(width, COLUMNS, VECTOR))
+    if KIND == SEGMENTS:  # folded, the last line may end early
+        mask &= offsets < _left(numel - origin, 2**31 - 1, VECTOR)
+    return origin, offsets, mask
+
+
+@triton.jit
+def load(p, origin, offsets, mask, ACC: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile in the type of sums; zeros where there is no element."""
+    return widen(tl.load(_at(p, origin, offsets, VECTOR), mask=mask, other=0.0), ACC)
+
+
+@triton.jit
+def store_at(p, origin, offsets, x, mask, VECTOR: tl.constexpr):
+    """Stores a tile."""
+    store(_at(p, origin, offsets, VECTOR), x, mask)
+
+
+@triton.jit
+def _segments(rows, inner, COLUMNS: tl.constexpr):
+    """The row of every column of a strip, counted from the strip's first."""
+    column = tl.arange(0, COLUMNS)
+    return column // inner.to(tl.int32) % tl.minimum(rows, COLUMNS).to(tl.int32)
+
+
+@triton.jit
+def rows_of(strip, plan, KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows of a program, shaped to go with its tiles; which there are; where each is first."""
+    rows, inner, lines, pitch, strip_rows, width, numel, per_chunk, tiles, split = plan
+    first_row = strip * strip_rows
+    if KIND == ROWS:
+        row = (first_row + tl.arange(0, LINES))[:, None]
+        valid = row < rows
+        return row, valid, valid
+    elif KIND == RUN:
+        row = tl.full([1, 1], 0, tl.int64) + first_row
+        valid = row < rows
+        return row, valid, valid
+    else:
+        column = tl.arange(0, COLUMNS)[None, :]
+        row = first_row + _segments(rows, inner, COLUMNS)[None, :]
+        valid = (row < rows) & (column < width)
+        return row, valid, valid & (column % inner == 0) & (column < strip_rows * inner)
+
+
+@triton.jit
+def row_sums(sums, rows, inner, KIND: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of sums added up to one for each row, shaped to go with tiles."""
+    if KIND == ROWS:
+        return tl.sum(sums, 1, keep_dims=True)
+    elif KIND == RUN:
+        return tl.sum(tl.sum(sums, 1, keep_dims=True), 0, keep_dims=True)
+    else:
+        segment = _segments(rows, inner, COLUMNS)
+        same = segment[:, None] == segment[None, :]
+        return tl.sum(tl.where(same, tl.sum(sums, 0)[:, None], 0.0), 0, keep_dims=True)
+
+
+@triton.jit
+def partial_sums(
+    partials, strip, split, plane, PLANES: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Addresses of what every program of a row or strip leaves behind, and which there are."""
+    if KIND == RUN:
+        chunk = tl.arange(0, _MAX_SPLIT)[:, None]
+        column = tl.arange(0, 1)[None, :]
+        WIDTH: tl.constexpr = 1
+    else:
+        chunk = tl.arange(0, _MAX_PARTIALS // COLUMNS)[:, None]
+        column = tl.arange(0, COLUMNS)[None, :]
+        WIDTH: tl.constexpr = COLUMNS
+    p = partials + ((strip * split + chunk) * PLANES + plane) * WIDTH + column
+    return p, (chunk < split) & (column < WIDTH)
+
+
+@triton.jit
+def store_partial_sum(
+    partials, program, plane, x, PLANES: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Leaves behind what a program added up."""
+    if KIND == RUN:
+        tl.store(partials + program * PLANES + plane + tl.arange(0, 1)[None, :], x)
+    else:
+        column = tl.arange(0, COLUMNS)[None, :]
+        tl.store(partials + (program * PLANES + plane) * COLUMNS + column, x)
