@@ -1,9 +1,11 @@
 # make bench, make test: everything from a fresh clone, in a virtual environment of their own.
 # make bench VENV= : the same in the environment that is active, with the torch that it has.
+# make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+OUT ?= benchmarks/out/gpu
 
 ifeq ($(strip $(VENV)),)
 BIN :=
@@ -16,7 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: build bench test lint format clean
+.PHONY: build bench test gpu-check lint format clean
 
 # torch first: the compiled module is built against the one that is there.
 $(STAMP): pyproject.toml
@@ -36,6 +38,10 @@ bench: build
 
 test: build
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+# Builds by itself, so that a failed build does not stop the rest.
+gpu-check: $(if $(BIN),$(STAMP))
+	$(PY) -m benchmarks.gpu_check --out '$(OUT)' $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

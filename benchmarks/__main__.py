@@ -28,7 +28,7 @@ from . import (
 )
 from .environment import Environment, environment
 from .plan import Job, Plan
-from .results import Result
+from .results import Result, write_csv
 from .verify import VerificationError
 
 OUT = Path(__file__).parent / "out"
@@ -98,13 +98,13 @@ def main(
     if results:
         report.print_results(console, results)
         grouped_report.print_results(console, results)
-        summary.print_summary(console, results)
+        summary.print_summary(console, results, where.device)
     for note in notes:  # last, where they are seen
         console.print(note, markup=False)
     if not results:
         console.print("Nothing was measured.")
         return
-    for path in report.write_csv(results, out):
+    for path in write_csv(results, out):
         console.print(f"Wrote {path}")
     measured = {r.case for r in results}
     if measured & {Case.LAYERS, Case.MODELS}:

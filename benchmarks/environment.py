@@ -1,7 +1,9 @@
-"""What a result is keyed by: device, torch, commit, threads, backend."""
+"""What a result is keyed by: device, torch, triton, commit, threads, backend."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import wnkernel
+from wnkernel.backends import choose
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,11 @@ class Environment:
     device: torch.device
     device_name: str
     torch: str
+    triton: str
+    """Version; empty if it is not installed."""
     commit: str
-    """Short hash, with ``+`` for a tree with changes; empty outside a git checkout."""
+    """Short hash, with ``+`` for a tree with changes. Outside a git checkout, what the environment
+    variable ``WNKERNEL_COMMIT`` says, or nothing."""
     threads: int
     backend: str
     """The backend of wnkernel that the automatic choice takes first."""
@@ -30,28 +35,39 @@ class Environment:
         """Whether ours are compiled kernels here, and not torch's operators in another order."""
         return self.backend != "eager"
 
+    def settle(self) -> None:
+        """Let this process run there: torch's threads, the current device, full float32."""
+        torch.set_num_threads(self.threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # events are recorded on the current device
+            # what convolutions round off would hide a wrong weight, and fail a right one
+            torch.backends.cudnn.allow_tf32 = False
+
 
 def environment(device: str, threads: int | None) -> Environment:
-    """Set the number of threads, and describe this machine.
+    """Set the number of threads and the device of this process, and describe this machine.
 
     Raises:
         ValueError: torch does not know the device, or cannot use it here.
     """
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        chosen = torch.empty(1, device=device).device  # with an index, if it can have one
+        backend = choose(torch.empty(1, device=chosen)).name
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} cannot be used here: {error}") from None
     if threads is not None:
         torch.set_num_threads(threads)
-    return Environment(
+    where = Environment(
         device=chosen,
         device_name=_device_name(chosen),
         torch=torch.__version__,
+        triton=_version("triton", "pytorch-triton", "pytorch-triton-rocm"),
         commit=_commit(),
         threads=torch.get_num_threads(),
-        backend=_backend(chosen),
+        backend=backend,
     )
+    where.settle()
+    return where
 
 
 def _device_name(device: torch.device) -> str:
@@ -65,12 +81,14 @@ def _device_name(device: torch.device) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _backend(device: torch.device) -> str:
-    """The first backend that can run and is not for another device."""
-    facts = wnkernel.info()
-    runnable = [name for name, why in facts["backends"].items() if not why]
-    other_devices = {"cpu", "cuda"} - {device.type}
-    return facts["forced_backend"] or next(n for n in runnable if n not in other_devices)
+def _version(*distributions: str) -> str:
+    """Of the first that is installed."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ""
 
 
 def _commit() -> str:
@@ -83,4 +101,4 @@ def _commit() -> str:
         dirty = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("WNKERNEL_COMMIT", "")

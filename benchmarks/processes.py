@@ -9,6 +9,7 @@ still take turns: whoever is not timed waits for the next command and uses no CP
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 import traceback
@@ -16,8 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import NamedTuple, TypeVar
-
-import torch
 
 from .environment import Environment
 from .timing import Contender, Stats, device_sampler, measure, no_garbage_collection
@@ -43,6 +42,9 @@ MIN_SAMPLE_S = 30e-3
 
 
 def _context() -> multiprocessing.context.BaseContext:
+    # torch.cuda.is_available(), wherever it is called while modules are imported, must not start
+    # the driver in the process that the others are forked from
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context(FORK_SERVER if FORK_SERVER in methods else "spawn")
     if FORK_SERVER in methods:
@@ -160,7 +162,7 @@ def _receive(connection: Connection) -> object:
 def _serve(connection: Connection, prepare: Callable[[], Contender], where: Environment) -> None:
     """What a worker does: prepare, then take turns until the connection closes."""
     with _reported(connection):
-        torch.set_num_threads(where.threads)
+        where.settle()
         run = prepare()
         sample = device_sampler(where.device)
         seconds = [sample(run, 1) for _ in range(WARM_CALLS[0])]
@@ -178,7 +180,7 @@ def _serve(connection: Connection, prepare: Callable[[], Contender], where: Envi
 
 def _answer(connection: Connection, function: Callable[[], object], where: Environment) -> None:
     with _reported(connection):
-        torch.set_num_threads(where.threads)
+        where.settle()
         connection.send(function())
 
 

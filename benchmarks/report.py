@@ -1,12 +1,9 @@
-"""Tables on the terminal and CSV files; one row per measurement, one column per contender."""
+"""Tables on the terminal; one row per measurement, one column per contender."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
 
-import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -116,15 +113,3 @@ def speedup(x: float) -> str:
 def number(x: float, digits: int) -> str:
     """Nothing for NaN."""
     return "" if x != x else f"{x:.{digits}f}"
-
-
-def write_csv(results: Sequence[Result], folder: Path) -> list[Path]:
-    """One file per case, overwritten; files of cases that were not run stay as they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    frame = pd.DataFrame([asdict(r) for r in results])
-    paths = []
-    for case, part in frame.groupby("case", sort=False):
-        path = folder / f"{case}.csv"
-        part.to_csv(path, index=False, float_format="%.6g")
-        paths.append(path)
-    return paths

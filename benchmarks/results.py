@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from pathlib import Path
 
 from .environment import Environment
 from .timing import Stats
@@ -68,6 +70,7 @@ class Result:
     label: str
     device: str
     torch: str
+    triton: str
     commit: str
     backend: str
     threads: int
@@ -107,14 +110,26 @@ def rows(
     *,
     errors: Mapping[str, float] | None = None,
     compile_s: Mapping[str, float] | None = None,
+    arrays: int | None = None,
 ) -> list[Result]:
-    """One row per contender of a measurement of time."""
-    arrays = ARRAYS.get(subject.phase)
+    """One row per contender of a measurement of time.
+
+    Args:
+        subject: what was measured.
+        where: on what.
+        stats: the times of every contender.
+        errors: their errors before timing.
+        compile_s: the seconds of their first calls.
+        arrays: the traffic of the phase, if it is not that of :data:`ARRAYS`.
+    """
+    if arrays is None:
+        arrays = ARRAYS.get(subject.phase)
     copy_ms = stats[COPY].median_ms if COPY in stats else NAN
+    torch_ms = stats[TORCH].median_ms if TORCH in stats else NAN
     out = []
     for name, s in stats.items():
         own_arrays = CONTENDER_ARRAYS.get(name, arrays)
-        traffic = own_arrays * subject.array_bytes if own_arrays else NAN
+        traffic = float(own_arrays * subject.array_bytes) if own_arrays else NAN
         limit_ms = copy_ms * own_arrays / COPY_ARRAYS if own_arrays else NAN
         row = _row(
             subject,
@@ -126,7 +141,7 @@ def rows(
             rounds=s.rounds,
             bytes=traffic,
             gb_per_s=traffic / s.median_ms / 1e6,
-            ratio_to_torch=NAN if name == COPY else stats[TORCH].median_ms / s.median_ms,
+            ratio_to_torch=NAN if name == COPY else torch_ms / s.median_ms,
             ratio_to_limit=NAN if name == COPY else s.median_ms / limit_ms,
             error=(errors or {}).get(name, NAN),
             compile_s=(compile_s or {}).get(name, NAN),
@@ -151,6 +166,7 @@ def _row(subject: Subject, where: Environment, contender: str, **measured: float
         **facts,
         device=where.device_name,
         torch=where.torch,
+        triton=where.triton,
         commit=where.commit,
         backend=where.backend,
         threads=where.threads,
@@ -166,3 +182,51 @@ def by_subject(results: Iterable[Result]) -> list[dict[str, Result]]:
         key = r.case, r.label, r.phase, r.dtype, r.shape, r.dim
         groups.setdefault(key, {})[r.contender] = r
     return list(groups.values())
+
+
+def write_csv(results: Iterable[Result], folder: Path) -> list[Path]:
+    """One file per case, overwritten; files of cases that were not run stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases: dict[str, list[Result]] = {}
+    for r in results:
+        cases.setdefault(r.case, []).append(r)
+    paths = []
+    for case, part in cases.items():
+        path = folder / f"{case}.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(f.name for f in fields(Result))
+            writer.writerows(map(_text, astuple(r)) for r in part)
+        paths.append(path)
+    return paths
+
+
+def read_csv(path: Path) -> list[Result]:
+    """What :func:`write_csv` wrote; columns that a file does not have keep their defaults.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    kinds = {f.name: str(f.type) for f in fields(Result) if f.name in (reader.fieldnames or ())}
+    try:
+        return [
+            Result(**{name: _value(kind, line[name]) for name, kind in kinds.items()})
+            for line in lines
+        ]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a table of results: {error}") from None
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return str(value)
+
+
+def _value(kind: str, text: str) -> object:
+    if kind == "float":
+        return float(text) if text else NAN
+    return int(text) if kind == "int" else text

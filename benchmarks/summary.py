@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -83,8 +84,10 @@ AIMS = (
 )
 
 
-def print_summary(console: Console, results: Sequence[Result]) -> None:
+def print_summary(console: Console, results: Sequence[Result], device: torch.device) -> None:
     """The table of aims, the accuracy of both sides, and the table of losses."""
+    if device.type != "cpu":
+        console.print("The aims here are those for a CPU; python -m benchmarks.gpu has others.")
     timed = [r for r in results if r.rounds]
     ours = [r for r in timed if r.contender in GROUPED]
     table = Table(title="Summary: times as fast as torch", title_justify="left")

@@ -19,6 +19,15 @@ __all__ = ["computed", "python_slots"]
 COMPILED = [name for name, backend in BACKENDS.items() if isinstance(backend, CompiledBackend)]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests create their tensors")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (device := config.getoption("--device")) != "cpu":
+        torch.set_default_device(device)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
@@ -26,13 +35,28 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=BACKENDS)
+INTERPRETED = ("test_group_autocast", "test_group_autograd")
+"""What of groups and lists runs on interpreted kernels. The others ask the same of every backend
+that is called from Python, and the interpreter takes 15 ms for a launch; on a GPU all run."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = list(BACKENDS)
+    file = metafunc.module.__name__.rpartition(".")[2]
+    if file.startswith("test_group") and file not in INTERPRETED and not torch.cuda.is_available():
+        names.remove("triton")
+    for fixture, choices in (("backend", names), ("route", [*names, AUTO])):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, choices, indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that can run here, asked for by name."""
     yield from _on(request.param)
 
 
-@pytest.fixture(params=[*BACKENDS, AUTO])
+@pytest.fixture
 def route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend, and the automatic choice, which has a shorter way into the compiled module."""
     if request.param == AUTO and not _ops.loaded():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -141,18 +141,30 @@ class Computed:
         """The number of weights in each launch."""
         self.alone = 0
         """Weights computed singly."""
+        self._inside = False
         many, single = functional.weight_norms, functional.weight_norm
 
         def weight_norms(v: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
-            self.launches.append(len(v))
-            return many(v, *args, **kwargs)
+            with self._counted_once() as first:
+                self.launches += [len(v)] if first else []
+                return many(v, *args, **kwargs)
 
         def weight_norm(*args: Any, **kwargs: Any) -> Tensor:
-            self.alone += 1
-            return single(*args, **kwargs)
+            with self._counted_once() as first:
+                self.alone += first
+                return single(*args, **kwargs)
 
         monkeypatch.setattr(functional, "weight_norms", weight_norms)
         monkeypatch.setattr(functional, "weight_norm", weight_norm)
+
+    @contextmanager
+    def _counted_once(self) -> Iterator[bool]:
+        """Function modes (a default device is one) call the function that they were called for."""
+        first, self._inside = not self._inside, True
+        try:
+            yield first
+        finally:
+            self._inside = not first
 
     def take(self) -> tuple[list[int], int]:
         """``(launches, alone)``, and begin anew."""

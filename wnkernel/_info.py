@@ -21,6 +21,8 @@ def info() -> dict[str, Any]:
         ``load_error``: why it is not loaded, empty when it is. ``backends``: for every backend, in
         the order of the automatic choice, the reasons why it cannot run here (empty: it can).
         ``cpu_buffers``: bytes that results on the CPU use and hold.
+        ``triton``: variants of the Triton kernels that this process has launched, and how many one
+        combination of dtypes can come to; None where they cannot run.
         ``forced_backend``: the one asked for on this thread, or ``None``.
     """
     return {
@@ -33,5 +35,6 @@ def info() -> dict[str, Any]:
         "load_error": _ops.load_error(),
         "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
         "cpu_buffers": _ops.cpu_buffers(),
+        "triton": BACKENDS["triton"].variants(),
         "forced_backend": choice.forced,
     }

@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _ops, composed
-from .backends import choice, choose
-from .backends.base import PythonBackend
+from .backends import choice, choose, gpu_operators
+from .backends.base import Backend, PythonBackend
 from .backends.compiled import CompiledBackend
 from .problem import Problem, accumulation_dtype, check, check_v
 
@@ -144,7 +144,7 @@ def _weight_norm_checked(p: Problem) -> Tensor:
     if _is_distributed(p.v) or _is_distributed(p.g):
         return composed.weight_norm(p)
     backend = choose(p.v)
-    if isinstance(backend, CompiledBackend):
+    if _has_operators(backend, p.v):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
     return _on_python_backend([p], backend)[0]
 
@@ -153,11 +153,19 @@ def _weight_norms_checked(
     problems: Sequence[Problem], out_dtype: torch.dtype | None
 ) -> list[Tensor]:
     backend = choose(problems[0].v)
-    if isinstance(backend, CompiledBackend):
+    if _has_operators(backend, problems[0].v):
         columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
         v, g, dim, eps = (list(column) for column in columns)
         return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
     return _on_python_backend(problems, backend)
+
+
+def _has_operators(backend: Backend, v: Tensor) -> bool:
+    """Whether torch.ops.wnkernel runs the backend's kernels. Those of Triton are called without it,
+    which is shorter, unless a compiler wants to see one operator."""
+    return isinstance(backend, CompiledBackend) or (
+        is_compiling() and backend.name == "triton" and gpu_operators.are_on(v.device)
+    )
 
 
 def _on_python_backend(problems: Sequence[Problem], backend: PythonBackend) -> list[Tensor]:

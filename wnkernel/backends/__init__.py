@@ -13,12 +13,15 @@ from torch.compiler import assume_constant_result
 from .base import Backend
 from .compiled import CompiledBackend
 from .eager import EagerBackend
+from .operators import Operators
 from .triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CompiledBackend("cpu"), TritonBackend(), EagerBackend())
-}
+_triton, _eager = TritonBackend(), EagerBackend()
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CompiledBackend("cpu"), _triton, _eager)}
 """Every backend, in the order in which the automatic choice tries them."""
+
+gpu_operators = Operators(_triton, _eager)
 
 AUTO = "auto"
 

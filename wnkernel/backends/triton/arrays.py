@@ -36,8 +36,12 @@ def ordered_like(name: str, t: Tensor, v: Tensor) -> Tensor:
     return torch.empty_like(v, dtype=t.dtype).copy_(t)
 
 
-def vector_of(*tensors: Tensor) -> int:
-    """Elements of the widest access to all of them at the same offsets; 1 for none."""
-    if any(t.data_ptr() % VECTOR_BYTES for t in tensors):
+def vector_of(v: Tensor, *like_v: Tensor) -> int:
+    """Elements of v in the widest access to all of them at the same offsets; 1 for none.
+
+    Other dtypes of the others change nothing: a gradient in the dtype of autocast gives the bits
+    that it gives after a cast.
+    """
+    if any(t.data_ptr() % VECTOR_BYTES for t in (v, *like_v)):
         return 1
-    return VECTOR_BYTES // min(t.element_size() for t in tensors)
+    return VECTOR_BYTES // v.element_size()

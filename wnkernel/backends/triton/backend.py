@@ -30,10 +30,10 @@ class TritonBackend:
     is_traceable = False
 
     def missing(self) -> list[str]:
-        return list(availability.missing())
+        return _listed(availability.missing())
 
     def reasons(self, v: Tensor) -> list[str]:
-        return availability.reasons(v)
+        return _listed(availability.reason(v.device))
 
     def is_automatic(self, v: Tensor) -> bool:
         return v.device.type != "cpu"
@@ -103,15 +103,16 @@ class TritonBackend:
         cut = plan(view.outer, view.rows, view.inner, p.v.element_size(), vector)
         return tiles(p.v.element_size())[cut.tile].kind is Kind.ROWS
 
-    def info(self) -> dict[str, object]:
-        """Version of Triton, variants compiled, and how many a combination of dtypes can need."""
+    def variants(self) -> dict[str, int] | None:
+        """How many variants of the kernels this process has launched, each compiled at first use or
+        taken from Triton's cache on disk, and how many one combination of dtypes can come to."""
         if self.missing():
-            return {}
+            return None
         from .launch import most_variants
 
         return {
-            "variants_compiled": len(self._launcher.variants),
-            "variants_at_most_per_dtypes": most_variants(),
+            "launched": len(self._launcher.variants),
+            "at_most_per_dtypes": most_variants(),
         }
 
     @cached_property
@@ -119,6 +120,10 @@ class TritonBackend:
         from .launch import Launcher
 
         return Launcher()
+
+
+def _listed(reason: str) -> list[str]:
+    return [reason] if reason else []
 
 
 def _weight(p: Problem, *like_v: Tensor | None, addresses: Sequence[Tensor | None]) -> Weight:

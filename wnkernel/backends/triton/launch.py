@@ -50,8 +50,8 @@ class Types(NamedTuple):
 
     @property
     def vector(self) -> int:
-        """Elements of the widest access to v and w both."""
-        return VECTOR_BYTES // min(self.v.itemsize, self.w.itemsize)
+        """Elements of the widest access to v."""
+        return VECTOR_BYTES // self.v.itemsize
 
 
 @cache
@@ -71,18 +71,28 @@ def choices_of_one(t: Types, tile: Tile, finish: int) -> dict[str, Any]:
 
 
 @cache
-def choices_of_list(t: Types, finish: int) -> dict[str, Any]:
-    """Compile-time arguments for a list: every tile is in them, whatever its shapes."""
-    every = tuple((int(k.kind), k.lines, k.columns, int(k.aligned)) for k in tiles(t.v.itemsize))
+def choices_of_list(t: Types, rows_only: bool, finish: int) -> dict[str, Any]:
+    """Compile-time arguments for a list: every tile that it may need is in them.
+
+    Most models have rows for tiles only. The other kinds take twice the registers, and a kernel has
+    as many for all of its branches as for the worst.
+    """
+    every = tiles(t.v.itemsize)
+    needed = [k for k in every if k.kind is Kind.ROWS] if rows_only else every  # rows come first
     return _types_of(t) | {
-        "TILES": every, "COUNT": len(every), "VECTOR": t.vector, "FINISH": finish
-    }  # fmt: skip
+        "TILES": tuple((int(k.kind), k.lines, k.columns, int(k.aligned)) for k in needed),
+        "COUNT": len(needed),
+        "VECTOR": t.vector,
+        "FINISH": finish,
+    }
 
 
 def most_variants() -> int:
-    """Variants that one combination of dtypes can come to: both directions, one and many."""
-    split = sum(k.kind is not Kind.ROWS for k in tiles(torch.float32.itemsize))
-    return 2 * (len(tiles(torch.float32.itemsize)) + split + 2)
+    """Variants that one combination of dtypes can come to."""
+    every = tiles(torch.float32.itemsize)
+    split = sum(k.kind is not Kind.ROWS for k in every)
+    of_one, of_list = len(every) + split, 3
+    return 2 * (of_one + of_list)
 
 
 class Launcher:
@@ -120,10 +130,12 @@ class Launcher:
         partials = _workspace(table.workspace, t, device)
         owners = table.memory.data_ptr() + 8 * table.lines
         args = (table.memory.data_ptr(), owners, _address(partials))
-        self._run(direction.many, table.programs, args, choices_of_list(t, 0), device)
+        choices = choices_of_list(t, table.rows_only, 0)
+        self._run(direction.many, table.programs, args, choices, device)
         if table.programs_to_finish:
             args = (args[0], owners + 8 * table.programs, args[2])
-            self._run(direction.many, table.programs_to_finish, args, choices_of_list(t, 1), device)
+            choices = choices_of_list(t, False, 1)
+            self._run(direction.many, table.programs_to_finish, args, choices, device)
 
     def _table(
         self, direction: Direction, t: Types, weights: tuple[Weight, ...], device: torch.device

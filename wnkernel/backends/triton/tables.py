@@ -57,6 +57,8 @@ class Table(NamedTuple):
     """Of the second; 0 where nothing is split."""
     workspace: int
     """Elements of partial sums."""
+    rows_only: bool
+    """Whether all tiles are of Kind.ROWS."""
 
 
 def bits_of(x: float) -> int:
@@ -96,7 +98,9 @@ def build(weights: Sequence[Weight], itemsize: int, planes: int) -> Table:
     place = torch.arange(len(plans), device="cpu")
     owners = place.repeat_interleave(programs), place.repeat_interleave(to_finish)
     memory = torch.cat((_numbers(lines), *owners))
-    return Table(memory, len(lines), first, first_to_finish, partials)
+    choices = tiles(itemsize)
+    rows_only = all(choices[p.tile].kind is Kind.ROWS for p in plans)
+    return Table(memory, len(lines), first, first_to_finish, partials, rows_only)
 
 
 def _numbers(values: Sequence[int]) -> Tensor:

@@ -1,0 +1,105 @@
+"""How much the GPU benchmark measures: a real run, and a tiny one to try the program out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..fused import MODELS
+from ..shapes import LayerCase, grid, shape_text, weight_list
+
+LARGE_BYTES = 64e6
+"""From here on, an aim is a share of the card's copy bandwidth."""
+
+LARGE, ODD = "large", "odd dims"
+"""Labels of cases that no listed model has."""
+
+_LARGE = (
+    ((4096, 4096), (0, 1, None)),
+    ((8192, 4096), (0, 1, None)),
+    ((65536, 256), (0, 1, None)),
+    ((65536, 512), (0, 1, None)),
+    ((16384, 2048), (0,)),
+    ((4096, 16384), (0,)),  # rows longer than a block keeps, in float32
+    ((2048, 2048, 5), (0, 1, 2, None)),
+    ((4096, 2048, 5), (0, 1, None)),
+)
+_ODD = (((512, 512, 3), (1, None)), ((512, 256, 16), (1, None)), ((1024, 1024, 5), (1, None)))
+
+KEY = (((768, 48, 128), 2), ((1024, 64, 128), 2))
+"""The weights of wav2vec 2.0, for which torch launches 8 blocks."""
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """The size of a run."""
+
+    copy_bytes: tuple[int, ...]
+    weights: tuple[LayerCase, ...]
+    """In the order of their importance: time may be over before the last."""
+    models: Mapping[str, Sequence[LayerCase]]
+    """Name -> all its weights."""
+    host_every: int
+    """Take every n-th of the small weights."""
+    graph_s: float
+    """How long the work in one CUDA graph should take."""
+    sample_s: float
+    """How long a turn lasts at least."""
+    weight_budget_s: float
+    """For the rounds of one phase of one weight."""
+    host_budget_s: float
+    model_budget_s: float
+
+
+def _weights() -> tuple[LayerCase, ...]:
+    """Once each: the key shapes, large ones, scarce dims, then the grid from the largest down."""
+    known = {(c.shape, c.dim): c for c in grid()}
+    added = [
+        LayerCase(shape, dim, label, "Linear" if len(shape) == 2 else "Conv1d")
+        for label, group in ((LARGE, _LARGE), (ODD, _ODD))
+        for shape, dims in group
+        for dim in dims
+    ]
+    rest = sorted(known.values(), key=lambda c: (c.kind == "first", -c.numel))
+    chosen: dict[tuple[tuple[int, ...], int | None], LayerCase] = {}
+    for c in (*(known[key] for key in KEY), *added, *rest):
+        key = c.shape, c.dim
+        chosen.setdefault(key, known.get(key, c))
+    return tuple(chosen.values())
+
+
+_TINY = (
+    LayerCase((96, 8, 16), 2, "tiny", "Conv1d"),
+    LayerCase((64, 256), 0, "tiny", "Linear"),
+    LayerCase((16, 24, 3), 1, "tiny", "Conv1d"),
+    LayerCase((32, 33), None, "tiny", "Linear"),
+)
+
+REAL = GpuPlan(
+    copy_bytes=(2**30, 2**31, 2**32),
+    weights=_weights(),
+    models={name: weight_list(name) for name in MODELS},
+    host_every=4,
+    graph_s=1e-3,
+    sample_s=2e-3,
+    weight_budget_s=0.05,
+    host_budget_s=0.1,
+    model_budget_s=0.6,
+)
+
+TINY = GpuPlan(
+    copy_bytes=(2**20,),
+    weights=_TINY,
+    models={"tiny": _TINY},
+    host_every=40,
+    graph_s=1e-4,
+    sample_s=1e-4,
+    weight_budget_s=0.0,
+    host_budget_s=0.0,
+    model_budget_s=0.0,
+)
+
+
+def case_title(case: LayerCase) -> str:
+    """A weight in a line of text."""
+    return f"{shape_text(case.shape)} dim {'none' if case.dim is None else case.dim}"
