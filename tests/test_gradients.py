@@ -158,7 +158,8 @@ def test_third_order(route, dim):
     def first_derivative(v, g, grad_w):
         return torch.autograd.grad(F.weight_norm(v, g, dim), (v, g), grad_w, create_graph=True)
 
-    assert torch.autograd.gradgradcheck(first_derivative, (v, g, grad_w))
+    fast = route == "triton"  # as in test_gradcheck
+    assert torch.autograd.gradgradcheck(first_derivative, (v, g, grad_w), fast_mode=fast)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -288,7 +289,7 @@ def test_activation_checkpointing(route, use_reentrant, dim):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((6, 40), 0), ((6, 40), 1), ((5, 4, 7), 1), ((300, 300, 3), 2)]
+    ("shape", "dim"), [((6, 40), 0), ((6, 40), 1), ((5, 4, 7), 1), ((300, 100, 3), 2)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_a_gradient(backend, shape, dim, dtype):

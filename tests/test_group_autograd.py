@@ -280,5 +280,6 @@ def test_gradgradcheck_through_functional_call(route, computed):
     computed.take()
     call(*values)
     assert computed.take() == ([4], 0)
-    assert torch.autograd.gradcheck(call, values)
-    assert torch.autograd.gradgradcheck(call, values)
+    fast = route == "triton"  # the interpreter takes 15 ms for each of the many evaluations
+    assert torch.autograd.gradcheck(call, values, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(call, values, fast_mode=fast)

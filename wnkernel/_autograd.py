@@ -8,7 +8,7 @@ compiled operators.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ def weight_norms(problems: Sequence[Problem], backend: PythonBackend) -> list[Te
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*vs, *gs)):
         return list(_Forward.apply(backend, problems, *vs, *gs))
     return backend.forward(problems)[0]
+
+
+def have_addresses(tensors: Iterable[Tensor]) -> bool:
+    """Whether kernels may be given addresses: there is memory, and no mode or subclass (make_fx,
+    fake tensors) that wants to see operators."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        torch._C._has_storage(t) and not torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
+        for t in tensors
+    )
 
 
 class _Forward(Function):
@@ -98,7 +107,11 @@ class _Backward(Function):
         ctx.need_v, ctx.need_g = need_v, need_g
         ctx.versions = [version_of(t) for t in tensors]
         ctx.set_materialize_grads(False)
-        grad_v, grad_g = backend.backward(problems, norms, grad_ws, need_v, need_g)
+        if backend.is_traceable or have_addresses(grad_ws):
+            grad_v, grad_g = backend.backward(problems, norms, grad_ws, need_v, need_g)
+        else:
+            grads = map(composed.backward, problems, norms, grad_ws)
+            grad_v, grad_g = composed.wanted(grads, need_v, need_g)
         return tuple(t for t in (*grad_v, *grad_g) if t is not None)
 
     @staticmethod

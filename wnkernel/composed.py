@@ -8,6 +8,8 @@ Python-only backend. csrc/composed.cpp is its twin for the compiled operators.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,18 @@ def backward(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
     projected = u * (s if p.eps == 0.0 else s.masked_fill(norm < p.eps, 0.0))
     grad_v = (g * inverse) * (grad_w - projected)
     return grad_v.to(p.v.dtype), s.to(p.g.dtype)
+
+
+def wanted(
+    grads: Iterable[tuple[Tensor, Tensor]], need_v: Sequence[bool], need_g: Sequence[bool]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """``grad_v`` and ``grad_g`` of a list, None where not needed, from what :func:`backward`
+    returns."""
+    grad_v, grad_g = zip(*grads, strict=True)
+    return (
+        [t if need else None for t, need in zip(grad_v, need_v, strict=True)],
+        [t if need else None for t, need in zip(grad_g, need_g, strict=True)],
+    )
 
 
 def double_backward(

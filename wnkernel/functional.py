@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _ops, composed
@@ -172,7 +171,7 @@ def _on_python_backend(problems: Sequence[Problem], backend: PythonBackend) -> l
     tensors = [t for p in problems for t in (p.v, p.g)]
     if is_compiling() or torch.jit.is_tracing() or any(_is_transformed(t) for t in tensors):
         return [composed.weight_norm(p) for p in problems]
-    if not backend.is_traceable and _is_dispatched(tensors):
+    if not (backend.is_traceable or _autograd.have_addresses(tensors)):
         return [composed.weight_norm(p) for p in problems]
     return _autograd.weight_norms(problems, backend)
 
@@ -186,13 +185,3 @@ def _is_distributed(t: Tensor) -> bool:
 def _is_transformed(t: Tensor) -> bool:
     """Whether a function transform or forward-mode AD is at work, which no custom node survives."""
     return torch._C._are_functorch_transforms_active() or unpack_dual(t).tangent is not None
-
-
-def _is_dispatched(tensors: Sequence[Tensor]) -> bool:
-    """Whether Python is behind torch's operators here (fake tensors, make_fx), which sees nothing
-    of kernels that are launched by address."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
-        for t in tensors
-        if type(t) not in (Tensor, Parameter)
-    )

@@ -45,10 +45,7 @@ class EagerBackend:
         need_g: Sequence[bool],
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         grads = [_backward_one(*args) for args in zip(problems, norms, grad_ws, strict=True)]
-        return (
-            [gv if need else None for (gv, _), need in zip(grads, need_v, strict=True)],
-            [gg if need else None for (_, gg), need in zip(grads, need_g, strict=True)],
-        )
+        return composed.wanted(grads, need_v, need_g)
 
 
 # torch's CPU kernel takes float16 since 2.8.
