@@ -21,6 +21,7 @@ def dense(name: str, t: Tensor) -> Tensor:
             f"{name}: expected a tensor with memory, got one of shape {list(t.shape)} whose "
             "storage was freed"
         )
+    t = t.resolve_neg()  # a view that negates when it is read
     return t if t.is_contiguous() or is_dense(t) else t.contiguous()
 
 

@@ -73,18 +73,20 @@ class Uploads:
     def _refill(self, numbers: int = RESERVE) -> None:
         with self._lock:
             if self._left < numbers // 2:
-                self._reserve.append(
-                    torch.empty(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
-                )
-                self._left = numbers
+                self._add(numbers)
 
     def _take(self, numbers: int) -> Tensor:
-        if self._left < numbers:
-            self._refill(max(2 * numbers, RESERVE))
         with self._lock:
+            if self._left < numbers:
+                self._add(max(numbers, RESERVE))
             start = self._reserve[-1].numel() - self._left
             self._left -= numbers
             return self._reserve[-1][start : start + numbers]
+
+    def _add(self, numbers: int) -> None:
+        pinned = torch.empty(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
+        self._reserve.append(pinned)
+        self._left = numbers
 
 
 @cache

@@ -6,8 +6,9 @@ as far as no cache helps. Lines that are no multiples of 16 bytes are slow too: 
 element for each thread.
 
 Range: where the sum of squares leaves the safe range of floats, rows are multiplied by a power of
-two, ``unit``, before they are squared, and stay in that scale up to the last product. Sums are
-float32, float64 for float64. No atomics.
+two, ``unit``, before they are squared. The backward divides by the stored norm, so there norms have
+to be normal numbers with a normal reciprocal (1.2e-38 to 8.5e37 in float32). Sums are float32,
+float64 for float64. No atomics.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def _any(x):
 
 
 @triton.jit
-def _inverse(norm, bound):
-    """1 / max(norm, bound), NaN for NaN, and where the bound counts."""
-    clamped = norm < bound
-    return 1.0 / tl.where(clamped, bound, norm), clamped
+def _is_normal(x):
+    if x.dtype == tl.float64:
+        return (tl.abs(x) >= 2.0**-1022) & (tl.abs(x) < float("inf"))
+    else:
+        return (tl.abs(x) >= 2.0**-126) & (tl.abs(x) < float("inf"))
 
 
 @triton.jit
@@ -70,6 +72,21 @@ def _squares(
 
 
 @triton.jit
+def _finish_norm(p, mask, squares, unit, scale, eps_bits):
+    """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / max(norm,
+    eps), to multiply v with one after the other: the ratio and 1, unless it leaves the range."""
+    norm = tl.sqrt(squares)
+    true_norm = tl.where(unit == 1.0, norm, norm / unit)
+    tl.store(p, true_norm, mask=mask)
+    eps = _float(eps_bits, norm.dtype)
+    clamped = true_norm < eps
+    ratio = tl.where(clamped, scale / eps, scale / norm * unit)
+    normal = _is_normal(ratio)
+    rest = scale / tl.where(clamped, eps * unit, norm)
+    return tl.where(normal, ratio, unit), tl.where(normal, 1.0, rest)
+
+
+@triton.jit
 def forward_rows(
     v, g, w, norm, eps_bits, strip, plan,
     LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
@@ -82,21 +99,10 @@ def forward_rows(
     squares = tl.sum(x * x, 1, keep_dims=True)
     unit = tl.where(valid, _unit(squares), 1.0).to(ACC)
     if _any(unit != 1.0):
-        x *= unit
-        squares = tl.sum(x * x, 1, keep_dims=True)
+        squares = tl.sum((x * unit) * (x * unit), 1, keep_dims=True)
     scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-    inverse = _finish_norm(norm + row, valid, squares, unit, eps_bits)
-    store_at(w, origin, offsets, x * inverse * scale, mask, VECTOR)
-
-
-@triton.jit
-def _finish_norm(p, mask, squares, unit, eps_bits):
-    """Stores norms, from their squares times ``unit`` squared; returns 1 / max(norm, eps) times
-    the inverse of ``unit``."""
-    norm = tl.sqrt(squares)
-    tl.store(p, tl.where(unit == 1.0, norm, norm / unit), mask=mask)
-    inverse, _ = _inverse(norm, _float(eps_bits, norm.dtype) * unit)
-    return inverse
+    a, b = _finish_norm(norm + row, valid, squares, unit, scale, eps_bits)
+    store_at(w, origin, offsets, x * a * b, mask, VECTOR)
 
 
 @triton.jit
@@ -133,11 +139,11 @@ def forward_tiles(
             store_partial_sum(partials, program, 1, unit, 2, KIND, COLUMNS)
     if FINISH or split == 1:
         scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-        inverse = _finish_norm(norm + row, first & (chunk == 0), squares, unit, eps_bits)
+        a, b = _finish_norm(norm + row, first & (chunk == 0), squares, unit, scale, eps_bits)
         for tile in range(start, end):
             origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
             x = load(v, origin, offsets, mask, ACC, VECTOR)
-            store_at(w, origin, offsets, x * unit * inverse * scale, mask, VECTOR)
+            store_at(w, origin, offsets, x * a * b, mask, VECTOR)
 
 
 @triton.jit
@@ -154,7 +160,9 @@ def backward_rows(
     u = load(v, origin, offsets, mask, ACC, VECTOR)
     grad = load(grad_w, origin, offsets, mask, ACC, VECTOR)
     n = tl.load(norm + row, mask=valid, other=1.0)
-    inverse, clamped = _inverse(n, _float(eps_bits, ACC))
+    eps = _float(eps_bits, ACC)
+    clamped = n < eps
+    inverse = 1.0 / tl.where(clamped, eps, n)
     u *= inverse
     s = tl.sum(grad * u, 1, keep_dims=True)
     if want_g:
@@ -162,8 +170,7 @@ def backward_rows(
     if want_v:
         scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
         along = tl.where(clamped, 0.0, s)
-        x = (grad - u * along) * scale * inverse
-        store_at(grad_v, origin, offsets, x, mask, VECTOR)
+        store_at(grad_v, origin, offsets, (grad - u * along) * (scale * inverse), mask, VECTOR)
 
 
 @triton.jit
@@ -180,7 +187,9 @@ def backward_tiles(
     end = tl.minimum(start + per_chunk, tiles)
     row, valid, first = rows_of(strip, plan, KIND, LINES, COLUMNS)
     n = tl.load(norm + row, mask=valid, other=1.0)
-    inverse, clamped = _inverse(n, _float(eps_bits, ACC))
+    eps = _float(eps_bits, ACC)
+    clamped = n < eps
+    inverse = 1.0 / tl.where(clamped, eps, n)
     if FINISH:
         p, there = partial_sums(partials, strip, split, 0, 1, KIND, COLUMNS)
         s = tl.sum(tl.load(p, mask=there, other=0.0), 0, keep_dims=True)
@@ -198,12 +207,12 @@ def backward_tiles(
             store(grad_g + row, s, first & (chunk == 0))
         if want_v:
             scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-            along = tl.where(clamped, 0.0, s)
+            ratio, along = scale * inverse, tl.where(clamped, 0.0, s)
             for tile in range(start, end):
                 origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
                 u = load(v, origin, offsets, mask, ACC, VECTOR) * inverse
                 grad = load(grad_w, origin, offsets, mask, ACC, VECTOR)
-                x = (grad - u * along) * scale * inverse
+                x = (grad - u * along) * ratio
                 store_at(grad_v, origin, offsets, x, mask, VECTOR)
 
 
