@@ -13,14 +13,9 @@ def dense(name: str, t: Tensor) -> Tensor:
     """t itself where it fills its memory without gaps or repeats, in whatever order; else a copy.
 
     Raises:
-        RuntimeError: t has no memory: FSDP takes that of a parameter away without telling those
-            who hold it.
+        RuntimeError: t has no memory.
     """
-    if t.untyped_storage().nbytes() == 0 and t.numel() > 0:
-        raise RuntimeError(
-            f"{name}: expected a tensor with memory, got one of shape {list(t.shape)} whose "
-            "storage was freed"
-        )
+    _check_memory(name, t)
     t = t.resolve_neg()  # a view that negates when it is read
     return t if t.is_contiguous() or is_dense(t) else t.contiguous()
 
@@ -31,10 +26,18 @@ def ordered_like(name: str, t: Tensor, v: Tensor) -> Tensor:
     Raises:
         RuntimeError: t has no memory.
     """
-    t = dense(name, t)
-    if t.stride() == v.stride() or (t.is_contiguous() and v.is_contiguous()):
-        return t
-    return torch.empty_like(v, dtype=t.dtype).copy_(t)
+    _check_memory(name, t)
+    same_order = t.stride() == v.stride() or (t.is_contiguous() and v.is_contiguous())
+    return t if same_order and not t.is_neg() else torch.empty_like(v, dtype=t.dtype).copy_(t)
+
+
+def _check_memory(name: str, t: Tensor) -> None:
+    """FSDP takes the memory of a parameter away without telling those who hold it."""
+    if t.untyped_storage().nbytes() == 0 and t.numel() > 0:
+        raise RuntimeError(
+            f"{name}: expected a tensor with memory, got one of shape {list(t.shape)} whose "
+            "storage was freed"
+        )
 
 
 def vector_of(v: Tensor, *like_v: Tensor) -> int:

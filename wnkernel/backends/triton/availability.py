@@ -20,7 +20,7 @@ def missing() -> str:
     """Why there are no kernels at all; empty when there are."""
     try:
         triton = importlib.import_module("triton")
-    except ImportError as error:
+    except Exception as error:  # whatever a broken installation raises
         return f"triton cannot be imported: {error}"
     version = getattr(triton, "__version__", "0")
     if tuple(int(n) for n in version.split(".")[:2] if n.isdigit()) < OLDEST:

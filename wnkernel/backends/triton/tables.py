@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch_table import Kind, Plan, plan, tiles
+from .launch_table import VECTOR_BYTES, Kind, Plan, plan, tiles
 
 HEADER = (*Plan._fields, "first", "first_to_finish", "partials", "eps_bits")
 """Columns that both tables begin with. ``first``: the first program of a weight in each of the two
@@ -67,11 +67,12 @@ def bits_of(x: float) -> int:
 
 
 def workspace(p: Plan, itemsize: int, planes: int) -> int:
-    """Elements of partial sums of one weight."""
+    """Elements of partial sums of one weight, a multiple of what aligns those of the next one."""
     if p.split == 1:
         return 0
     tile = tiles(itemsize)[p.tile]
-    return p.programs * planes * (tile.columns if tile.kind is Kind.SEGMENTS else 1)
+    used = p.programs * planes * (tile.columns if tile.kind is Kind.SEGMENTS else 1)
+    return -(-used // VECTOR_BYTES) * VECTOR_BYTES
 
 
 def build(weights: Sequence[Weight], itemsize: int, planes: int) -> Table:

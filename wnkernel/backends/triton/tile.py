@@ -156,16 +156,15 @@ def partial_sums(
     partials, strip, split, plane, PLANES: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Addresses of what every program of a row or strip leaves behind, and which there are."""
+    first = strip * split * PLANES + plane
     if KIND == RUN:
         chunk = tl.arange(0, _MAX_SPLIT)[:, None]
-        column = tl.arange(0, 1)[None, :]
-        WIDTH: tl.constexpr = 1
+        return partials + first + chunk * PLANES, chunk < split
     else:
         chunk = tl.arange(0, _MAX_PARTIALS // COLUMNS)[:, None]
         column = tl.arange(0, COLUMNS)[None, :]
-        WIDTH: tl.constexpr = COLUMNS
-    p = partials + ((strip * split + chunk) * PLANES + plane) * WIDTH + column
-    return p, (chunk < split) & (column < WIDTH)
+        p = tl.multiple_of(partials + first * COLUMNS, 16)
+        return p + (chunk * (PLANES * COLUMNS) + column), (chunk < split) & (column < COLUMNS)
 
 
 @triton.jit

@@ -1,0 +1,52 @@
+"""The way from the backend to the driver, with a driver that launches nothing: bounded variants."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from .processes import python
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("triton")
+    done = python(
+        "-m", "tests.triton_stub_driver", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache)
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_first_call_compiles_and_a_second_does_not(result):
+    steps = result["steps"]
+    assert steps["one"]["loaded"] == ["forward_one", "backward_one"]
+    assert steps["one again"]["loaded"] == []
+    assert len(steps["one again"]["launched"]) == 2
+
+
+def test_sizes_and_addresses_are_not_specialised_on(result):
+    assert result["steps"]["one of the same tile"]["loaded"] == []
+
+
+def test_a_list_of_other_shapes_compiles_nothing(result):
+    assert result["steps"]["list"]["loaded"] == ["forward_list", "backward_list"]
+    assert result["steps"]["another list"]["loaded"] == []
+
+
+def test_variants_are_counted(result):
+    assert result["variants"] == result["compiled"] == 4
+
+
+def test_what_is_launched(result):
+    """Programs of 32 rows of up to 128 elements, each weight by its addresses and sizes."""
+    forward, backward = result["steps"]["one"]["launched"]
+    assert forward[0] == backward[0] == 2
+    sizes = [64, 96, 64, 96, 32, 96, 6144, 1, 1, 1]  # as Plan has them
+    for _, integers in forward, backward:
+        assert any(integers[k : k + len(sizes)] == sizes for k in range(len(integers)))
+    (programs, _), _ = result["steps"]["list"]["launched"]
+    assert programs == 2 + 1 + 1  # a program each for the smaller two
