@@ -13,6 +13,7 @@ import wnkernel
 from wnkernel.backends.triton import tables
 from wnkernel.backends.triton.launch_table import Kind
 from wnkernel.backends.triton.tables import Weight
+from wnkernel.problem import check
 
 from . import reference
 from .cases import DTYPES, randn, randn_g
@@ -332,8 +333,6 @@ def test_forward_only(monkeypatch):
     """Frozen weights: no backward, no gradients' memory."""
     launches = record_launches(monkeypatch)
     c = case((3, 5), 0)
-    from wnkernel.problem import check
-
     (w,), (norm,) = TRITON.forward([check(c.v, c.g, 0)])
     assert_right_forward(c, run([c])[0]._replace(w=w, norm=norm))
     assert launches[0].kernel == "forward_one"

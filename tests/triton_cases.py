@@ -28,7 +28,7 @@ def _device() -> torch.device:
         return torch.device("cpu")
     from wnkernel.backends.triton.availability import is_interpreted
 
-    return torch.device("cpu" if is_interpreted() else "cuda")
+    return torch.empty(0, device="cpu" if is_interpreted() else "cuda").device
 
 
 DEVICE = _device()
