@@ -3,7 +3,7 @@
 # make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.13.0 triton==3.7.1
 JOBS ?= 2
 OUT ?= benchmarks/out/gpu
 
@@ -24,7 +24,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 $(STAMP): pyproject.toml
 	@mkdir -p $(@D)
 	$(if $(BIN),$(PYTHON) -m venv $(VENV))
-	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q '$(TORCH)'
+	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
 	$(PIP) install -q 'setuptools>=77' ninja pybind11
 	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[bench,lint,test]'
 	@touch $@

@@ -191,6 +191,15 @@ def test_offsets_within_a_tile_fit_in_32_bits(pitch):
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_aligned_tiles_have_shapes_of_their_own(itemsize):
+    shapes = {
+        aligned: {(t.lines, t.columns) for t in tiles(itemsize) if t.aligned is aligned}
+        for aligned in (True, False)
+    }
+    assert not shapes[True] & shapes[False]
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
 def test_a_tile_is_one_of_a_few(itemsize):
     """Shapes do not add any: that is what bounds the number of compiled variants."""
     assert len(tiles(itemsize)) == len(set(tiles(itemsize))) <= 18

@@ -10,13 +10,13 @@ import torch
 
 from wnkernel.backends.triton import launch
 from wnkernel.backends.triton.launch_table import (
-    MAX_PARTIALS,
     THREADS,
     VECTOR_BYTES,
     Kind,
     Tile,
     tiles,
 )
+from wnkernel.problem import accumulation_dtype
 
 REGISTERS = 128
 """Of a thread, at most. A processor of an NVIDIA GPU has 65536, so two programs of 256 threads can
@@ -113,24 +113,29 @@ def needed(v: Variant, tile: Tile) -> dict[str, Counter[int]]:
 
 def others(v: Variant, accesses: str) -> int:
     """Elements of a thread that are loaded or stored beside tiles: of g, norms and partial sums.
-    Triton's tensors say how many, where those of partial sums may look like a tile."""
+    Triton's tensors say how many."""
     tile = [v.tile.lines, v.tile.columns]
-    partials = 0
-    like_partials = tile == [MAX_PARTIALS // v.tile.columns, v.tile.columns]
-    if accesses == "loads" and v.finish and v.tile.kind is Kind.SEGMENTS and like_partials:
-        planes = {"forward": launch.FORWARD.planes, "backward": launch.BACKWARD.planes}
-        partials = planes[v.direction] * tile[0] * tile[1] // THREADS
     found = v.facts[f"tensor_{accesses}"]
-    return partials + sum(a["per_thread"] for a in found if a["shape"] != tile)
+    return sum(a["per_thread"] for a in found if a["shape"] != tile)
+
+
+def wide_partial_sums(v: Variant, accesses: str) -> int:
+    """16-byte accesses of a thread to the partial sums of strips, which are always aligned."""
+    if v.tile.kind is not Kind.SEGMENTS:
+        return 0
+    found = v.facts[f"tensor_{accesses}"]
+    elements = sum(a["per_thread"] for a in found if len(a["shape"]) == 3)
+    return elements * accumulation_dtype(v.types.v).itemsize // VECTOR_BYTES
 
 
 def wrong_widths(v: Variant) -> Iterator[str]:
     """Of single weights. Aligned tiles: enough wide accesses, and narrower ones only to other
-    things. Others: none of 16 bytes, unless addresses need not be multiples of that (AMD)."""
+    things. Others: none of 16 bytes but to partial sums, unless addresses need not be multiples of
+    that (AMD)."""
     for accesses, at_least in needed(v, v.tile).items():
         widths = v.widths(accesses)
         if not v.tile.aligned:
-            if v.is_cuda and (n := widths[VECTOR_BYTES]):
+            if v.is_cuda and (n := widths[VECTOR_BYTES] - wide_partial_sums(v, accesses)) > 0:
                 yield f"{v}: {n} {accesses} of 16 bytes at addresses that may not allow them"
             continue
         yield from _too_few(v, accesses, widths, at_least)

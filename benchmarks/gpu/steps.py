@@ -118,6 +118,7 @@ def _run(step: Step, cwd: Path, log: Path, limit_s: float) -> Outcome:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that the whole family can be ended
+                preexec_fn=_heed_interrupts,
             )
         except OSError as error:
             out.write(f"{error}\n")
@@ -137,6 +138,11 @@ def _run(step: Step, cwd: Path, log: Path, limit_s: float) -> Outcome:
     if code < 0:
         return Outcome(step.name, FAILED, seconds, f"killed by signal {-code}. {last}", tail)
     return Outcome(step.name, FAILED if code else PASSED, seconds, last, tail)
+
+
+def _heed_interrupts() -> None:
+    """A shell makes what it runs in the background ignore them, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

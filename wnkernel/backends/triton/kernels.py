@@ -120,13 +120,13 @@ def forward_tiles(
     end = tl.minimum(start + per_chunk, tiles)
     row, valid, first = rows_of(strip, plan, KIND, LINES, COLUMNS)
     if FINISH:
-        p, there = partial_sums(partials, strip, split, 0, 2, KIND, COLUMNS)
-        sums = tl.load(p, mask=there, other=0.0)
         p, there = partial_sums(partials, strip, split, 1, 2, KIND, COLUMNS)
         units = tl.load(p, mask=there, other=float("inf"))
-        unit = tl.min(units, 0, keep_dims=True)
-        ratio = tl.where(units == unit, 1.0, unit / units)
-        squares = tl.sum(sums * ratio * ratio, 0, keep_dims=True)
+        unit = tl.min(units, 1)
+        ratio = tl.where(units == unit[:, None, :], 1.0, unit[:, None, :] / units)
+        p, there = partial_sums(partials, strip, split, 0, 2, KIND, COLUMNS)
+        sums = tl.load(p, mask=there, other=0.0)
+        squares = tl.sum(sums * ratio * ratio, 1)
     else:
         sums = _squares(v, 1.0, start, end, strip, plan, ACC, KIND, LINES, COLUMNS, VECTOR)
         squares = row_sums(sums, rows, inner, KIND, COLUMNS)
@@ -192,7 +192,7 @@ def backward_tiles(
     inverse = 1.0 / tl.where(clamped, eps, n)
     if FINISH:
         p, there = partial_sums(partials, strip, split, 0, 1, KIND, COLUMNS)
-        s = tl.sum(tl.load(p, mask=there, other=0.0), 0, keep_dims=True)
+        s = tl.sum(tl.load(p, mask=there, other=0.0), 1)
     else:
         sums = tl.zeros([LINES, COLUMNS], ACC)
         for tile in range(start, end):

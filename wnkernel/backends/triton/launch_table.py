@@ -87,18 +87,21 @@ class Tile(NamedTuple):
 def tiles(itemsize: int) -> tuple[Tile, ...]:
     """Every tile for an element size in bytes. Their places in this tuple name them in tables."""
     full = TILE if itemsize <= 4 else TILE // 4
+    # Triton lays out tensors of one shape alike if it can, and so a weight in a list could be added
+    # up in another order than alone: no tile that is aligned may have the shape of one that is not.
+    loose = full // 4
     strip = STRIP if itemsize <= 4 else STRIP // 2
     return (
         # Rows of real convolutions are multiples of 16 bytes. At most half of a tile is empty.
         *(Tile(Kind.ROWS, max(full // n, 1), n, True) for n in _powers(64, 2 * full)),
         # Depthwise kernels and odd sizes: little memory, so that empty lanes do not matter, and
         # every element takes an address of its own.
-        *(Tile(Kind.ROWS, 1024 // n, n, False) for n in (16, 64, 512)),
-        Tile(Kind.ROWS, 1, 2048, False),
+        *(Tile(Kind.ROWS, loose // n, n, False) for n in (16, 64, loose // 2)),
+        Tile(Kind.ROWS, 1, 2 * loose, False),
         *(Tile(Kind.RUN, lines, full // lines, True) for lines in (1, 32)),
-        *(Tile(Kind.RUN, lines, 1024 // lines, False) for lines in (1, 32)),
+        *(Tile(Kind.RUN, lines, loose // lines, False) for lines in (1, 32)),
         Tile(Kind.SEGMENTS, full // 2 // strip, strip, True),
-        Tile(Kind.SEGMENTS, 1024 // strip, strip, False),
+        Tile(Kind.SEGMENTS, loose // strip, strip, False),
     )
 
 

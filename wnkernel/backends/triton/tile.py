@@ -155,14 +155,16 @@ def row_sums(sums, rows, inner, KIND: tl.constexpr, COLUMNS: tl.constexpr):
 def partial_sums(
     partials, strip, split, plane, PLANES: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Addresses of what every program of a row or strip leaves behind, and which there are."""
+    """Addresses of what every program of a row or strip leaves behind, and which there are: [1,
+    programs, columns]. Triton would lay out a tensor of two dimensions like a tile of that shape,
+    if the kernel has one, and the order of addition depends on the layout."""
     first = strip * split * PLANES + plane
     if KIND == RUN:
-        chunk = tl.arange(0, _MAX_SPLIT)[:, None]
+        chunk = tl.arange(0, _MAX_SPLIT)[None, :, None]
         return partials + first + chunk * PLANES, chunk < split
     else:
-        chunk = tl.arange(0, _MAX_PARTIALS // COLUMNS)[:, None]
-        column = tl.arange(0, COLUMNS)[None, :]
+        chunk = tl.arange(0, _MAX_PARTIALS // COLUMNS)[None, :, None]
+        column = tl.arange(0, COLUMNS)[None, None, :]
         p = tl.multiple_of(partials + first * COLUMNS, 16)
         return p + (chunk * (PLANES * COLUMNS) + column), (chunk < split) & (column < COLUMNS)
 
