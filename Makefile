@@ -1,11 +1,14 @@
 # make bench, make test: everything from a fresh clone, in a virtual environment of their own.
 # make bench VENV= : the same in the environment that is active, with the torch that it has.
+# make cuda-build-check : builds against a CUDA torch (several GB) where nvcc is; needs no GPU.
 # make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 JOBS ?= 2
 OUT ?= benchmarks/out/gpu
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.11.0
 
 ifeq ($(strip $(VENV)),)
 BIN :=
@@ -16,9 +19,9 @@ PY := $(BIN)python
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build bench test gpu-check lint format clean
+.PHONY: build bench test gpu-check cuda-build-check lint format clean
 
 # torch first: the compiled module is built against the one that is there.
 $(STAMP): pyproject.toml
@@ -42,6 +45,13 @@ test: build
 # Builds by itself, so that a failed build does not stop the rest.
 gpu-check: $(if $(BIN),$(STAMP))
 	$(PY) -m benchmarks.gpu_check --out '$(OUT)' $(ARGS)
+
+cuda-build-check:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -c 'import torch' 2>/dev/null || \
+	  $(CUDA_VENV)/bin/pip install -q $(CUDA_TORCH) 'setuptools>=77' ninja pybind11 numpy
+	WNKERNEL_BUILD=cuda $(CUDA_VENV)/bin/python setup.py -q build --build-base build/cuda
+	cd build/cuda/lib.* && $(abspath $(CUDA_VENV))/bin/python - < $(CURDIR)/tests/cuda_build_check.py
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

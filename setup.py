@@ -1,24 +1,41 @@
 """Builds the optional compiled module wnkernel._C; everything else is in pyproject.toml.
 
-WNKERNEL_BUILD=auto  (default) compiled if torch and a C++ compiler are there, else pure Python
+WNKERNEL_BUILD=auto  (default) compiled if torch and a C++ compiler are there, else pure Python;
+                     with CUDA kernels if torch has CUDA and there is an nvcc, a GPU or none
 WNKERNEL_BUILD=cpu   compiled CPU kernels or an error
 WNKERNEL_BUILD=cuda  compiled CPU and CUDA kernels or an error
 WNKERNEL_BUILD=none  pure Python
+
+TORCH_CUDA_ARCH_LIST says for which GPUs; without it, those of this machine, or else ARCHITECTURES.
 """
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 BUILD_INFO = ROOT / "wnkernel" / "_build_info.py"
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
-SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
-HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+
+
+def found(folder: str, *patterns: str) -> list[str]:
+    paths = (p for pattern in patterns for p in (ROOT / folder).glob(pattern))
+    return sorted(str(p.relative_to(ROOT)) for p in paths)
+
+
+SOURCES = found("csrc", "*.cpp", "cpu/*.cpp")
+CUDA_SOURCES = found("csrc/cuda", "*.cu", "*.cpp")
+HEADERS = found("csrc", "**/*.h", "**/*.cuh")
+
+ARCHITECTURES = {(12, 8): "8.0;9.0;10.0+PTX", (12, 1): "8.0;9.0+PTX"}
+"""From which nvcc on: data-centre GPUs since Ampere, whose code 8.6 and 8.9 run too, and PTX for
+what comes. Arguments of 32 KiB, as the kernels take them, came with CUDA 12.1."""
 
 
 def plain_line(text: str) -> None:
@@ -29,10 +46,6 @@ def wanted() -> str:
     mode = os.environ.get("WNKERNEL_BUILD", "auto")
     if mode not in ("auto", "cpu", "cuda", "none"):
         raise SystemExit(f"WNKERNEL_BUILD: expected auto, cpu, cuda or none, got {mode!r}")
-    if mode == "cuda":
-        raise SystemExit(
-            "WNKERNEL_BUILD=cuda: this version has no CUDA kernels yet; use auto or cpu"
-        )
     return mode
 
 
@@ -54,13 +67,73 @@ def compile_flags() -> list[str]:
     return [*flags, "-fopenmp"]
 
 
+# Kernels say which products are fused, so that all of them give the same bits.
+NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
+
+
 def link_flags() -> list[str]:
     return [] if platform.system() == "Darwin" else ["-Wl,--strip-all"]
 
 
-def built_for() -> str:
-    """What the compiled module in the tree was built for; empty if there is none."""
-    return BUILD_INFO.read_text(encoding="utf-8") if BUILD_INFO.exists() else ""
+def cuda_home() -> str:
+    """The CUDA toolkit; empty if there is none. torch takes the folder above that of nvcc, which
+    may be a script somewhere else."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    homes += [nvcc and str(Path(nvcc).resolve().parents[1]), "/usr/local/cuda"]
+    headers = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
+    for home in filter(None, homes):
+        if any(Path(home, folder, "cuda_runtime.h").exists() for folder in headers):
+            return home
+    return ""
+
+
+def nvcc_version(home: str) -> tuple[int, int] | None:
+    """None if it cannot be run."""
+    try:
+        said = subprocess.run(
+            [os.path.join(home, "bin", "nvcc"), "--version"],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    return (int(release[1]), int(release[2])) if release else None
+
+
+def no_cuda() -> str:
+    """Why CUDA kernels cannot be built; empty if they can, and torch knows where the toolkit is."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    home = cuda_home()
+    if not home or (version := nvcc_version(home)) is None:
+        return "no CUDA toolkit with nvcc was found: set CUDA_HOME"
+    os.environ["CUDA_HOME"] = home
+    oldest = min(ARCHITECTURES)
+    if version < oldest:
+        return f"nvcc {version[0]}.{version[1]} is too old, {oldest[0]}.{oldest[1]} is needed"
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        cards = range(torch.cuda.device_count())
+        here = sorted({"{}.{}".format(*torch.cuda.get_device_capability(k)) for k in cards})
+        known = max(v for v in ARCHITECTURES if v <= version)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(here) or ARCHITECTURES[known]
+    return ""
+
+
+def extension_of(cuda: bool) -> Extension:
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    flags = compile_flags()
+    return (CUDAExtension if cuda else CppExtension)(
+        "wnkernel._C",
+        SOURCES + (CUDA_SOURCES if cuda else []),
+        depends=HEADERS,
+        define_macros=[("WNKERNEL_CUDA", "1")] if cuda else [],
+        extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS} if cuda else flags,
+        extra_link_args=link_flags(),
+    )
 
 
 def extension_arguments() -> dict:
@@ -75,47 +148,61 @@ def extension_arguments() -> dict:
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        if mode == "cpu":
-            raise SystemExit(f"WNKERNEL_BUILD=cpu needs torch at build time: {error}") from error
+        if mode != "auto":
+            raise SystemExit(f"WNKERNEL_BUILD={mode} needs torch at build time: {error}") from error
         plain_line(
             "torch is not installed here, so this is the pure-Python package; for compiled kernels "
             "install torch first and use: pip install --no-build-isolation"
         )
         return {}
 
-    build_info = f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+    why_no_cuda = no_cuda() if mode != "cpu" else "WNKERNEL_BUILD=cpu"
+    from torch.utils.cpp_extension import BuildExtension  # reads CUDA_HOME
+
+    if mode == "cuda" and why_no_cuda:
+        raise SystemExit(f"WNKERNEL_BUILD=cuda: {why_no_cuda}")
+    if mode == "auto" and why_no_cuda and torch.version.cuda and BUILD_COMMANDS & set(sys.argv):
+        plain_line(f"there will be no CUDA kernels: {why_no_cuda}")
+    extension = extension_of(cuda=not why_no_cuda)
 
     class Build(BuildExtension):
         def run(self) -> None:
-            # A module built against another torch is out of date however new its sources are.
-            self.force = self.force or build_info != built_for()
-            BUILD_INFO.unlink(missing_ok=True)
-            try:
-                super().run()
-            except (Exception, SystemExit) as error:
-                if mode == "cpu":
-                    raise
-                self.extensions = []
-                reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-                plain_line(
-                    f"compiled kernels were not built ({reason[0]}); "
-                    "the pure-Python package works without them"
-                )
-                return
-            BUILD_INFO.write_text(build_info, encoding="utf-8")
-            if not self.inplace:  # build_py has copied the Python files already
-                target = Path(self.build_lib) / "wnkernel" / BUILD_INFO.name
-                target.write_text(build_info, encoding="utf-8")
+            attempts = [False] if why_no_cuda else [True] if mode == "cuda" else [True, False]
+            for cuda in attempts:
+                if cuda is not attempts[0]:
+                    vars(extension).update(vars(extension_of(cuda)) | self._computed())
+                try:
+                    self._build(cuda)
+                    return
+                except (Exception, SystemExit) as error:
+                    if mode != "auto":
+                        raise
+                    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                    what = "CUDA kernels" if cuda else "compiled kernels"
+                    rest = "trying without" if cuda else "the pure-Python package works without"
+                    plain_line(f"{what} were not built ({reason}); {rest} them")
+            self.extensions = []
 
-    extension = CppExtension(
-        "wnkernel._C",
-        SOURCES,
-        depends=HEADERS,
-        extra_compile_args=compile_flags(),
-        extra_link_args=link_flags(),
-    )
+        def _computed(self) -> dict:
+            """What setuptools has added to the extension."""
+            return {name: x for name, x in vars(extension).items() if name.startswith("_")}
+
+        def _build(self, cuda: bool) -> None:
+            # A module built for something else is out of date however new its sources are.
+            build_info = (
+                f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+                f'CUDA_VERSION = "{torch.version.cuda if cuda else ""}"\n'
+                f'CUDA_ARCHITECTURES = "{os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""}"\n'
+            )
+            # build_py may have copied another one there.
+            path = (ROOT if self.inplace else Path(self.build_lib)) / "wnkernel" / BUILD_INFO.name
+            there = path.read_text(encoding="utf-8") if path.exists() else ""
+            self.force = self.force or build_info != there
+            path.unlink(missing_ok=True)
+            super().run()
+            path.write_text(build_info, encoding="utf-8")
+
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 

@@ -6,6 +6,7 @@
 // which counts saved tensors, sees none of it. Outputs are never kept: that would be a reference
 // cycle.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>

@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "cpu_buffers.h"
+#include "cuda_devices.h"
 #include "fastcall.h"
 #include "ops.h"
 #include "problem.h"
@@ -56,19 +57,29 @@ std::optional<at::ScalarType> as_dtype(PyObject* object) {
 // Weights up to this size are done before another thread could have made use of the GIL.
 constexpr int64_t kHoldGil = 16384;
 
+std::string py_cuda_reason([[maybe_unused]] c10::DeviceIndex device) {
+#if defined(WNKERNEL_CUDA)
+  return cuda_reason(device);
+#else
+  return "this module has no CUDA kernels";
+#endif
+}
+
 // Whether C++ can take a weight as it is. Throws on wrong layouts and devices.
-bool is_plain_cpu(PyObject* v, PyObject* g) {
+bool is_plain_native(PyObject* v, PyObject* g) {
   if (!is_plain(v) || !is_plain(g)) return false;
   check_placement(THPVariable_Unpack(v), THPVariable_Unpack(g));
-  return THPVariable_Unpack(v).is_cpu();
+  const at::Tensor& t = THPVariable_Unpack(v);
+  return t.is_cpu() || (t.is_cuda() && py_cuda_reason(t.device().index()).empty());
 }
 
 // weight_norm(v, g, dim, eps, out_dtype), all positional. NotImplemented where Python has to look:
-// v or g is no plain tensor, __torch_function__ modes are active, v is not on the CPU.
+// v or g is no plain tensor, __torch_function__ modes are active, there are no kernels for its
+// device.
 PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5, "weight_norm: expected 5 arguments, got ", count);
-  if (at::impl::torch_function_mode_enabled() || !is_plain_cpu(args[0], args[1]))
+  if (at::impl::torch_function_mode_enabled() || !is_plain_native(args[0], args[1]))
     Py_RETURN_NOTIMPLEMENTED;
   const at::Tensor &v = THPVariable_Unpack(args[0]), &g = THPVariable_Unpack(args[1]);
   const int64_t dim = as_dim(args[2]);
@@ -99,7 +110,7 @@ PyObject* py_weight_norms(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::vector<int64_t> dim(size);
   std::vector<double> eps(size);
   for (Py_ssize_t k = 0; k < size; ++k) {
-    if (!is_plain_cpu(at(0, k), at(1, k))) Py_RETURN_NOTIMPLEMENTED;
+    if (!is_plain_native(at(0, k), at(1, k))) Py_RETURN_NOTIMPLEMENTED;
     v[k] = THPVariable_Unpack(at(0, k));
     g[k] = THPVariable_Unpack(at(1, k));
     dim[k] = as_dim(at(2, k));
@@ -128,7 +139,11 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
+#if defined(WNKERNEL_CUDA)
+  info["devices"] = std::vector<std::string>{"cpu", "cuda"};
+#else
   info["devices"] = std::vector<std::string>{"cpu"};
+#endif
   info["cpu_instruction_set"] = cpu_instruction_set();
 #if defined(_OPENMP)
   info["openmp"] = true;
@@ -159,6 +174,8 @@ pybind11::dict py_cpu_buffers() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of wnkernel; importing registers torch.ops.wnkernel.";
   m.def("build_info", wnkernel::build_info, "What this module was built with.");
+  m.def("cuda_reason", wnkernel::py_cuda_reason,
+        "Why kernels cannot run on a CUDA device; empty if they can.");
   m.def("row_view", wnkernel::py_row_view, "(outer, rows, inner) of a dense, non-empty tensor.");
   m.def("cpu_buffers", wnkernel::py_cpu_buffers, "Bytes that idle buffers and tensors hold.");
   m.def("release_cpu_buffers", wnkernel::release_cpu_buffers, "Free all idle buffers.");

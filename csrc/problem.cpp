@@ -108,6 +108,12 @@ void check_backward_lengths(at::TensorList grad_w, at::TensorList v, at::TensorL
   check_length("need_g", need_g.size(), v.size());
 }
 
+void check_one_device(at::TensorList v) {
+  for (size_t k = 1; k < v.size(); ++k)
+    TORCH_CHECK_VALUE(v[k].device() == v[0].device(), "v: expected all on ", v[0].device(),
+                      ", entry ", k, " is on ", v[k].device());
+}
+
 RowView row_view(const at::Tensor& v, int64_t dim) {
   dim = canonical_dim(dim, v.dim());
   if (dim == kWholeTensor || v.size(dim) == 1) return {1, 1, v.numel()};
@@ -119,8 +125,8 @@ at::ScalarType accumulation_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
+DType dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
     case at::kHalf:
       return DType::f16;
     case at::kBFloat16:

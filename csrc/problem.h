@@ -30,13 +30,16 @@ void check_backward_lengths(at::TensorList grad_w, at::TensorList v, at::TensorL
                             at::TensorList norm, at::IntArrayRef dim, at::ArrayRef<double> eps,
                             at::IntArrayRef need_v, at::IntArrayRef need_g);
 
+// The dispatcher chooses by any of a list; throws ValueError if v are not all on one device.
+void check_one_device(at::TensorList v);
+
 // [outer, rows, inner] of a dense, non-empty tensor, in memory order.
 RowView row_view(const at::Tensor& v, int64_t dim);
 
 // float64 for float64, float32 for the others.
 at::ScalarType accumulation_dtype(at::ScalarType dtype);
 
-DType dtype_of(const at::Tensor& t);
+DType dtype_of(at::ScalarType dtype);
 
 // Writes so far, as autograd counts them; inference tensors have no counter.
 inline int64_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }

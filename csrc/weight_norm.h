@@ -56,6 +56,25 @@ struct Threads {
 void forward_cpu(const Forward* problems, int64_t count, const Threads& threads);
 void backward_cpu(const Backward* problems, int64_t count, const Threads& threads);
 
+// How a CUDA launcher reaches the caller's stream and memory. Nothing waits for the device.
+struct CudaLaunch {
+  void* stream;
+  void* context;
+  // Memory that stays until what is on the stream by the end of the call is done.
+  void* (*workspace)(void* context, int64_t bytes);
+};
+
+// Whether there are kernels for v and w (or grad_w) of these types; problems have to be of such.
+bool cuda_takes(DType v_type, DType w_type);
+
+// 0 if there is code for the current device, else a CUDA error.
+int cuda_supports_device();
+
+// On the current device. Every problem must have numel > 0. Returns the first CUDA error, or 0.
+// Same bits for any neighbours and any card of one architecture.
+int forward_cuda(const Forward* problems, int64_t count, const CudaLaunch& on);
+int backward_cuda(const Backward* problems, int64_t count, const CudaLaunch& on);
+
 // Name of the instruction set that the CPU kernels use on this machine.
 const char* cpu_instruction_set();
 

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .groups import LAYERS, layer, originals, ramp
+from .messages import here
 
 
 def aim(p: Tensor) -> Tensor:
@@ -206,6 +207,13 @@ def converted(setting: str) -> Change:
     return change
 
 
+def _that_reach(device: torch.device, table: dict[str, Change]) -> dict[str, Change]:
+    """numpy and ctypes write to the CPU's memory only."""
+    if device.type == "cpu":
+        return table
+    return {name: table[name] for name in table if "numpy" not in name and "point" not in name}
+
+
 SEEN: dict[str, Change] = {
     "SGD": training_step(SGD, lr=0.1),
     "SGD foreach": training_step(SGD, lr=0.1, momentum=0.9, foreach=True),
@@ -264,6 +272,7 @@ UNSEEN: dict[str, Change] = {
 }
 """Changes that leave no trace: only the default sees them. docs/fuse.md lists them."""
 
+SEEN, UNSEEN = (_that_reach(here(), table) for table in (SEEN, UNSEEN))
 ALL = SEEN | SWAPS | UNSEEN
 
 

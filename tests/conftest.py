@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,12 @@ from .groups import computed, python_slots
 
 __all__ = ["computed", "python_slots"]
 
-COMPILED = [name for name, backend in BACKENDS.items() if isinstance(backend, CompiledBackend)]
+COMPILED = [
+    name
+    for name, backend in BACKENDS.items()
+    if isinstance(backend, CompiledBackend) and (name != "cuda" or torch.cuda.is_available())
+]
+ON_GPUS = [name for name in BACKENDS if name not in ("cpu", "eager")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,8 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (device := config.getoption("--device")) != "cpu":
-        torch.set_default_device(device)
+    if (device := config.getoption("--device")) == "cpu":
+        return
+    torch.set_default_device(device)
+    # Models are compared by their bits, and some with torch's deterministic algorithms on.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +51,7 @@ that is called from Python, and the interpreter takes 15 ms for a launch; on a G
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = list(BACKENDS)
+    names = [name for name in BACKENDS if name != "cuda" or torch.cuda.is_available()]
     file = metafunc.module.__name__.rpartition(".")[2]
     if file.startswith("test_group") and file not in INTERPRETED and not torch.cuda.is_available():
         names.remove("triton")
@@ -52,8 +62,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that can run here, asked for by name."""
-    yield from _on(request.param)
+    """Every backend that can run on the device of the tests, asked for by name."""
+    yield from only(request.param)
 
 
 @pytest.fixture
@@ -61,13 +71,21 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend, and the automatic choice, which has a shorter way into the compiled module."""
     if request.param == AUTO and not _ops.loaded():
         pytest.skip("without wnkernel._C the automatic choice is the eager backend")
-    yield from _on(request.param)
+    yield from only(request.param)
 
 
 @pytest.fixture(params=COMPILED)
 def compiled_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend of the compiled module."""
-    yield from _on(request.param)
+    yield from only(request.param)
+
+
+@pytest.fixture(params=ON_GPUS)
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend with kernels of ours for GPUs, where the tests run on one."""
+    if (device := torch.empty(0).device).type != "cuda":
+        pytest.skip(f"needs a GPU (--device cuda), the tests run on {device}")
+    yield from only(request.param)
 
 
 @pytest.fixture
@@ -78,8 +96,9 @@ def ops() -> object:
     return torch.ops.wnkernel
 
 
-def _on(name: str) -> Iterator[str]:
-    if name != AUTO and (why := BACKENDS[name].missing()):
+def only(name: str) -> Iterator[str]:
+    """Asks for a backend; skips where it does not run."""
+    if name != AUTO and (why := BACKENDS[name].reasons(torch.empty(0))):
         pytest.skip(f"{name}: {'; '.join(why)}")
     with wnkernel.use_backend(name):
         yield name

@@ -10,6 +10,11 @@ import torch
 FLOATS = "float16, bfloat16, float32 or float64"
 
 
+def here() -> torch.device:
+    """Where the tests create their tensors."""
+    return torch.empty(0).device
+
+
 def message(argument: str, expected: str, got: str) -> str:
     """A pattern for one message."""
     return rf"^{re.escape(argument)}: expected .*{expected}.*got .*({got})"

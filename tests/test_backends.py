@@ -14,6 +14,7 @@ from wnkernel import _ops
 from wnkernel import functional as F
 from wnkernel.backends import BACKENDS, choice, choose
 
+from .conftest import only
 from .processes import python
 
 
@@ -230,3 +231,17 @@ def test_info_on_the_command_line():
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["wnkernel"] == wnkernel.__version__
     assert result.stderr == ""
+
+
+def test_tests_leave_out_backends_for_other_devices():
+    """Those that can run here, but not on the device that the tests are run on."""
+    with torch.device("meta"):
+        skipped = {}
+        for name in BACKENDS:
+            try:
+                assert next(only(name)) == name
+            except pytest.skip.Exception as why:
+                skipped[name] = str(why)
+    assert {*skipped} == {*BACKENDS} - {"eager"}
+    for name, why in skipped.items():
+        assert why == f"{name}: {'; '.join(BACKENDS[name].reasons(torch.empty(0, device='meta')))}"

@@ -9,7 +9,7 @@ import wnkernel
 from wnkernel import functional as F
 from wnkernel.backends import BACKENDS
 
-from .messages import FLOATS, message, quantised
+from .messages import FLOATS, here, message, quantised
 
 
 def v(**options) -> torch.Tensor:
@@ -52,7 +52,7 @@ CASES = {
         "at least 1 dim",
         "0-dim",
     ),
-    "device of g": (lambda: (v(), g(device="meta")), ValueError, "g", "device cpu", "meta"),
+    "device of g": (lambda: (v(), g(device="meta")), ValueError, "g", f"device {here()}", "meta"),
     "eps negative": (lambda: (v(), g(), 0, -1.0), ValueError, "eps", ">= 0", "-1"),
     "eps infinite": (lambda: (v(), g(), 0, float("inf")), ValueError, "eps", ">= 0", "inf"),
     "eps NaN": (lambda: (v(), g(), 0, float("nan")), ValueError, "eps", ">= 0", "nan"),

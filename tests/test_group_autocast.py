@@ -28,7 +28,7 @@ all_low = pytest.mark.parametrize("low", LOW, ids=str)
 
 
 def autocast(dtype: torch.dtype = torch.bfloat16, enabled: bool = True) -> torch.autocast:
-    return torch.autocast("cpu", dtype=dtype, enabled=enabled)
+    return torch.autocast(torch.empty(0).device.type, dtype=dtype, enabled=enabled)
 
 
 class Wide(nn.Sequential):

@@ -122,7 +122,7 @@ def test_a_default_device_does_not_part_the_launch(
 ) -> None:
     """It is a function mode, to torch."""
     model, _, _ = twins(reuse)
-    with torch.device("cpu"):
+    with torch.empty(0).device:
         model()
     launches, alone = computed.take()
     assert ({*launches}, alone) == ({7}, 0)  # torch asks the mode first, and comes once more

@@ -11,22 +11,7 @@ from wnkernel import functional as F
 
 from . import reference
 from .cases import DTYPES, LAYOUTS, empty, g_shape, layout_dims, randn, randn_g
-
-
-def arguments(dim, dtype=torch.float32, shape=(3, 4, 5), layout="contiguous", grad=False):
-    v, g = randn(shape, dtype, layout), randn_g(shape, dim, dtype)
-    return v.requires_grad_(grad), g.requires_grad_(grad), -1 if dim is None else dim
-
-
-def lists(*problems):
-    """Arguments of backward, a list each, from ``(v, g, dim)`` problems."""
-    v, g, dim = (list(column) for column in zip(*problems, strict=True))
-    grad_w = [torch.randn_like(t) for t in v]
-    norm = [
-        reference.norm(t.detach(), d).to(torch.float64 if t.dtype == torch.float64 else torch.float)
-        for t, d in zip(v, dim, strict=True)
-    ]
-    return grad_w, v, g, norm, dim, [0.0] * len(v)
+from .operators import arguments, lists
 
 
 @pytest.mark.parametrize("grad", [False, True])

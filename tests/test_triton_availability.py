@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,8 @@ from wnkernel import functional as F
 from wnkernel.backends import choose
 from wnkernel.backends.triton import availability
 
-from .processes import python
-from .triton_cases import TRITON, fresh, needs_triton, rows_case, run
+from .processes import ROOT, python
+from .triton_cases import OLDEST_TRITON, TRITON, fresh, needs_triton, rows_case, run
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,25 @@ def with_import(monkeypatch, outcome):
 
     original = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", import_module)
+
+
+class Driver:
+    """What compiled kernels are launched with: built when it is first used."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+
+    @property
+    def utils(self) -> object:
+        if self._error is not None:
+            raise self._error
+        return object()
+
+
+def a_triton(version: str, error: Exception | None = None) -> SimpleNamespace:
+    """As much of a Triton as is looked at."""
+    driver = SimpleNamespace(active=Driver(error))
+    return SimpleNamespace(__version__=version, runtime=SimpleNamespace(driver=driver))
 
 
 GPU = SimpleNamespace(device=torch.device("cuda", 0))
@@ -74,26 +94,27 @@ def test_triton_that_cannot_be_imported(monkeypatch, error):
 @pytest.mark.parametrize(
     ("version", "too_old"),
     [
-        ("2.3.1", True), ("3.2.0", True), ("3.2.0+git35c6c7c6", True), ("", True),
-        ("3.3.0", False), ("3.3.1+gitc8757738", False), ("3.10.0", False), ("4.0.0", False),
+        ("2.3.1", True), ("3.2.0+git35c6c7c6", True), ("3.3.1", True), ("", True),
+        ("3.4.0", False), ("3.5.1+gitc8757738", False), ("3.10.0", False), ("4.0.0", False),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("looked_up_again")
 @needs_triton
 def test_the_oldest_triton(monkeypatch, version, too_old):
-    with_import(monkeypatch, SimpleNamespace(__version__=version))
+    with_import(monkeypatch, a_triton(version))
     if not too_old:
         assert TRITON.missing() == []
         return
     (why,) = TRITON.missing()
-    assert f"triton {version} is too old, 3.3 or later is needed" in why
-    with pytest.raises(RuntimeError, match=r"too old, 3\.3"), wnkernel.use_backend("triton"):
+    assert f"triton {version} is too old, 3.4 or later is needed" in why
+    with pytest.raises(RuntimeError, match=r"too old, 3\.4"), wnkernel.use_backend("triton"):
         pass
 
 
 @pytest.mark.usefixtures("looked_up_again")
 @needs_triton
 def test_no_gpu(monkeypatch):
+    with_import(monkeypatch, a_triton("3.4.0"))
     monkeypatch.setattr(availability, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(availability, "_has_xpu", lambda: False)
@@ -101,6 +122,36 @@ def test_no_gpu(monkeypatch):
     monkeypatch.setattr(availability, "_has_xpu", lambda: True)
     availability.missing.cache_clear()
     assert TRITON.missing() == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]),  # there is no Python.h
+        AssertionError("libcuda.so cannot found!"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.usefixtures("looked_up_again")
+@needs_triton
+def test_a_driver_that_cannot_be_built(monkeypatch, error):
+    """Triton compiles C when it first sees a GPU."""
+    with_import(monkeypatch, a_triton("3.4.0", error))
+    monkeypatch.setattr(availability, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (why,) = TRITON.missing()
+    assert "a C compiler and Python's headers" in why
+    assert str(error) in why
+    assert TRITON.reasons(GPU) == [why]
+    assert choose(GPU).name == "eager"
+    with pytest.raises(RuntimeError, match="C compiler"), wnkernel.use_backend("triton"):
+        pass
+
+
+def test_the_oldest_triton_is_the_one_that_is_asked_for():
+    assert f'"triton>={OLDEST_TRITON}; ' in (ROOT / "pyproject.toml").read_text()
+    assert f"Triton {OLDEST_TRITON} or later" in (ROOT / "docs" / "gpu.md").read_text()
 
 
 @pytest.fixture
@@ -176,19 +227,21 @@ class Importers:
 sys.meta_path.insert(0, Importers())
 import json, torch, wnkernel
 from wnkernel.backends import choose
+from wnkernel.backends.triton import availability
 layer = wnkernel.weight_norm(torch.nn.Linear(3, 4))
 wnkernel.fuse(layer)
 layer(torch.ones(2, 3)).sum().backward()
 early = [name for name in Importers.found if "wnkernel" in name]
 early += ["launch"] if "wnkernel.backends.triton.launch" in sys.modules else []
 names = [choose(torch.ones(3, device=device)).name for device in ("cpu", "meta")]
+imports = availability.missing.cache_info().misses
 raised = []
 try:
     with wnkernel.use_backend("triton"):
         wnkernel.functional.weight_norm(torch.ones(3, 4), torch.ones(3, 1))
 except RuntimeError as error:
     raised.append(str(error))
-print(json.dumps([early, names, raised, wnkernel.info()]))
+print(json.dumps([early, imports, names, raised, wnkernel.info()]))
 """
 
 
@@ -209,8 +262,9 @@ def test_an_installation_without_compiled_kernels(setup, interpret, why):
     assert result.returncode == 0, result.stderr
     if why:  # else the interpreter ran, in which numpy warns of divisions by zero
         assert result.stderr == ""
-    early, names, raised, info = json.loads(result.stdout)
+    early, imports, names, raised, info = json.loads(result.stdout)
     assert early == []
+    assert imports == int(interpret)  # whether a GPU is there need not be known for other devices
     assert names == ["eager", "eager"]
     assert len(info["backends"]["triton"]) == len(raised) == bool(why)
     assert why in "".join(info["backends"]["triton"])

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wnkernel
 from wnkernel import functional as F
+from wnkernel.backends import gpu_operators
 from wnkernel.backends.triton import arrays
 from wnkernel.problem import check
 
@@ -230,7 +231,10 @@ def test_second_derivatives_of_split_rows(monkeypatch, eps):
 
 @needs_triton
 @pytest.mark.parametrize("count", [1, 3])
-def test_compiled_in_one_graph(count):
+def test_without_operators_the_composed_formula_is_compiled(monkeypatch, count):
+    """Operators are what wnkernel._C has; tests/test_triton_operators.py."""
+    monkeypatch.setattr(gpu_operators, "devices", [])
+    launches = record_launches(monkeypatch)
     torch.compiler.reset()
     shapes = [((6, 5, 4), 0), ((6, 5, 4), 1), ((7, 9), None)][:count]
     vs = [randn(shape).to(DEVICE).requires_grad_() for shape, _ in shapes]
@@ -242,7 +246,10 @@ def test_compiled_in_one_graph(count):
 
     with wnkernel.use_backend("triton"):
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-        got, want = compiled(vs, gs), step(vs, gs)
+        got = compiled(vs, gs)
+        assert launches == []
+        want = step(vs, gs)
+        assert len(launches) == 1
         torch.testing.assert_close(got, want)
         grads = [
             torch.autograd.grad(sum(y.square().sum() for y in ys), [*vs, *gs]) for ys in (got, want)

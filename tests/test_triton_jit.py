@@ -7,8 +7,9 @@ import json
 import pytest
 
 from .processes import python
+from .triton_cases import OLDEST_TRITON
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion=OLDEST_TRITON, reason="needs Triton")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ from itertools import product
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.3", reason="needs Triton")
+from .triton_cases import OLDEST_TRITON
+
+pytest.importorskip("triton", minversion=OLDEST_TRITON, reason="needs Triton")
 
 from wnkernel.backends.triton import launch
 from wnkernel.backends.triton.launch_table import Kind, tiles

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wnkernel.backends import BACKENDS
-from wnkernel.backends.triton import launch_table
+from wnkernel.backends.triton import availability, launch_table
 from wnkernel.backends.triton.launch_table import VECTOR_BYTES, Kind, Plan, Tile, plan, tiles
 from wnkernel.problem import accumulation_dtype, check, row_view
 
@@ -20,15 +20,16 @@ from .cases import randn, randn_g
 
 TRITON = BACKENDS["triton"]
 WHY_NOT = "; ".join(TRITON.missing())
+OLDEST_TRITON = ".".join(map(str, availability.OLDEST))
+"""For modules that import Triton themselves."""
+
 needs_triton = pytest.mark.skipif(bool(WHY_NOT), reason=f"triton: {WHY_NOT}")
 
 
 def _device() -> torch.device:
     if WHY_NOT:
         return torch.device("cpu")
-    from wnkernel.backends.triton.availability import is_interpreted
-
-    return torch.empty(0, device="cpu" if is_interpreted() else "cuda").device
+    return torch.empty(0, device="cpu" if availability.is_interpreted() else "cuda").device
 
 
 DEVICE = _device()
@@ -187,7 +188,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def split_early(monkeypatch: pytest.MonkeyPatch, fill: int = 4) -> None:
     """Rows and strips of two tiles and more are split, into ``fill`` programs all together."""
-    for name, value in (("SPLIT_FROM", 0), ("SPLIT_TILES", 1), ("FILL", fill)):
+    for name, value in (("SPLIT_TILES", 1), ("FILL", fill)):
         monkeypatch.setattr(launch_table, name, value)
     plan.cache_clear()
 

@@ -116,6 +116,7 @@ def _cuda(asm: Mapping[str, Any], cuobjdump: str, disassemble: bool) -> dict[str
     takes half a second, as long as compiling a kernel for single weights."""
     encodings = _encodings(asm["ttgir"])
     described = {
+        "promises": _promises(asm["ttir"]),
         "loads": _ptx_widths("ld", asm["ptx"]),
         "stores": _ptx_widths("st", asm["ptx"]),
         "fused": _fused(r"\bfma\.[.\w]*f(?:32|64)(x2)?\b", asm["ptx"]),
@@ -144,6 +145,7 @@ def _amd(asm: Mapping[str, Any]) -> dict[str, Any]:
     facts = {k: int(n) for k, n in re.findall(r"^\s+\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
     spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     return {
+        "promises": _promises(asm["ttir"]),
         "registers": facts["vgpr_count"],
         "spilled_bytes": sum(facts[name] for name in spilled),
         "loads": _amd_widths("load", code),
@@ -172,6 +174,12 @@ def _amd_widths(instruction: str, code: str) -> Counter[int]:
     pattern = rf"\b(?:global|buffer|flat)_{instruction}_([a-z]+)(?:_d16(?:_hi)?)?(?:x(\d))?\b"
     found = re.findall(pattern, code)
     return Counter(AMD_BYTES[word] * int(times or 1) for word, times in found)
+
+
+def _promises(ttir: str) -> list[tuple[str, int]]:
+    """What pointers point to, and of how many bytes their addresses are said to be multiples."""
+    pattern = r"tt\.divisibility = dense<(\d+)> .*: !tt\.ptr<(\w+)>"
+    return sorted({(of, int(n)) for n, of in re.findall(pattern, ttir)})
 
 
 def _encodings(ttgir: str) -> dict[str, str]:

@@ -13,39 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Problem, check, check_grad_w, is_dense, norm_shape
+from .problem import Problem, check, check_backward, check_forward, is_dense, norm_shape
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    """The compiled module, or None and one line on why it is not there."""
+def _load() -> tuple[ModuleType | None, dict[str, Any], str]:
+    """The compiled module and what it was built with, or None and one line on why it is not
+    there."""
     try:
-        from ._build_info import TORCH_VERSION
+        from ._build_info import CUDA_ARCHITECTURES, CUDA_VERSION, TORCH_VERSION
     except ImportError:
-        return None, "wnkernel._C is not built (a pure-Python install)"
+        return None, {}, "wnkernel._C is not built (a pure-Python install)"
     if _minor(TORCH_VERSION) != _minor(torch.__version__):
         here = torch.__version__
-        return None, f"wnkernel._C was built for torch {TORCH_VERSION}, this is torch {here}"
+        return None, {}, f"wnkernel._C was built for torch {TORCH_VERSION}, this is torch {here}"
     try:
         from . import _C
     except ImportError as error:
-        return None, f"wnkernel._C cannot be loaded: {error}"
-    return _C, ""
+        return None, {}, f"wnkernel._C cannot be loaded: {error}"
+    info = _C.build_info()
+    if CUDA_VERSION:
+        info |= {"cuda": CUDA_VERSION, "cuda_architectures": CUDA_ARCHITECTURES}
+    return _C, info, ""
 
 
 def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-_C, _LOAD_ERROR = _load()
+_C, BUILD_INFO, _LOAD_ERROR = _load()
+"""BUILD_INFO: what ``wnkernel._C`` was built with; empty without it."""
 
 
 def loaded() -> bool:
     """Whether ``wnkernel._C`` is there and was loaded."""
     return _C is not None
-
-
-BUILD_INFO: dict[str, Any] = {} if _C is None else _C.build_info()
-"""What ``wnkernel._C`` was built with; empty without it."""
 
 
 native_weight_norm = None if _C is None else _C.weight_norm
@@ -73,6 +74,12 @@ def release_cpu_buffers() -> None:
     """Give the idle buffers of :func:`cpu_buffers` back to the system."""
     if _C is not None:
         _C.release_cpu_buffers()
+
+
+def cuda_reason(device: torch.device) -> str:
+    """Why ``wnkernel._C`` has no code for a CUDA device; empty if it has. Not to be asked without
+    the module."""
+    return _C.cuda_reason(device.index)
 
 
 def load_error() -> str:
@@ -107,8 +114,7 @@ if _C is not None:
         eps: Sequence[float],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        weights = zip(v, g, dim, eps, strict=True)
-        results = [_fake_forward(check(*weight, out_dtype)) for weight in weights]
+        results = [_fake_forward(p) for p in check_forward(v, g, dim, eps, out_dtype)]
         return [w for w, _ in results], [norm for _, norm in results]
 
     @torch.library.register_fake("wnkernel::backward")
@@ -122,8 +128,7 @@ if _C is not None:
         need_v: Sequence[int],
         need_g: Sequence[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        for grad, *weight in zip(grad_w, v, g, dim, eps, strict=True):
-            check_grad_w(grad, check(*weight))
+        check_backward(grad_w, v, g, norm, dim, eps, need_v, need_g)
         return (
             [_fake_like(x, x.dtype) for x, need in zip(v, need_v, strict=True) if need],
             [torch.empty_like(x) for x, need in zip(g, need_g, strict=True) if need],

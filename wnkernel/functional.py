@@ -15,7 +15,14 @@ from . import _autograd, _ops, composed
 from .backends import choice, choose, gpu_operators
 from .backends.base import Backend, PythonBackend
 from .backends.compiled import CompiledBackend
-from .problem import Problem, accumulation_dtype, check, check_v
+from .problem import (
+    Problem,
+    accumulation_dtype,
+    check,
+    check_forward,
+    check_lengths,
+    check_v,
+)
 
 _native = _ops.native_weight_norm
 _native_list = _ops.native_weight_norms
@@ -97,9 +104,7 @@ def weight_norms(
     """
     v, g, dim = list(v), list(g), list(dim)
     eps = [0.0] * len(v) if eps is None else list(eps)
-    for name, entries in (("g", g), ("dim", dim), ("eps", eps)):
-        if len(entries) != len(v):
-            raise ValueError(f"{name}: expected {len(v)} entries (one per v), got {len(entries)}")
+    check_lengths(len(v), g=g, dim=dim, eps=eps)
     if not v:
         return []
     if _native_list is not None and not is_compiling() and choice.forced is None:
@@ -110,13 +115,7 @@ def weight_norms(
         return handle_torch_function(
             weight_norms, (*v, *g), v, g, dim, eps=eps, out_dtype=out_dtype
         )
-    problems = [check(*weight, out_dtype) for weight in zip(v, g, dim, eps, strict=True)]
-    for p in problems:
-        if p.v.device != v[0].device:
-            raise ValueError(
-                f"v: expected all on device {v[0].device} (that of the first), got {p.v.device}"
-            )
-    return _weight_norms_checked(problems, out_dtype)
+    return _weight_norms_checked(check_forward(v, g, dim, eps, out_dtype), out_dtype)
 
 
 def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:

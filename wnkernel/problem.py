@@ -7,6 +7,7 @@ the compiled operators, and tests/test_problem.py holds the two together.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,14 +148,7 @@ def check(
     """
     dim = check_v(v, dim)
     _check_tensor("g", g)
-    if g.device != v.device:
-        raise ValueError(f"g: expected device {v.device} (that of v), got {g.device}")
-    expected = norm_shape(v.shape, dim)
-    if g.shape != expected:
-        raise ValueError(
-            f"g: expected shape {list(expected)} for v of shape {list(v.shape)} and dim "
-            f"{dim}, got {list(g.shape)}"
-        )
+    _check_norm_like("g", g, v, dim)
     eps = check_eps(eps)
     if out_dtype is None:
         out_dtype = v.dtype
@@ -163,20 +157,61 @@ def check(
     return Problem(v, g, dim, eps, out_dtype)
 
 
-def check_grad_w(grad_w: Tensor, p: Problem) -> None:
-    """Check the gradient of ``w`` that a backward is called with.
+def check_lengths(count: int, **lists: Sequence[object]) -> None:
+    """Check that lists have an entry for each of ``count`` weights.
 
     Raises:
-        TypeError: no dense floating-point tensor.
-        ValueError: another shape or device than v's.
+        ValueError: one has not.
     """
-    _check_tensor("grad_w", grad_w)
-    if grad_w.device != p.v.device:
-        raise ValueError(f"grad_w: expected device {p.v.device} (that of v), got {grad_w.device}")
-    if grad_w.shape != p.v.shape:
-        raise ValueError(
-            f"grad_w: expected shape {list(p.v.shape)} (that of v), got {list(grad_w.shape)}"
-        )
+    for name, entries in lists.items():
+        if len(entries) != count:
+            raise ValueError(f"{name}: expected {count} entries (one per v), got {len(entries)}")
+
+
+def check_forward(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[int | None],
+    eps: Sequence[float],
+    out_dtype: torch.dtype | None = None,
+) -> list[Problem]:
+    """Check the arguments of a list of weight norms.
+
+    Raises:
+        TypeError: as :func:`check`.
+        ValueError: as :func:`check`; lists of different lengths; weights on different devices.
+    """
+    check_lengths(len(v), g=g, dim=dim, eps=eps)
+    problems = [check(*weight, out_dtype) for weight in zip(v, g, dim, eps, strict=True)]
+    for k, t in enumerate(v):
+        if t.device != v[0].device:
+            raise ValueError(f"v: expected all on {v[0].device}, entry {k} is on {t.device}")
+    return problems
+
+
+def check_backward(
+    grad_w: Sequence[Tensor],
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    norm: Sequence[Tensor],
+    dim: Sequence[int],
+    eps: Sequence[float],
+    need_v: Sequence[int],
+    need_g: Sequence[int],
+) -> list[Problem]:
+    """Check the arguments of the first derivatives of a list.
+
+    Raises:
+        TypeError: a tensor of the wrong kind or dtype.
+        ValueError: as :func:`check_forward`; a gradient or norms of the wrong shape or device.
+    """
+    check_lengths(len(v), g=g, dim=dim, eps=eps, grad_w=grad_w, norm=norm)
+    check_lengths(len(v), need_v=need_v, need_g=need_g)
+    problems = check_forward(v, g, dim, eps)
+    for p, grad, n in zip(problems, grad_w, norm, strict=True):
+        _check_grad_w(grad, p)
+        _check_norm(n, p)
+    return problems
 
 
 _FLOAT_NAMES = "float16, bfloat16, float32 or float64"
@@ -190,3 +225,34 @@ def _check_tensor(name: str, t: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense strided tensor, got a {kind} one")
     if t.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected dtype {_FLOAT_NAMES}, got {t.dtype}")
+
+
+def _check_device(name: str, t: Tensor, v: Tensor) -> None:
+    if t.device != v.device:
+        raise ValueError(f"{name}: expected device {v.device} (that of v), got {t.device}")
+
+
+def _check_norm_like(name: str, t: Tensor, v: Tensor, dim: int) -> None:
+    _check_device(name, t, v)
+    expected = norm_shape(v.shape, dim)
+    if t.shape != expected:
+        raise ValueError(
+            f"{name}: expected shape {list(expected)} for v of shape {list(v.shape)} and dim "
+            f"{dim}, got {list(t.shape)}"
+        )
+
+
+def _check_grad_w(grad_w: Tensor, p: Problem) -> None:
+    _check_tensor("grad_w", grad_w)
+    _check_device("grad_w", grad_w, p.v)
+    if grad_w.shape != p.v.shape:
+        raise ValueError(
+            f"grad_w: expected shape {list(p.v.shape)} (that of v), got {list(grad_w.shape)}"
+        )
+
+
+def _check_norm(norm: Tensor, p: Problem) -> None:
+    _check_tensor("norm", norm)
+    _check_norm_like("norm", norm, p.v, p.dim)
+    if norm.dtype != p.acc_dtype:
+        raise TypeError(f"norm: expected dtype {p.acc_dtype}, got {norm.dtype}")

@@ -9,15 +9,12 @@ from ..results import COPY, FUSED, OURS, TORCH, Result
 from ..summary import geometric_mean
 from . import copying, hosts, single, whole
 from .plan import KEY, LARGE_BYTES
-from .traffic import BACKWARD, FORWARD
+from .traffic import BACKWARD, FORWARD, model_launches
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 MB = 1e6
 BOTH = "both"
 """Forward and backward together: the sum of their medians."""
-
-LAUNCHES = 4
-"""Of a fused model: two forward, two backward."""
 
 HOST_BOUND = 1.5
 """torch waits for the host where its wall time is this many times its device time."""
@@ -181,12 +178,13 @@ def model_lines(results: Sequence[Result]) -> list[Line]:
         for phase in (whole.GRAPH, whole.STREAM):
             fused = phases.get(phase, {}).get(FUSED)
             if fused is not None:
-                limit = fused.bytes / speed / 1e6 + LAUNCHES * launch
+                launches = model_launches(name, fused.backend)
+                limit = fused.bytes / speed / 1e6 + launches * launch
                 times = fused.median_ms / limit
                 figure = (
                     f"{times:.2f} ({fused.median_ms:.3f} ms; {fused.ratio_to_torch:.2f} x torch)"
                 )
-                title = f"{name} fused, {phase} / (five arrays + {LAUNCHES} launches)"
+                title = f"{name} fused, {phase} / (five arrays + {launches} launches)"
                 lines.append(Line(title, figure, "<= 1.3", times <= 1.3))
         wall, device = phases.get(whole.WALL, {}), phases.get(whole.STREAM, {})
         if FUSED in wall and TORCH in device:

@@ -16,6 +16,21 @@ from .steps import OWN_LIMIT, Step
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 
+NO_GPU_NEEDED = (
+    "test_buffers.py",
+    "test_cuda_*.py",
+    "test_gpu_*.py",
+    "test_group_distributed.py",
+    "test_group_fully_shard.py",
+    "test_instruction_sets.py",
+    "test_triton_balance.py",
+    "test_triton_jit.py",
+    "test_triton_offline.py",
+    "test_triton_plan.py",
+    "test_triton_variants.py",
+)
+"""Tests that are the same on every machine, and take their time: CI runs them."""
+
 TEST_PROCESSES = 8
 DUMP_S = 60
 """A test that takes longer writes where it is."""
@@ -33,7 +48,8 @@ INFO = """if True:
 
 def steps(out: Path) -> list[Step]:
     """All steps, in their order, writing to a folder."""
-    return [_machine(), _build(), _info(), _tests(out), *map(_sanitizer, TOOLS), *_benchmarks(out)]
+    sanitizers = map(_sanitizer, TOOLS)
+    return [_machine(), _build(), _info(), _tests(out), _kernels(), *sanitizers, *_benchmarks(out)]
 
 
 def _python(*arguments: str) -> list[str]:
@@ -68,7 +84,8 @@ def _tests(out: Path) -> Step:
     command += ["-o", f"faulthandler_timeout={DUMP_S}", f"--junitxml={out.resolve() / 'tests.xml'}"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
-    command += [f"--ignore={path.relative_to(ROOT)}" for path in not_importable(TESTS)]
+    left_out = {*not_importable(TESTS), *(p for name in NO_GPU_NEEDED for p in TESTS.glob(name))}
+    command += [f"--ignore={path.relative_to(ROOT)}" for path in sorted(left_out)]
     return Step(name, [*command, "tests"], limit_s, reserve_s, environment=_environment())
 
 
@@ -81,6 +98,14 @@ def not_importable(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.glob("test_*.py")) if imports.search(p.read_text())]
 
 
+KERNELS = _python("-m", "benchmarks.gpu.sanitized")
+
+
+def _kernels() -> Step:
+    """Without a tool first: what Triton compiles is kept on disk, and need not be watched."""
+    return Step("kernels", KERNELS, 90.0, 20.0, environment=_environment())
+
+
 def _sanitizer(tool: str) -> Step:
     found = sanitizer()
     absent = "" if found else f"{SANITIZER} was not found"
@@ -88,7 +113,7 @@ def _sanitizer(tool: str) -> Step:
     command += ["--target-processes", "application-only"]
     return Step(
         tool,
-        [*command, *_python("-m", "benchmarks.gpu.sanitized")],
+        [*command, *KERNELS],
         60.0,
         absent=absent,
         # every tensor an allocation of its own: within torch's pools nothing is out of bounds

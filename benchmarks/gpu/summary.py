@@ -29,6 +29,8 @@ from .traffic import BACKWARD, FORWARD
 
 CASES = (copying.CASE, single.CASE, hosts.CASE, whole.CASE, flaggems.CASE)
 
+IN_A_GRAPH = "In a CUDA graph every launch of a list copies its table of weights, too."
+
 WIDTH = 150
 """Columns where there is no terminal to ask."""
 
@@ -58,7 +60,7 @@ def print_summary(console: Console, results: Sequence[Result]) -> None:
         _print_named(console, results, who)
         _print_lines(console, f"Single weights, {who}", weight_lines(results, who))
     _print_lines(console, "Host time", host_lines(results))
-    _print_lines(console, "Whole models", model_lines(results))
+    _print_lines(console, f"Whole models. {IN_A_GRAPH}", model_lines(results))
     lines = rival_lines(results, flaggems.NAME, flaggems.CASE)
     _print_lines(console, flaggems.NAME, lines)
     _print_losses(console, losses(results))

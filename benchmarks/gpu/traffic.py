@@ -8,8 +8,14 @@ not counted. For a copy, bytes read and bytes written both count.
 
 from __future__ import annotations
 
+import torch
+
 from wnkernel.backends.base import Backend
-from wnkernel.problem import Problem, row_view
+from wnkernel.backends.triton.launch_table import VECTOR_BYTES, plan
+from wnkernel.problem import Problem, canonical_dim, row_view
+
+from ..shapes import LayerCase
+from .plan import REAL
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -28,6 +34,24 @@ def arrays(phase: str, p: Problem, backend: Backend) -> int:
     own = getattr(backend, "fits_on_chip", None)
     fits = _fits(p) if own is None else own(p)
     return (ONE_PASS if fits else TWO_PASSES)[phase]
+
+
+MOST_LAUNCHES = 4
+"""Of a list: two forward, two backward."""
+
+
+def model_launches(name: str, backend: str) -> int:
+    """Kernels of a fused model in float32; the most there can be, if the backend does not say."""
+    if backend != "triton" or name not in REAL.models:
+        return MOST_LAUNCHES
+    return MOST_LAUNCHES if any(map(_is_split, REAL.models[name])) else MOST_LAUNCHES // 2
+
+
+def _is_split(case: LayerCase) -> bool:
+    v = torch.empty(case.shape, device="meta")
+    view = row_view(v, canonical_dim(case.dim, v.ndim))
+    vector = VECTOR_BYTES // v.element_size()
+    return plan(view.outer, view.rows, view.inner, v.element_size(), vector).split > 1
 
 
 def _fits(p: Problem) -> bool:

@@ -18,7 +18,9 @@ from .triton import TritonBackend
 
 _triton, _eager = TritonBackend(), EagerBackend()
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CompiledBackend("cpu"), _triton, _eager)}
+_compiled = (CompiledBackend("cpu"), CompiledBackend("cuda"))
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (*_compiled, _triton, _eager)}
 """Every backend, in the order in which the automatic choice tries them."""
 
 gpu_operators = Operators(_triton, _eager)
@@ -53,8 +55,9 @@ def use_backend(name: str) -> Iterator[None]:
     A function compiled by ``torch.compile`` keeps the backend that it was traced with.
 
     Args:
-        name: ``"cpu"``, ``"triton"``, ``"eager"``, or ``"auto"`` for the automatic choice; the
-            environment variable ``WNKERNEL_BACKEND`` sets the same for the whole process.
+        name: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"eager"``, or ``"auto"`` for the automatic
+            choice; the environment variable ``WNKERNEL_BACKEND`` sets the same for the whole
+            process.
 
     Raises:
         ValueError: there is no backend of that name.

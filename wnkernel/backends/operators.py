@@ -5,17 +5,19 @@ graphs there."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import _ops
-from ..problem import check, check_grad_w
-from .base import PythonBackend
+from ..problem import Problem, check_backward, check_forward
 from .eager import EagerBackend
 from .triton import TritonBackend
+from .triton.arrays import dense, ordered_like
 
-_KEYS = {"cuda": "CUDA", "xpu": "XPU"}
+KEYS = {"cuda": "CUDA", "xpu": "XPU"}
+"""Dispatch keys of the devices that Triton has."""
 
 
 class Operators:
@@ -23,17 +25,17 @@ class Operators:
 
     def __init__(self, triton: TritonBackend, eager: EagerBackend) -> None:
         self._triton, self._eager = triton, eager
-        self._devices = [d for d in _KEYS if _ops.loaded() and d not in _ops.BUILD_INFO["devices"]]
+        self.devices = [d for d in KEYS if _ops.loaded() and d not in _ops.BUILD_INFO["devices"]]
         self._libraries = []
-        for device in self._devices:
-            library = torch.library.Library("wnkernel", "IMPL", _KEYS[device])
+        for device in self.devices:
+            library = torch.library.Library("wnkernel", "IMPL", KEYS[device])
             for kernel in (self.weight_norm, self.forward, self.backward):
                 library.impl(kernel.__name__, kernel)
             self._libraries.append(library)
 
     def are_on(self, device: torch.device) -> bool:
         """Whether they are the kernels for tensors on ``device``."""
-        return device.type in self._devices
+        return device.type in self.devices
 
     def weight_norm(
         self, v: Tensor, g: Tensor, dim: int, eps: float = 0.0, out_dtype: torch.dtype | None = None
@@ -48,8 +50,10 @@ class Operators:
         eps: Sequence[float],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        problems = [check(*weight, out_dtype) for weight in zip(v, g, dim, eps, strict=True)]
-        return self._backend(v).forward(problems)
+        problems = check_forward(v, g, dim, eps, out_dtype)
+        if not self._triton.reasons(v[0]):
+            return self._triton.forward(problems)
+        return self._eager.forward([_without_gaps(p) for p in problems])
 
     def backward(
         self,
@@ -62,12 +66,21 @@ class Operators:
         need_v: Sequence[int],
         need_g: Sequence[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        problems = [check(*weight) for weight in zip(v, g, dim, eps, strict=True)]
-        for grad, p in zip(grad_w, problems, strict=True):
-            check_grad_w(grad, p)
+        problems = check_backward(grad_w, v, g, norm, dim, eps, need_v, need_g)
         wanted = [bool(x) for x in need_v], [bool(x) for x in need_g]
-        grad_v, grad_g = self._backend(v).backward(problems, norm, grad_w, *wanted)
+        if not self._triton.reasons(v[0]):
+            norm = [n.contiguous() for n in norm]
+            grad_v, grad_g = self._triton.backward(problems, norm, grad_w, *wanted)
+        else:
+            problems = [_without_gaps(p) for p in problems]
+            grad_v, grad_g = self._eager.backward(problems, norm, grad_w, *wanted)
+            grad_v = [
+                None if t is None else ordered_like("grad_v", t, p.v)
+                for t, p in zip(grad_v, problems, strict=True)
+            ]
         return [t for t in grad_v if t is not None], [t for t in grad_g if t is not None]
 
-    def _backend(self, v: Sequence[Tensor]) -> PythonBackend:
-        return self._eager if not v or self._triton.reasons(v[0]) else self._triton
+
+def _without_gaps(p: Problem) -> Problem:
+    """With v in an order that results can have, as the fakes promise."""
+    return replace(p, v=dense("v", p.v))

@@ -10,12 +10,14 @@ from __future__ import annotations
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..streams import captured_device
 from . import batch
 from .frames import has_ended
-from .modes import Mode, current_mode, is_capturing
+from .modes import Mode, current_mode
 from .optimizers import steps
 from .slots import PythonSlot
 
@@ -29,8 +31,8 @@ class Scope(NamedTuple):
     container: Container
     frame: FrameType | None
     """The frame that runs the container's hooks; None where a ``finally`` closes the scope."""
-    capturing: bool
-    """Whether it was opened while a CUDA graph was being captured."""
+    captured: torch.device | None
+    """The device that was being captured into a graph when it was opened."""
 
 
 class Launches:
@@ -55,7 +57,7 @@ class Launches:
             return None
         roster = member.roster
         mode = current_mode(v, roster.out_dtype(v))
-        if mode is None or (mode.capturing and not self.stack[0].capturing):
+        if mode is None or (mode.capturing and self.stack[0].captured != v.device):
             return None
         if has_ended(self.stack[0].frame):
             self.cut(roster, 0)
@@ -77,8 +79,8 @@ class Launches:
     def enter(self, container: Container, frame: FrameType | None) -> int:
         """Open a scope; how many were open before."""
         self._close_ended(container.roster)
-        capturing = self.stack[0].capturing if self.stack else is_capturing()
-        self.stack.append(Scope(container, frame, capturing))
+        captured = self.stack[0].captured if self.stack else captured_device()
+        self.stack.append(Scope(container, frame, captured))
         return len(self.stack) - 1
 
     def leave(self, roster: Roster, frame: FrameType) -> None:
@@ -151,7 +153,7 @@ class Launches:
             self._close_unit(scope.container)
         if not self.stack:
             self._launched.clear()
-            if roster.reuse == "forward" or scope.capturing or steps.running():
+            if roster.reuse == "forward" or scope.captured is not None or steps.running():
                 self.drop()
 
     def _is_running(self, module: int) -> bool:

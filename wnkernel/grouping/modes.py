@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choice
+from ..streams import current_stream, is_capturing
 from .slots import ALONE, launch_mode
 
 
@@ -25,7 +26,7 @@ class Mode:
     stream: int
     """Results are ready in the order of a stream only."""
     capturing: bool
-    """Whether the stream is being captured into a CUDA graph."""
+    """Whether the stream is being captured into a graph."""
 
 
 @functools.cache
@@ -47,18 +48,7 @@ def current_mode(v: Tensor, out_dtype: torch.dtype | None) -> Mode | None:
         return None
     if v.is_cpu:
         return _mode(flags, choice.forced, out_dtype)
-    stream = _stream(v.device)
+    stream = current_stream(v.device)
     if stream is None:
         return None
-    return _mode(flags, choice.forced, out_dtype, stream, is_capturing())
-
-
-def is_capturing() -> bool:
-    """Whether the current CUDA stream is being captured."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _stream(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.current_stream(device).cuda_stream
-    return 0 if device.type in ("meta", "mps") else None
+    return _mode(flags, choice.forced, out_dtype, stream, is_capturing(v.device))

@@ -1,15 +1,15 @@
-"""The device that kernels are launched on: guard, stream, capture, threads of a program."""
+"""The device that kernels are launched on: element types, uploads, threads of a program."""
 
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
+from ...streams import current_stream, guard, is_capturing  # noqa: F401
 from .launch_table import THREADS
 from .tile import INTERPRETED
 
@@ -22,27 +22,6 @@ ELEMENTS = {
     torch.float32: triton.language.float32,
     torch.float64: triton.language.float64,
 }
-
-
-def guard(device: torch.device) -> AbstractContextManager[object]:
-    """Makes ``device`` the current one, on whose current stream Triton launches."""
-    if device.type == "cpu":
-        return nullcontext()
-    module = getattr(torch, device.type)
-    return nullcontext() if module.current_device() == device.index else module.device(device)
-
-
-def current_stream(device: torch.device) -> int:
-    """The stream that work on ``device`` is queued on now."""
-    if device.type == "cpu":
-        return 0
-    stream = getattr(torch, device.type).current_stream(device)
-    return stream.cuda_stream if device.type == "cuda" else stream.sycl_queue
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a graph is being captured on the current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Uploads:

@@ -37,25 +37,24 @@ the longest row that stays on chip: with its gradient it takes 64 registers of a
 a quarter, for its numbers and addresses take twice the registers, and nobody trains in it.
 
 With these sizes no variant takes more than 128 registers, so that two programs and more share a
-processor, and none spills (tests/test_triton_offline.py)."""
+processor, and none spills but two for lists on sm_100 (tests/test_triton_offline.py)."""
 
 STRIP = 32
 """Columns of a strip: a cache line of float32, two sectors of halves. Narrower than a cache line
 would be wasteful, and wider strips are fewer, while the sums of columns are added up to rows by
 comparing all columns of a strip with all."""
 
-OFFSET_LIMIT = 1 << 31
-"""Elements that a tile may span: kernels count them in 32 bits."""
+OFFSET_LIMIT = (1 << 31) - VECTOR_BYTES
+"""Elements that a tile may span: kernels count them, and whole vectors of them, in 32 bits."""
 
 FILL = 512
 """Programs that fill a large card: four for each of about 130 processors."""
 
-SPLIT_FROM = 1 << 18
-"""Elements from which splitting pays for its second launch (about 3 us, the time in which a card
-copies 4 M elements): below, a few programs are done by then."""
-
 SPLIT_TILES = 4
-"""Tiles that a program of a split row has at least: more programs mean more partial sums to add."""
+"""Tiles that a program of a split row has at least: more programs mean more partial sums to add.
+And fewer would not pay for the second launch, about 3 us. One after the other, tiles take about
+0.7 us each, the latency of memory, and twice that, for they are summed and then scaled. So 8 tiles
+take a program 11 us, and two programs 6 and a launch; 7 and less are left to one."""
 
 
 class Kind(enum.IntEnum):
@@ -145,18 +144,21 @@ def plan(outer: int, rows: int, inner: int, itemsize: int, vector: int) -> Plan:
         aligned = vector > 1 and inner % vector == 0 and inner > 16
         if (place := _first(choices, Kind.ROWS, aligned, inner)) is not None:
             return _rows(place, choices[place], rows, inner)
-    fits = outer > 1 and rows * inner < OFFSET_LIMIT // TILE
-    if fits and inner <= strip:
-        return _segments(choices, outer, rows, inner, vector, strip)
+    if outer > 1 and inner <= strip:
+        cut = _segments(choices, outer, rows, inner, vector, strip)
+        if _spans(choices[cut.tile], cut.lines, cut.pitch) <= OFFSET_LIMIT:
+            return cut
     aligned = vector > 1 and inner % vector == 0
     places = [
         k
         for k, t in enumerate(choices)
-        if t.kind is Kind.RUN and t.aligned is aligned and (fits or t.lines == 1)
+        if t.kind is Kind.RUN
+        and t.aligned is aligned
+        and _spans(t, outer, rows * inner) <= OFFSET_LIMIT
     ]
     place = min(places, key=lambda k: _tiles_of_run(choices[k], outer, inner))
     count = _tiles_of_run(choices[place], outer, inner)
-    split, per_chunk = _split(MAX_SPLIT, rows, count, outer * rows * inner)
+    split, per_chunk = _split(MAX_SPLIT, rows, count)
     return Plan(
         place, rows, inner, outer, rows * inner, 1, inner, outer * rows * inner,
         per_chunk, count, split, rows * split,
@@ -186,18 +188,18 @@ def _segments(
     aligned = vector > 1 and all(n % vector == 0 for n in (pitch, width, numel))
     place = _first(choices, Kind.SEGMENTS, aligned, width)
     count = _ceil(lines, choices[place].lines)
-    split, per_chunk = _split(MAX_PARTIALS // strip, strips, count, numel)
+    split, per_chunk = _split(MAX_PARTIALS // strip, strips, count)
     return Plan(
         place, rows, inner, lines, pitch, strip_rows, width, numel,
         per_chunk, count, split, strips * split,
     )  # fmt: skip
 
 
-def _split(most: int, programs: int, count: int, numel: int) -> tuple[int, int]:
+def _split(most: int, programs: int, count: int) -> tuple[int, int]:
     """Into how many programs, ``most`` of them, to split each of ``programs`` with ``count`` tiles,
     and the tiles of each of those."""
     wanted = min(_ceil(FILL, programs), count // SPLIT_TILES, most)
-    if numel < SPLIT_FROM or wanted < 2:
+    if wanted < 2:
         return 1, count
     per_chunk = _ceil(count, wanted)
     return _ceil(count, per_chunk), per_chunk
@@ -211,6 +213,11 @@ def _first(choices: tuple[Tile, ...], kind: Kind, aligned: bool, columns: int) -
         if t.kind is kind and t.aligned is aligned and t.columns >= columns
     )
     return next(fitting, None)
+
+
+def _spans(tile: Tile, lines: int, pitch: int) -> int:
+    """Elements from the first to the last of a tile, of those of its lines that there are."""
+    return (min(tile.lines, lines) - 1) * pitch + tile.columns
 
 
 def _tiles_of_run(tile: Tile, outer: int, inner: int) -> int:

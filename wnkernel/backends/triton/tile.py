@@ -59,8 +59,12 @@ def _whole(n, VECTOR: tl.constexpr):
 
 @triton.jit
 def _at(p, origin, offsets, VECTOR: tl.constexpr):
+    """Addresses. Arrays start at multiples of 16 bytes if there are vectors, but the tiles of a w
+    that is narrower than v only at multiples of as many elements."""
+    BITS: tl.constexpr = VECTOR * p.dtype.element_ty.primitive_bitwidth
+    ALIGNED: tl.constexpr = 16 if BITS > 128 else BITS // 8
     p += origin
-    return (tl.multiple_of(p, 16) if VECTOR > 1 else p) + offsets
+    return (tl.multiple_of(p, ALIGNED) if VECTOR > 1 else p) + offsets
 
 
 @triton.jit

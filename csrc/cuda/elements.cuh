@@ -1,0 +1,128 @@
+// Elements of arrays: vectors of them in memory, and their values in the type of sums.
+#pragma once
+#include <cstdint>
+
+#include "../weight_norm.h"
+#include "device.h"
+
+namespace wnkernel::cuda {
+
+// T: the type of elements; Sum: that of sums, norms and coefficients.
+template <class T>
+struct Element {
+  using Sum = float;
+};
+template <>
+struct Element<double> {
+  using Sum = double;
+};
+
+template <class T>
+constexpr DType kType = DType::f32;
+template <>
+constexpr DType kType<double> = DType::f64;
+template <>
+constexpr DType kType<__half> = DType::f16;
+template <>
+constexpr DType kType<__nv_bfloat16> = DType::bf16;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Rounds to the nearest, ties to even; float64 to half types by way of float32.
+template <class T>
+__device__ inline T narrow(double x) {
+  return static_cast<T>(x);
+}
+template <>
+__device__ inline __half narrow(double x) {
+  return __float2half_rn(static_cast<float>(x));
+}
+template <>
+__device__ inline __nv_bfloat16 narrow(double x) {
+  return __float2bfloat16_rn(static_cast<float>(x));
+}
+
+// N neighbouring elements: one access to memory of up to 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  static_assert(sizeof(T) * N <= 16);
+  T x[N];
+};
+
+template <int Bytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+template <int N, class T>
+__device__ inline Vector<T, N> load(const T* p) {
+  const auto word = *reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p);
+  Vector<T, N> v;
+  memcpy(&v, &word, sizeof(word));
+  return v;
+}
+
+template <class T, int N>
+__device__ inline void store(T* p, const Vector<T, N>& v) {
+  typename Word<sizeof(T) * N>::type word;
+  memcpy(&word, &v, sizeof(word));
+  *reinterpret_cast<typename Word<sizeof(T) * N>::type*>(p) = word;
+}
+
+template <class T, int N>
+__device__ inline Vector<T, N> zeros() {
+  Vector<T, N> v;
+  memset(&v, 0, sizeof(v));
+  return v;
+}
+
+// Element k of an array whose type is not compiled in.
+template <class Sum>
+__device__ inline Sum load_as(const void* p, DType type, int64_t k) {
+  switch (type) {
+    case DType::f16:
+      return static_cast<Sum>(widen(static_cast<const __half*>(p)[k]));
+    case DType::bf16:
+      return static_cast<Sum>(widen(static_cast<const __nv_bfloat16*>(p)[k]));
+    case DType::f32:
+      return static_cast<Sum>(static_cast<const float*>(p)[k]);
+    default:
+      return static_cast<Sum>(static_cast<const double*>(p)[k]);
+  }
+}
+
+template <class Sum>
+__device__ inline void store_as(void* p, DType type, int64_t k, Sum x) {
+  switch (type) {
+    case DType::f16:
+      static_cast<__half*>(p)[k] = narrow<__half>(x);
+      break;
+    case DType::bf16:
+      static_cast<__nv_bfloat16*>(p)[k] = narrow<__nv_bfloat16>(x);
+      break;
+    case DType::f32:
+      static_cast<float*>(p)[k] = static_cast<float>(x);
+      break;
+    default:
+      static_cast<double*>(p)[k] = static_cast<double>(x);
+  }
+}
+
+}  // namespace wnkernel::cuda

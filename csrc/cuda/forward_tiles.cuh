@@ -1,0 +1,137 @@
+// Forward of rows over many tiles. 1: sums of squares, tile by tile. 2: where a row is split, they
+// are left behind, and the second launch (Finish) adds them up. 3: norms, and w, the tiles read
+// last first, since those are still in a cache.
+#pragma once
+#include "tiles.cuh"
+
+namespace wnkernel::cuda {
+
+// Squares of unit * v, in each of a thread's columns.
+template <class V, bool Strip, int N, class Sum>
+__device__ inline void add_squares(const Tiles<Strip, N>& tiles, const V* v,
+                                   const Sum (&unit)[Tiles<Strip, N>::M],
+                                   Sum (&sums)[Tiles<Strip, N>::M]) {
+#pragma unroll
+  for (int m = 0; m < tiles.M; ++m) sums[m] = 0;
+  for (int tile = tiles.start; tile < tiles.end; ++tile) {
+    Vector<V, N> x[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int64_t at = tiles.at(tile, k);
+      x[k] = at < 0 ? zeros<V, N>() : load<N>(v + at);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k)
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const int m = Strip ? j : 0;
+        const Sum y = widen(x[k].x[j]) * unit[m];
+        sums[m] = fma(y, y, sums[m]);
+      }
+  }
+}
+
+// A sum of squares and its unit from those of all parts, in the threads that own a column.
+template <bool Strip, int N, class Sum>
+__device__ inline void add_parts(const Tiles<Strip, N>& tiles, const ForwardLine& line,
+                                 Scratch<Sum>& scratch, Sum& squares, Sum& unit) {
+  constexpr int M = Tiles<Strip, N>::M;
+  const int64_t first = tiles.strip * line.plan.split;
+  const int begin = Strip ? tiles.y : threadIdx.x, step = Strip ? tiles.threads_y() : kThreads;
+  const auto part = [&](int q, int plane, int m) {
+    return *tiles.template partial_sum<Sum>(line.partials, first + q, plane, kForwardPlanes,
+                                            tiles.column(m));
+  };
+  Sum units[M], sums[M];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    units[m] = Range<Sum>::kUp;
+    for (int q = begin; q < line.plan.split; q += step) units[m] = Min()(units[m], part(q, 1, m));
+  }
+  unit = tiles.reduce(units, scratch, Min());
+  tiles.set(1, unit, scratch);
+  __syncthreads();
+  tiles.get(1, units, scratch);
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    sums[m] = 0;
+    for (int q = begin; q < line.plan.split; q += step) {
+      const Sum own = part(q, 1, m), ratio = own == units[m] ? Sum(1) : units[m] / own;
+      sums[m] += part(q, 0, m) * ratio * ratio;
+    }
+  }
+  squares = tiles.reduce(sums, scratch, Add());
+}
+
+template <class V, class W, int N, bool Strip, bool Finish>
+__device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
+                                     Scratch<typename Element<V>::Sum>& scratch) {
+  using Sum = typename Element<V>::Sum;
+  const Tiles<Strip, N> tiles(line.plan, block);
+  constexpr int M = Tiles<Strip, N>::M;
+  const V* v = static_cast<const V*>(line.v);
+
+  Sum squares, unit = 1;
+  if constexpr (Finish) {
+    add_parts(tiles, line, scratch, squares, unit);
+  } else {
+    Sum units[M], sums[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) units[m] = 1;
+    for (bool again = false;; again = true) {  // extreme rows are multiplied, and added up again
+      add_squares(tiles, v, units, sums);
+      squares = tiles.add_up(sums, scratch);
+      if (again) break;
+      if (tiles.owns_row()) unit = unit_of(squares);
+      if (!__syncthreads_or(unit != 1)) break;
+      tiles.set(1, unit, scratch);
+      __syncthreads();
+      tiles.get(1, units, scratch);
+    }
+    if (line.plan.split > 1) {
+      const auto leave = [&](int plane, Sum x) {
+        *tiles.template partial_sum<Sum>(line.partials, block, plane, kForwardPlanes, tiles.own()) =
+            x;
+      };
+      if (tiles.own() < tiles.columns()) {
+        leave(0, squares);
+        leave(1, unit);
+      }
+      return;
+    }
+  }
+
+  if (tiles.owns_row()) {
+    const Sum g = load_as<Sum>(line.g, line.g_type, tiles.row());
+    const auto f = Forwards<Sum>::of(squares, unit, g, static_cast<Sum>(line.eps));
+    if (tiles.is_first()) static_cast<Sum*>(line.norm)[tiles.row()] = f.norm;
+    tiles.set(1, f.a, scratch);
+    tiles.set(2, f.b, scratch);
+  }
+  __syncthreads();
+  Sum a[M], b[M];
+  tiles.get(1, a, scratch);
+  tiles.get(2, b, scratch);
+  for (int tile = tiles.end - 1; tile >= tiles.start; --tile) {
+    Vector<V, N> x[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int64_t at = tiles.at(tile, k);
+      x[k] = at < 0 ? zeros<V, N>() : load<N>(v + at);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int64_t at = tiles.at(tile, k);
+      if (at < 0) continue;
+      Vector<W, N> w;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const int m = Strip ? j : 0;
+        w.x[j] = narrow<W>(widen(x[k].x[j]) * a[m] * b[m]);
+      }
+      store(static_cast<W*>(line.w) + at, w);
+    }
+  }
+}
+
+}  // namespace wnkernel::cuda

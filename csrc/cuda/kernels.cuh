@@ -1,0 +1,73 @@
+// The kernels: each block finds its weight in the table and does its part of it, whatever it is.
+// One source for a single weight and for lists, with every fused multiplication written out (and
+// the compiler told to make no others), so that both give the same bits.
+#pragma once
+#include <type_traits>
+
+#include "backward_tiles.cuh"
+#include "forward_tiles.cuh"
+#include "rows.cuh"
+
+namespace wnkernel::cuda {
+
+// Kinds of weights that a kernel is for. It has as many registers as the worst of its branches.
+enum Kinds { kRows = 1, kTiles = 2, kAll = kRows | kTiles };
+
+// Calls rows(), with K as an integral constant: vectors of a row that a thread holds.
+template <int Most, class Rows>
+__device__ inline void with_vectors(int log_across, Rows rows) {
+  if (log_across == 0)
+    rows(std::integral_constant<int, 1>());
+  else if (Most == kVectors || log_across == 2)
+    rows(std::integral_constant<int, kVectors>());
+  else
+    rows(std::integral_constant<int, Most>());
+}
+
+template <class V, class W, int N, int Of, bool Finish, class Sum>
+__device__ inline void do_block(const ForwardLine& line, int64_t block, Scratch<Sum>& scratch) {
+  if ((Of & kTiles) == 0 || ((Of & kRows) && line.plan.kind == Kind::rows)) {
+    if constexpr (Of & kRows)
+      with_vectors<kMostVectors<N>>(line.plan.log_across, [&](auto k) {
+        forward_rows<V, W, N, decltype(k)::value>(line, block, scratch.warps);
+      });
+  } else if constexpr (Of & kTiles) {
+    if (line.plan.kind == Kind::runs)
+      forward_tiles<V, W, N, false, Finish>(line, block, scratch);
+    else
+      forward_tiles<V, W, N, true, Finish>(line, block, scratch);
+  }
+}
+
+template <class V, class W, int N, int Of, bool Finish, class Sum>
+__device__ inline void do_block(const BackwardLine& line, int64_t block, Scratch<Sum>& scratch) {
+  if ((Of & kTiles) == 0 || ((Of & kRows) && line.plan.kind == Kind::rows)) {
+    if constexpr (Of & kRows)
+      with_vectors<kMostVectors<N>>(line.plan.log_across, [&](auto k) {
+        backward_rows<V, W, N, decltype(k)::value>(line, block, scratch.warps);
+      });
+  } else if constexpr (Of & kTiles) {
+    if (line.plan.kind == Kind::runs)
+      backward_tiles<V, W, N, false, Finish>(line, block, scratch);
+    else
+      backward_tiles<V, W, N, true, Finish>(line, block, scratch);
+  }
+}
+
+// Line: ForwardLine or BackwardLine. Of: what is in the table. Finish: the second launch, of the
+// split weights only.
+template <class Line, class V, class W, int Capacity, int Of, bool Finish>
+__global__ void __launch_bounds__(kThreads, 2)
+    weight_norm_kernel(const Table<Line, Capacity> __grid_constant__ table) {
+  using Sum = typename Element<V>::Sum;
+  WNKERNEL_SHARED(Scratch<Sum>, scratch);
+  const int k = Capacity == 1 ? 0 : table.line_of(static_cast<int32_t>(blockIdx.x));
+  const Line& line = table.lines[k];
+  const int64_t block = static_cast<int64_t>(blockIdx.x) - table.first[k];
+  if (line.plan.vector > 1)
+    do_block<V, W, kVectorBytes / sizeof(V), Of, Finish>(line, block, scratch);
+  else
+    do_block<V, W, 1, Of, Finish>(line, block, scratch);
+}
+
+}  // namespace wnkernel::cuda

@@ -1,0 +1,107 @@
+// From problems of the same types to launches: plans, tables, workspace. Host code, one instance
+// for each pair of types (types_*.cu).
+#pragma once
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "kernels.cuh"
+#include "launch.h"
+
+namespace wnkernel::cuda {
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+inline bool is_aligned(const Forward& p) { return is_aligned(p.v) && is_aligned(p.w); }
+inline bool is_aligned(const Backward& p) {
+  return is_aligned(p.v) && is_aligned(p.grad_w) && is_aligned(p.grad_v);
+}
+
+inline ForwardLine line_of(const Forward& p) {
+  return {p.v, p.g, p.w, p.norm, nullptr, p.eps, {}, p.g_type};
+}
+inline BackwardLine line_of(const Backward& p) {
+  return {p.grad_w, p.v, p.g, p.norm, p.grad_v, p.grad_g, nullptr, p.eps, {}, p.g_type};
+}
+constexpr int planes(const ForwardLine&) { return kForwardPlanes; }
+constexpr int planes(const BackwardLine&) { return kBackwardPlanes; }
+
+template <class Line, class V, class W, int Capacity, int Of, bool Finish>
+cudaError_t launch(const std::vector<Line>& lines, cudaStream_t stream) {
+  Table<Line, Capacity> table;
+  table.count = static_cast<int32_t>(lines.size());
+  int64_t first = 0;
+  for (size_t k = 0; k < lines.size(); ++k) {
+    table.lines[k] = lines[k];
+    table.first[k] = static_cast<int32_t>(first);
+    first += blocks(lines[k].plan);
+  }
+  table.first[lines.size()] = static_cast<int32_t>(first);
+  WNKERNEL_LAUNCH((weight_norm_kernel<Line, V, W, Capacity, Of, Finish>),
+                  static_cast<unsigned>(first), kThreads, stream, table);
+  return cudaGetLastError();
+}
+
+// One full table at most. Weights whose blocks take long come first, so that none of those is left
+// to run alone at the end.
+template <class Line, class V, class W>
+cudaError_t launch_table(std::vector<Line>& lines, const CudaLaunch& on) {
+  const auto stream = static_cast<cudaStream_t>(on.stream);
+  std::stable_sort(lines.begin(), lines.end(), [](const Line& a, const Line& b) {
+    return a.plan.per_block > b.plan.per_block;
+  });
+  int64_t sums = 0;
+  const auto workspace = [](const Line& line) {
+    return partial_sums(line.plan, sizeof(V)) * planes(line);
+  };
+  for (const Line& line : lines) sums += workspace(line);
+  if (sums > 0) {
+    using Sum = typename Element<V>::Sum;
+    auto* partials = static_cast<Sum*>(on.workspace(on.context, sums * int64_t{sizeof(Sum)}));
+    for (Line& line : lines) {
+      line.partials = partials;
+      partials += workspace(line);
+    }
+  }
+  const bool one = lines.size() == 1;
+  const bool rows_only = std::all_of(lines.begin(), lines.end(),
+                                     [](const Line& line) { return line.plan.kind == Kind::rows; });
+  const auto first =
+      one ? rows_only ? launch<Line, V, W, 1, kRows, false> : launch<Line, V, W, 1, kTiles, false>
+      : rows_only ? launch<Line, V, W, kMostLines, kRows, false>
+                  : launch<Line, V, W, kMostLines, kAll, false>;
+  const cudaError_t error = first(lines, stream);
+  if (error != cudaSuccess || sums == 0) return error;
+  lines.erase(std::remove_if(lines.begin(), lines.end(),
+                             [](const Line& line) { return line.plan.split == 1; }),
+              lines.end());
+  return lines.size() == 1 ? launch<Line, V, W, 1, kTiles, true>(lines, stream)
+                           : launch<Line, V, W, kMostLines, kTiles, true>(lines, stream);
+}
+
+template <class V, class W, class Problem>
+int launch_all(const Problem* const* problems, int64_t count, const CudaLaunch& on) {
+  using Line = decltype(line_of(**problems));
+  std::vector<Line> lines;
+  lines.reserve(static_cast<size_t>(std::min<int64_t>(count, kMostLines)));
+  int64_t grid = 0;
+  const auto flush = [&] {
+    const cudaError_t error = lines.empty() ? cudaSuccess : launch_table<Line, V, W>(lines, on);
+    lines.clear();
+    grid = 0;
+    return error;
+  };
+  for (int64_t k = 0; k < count; ++k) {
+    const Problem& p = *problems[k];
+    Line line = line_of(p);
+    line.plan = make_plan(p.view, sizeof(V), is_aligned(p) ? kVectorBytes / int{sizeof(V)} : 1);
+    const int64_t more = blocks(line.plan);
+    if (more > kMostBlocks) return static_cast<int>(cudaErrorInvalidConfiguration);
+    if (static_cast<int>(lines.size()) == kMostLines || grid + more > kMostBlocks)
+      if (const cudaError_t error = flush(); error != cudaSuccess) return static_cast<int>(error);
+    lines.push_back(line);
+    grid += more;
+  }
+  return static_cast<int>(flush());
+}
+
+}  // namespace wnkernel::cuda

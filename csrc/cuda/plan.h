@@ -1,0 +1,190 @@
+// How one weight is cut into blocks. A plan depends on the shape, the element sizes and the 16-byte
+// alignment of one weight only, never on neighbours or on the card: that is what makes its bits the
+// same alone and in a list, from run to run and on every card. docs/cuda.md explains the numbers.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "../weight_norm.h"
+
+namespace wnkernel::cuda {
+
+constexpr int kThreads = 256;  // of a block
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kVectorBytes = 16;  // the widest access of a thread
+// Vectors of a thread that are on their way at a time.
+constexpr int kVectors = 4;
+// Vectors of a row that a thread may hold, if they have so many elements: a row of v and one of
+// grad_w take 64 registers. Vectors of 8 take twice the instructions, and half as many hold a row
+// of 8,192.
+template <int Elements>
+constexpr int kMostVectors = Elements == 8 ? kVectors : 8;
+inline int most_vectors(int elements) { return elements == 8 ? kMostVectors<8> : kMostVectors<1>; }
+constexpr int kStripBytes = 128;  // a cache line
+// Columns of a strip at most: halves in whole vectors.
+constexpr int kMostColumns = kStripBytes / 2;
+// Blocks that fill a large card: four for each of about 130 processors.
+constexpr int64_t kFill = 512;
+// Elements from which splitting pays for its second launch (about 3 us, the time in which a card
+// copies 4 M elements): below, a few blocks are done by then.
+constexpr int64_t kSplitFrom = 1 << 18;
+// Tiles that a block of a split row has at least: more blocks mean more partial sums to add up.
+constexpr int64_t kSplitTiles = 4;
+// Blocks that share a row or a strip at most: each of them adds up the partial sums of all.
+constexpr int64_t kMaxSplit = 512;
+constexpr int64_t kMaxStripSplit = 128;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int ceil_log2(int64_t n) {
+  int log = 0;
+  while ((int64_t{1} << log) < n) ++log;
+  return log;
+}
+
+enum class Kind : uint8_t {
+  rows,    // rows are contiguous and short: in registers from the load to the store; read once
+  runs,    // a row per block, tile by tile: long rows, and rows in runs of `inner` elements
+  strips,  // a strip of adjacent columns of [outer, rows * inner] per block, tile by tile
+};
+
+struct Plan {
+  // Lines are contiguous, `pitch` elements apart; a vector is `vector` elements of a line. A tile
+  // has kVectors vectors for each thread: kThreads >> log_x lines by 1 << log_x vectors, and that
+  // 1 << log_across times side by side, the rest one below the other. Rows: a thread has
+  // 1 << log_across vectors of a line, and fewer than kVectors mean several lines.
+  int64_t rows, inner;
+  int64_t lines;  // of the matrix that tiles cover
+  int64_t pitch;
+  int64_t numel;
+  int64_t width;       // vectors of a row, of a run, or of a line of a full strip
+  int32_t strip_rows;  // strips: rows of a block
+  int32_t across;      // runs and strips: tiles side by side
+  int32_t tiles;       // of all blocks that share a row or strip
+  int32_t per_block;   // tiles of a block
+  int32_t split;       // blocks that share a row or strip
+  Kind kind;
+  uint8_t vector;
+  uint8_t log_x;
+  uint8_t log_across;
+};
+
+// Blocks of a weight.
+inline int64_t blocks(const Plan& p) {
+  switch (p.kind) {
+    case Kind::rows: {
+      const int64_t lines = (kThreads >> p.log_x) * std::max(1, kVectors >> p.log_across);
+      return ceil_div(p.rows, lines);
+    }
+    case Kind::runs:
+      return p.rows * p.split;
+    default:
+      return ceil_div(p.rows, p.strip_rows) * p.split;
+  }
+}
+
+// Columns of a strip that partial sums are kept for.
+constexpr int strip_columns(int vector, int element_bytes) {
+  return vector > 1 ? kStripBytes / element_bytes : kWarp;
+}
+
+// Partial sums that all blocks of a split weight leave behind.
+inline int64_t partial_sums(const Plan& p, int element_bytes) {
+  if (p.split == 1) return 0;
+  return blocks(p) * (p.kind == Kind::strips ? strip_columns(p.vector, element_bytes) : 1);
+}
+
+inline void split_tiles(Plan& p, int64_t alone, int64_t most) {
+  const int64_t wanted = std::min({ceil_div(kFill, alone), p.tiles / kSplitTiles, most});
+  const bool pays = p.numel >= kSplitFrom && wanted > 1;
+  p.per_block = pays ? static_cast<int32_t>(ceil_div(p.tiles, wanted)) : p.tiles;
+  p.split = static_cast<int32_t>(ceil_div(p.tiles, p.per_block));
+}
+
+// As many neighbouring threads as a row has vectors, up to a warp; else a fourth as many, up to a
+// block, with kVectors each; else a block with twice as many each.
+inline void plan_rows(Plan& p) {
+  p.kind = Kind::rows;
+  const int log = ceil_log2(p.width), log_block = ceil_log2(kThreads);
+  const int log_across = log <= ceil_log2(kWarp) ? 0 : ceil_log2(kVectors);
+  p.log_x = static_cast<uint8_t>(std::min(log - log_across, log_block));
+  p.log_across = static_cast<uint8_t>(log - p.log_x);
+}
+
+inline void plan_runs(Plan& p) {
+  p.kind = Kind::runs;
+  const int log = ceil_log2(p.width), log_block = ceil_log2(kThreads);
+  p.log_x = static_cast<uint8_t>(std::min(log, log_block));
+  p.log_across = static_cast<uint8_t>(std::min(log - p.log_x, ceil_log2(kVectors)));
+  p.across = static_cast<int32_t>(ceil_div(p.width, int64_t{1} << (p.log_x + p.log_across)));
+  const int64_t tile_lines = (kThreads >> p.log_x) * (kVectors >> p.log_across);
+  p.tiles = static_cast<int32_t>(ceil_div(p.lines, tile_lines) * p.across);
+  split_tiles(p, p.rows, kMaxSplit);
+}
+
+// The largest count up to `most` whose product with `size` holds whole vectors, if there is one.
+inline int64_t whole_vectors(int64_t most, int64_t size, int64_t vector) {
+  for (int64_t n = most; n > 0; --n)
+    if (n * size % vector == 0) return n;
+  return most;
+}
+
+// Whether strips can be cut into vectors of p.vector elements; fills the plan if so.
+inline bool plan_strips(Plan& p, int64_t outer, int element_bytes) {
+  p.kind = Kind::strips;
+  const int64_t most = strip_columns(p.vector, element_bytes), line = p.rows * p.inner;
+  int64_t columns;
+  if (line <= most) {  // all columns, and several lines of the matrix side by side
+    const int64_t fold = whole_vectors(std::min(most / line, outer), line, p.vector);
+    p.strip_rows = static_cast<int32_t>(p.rows);
+    p.pitch = columns = fold * line;
+    p.lines = ceil_div(outer, fold);
+  } else {
+    p.strip_rows =
+        static_cast<int32_t>(whole_vectors(std::min(most / p.inner, p.rows), p.inner, p.vector));
+    columns = p.strip_rows * p.inner;
+    p.pitch = line;
+    p.lines = outer;
+  }
+  if (p.pitch % p.vector || columns % p.vector || p.numel % p.vector) return false;
+  p.width = columns / p.vector;
+  p.log_x = static_cast<uint8_t>(ceil_log2(most / p.vector));
+  p.log_across = 0;
+  p.across = 1;
+  const int64_t tile_lines = (kThreads >> p.log_x) * kVectors;
+  p.tiles = static_cast<int32_t>(ceil_div(p.lines, tile_lines));
+  split_tiles(p, ceil_div(p.rows, p.strip_rows), kMaxStripSplit);
+  return true;
+}
+
+// view: not empty. vector: elements of the widest access that the addresses of all arrays allow, 1
+// for single elements.
+inline Plan make_plan(const RowView& view, int element_bytes, int vector) {
+  Plan p{};
+  p.rows = view.rows;
+  p.inner = view.inner;
+  p.numel = view.numel();
+  p.tiles = p.per_block = p.split = p.across = 1;
+  const auto set_vector = [&](int elements) {
+    p.vector = static_cast<uint8_t>(elements);
+    p.width = p.inner / elements;
+  };
+  const bool whole = view.inner % vector == 0;
+  const auto strips = [&](int elements) {
+    set_vector(elements);
+    return view.outer > 1 && view.inner <= strip_columns(elements, element_bytes) &&
+           plan_strips(p, view.outer, element_bytes);
+  };
+  if (strips(vector) || (!whole && strips(1))) return p;
+  set_vector(whole ? vector : 1);
+  p.lines = view.outer;
+  p.pitch = view.rows * view.inner;
+  if (view.outer == 1 && p.width <= kThreads * most_vectors(p.vector))
+    plan_rows(p);
+  else
+    plan_runs(p);
+  return p;
+}
+
+}  // namespace wnkernel::cuda

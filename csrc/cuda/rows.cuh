@@ -1,0 +1,141 @@
+// Short contiguous rows: neighbouring threads hold a row in registers from the load to the store.
+#pragma once
+#include "reduce.cuh"
+#include "scale.cuh"
+#include "table.h"
+
+namespace wnkernel::cuda {
+
+// What a thread holds: K vectors of N elements of each of R rows.
+template <int N, int K>
+struct Rows {
+  static constexpr int R = K < kVectors ? kVectors / K : 1;
+
+  int threads;    // of a row
+  int lane;       // of them
+  int groups;     // that many rows at a time
+  int64_t first;  // row of this thread
+  int64_t rows;
+  int64_t inner;
+  int width;
+
+  __device__ Rows(const Plan& p, int64_t block) {
+    threads = 1 << p.log_x;
+    lane = threadIdx.x & (threads - 1);
+    groups = kThreads >> p.log_x;
+    first = block * (groups * R) + (threadIdx.x >> p.log_x);
+    rows = p.rows;
+    inner = p.inner;
+    width = static_cast<int>(p.width);
+  }
+
+  __device__ int64_t row(int r) const { return first + r * groups; }
+  __device__ bool has_row(int r) const { return row(r) < rows; }
+  __device__ bool has(int r, int k) const { return has_row(r) && lane + k * threads < width; }
+  __device__ int64_t at(int r, int k) const { return row(r) * inner + (lane + k * threads) * N; }
+
+  template <class T>
+  __device__ void load_all(const void* p, Vector<T, N> (&x)[R][K]) const {
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        x[r][k] = has(r, k) ? load<N>(static_cast<const T*>(p) + at(r, k)) : zeros<T, N>();
+  }
+};
+
+template <class V, class W, int N, int K>
+__device__ inline void forward_rows(const ForwardLine& line, int64_t block,
+                                    typename Element<V>::Sum* scratch) {
+  using Sum = typename Element<V>::Sum;
+  using Place = Rows<N, K>;
+  constexpr int R = Place::R;
+  const Place place(line.plan, block);
+  Vector<V, N> v[R][K];
+  place.load_all(line.v, v);
+
+  Sum squares[R], unit[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) unit[r] = 1;
+  for (bool again = false;; again = true) {  // extreme rows are multiplied, and added up again
+    bool extreme = false;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      squares[r] = 0;
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const Sum x = widen(v[r][k].x[j]) * unit[r];
+          squares[r] = fma(x, x, squares[r]);
+        }
+      squares[r] = reduce_group(squares[r], place.threads, scratch, Add());
+      if (!again && place.has_row(r)) unit[r] = unit_of(squares[r]);
+      extreme |= unit[r] != 1;
+    }
+    if (again) break;
+    if (!(place.threads > kWarp ? __syncthreads_or(extreme) : __any_sync(kAllLanes, extreme)))
+      break;
+  }
+
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (!place.has_row(r)) continue;
+    const Sum g = load_as<Sum>(line.g, line.g_type, place.row(r));
+    const auto f = Forwards<Sum>::of(squares[r], unit[r], g, static_cast<Sum>(line.eps));
+    if (place.lane == 0) static_cast<Sum*>(line.norm)[place.row(r)] = f.norm;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (!place.has(r, k)) continue;
+      Vector<W, N> w;
+#pragma unroll
+      for (int j = 0; j < N; ++j) w.x[j] = narrow<W>(widen(v[r][k].x[j]) * f.a * f.b);
+      store(static_cast<W*>(line.w) + place.at(r, k), w);
+    }
+  }
+}
+
+template <class V, class W, int N, int K>
+__device__ inline void backward_rows(const BackwardLine& line, int64_t block,
+                                     typename Element<V>::Sum* scratch) {
+  using Sum = typename Element<V>::Sum;
+  using Place = Rows<N, K>;
+  constexpr int R = Place::R;
+  const Place place(line.plan, block);
+  Vector<V, N> v[R][K];
+  Vector<W, N> grad[R][K];
+  place.load_all(line.v, v);
+  place.load_all(line.grad_w, grad);
+
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = place.row(r);
+    const Sum norm = place.has_row(r) ? static_cast<const Sum*>(line.norm)[row] : Sum(1);
+    const auto b = Backwards<Sum>::of(norm, static_cast<Sum>(line.eps));
+    Sum s = 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        s = fma(Sum(widen(grad[r][k].x[j])), widen(v[r][k].x[j]) * b.inverse, s);
+    s = reduce_group(s, place.threads, scratch, Add());
+    if (!place.has_row(r)) continue;
+    if (line.grad_g && place.lane == 0) store_as(line.grad_g, line.g_type, row, s);
+    if (!line.grad_v) continue;
+    const Sum ratio = load_as<Sum>(line.g, line.g_type, row) * b.inverse;
+    const Sum along = b.clamped ? Sum(0) : s;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (!place.has(r, k)) continue;
+      Vector<V, N> x;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const Sum u = widen(v[r][k].x[j]) * b.inverse;
+        x.x[j] = narrow<V>(fma(-u, along, Sum(widen(grad[r][k].x[j]))) * ratio);
+      }
+      store(static_cast<V*>(line.grad_v) + place.at(r, k), x);
+    }
+  }
+}
+
+}  // namespace wnkernel::cuda

@@ -1,0 +1,73 @@
+// From sums to coefficients: what both directions do once for each row.
+#pragma once
+#include "elements.cuh"
+
+namespace wnkernel::cuda {
+
+template <class T>
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float kSmallest = 0x1p-126f, kLargest = 0x1.fffffep127f;  // normal numbers
+  static constexpr float kLow = 0x1p-80f, kHigh = 0x1p100f;  // sums of squares that lost nothing
+  static constexpr float kUp = 0x1p90f, kDown = 0x1p-86f;
+};
+template <>
+struct Range<double> {
+  static constexpr double kSmallest = 0x1p-1022, kLargest = 0x1.fffffffffffffp1023;
+  static constexpr double kLow = 0x1p-800, kHigh = 0x1p900;
+  static constexpr double kUp = 0x1p700, kDown = 0x1p-600;
+};
+
+__device__ inline float root(float x) { return __fsqrt_rn(x); }
+__device__ inline double root(double x) { return __dsqrt_rn(x); }
+
+// The power of two to multiply a row with before it is squared: 1 but for rows whose sum of squares
+// left the safe range.
+template <class Sum>
+__device__ inline Sum unit_of(Sum squares) {
+  using R = Range<Sum>;
+  return squares > R::kHigh ? R::kDown : squares < R::kLow ? R::kUp : Sum(1);
+}
+
+template <class Sum>
+__device__ inline bool is_normal(Sum x) {
+  const Sum size = x < 0 ? -x : x;
+  return size >= Range<Sum>::kSmallest && size <= Range<Sum>::kLargest;
+}
+
+// g / max(norm, eps) in two factors, to multiply v with one after the other: the ratio and 1,
+// unless that leaves the range of normal numbers. Then 1 / max(norm, eps) and g, or, where not even
+// norms are normal, unit and what is left.
+template <class Sum>
+struct Forwards {
+  Sum norm, a, b;
+
+  // squares: of unit * v.
+  __device__ static Forwards of(Sum squares, Sum unit, Sum g, Sum eps) {
+    const Sum scaled = root(squares);
+    const Sum norm = unit == 1 ? scaled : scaled / unit;
+    const bool clamped = norm < eps;
+    const Sum n = clamped ? eps : norm, ratio = g / n;
+    if (is_normal(n)) {
+      if (is_normal(ratio)) return {norm, ratio, 1};
+      if (is_normal(1 / n)) return {norm, 1 / n, g};
+    }
+    return {norm, unit, g / (clamped ? eps * unit : scaled)};
+  }
+};
+
+// With n = max(norm, eps), u = v / n and s = <grad_w, u>: grad_v = (g / n) (grad_w - u s), without
+// the projection where it is eps that counts.
+template <class Sum>
+struct Backwards {
+  Sum inverse;
+  bool clamped;
+
+  __device__ static Backwards of(Sum norm, Sum eps) {
+    const bool clamped = norm < eps;
+    return {Sum(1) / (clamped ? eps : norm), clamped};
+  }
+};
+
+}  // namespace wnkernel::cuda

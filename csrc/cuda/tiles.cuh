@@ -1,0 +1,127 @@
+// Tiles of a run or of a strip, one after the other: where a thread's vectors lie, which rows they
+// belong to, and sums over all of them.
+#pragma once
+#include "reduce.cuh"
+#include "scale.cuh"
+#include "table.h"
+
+namespace wnkernel::cuda {
+
+template <class Sum>
+struct Scratch {
+  Sum warps[kWarps];
+  Sum partial[kWarps][kMostColumns];
+  Sum columns[3][kMostColumns];
+};
+
+// A block's share of a row (runs), or of a strip of columns of adjacent rows. A thread keeps to its
+// columns of a strip from tile to tile. What there is once for a column (a run has one) is computed
+// by the thread that owns it.
+template <bool Strip, int N>
+struct Tiles {
+  static constexpr int M = Strip ? N : 1;  // columns of a thread
+
+  const Plan& plan;
+  int64_t strip;   // or row
+  int part;        // of the blocks that share it
+  int start, end;  // tiles
+  int64_t origin;
+  int64_t width;  // vectors of a line
+  int x, y;       // of this thread in a tile
+
+  __device__ Tiles(const Plan& p, int64_t block) : plan(p) {
+    strip = block / p.split;
+    part = static_cast<int>(block % p.split);
+    start = part * p.per_block;
+    end = p.tiles - start < p.per_block ? p.tiles : start + p.per_block;
+    x = threadIdx.x & ((1 << p.log_x) - 1);
+    y = threadIdx.x >> p.log_x;
+    origin = strip * (Strip ? p.strip_rows : 1) * p.inner;
+    width = p.width;
+    if (Strip && width > (p.pitch - origin) / N) width = (p.pitch - origin) / N;
+  }
+
+  __device__ int threads_y() const { return kThreads >> plan.log_x; }
+  __device__ int columns() const { return Strip ? N << plan.log_x : 1; }
+  __device__ int column(int j) const { return Strip ? x * N + j : 0; }
+  __device__ int inner() const { return static_cast<int>(plan.inner); }  // of strips
+
+  // Of the column that this thread owns, if it owns one.
+  __device__ int own() const { return static_cast<int>(threadIdx.x); }
+  __device__ int64_t row() const {
+    return Strip ? strip * plan.strip_rows + own() / inner() % plan.strip_rows : strip;
+  }
+  __device__ bool owns_row() const { return own() < columns() && (!Strip || own() < width * N); }
+  // Whether it is the one to write what there is once for a row.
+  __device__ bool is_first() const {
+    if (part != 0 || !owns_row()) return false;
+    return !Strip || (own() < plan.strip_rows * inner() && own() % inner() == 0);
+  }
+
+  // Vector k of this thread: where it begins, -1 if there is none.
+  __device__ int64_t at(int tile, int k) const {
+    const int below = tile / plan.across, beside = tile - below * plan.across;
+    const int log = plan.log_across;
+    const int64_t line =
+        (static_cast<int64_t>(below) * (kVectors >> log) + (k >> log)) * threads_y() + y;
+    const int64_t column =
+        ((static_cast<int64_t>(beside) << log | (k & ((1 << log) - 1))) << plan.log_x) + x;
+    const int64_t offset = line * plan.pitch + column * N;
+    // Where lines of a narrow matrix lie side by side, the last line may end early.
+    const bool there = line < plan.lines && column < width && origin + offset < plan.numel;
+    return there ? origin + offset : -1;
+  }
+
+  // Over the block: one for each column, in the thread that owns it. It takes a barrier to come
+  // here again.
+  template <class Sum, class Op>
+  __device__ Sum reduce(const Sum (&sums)[M], Scratch<Sum>& scratch, Op op) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int lanes = Strip ? 1 << plan.log_x : 1;  // with different columns
+#pragma unroll
+    for (int j = 0; j < M; ++j) {
+      const Sum sum = reduce_lanes(sums[j], lanes, kWarp, op);
+      if (lane < lanes) scratch.partial[warp][column(j)] = sum;
+    }
+    __syncthreads();
+    if (own() >= columns()) return Sum(0);
+    Sum sum = scratch.partial[0][own()];
+    for (int k = 1; k < kWarps; ++k) sum = op(sum, scratch.partial[k][own()]);
+    return sum;
+  }
+
+  // Sums of rows, in the threads that own a column of them.
+  template <class Sum>
+  __device__ Sum add_up(const Sum (&sums)[M], Scratch<Sum>& scratch) const {
+    const Sum sum = reduce(sums, scratch, Add());
+    if (!Strip) return sum;
+    const int period = plan.strip_rows * inner();
+    if (inner() == 1 && period == columns()) return sum;  // a row for every column
+    if (own() < columns()) scratch.columns[0][own()] = sum;
+    __syncthreads();
+    if (!owns_row()) return Sum(0);
+    Sum of_row = 0;
+    for (int line = own() % period / inner() * inner(); line < columns(); line += period)
+      for (int k = line; k < line + inner() && k < columns(); ++k) of_row += scratch.columns[0][k];
+    return of_row;
+  }
+
+  // Numbers 1 and 2 of every column, from the thread that owns it. To be read after a barrier.
+  template <class Sum>
+  __device__ void set(int number, Sum value, Scratch<Sum>& scratch) const {
+    if (own() < columns()) scratch.columns[number][own()] = value;
+  }
+  template <class Sum>
+  __device__ void get(int number, Sum (&to)[M], const Scratch<Sum>& scratch) const {
+#pragma unroll
+    for (int j = 0; j < M; ++j) to[j] = scratch.columns[number][column(j)];
+  }
+
+  // Of the parts of a split row or strip: `planes` numbers of every block for each of its columns.
+  template <class Sum>
+  __device__ Sum* partial_sum(void* partials, int64_t block, int plane, int planes, int c) const {
+    return static_cast<Sum*>(partials) + (block * planes + plane) * columns() + c;
+  }
+};
+
+}  // namespace wnkernel::cuda

@@ -1,0 +1,3 @@
+#include "types.cuh"
+
+WNKERNEL_INSTANCE(f16, __half, __half)

@@ -1,0 +1,100 @@
+"""The CUDA compiler, if there is one, and what it makes of csrc/cuda."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from .processes import ROOT
+
+SOURCES = ROOT / "csrc" / "cuda"
+FLAGS = ("-std=c++17", "-O3", "-fmad=false")
+"""Those of setup.py that change code."""
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, of CUDA_HOME, from PyPI (nvidia-cuda-nvcc), or from
+    Triton, which brings cuobjdump."""
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    for package, *below in (("nvidia", "cu13"), ("triton", "backends", "nvidia")):
+        spec = find_spec(package)
+        homes += [Path(at, *below) for at in (spec.submodule_search_locations if spec else ())]
+    return shutil.which(name) or next(
+        (str(tool) for home in homes if (tool := home / "bin" / name).exists()), None
+    )
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel."""
+
+    direction: str
+    is_list: bool
+    of: str
+    finish: bool
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    accesses: Counter[str]
+    """How many instructions: "LDG 16" are loads of 16 bytes from global memory, "STL 4" stores of
+    4 bytes to a thread's own memory: spills."""
+
+    def __str__(self) -> str:
+        many = "list" if self.is_list else "single"
+        return f"{self.direction}, {many}, {self.of}, launch {self.finish + 1}"
+
+
+_NAME = r"weight_norm_kernel\w*?(Forward|Backward)LineE\w*?Li(\d+)ELi([123])ELb([01])E"
+_OF = {"1": "rows", "2": "tiles", "3": "all"}
+
+
+def compile_kernels(nvcc: str, cuobjdump: str, source: Path, arch: str, to: Path, *flags: str):
+    """The kernels of one source for one architecture ("sm_90").
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile.
+    """
+    cubin = to / f"{source.stem}_{arch}.cubin"
+    command = [nvcc, *FLAGS, *flags, "-cubin", f"-arch={arch}", "-o", str(cubin), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+    def dump(option: str) -> str:
+        command = [cuobjdump, option, str(cubin)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    accesses = {}
+    for function in dump("-sass").split("Function : ")[1:]:
+        found = re.findall(r"\b(LDG|STG|LDL|STL)\.([\w.]*)", function)
+        accesses[function.split()[0]] = Counter(f"{op} {_width(kind)}" for op, kind in found)
+    kernels = []
+    for name, use in re.findall(r"Function (\w+):\s*\n\s*(.*)", dump("--dump-resource-usage")):
+        direction, capacity, of, finish = re.search(_NAME, name).groups()
+        registers, stack, local = (
+            int(re.search(rf"{what}:(\d+)", use)[1]) for what in ("REG", "STACK", "LOCAL")
+        )
+        kernels.append(
+            Kernel(
+                direction.lower(),
+                capacity != "1",
+                _OF[of],
+                finish == "1",
+                registers,
+                stack,
+                local,
+                accesses[name],
+            )
+        )
+    return kernels
+
+
+def _width(kind: str) -> int:
+    """Bytes, from what follows the name of an instruction."""
+    for bits in (128, 64):
+        if re.search(rf"\b{bits}\b", kind):
+            return bits // 8
+    return 1 if re.search(r"\b[US]8\b", kind) else 2 if re.search(r"\b[US]16\b", kind) else 4

@@ -1,0 +1,37 @@
+// A thread of a block: a stack of its own, and a place where it waits. Switches are reported to
+// AddressSanitizer, which keeps a shadow of every stack.
+#pragma once
+#include <cstddef>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace simt {
+
+class Fiber {
+ public:
+  // body never returns; stack: kStackBytes that outlive the fiber.
+  Fiber(char* stack, void (*body)());
+  Fiber(const Fiber&) = delete;
+
+  // From outside of all fibers: runs this one until it calls leave().
+  void enter();
+  // From within: back to where enter() was called.
+  void leave();
+
+  static constexpr size_t kStackBytes = size_t{64} << 10;
+
+ private:
+  static void first();
+
+  char* stack_;
+  void (*body_)();
+  void* shadow_ = nullptr;
+#if defined(__x86_64__)
+  void* place_;
+#else
+  ucontext_t place_;
+#endif
+};
+
+}  // namespace simt

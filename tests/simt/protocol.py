@@ -1,0 +1,130 @@
+"""What tests ask of the process that runs kernels, and what it answers.
+
+That process imports this package by another name: as ``simt``, for ``tests`` imports torch, which
+takes seconds under a sanitizer.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+UNWRITTEN = 0x7B
+"""The bytes of results before the call: a finite number in every type."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line of the problem table. Arrays that are in neither dict are null."""
+
+    inputs: dict[str, bytes]
+    outputs: dict[str, int]
+    """How many bytes they have."""
+    fields: dict[str, int | float]
+    offsets: dict[str, int]
+    """Bytes from 16-byte boundaries to arrays, where there are some."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Of forward_cuda or backward_cuda."""
+
+    direction: str
+    problems: Sequence[Problem]
+    order: int = 0
+    """Of threads: a simt::Order."""
+    failing_launch: int = -1
+    mutant: int = 0
+    """Of a library that has some."""
+
+
+class Launch(NamedTuple):
+    blocks: int
+    threads: int
+    on_stream: bool
+    """Whether on the stream that the call named."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """What came of it."""
+
+    error: int
+    launches: list[Launch]
+    workspaces: list[int]
+    """How many bytes were asked for."""
+    outputs: list[dict[str, bytes]]
+
+
+class View(NamedTuple):
+    """Arguments of make_plan."""
+
+    outer: int
+    rows: int
+    inner: int
+    element_bytes: int
+    vector: int
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Calls of make_plan, all at once."""
+
+    views: Sequence[View]
+
+
+class Plan(NamedTuple):
+    """The fields of wnkernel::cuda::Plan, and what follows from them."""
+
+    rows: int
+    inner: int
+    lines: int
+    pitch: int
+    numel: int
+    width: int
+    strip_rows: int
+    across: int
+    tiles: int
+    per_block: int
+    split: int
+    kind: int
+    vector: int
+    log_x: int
+    log_across: int
+    blocks: int
+    partial_sums: int
+
+
+ROWS, RUNS, STRIPS = range(3)
+"""wnkernel::cuda::Kind."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """float32 numbers as half types and back."""
+
+    numbers: bytes
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Calls of cuda_takes, for all pairs of this many types."""
+
+    types: int
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return globals()[name]
+
+
+def read(file: IO[bytes]) -> Any:
+    """The next object. EOFError if there is none."""
+    return _Reader(file).load()
+
+
+def write(what: object, file: IO[bytes]) -> None:
+    pickle.dump(what, file)
+    file.flush()

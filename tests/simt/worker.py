@@ -1,0 +1,180 @@
+"""Runs kernels in a process of its own, which a sanitizer may end: reads pickled requests and
+writes pickled answers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, byref, c_double, c_int64, c_size_t, c_uint8, c_void_p
+from functools import singledispatch
+from itertools import product
+
+from .protocol import (
+    UNWRITTEN,
+    Call,
+    Called,
+    Launch,
+    Plan,
+    Plans,
+    Problem,
+    Rounded,
+    Takes,
+    read,
+    write,
+)
+
+STREAM = 0x5EED
+
+LIBC = ctypes.CDLL(None)
+LIBC.posix_memalign.argtypes = [POINTER(c_void_p), c_size_t, c_size_t]
+LIBC.free.argtypes = [c_void_p]
+
+KERNELS = ctypes.CDLL(sys.argv[1])
+
+
+NUMBERS = (
+    *((name, c_int64) for name in ("outer", "rows", "inner")),
+    *((name, c_uint8) for name in ("v_type", "g_type", "w_type")),
+    ("eps", c_double),
+)
+
+
+class Forward(ctypes.Structure):
+    """wnkernel::Forward."""
+
+    _fields_ = (*((name, c_void_p) for name in ("v", "g", "w", "norm")), *NUMBERS)
+
+
+class Backward(ctypes.Structure):
+    """wnkernel::Backward."""
+
+    _arrays = ("grad_w", "v", "g", "norm", "grad_v", "grad_g")
+    _fields_ = (*((name, c_void_p) for name in _arrays), *NUMBERS)
+
+
+class Heap:
+    """Arrays whose bounds sanitizers know."""
+
+    def __init__(self) -> None:
+        self._blocks: list[c_void_p] = []
+
+    def reserve(self, size: int, offset: int) -> int:
+        """``size`` bytes, ``offset`` after a 16-byte boundary."""
+        block = c_void_p()
+        assert LIBC.posix_memalign(byref(block), 16, size + offset) == 0
+        self._blocks.append(block)
+        ctypes.memset(block, UNWRITTEN, size + offset)
+        return block.value + offset
+
+    def copy(self, data: bytes, offset: int) -> int:
+        """The same, with something in it."""
+        place = self.reserve(len(data), offset)
+        ctypes.memmove(place, data, len(data))
+        return place
+
+    def free(self) -> None:
+        for block in self._blocks:
+            LIBC.free(block)
+
+
+@contextmanager
+def heap() -> Iterator[Heap]:
+    memory = Heap()
+    try:
+        yield memory
+    finally:
+        memory.free()
+
+
+@singledispatch
+def answer(request: object) -> object:
+    raise TypeError(f"no answer to {request!r}")
+
+
+@answer.register
+def _(call: Call) -> Called:
+    line, launch = {
+        "forward": (Forward, KERNELS.simt_forward),
+        "backward": (Backward, KERNELS.simt_backward),
+    }[call.direction]
+    with heap() as memory:
+        places = [_place(memory, p) for p in call.problems]
+        fields = [p.fields for p in call.problems]
+        table = (line * len(places))(*(line(**p, **f) for p, f in zip(places, fields, strict=True)))
+        KERNELS.simt_begin(call.order, c_int64(call.failing_launch), call.mutant)
+        error = launch(table, c_int64(len(places)), c_void_p(STREAM))
+        outputs = []
+        for problem, place in zip(call.problems, places, strict=True):
+            for name, data in problem.inputs.items():
+                assert ctypes.string_at(place[name], len(data)) == data, f"{name} was changed"
+            outputs.append({k: ctypes.string_at(place[k], n) for k, n in problem.outputs.items()})
+    launches = _log("launches", 3)
+    return Called(
+        error,
+        [Launch(blocks, threads, stream == STREAM) for blocks, threads, stream in launches],
+        [size for (size,) in _log("workspaces", 1)],
+        outputs,
+    )
+
+
+def _place(memory: Heap, problem: Problem) -> dict[str, int]:
+    """Addresses of all arrays."""
+    offset = problem.offsets.get
+    places = {name: memory.copy(data, offset(name, 0)) for name, data in problem.inputs.items()}
+    return places | {k: memory.reserve(n, offset(k, 0)) for k, n in problem.outputs.items()}
+
+
+def _log(name: str, columns: int) -> list[tuple[int, ...]]:
+    """What the driver has written down since the call began."""
+    rows = getattr(KERNELS, f"simt_{name}")(None)
+    numbers = (c_int64 * (rows * columns))()
+    getattr(KERNELS, f"simt_{name}")(numbers)
+    return [tuple(numbers[k * columns : (k + 1) * columns]) for k in range(rows)]
+
+
+@answer.register
+def _(plans: Plans) -> list[Plan]:
+    numbers = (c_int64 * len(Plan._fields))()
+    found = []
+    for *view, element_bytes, vector in plans.views:
+        KERNELS.simt_plan(*map(c_int64, view), element_bytes, vector, numbers)
+        found.append(Plan(*numbers))
+    return found
+
+
+@answer.register
+def _(rounded: Rounded) -> dict[str, tuple[bytes, bytes]]:
+    n = len(rounded.numbers) // 4
+    results = {}
+    for name in ("half", "bfloat16"):
+        bits, back = ctypes.create_string_buffer(2 * n), ctypes.create_string_buffer(4 * n)
+        getattr(KERNELS, f"simt_round_{name}")(rounded.numbers, c_int64(n), bits, back)
+        results[name] = (bits.raw, back.raw)
+    return results
+
+
+@answer.register
+def _(takes: Takes) -> set[tuple[int, int]]:
+    every = product(range(takes.types), repeat=2)
+    return {(v, w) for v, w in every if KERNELS.simt_takes(v, w)}
+
+
+def main() -> None:
+    """Answer until there are no more requests."""
+    for name, line in (("forward", Forward), ("backward", Backward)):
+        assert getattr(KERNELS, f"simt_sizeof_{name}")() == ctypes.sizeof(line)
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)  # what else is printed belongs into the log
+        while True:
+            try:
+                request = read(sys.stdin.buffer)
+            except EOFError:
+                return
+            write(answer(request), answers)
+
+
+if __name__ == "__main__":
+    main()

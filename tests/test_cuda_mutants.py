@@ -1,0 +1,100 @@
+"""What the tests of the CUDA kernels would find: cases like those of tests/test_cuda_simt*.py fail
+for each of the faults of tests/simt/mutants.txt, and without each barrier."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from . import reference
+from .simt.build import missing
+from .simt.cases import (
+    LIKE_V,
+    ORDERS,
+    Case,
+    assert_right,
+    assert_right_forward,
+    case,
+    run_list,
+)
+from .simt.mutants import MUTANTS, NUMBERS, write
+from .simt.process import Worker, worker
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+PAIR = ("f32",)
+
+VIEWS = [
+    (1, 5, 12), (1, 9, 36), (1, 3, 132), (1, 3, 4096), (1, 2, 8192), (1, 1030, 4),
+    (1, 2, 9001), (3, 2, 4100), (67, 3, 140),
+    (171, 2, 3), (267, 2, 4), (67, 21, 2), (67, 40, 1), (35, 3, 15), (67, 16, 3), (300, 64, 1),
+]  # fmt: skip
+SPLIT = [(1, 3, 100_004), (1900, 2, 72), (3000, 22, 4), (43_700, 2, 3)]
+MOST_LINES = 220
+
+
+@pytest.fixture(scope="module")
+def mutated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with worker(tmp_path_factory, PAIR, "mutants", write) as process:
+        yield process
+
+
+def extreme(view: tuple[int, int, int], size: float = 1e30) -> Case:
+    """A row whose squares leave the safe range, but for the first third of it."""
+    c = case(view)
+    c.v[:, 0] *= size
+    outer, _, inner = view
+    (c.v[: outer // 3, 0] if outer > 1 else c.v[0, 0, : inner // 3]).div_(size)
+    return c
+
+
+def clamped(view: tuple[int, int, int]) -> Case:
+    c = case(view)
+    return c._replace(eps=float(reference.norm(c.v, 1).max()) * 2)
+
+
+def with_small_g(view: tuple[int, int, int]) -> Case:
+    c = case(view)
+    c.v.mul_(1e14)
+    c.g.fill_(1e-30)
+    return c
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[list[Case]]:
+    """Lists of weights, those that take long last."""
+    alone = [*map(case, VIEWS), *(case(view, aligned=False) for view in VIEWS[::3])]
+    alone += [make(view) for make in (extreme, clamped) for view in VIEWS[::2]]
+    alone += [case(view)._replace(want_v=False) for view in VIEWS[::6]]
+    alone += [case(VIEWS[0])._replace(shifted=(name,)) for name in LIKE_V]
+    alone += [case(VIEWS[0], g_dtype=torch.float16)]
+    mixed = [case(view, aligned=k % 3 > 0) for k, view in enumerate(VIEWS)]
+    split = [*map(case, SPLIT[::2]), *(extreme(view, 1e15) for view in SPLIT[1::2])]
+    many = [case((1, 1, 4)) for _ in range(MOST_LINES + 1)]
+    return [*([c] for c in alone), mixed, many, *([c] for c in split), split[:2]]
+
+
+def check(mutated: Worker, batches: list[list[Case]], mutant: int = 0) -> None:
+    """AssertionError for what is wrong. Orders of threads take turns."""
+    for view in VIEWS[::4]:
+        c = with_small_g(view)
+        assert_right_forward(c, *run_list(mutated, [c], mutant=mutant).results)
+    for k, cases in enumerate(batches):
+        results = run_list(mutated, cases, ORDERS[k % len(ORDERS)], mutant).results
+        for c, result in zip(cases, results, strict=True):
+            assert_right(c, result)
+
+
+def test_kernels_without_a_fault_pass(mutated, batches):
+    check(mutated, batches)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_fault_is_found(mutated, batches, name):
+    with pytest.raises(AssertionError) as found:
+        check(mutated, batches, NUMBERS[name])
+    if name in MUTANTS:
+        assert re.search(MUTANTS[name].sign, str(found.value))

@@ -1,0 +1,256 @@
+"""How the CUDA backend cuts weights: make_plan of csrc/cuda/plan.h, compiled for the host.
+
+What a plan says is spelled out element by element here, apart from the kernels, which
+tests/test_cuda_simt.py holds to the same plans.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .processes import ROOT
+from .simt.build import missing
+from .simt.process import Worker, worker
+from .simt.protocol import ROWS, RUNS, STRIPS, Plan, Plans, View
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+ITEMSIZES = (2, 4, 8)
+THREADS, WARP, VECTORS, VECTOR_BYTES, STRIP_BYTES = 256, 32, 4, 16, 128
+"""Numbers that csrc/cuda/plan.h gives reasons for."""
+SPLIT_FROM, FILL = 1 << 18, 512
+MAX_SPLIT = {RUNS: 512, STRIPS: 128}
+INT32 = 2**31
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with worker(tmp_path_factory, pairs=()) as process:
+        yield process
+
+
+def vectors(itemsize: int) -> tuple[int, ...]:
+    """Elements of the widest access, without alignment and with it."""
+    return 1, VECTOR_BYTES // itemsize
+
+
+def longest_row(view: View) -> int:
+    """Elements of the longest row that a block holds in registers."""
+    vector = view.vector if view.inner % view.vector == 0 else 1
+    return THREADS * vector * (4 if vector == 8 else 8)
+
+
+@st.composite
+def views(draw: st.DrawFn, most: int) -> View:
+    """Of ``most`` elements at most; each size is small, or large, or near a limit."""
+    left, sizes = most, []
+    for _ in range(3):
+        near = st.sampled_from([1, 8, 16, 17, 32, 33, 64, 65, 128, 512, 1024, 2048, 4096, 8192])
+        size = draw(st.integers(1, 70) | near | st.integers(1, left))
+        sizes.append(min(size, left))
+        left //= sizes[-1]
+    itemsize = draw(st.sampled_from(ITEMSIZES))
+    return View(*draw(st.permutations(sizes)), itemsize, draw(st.sampled_from(vectors(itemsize))))
+
+
+def plan_of(planner: Worker, view: View) -> Plan:
+    (plan,) = planner.ask(Plans([view]))
+    return plan
+
+
+def columns(p: Plan) -> int:
+    """Of a strip, with those that it does not have."""
+    return p.vector << p.log_x
+
+
+def places(p: Plan) -> tuple[np.ndarray, ...]:
+    """Of every vector: its block, where it begins, and its column in a strip; as the kernels
+    compute them."""
+    block, step, k, thread = np.ogrid[
+        : p.blocks, : p.per_block if p.kind != ROWS else max(1, VECTORS >> p.log_across),
+        : VECTORS if p.kind != ROWS else 1 << p.log_across, :THREADS,
+    ]  # fmt: skip
+    x, y, height = thread & ((1 << p.log_x) - 1), thread >> p.log_x, THREADS >> p.log_x
+    if p.kind == ROWS:
+        row = (block * max(1, VECTORS >> p.log_across) + step) * height + y
+        column = x + (k << p.log_x)
+        start = row * p.inner + column * p.vector
+        there = (row < p.rows) & (column < p.width)
+    else:
+        strip, tile = block // p.split, block % p.split * p.per_block + step
+        below, beside = tile // p.across, tile % p.across
+        line = (below * (VECTORS >> p.log_across) + (k >> p.log_across)) * height + y
+        side = (beside << p.log_across) + (k & ((1 << p.log_across) - 1))
+        column = (side << p.log_x) + x
+        origin = strip * (p.strip_rows if p.kind == STRIPS else 1) * p.inner
+        width = p.width
+        if p.kind == STRIPS:
+            width = np.minimum(width, (p.pitch - origin) // p.vector)
+        start = origin + line * p.pitch + column * p.vector
+        there = (tile < p.tiles) & (line < p.lines) & (column < width) & (start < p.numel)
+    each = np.broadcast_arrays(block, start, column)
+    return tuple(a[there] for a in each)
+
+
+def check_places(view: View, p: Plan) -> None:
+    """Every element is in one block, with its row, and vectors are whole and aligned."""
+    block, start, column = places(p)
+    assert p.numel % p.vector == 0
+    assert (start % p.vector == 0).all()
+    assert np.array_equal(np.sort(start), np.arange(0, p.numel, p.vector))
+    assert len(np.unique(block)) == p.blocks
+    for j in (0, p.vector - 1):
+        row = (start + j) // view.inner % view.rows
+        if p.kind == RUNS:
+            assert (row == block // p.split).all()
+        if p.kind == STRIPS:
+            own = column * p.vector + j
+            assert (own < columns(p)).all()
+            first = block // p.split * p.strip_rows
+            assert (row == first + own // p.inner % p.strip_rows).all()
+
+
+def check_limits(view: View, p: Plan) -> None:
+    assert (p.numel, p.rows, p.inner) == (prod(view[:3]), view.rows, view.inner)
+    assert p.vector in (1, view.vector)
+    if p.kind == ROWS:
+        assert view.outer == 1
+        assert p.width <= 1 << p.log_x + p.log_across < 2 * p.width
+        alone, several = p.width <= WARP, p.width <= THREADS * VECTORS
+        assert p.log_across == (0 if alone else 2 if several else 3)
+        assert (p.split, p.per_block, p.partial_sums) == (1, 1, 0)
+        return
+    height = (THREADS >> p.log_x) * (VECTORS >> p.log_across)
+    side = p.width if p.kind == RUNS else 1 << p.log_x
+    assert p.across == -(-side // (1 << p.log_x << p.log_across))
+    assert p.tiles == -(-p.lines // height) * p.across < INT32
+    assert 1 <= p.split <= MAX_SPLIT[p.kind]
+    assert (p.split - 1) * p.per_block < p.tiles <= p.split * p.per_block
+    assert p.split == 1 or p.numel >= SPLIT_FROM
+    assert p.split == 1 or p.per_block >= 4
+    parts = p.rows if p.kind == RUNS else -(-p.rows // p.strip_rows)
+    assert p.blocks == parts * p.split
+    assert p.split == 1 or (p.split - 1) * parts < FILL
+    kept = columns(p) if p.kind == STRIPS else 1
+    assert p.partial_sums == (p.blocks * kept if p.split > 1 else 0)
+    if p.kind == STRIPS:
+        assert columns(p) == (STRIP_BYTES // view.element_bytes if p.vector > 1 else WARP)
+        assert p.strip_rows * p.inner <= p.width * p.vector <= columns(p)
+
+
+@settings(max_examples=200, deadline=None)
+@given(view=views(20_000))
+def test_every_element_is_in_one_block(planner, view):
+    p = plan_of(planner, view)
+    check_limits(view, p)
+    check_places(view, p)
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_every_element_is_in_one_block_of_a_split_row(planner, data):
+    """Few rows, and columns of few strips."""
+    itemsize = data.draw(st.sampled_from(ITEMSIZES))
+    vector = data.draw(st.sampled_from(vectors(itemsize)))
+    rows = data.draw(st.sampled_from([1, 2, 3, 5, 16, 40]))
+    inner = data.draw(st.integers(1, min(70, 200 // rows)))
+    length = data.draw(st.integers(SPLIT_FROM, 2 * SPLIT_FROM))
+    outer = -(-length // (rows * inner))
+    for view in (
+        View(outer, rows, inner, itemsize, vector),
+        View(1, rows, length, itemsize, vector),
+    ):
+        p = plan_of(planner, view)
+        assert p.split > 1
+        check_limits(view, p)
+        check_places(view, p)
+
+
+@settings(max_examples=300, deadline=None)
+@given(view=views(2**38))
+def test_limits_of_the_largest_weights(planner, view):
+    """A quarter of a tera-element: fields of 32 bits hold what they should."""
+    check_limits(view, plan_of(planner, view))
+
+
+# At every threshold, one element to either side of it.
+EDGES = [
+    *((1, 3, n + d) for n in (16, 32, 64, 128, 512, 2048, 4096, 8192) for d in (-1, 0, 1, 8)),
+    *((3, 5, n + d) for n in (16, 32, 64) for d in (-1, 0, 1, 8)),
+    *((3, n + d, 1) for n in (16, 32, 64) for d in (-1, 0, 1)),
+    (7, 3, 3), (100, 3, 3), (2, 2, 8), (33, 2, 64), (1, 1, 1), (9000, 1, 1), (1, 9000, 1),
+    (1, 1, SPLIT_FROM), (SPLIT_FROM, 1, 1), (SPLIT_FROM + 1, 3, 1), (60_000, 9, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_edges(planner, itemsize):
+    every = [View(*e, itemsize, vector) for e in EDGES for vector in vectors(itemsize)]
+    for view, p in zip(every, planner.ask(Plans(every)), strict=True):
+        check_limits(view, p)
+        check_places(view, p)
+    kinds = {(p.kind, p.vector > 1, p.split > 1) for p in planner.ask(Plans(every))}
+    rows = {(ROWS, wide, False) for wide in (False, True)}
+    assert kinds == rows | {(k, w, s) for k in (RUNS, STRIPS) for w in (0, 1) for s in (0, 1)}
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_rows_that_fit_are_read_once(planner, itemsize):
+    for vector in vectors(itemsize):
+        most = longest_row(View(1, 3, 8 * vector, itemsize, vector))
+        for inner, kind in ((most, ROWS), (most + vector, RUNS)):
+            p = plan_of(planner, View(1, 3, inner, itemsize, vector))
+            assert (p.kind, p.vector) == (kind, vector)
+
+
+def real_views() -> Iterator[tuple[int, int, int]]:
+    """``[outer, rows, inner]`` of the weights of benchmarks/shapes.csv, contiguous."""
+    with (ROOT / "benchmarks" / "shapes.csv").open(newline="") as file:
+        for line in csv.DictReader(file):
+            shape = tuple(map(int, line["shape"].split("x")))
+            if line["dim"] == "none" or shape[k := int(line["dim"])] == 1:
+                yield 1, 1, prod(shape)
+            else:
+                yield prod(shape[:k]), shape[k], prod(shape[k + 1 :])
+
+
+@pytest.mark.parametrize("itemsize", ITEMSIZES)
+def test_weights_of_real_models(planner, itemsize):
+    """Rows that fit are read once, in 16-byte accesses where they hold whole ones."""
+    every = [View(*view, itemsize, VECTOR_BYTES // itemsize) for view in real_views()]
+    kinds = Counter()
+    for view, p in zip(every, planner.ask(Plans(every)), strict=True):
+        check_limits(view, p)
+        kinds[p.kind] += 1
+        if view.outer == 1 and view.inner <= longest_row(view):
+            assert p.kind == ROWS
+            assert (p.vector > 1) == (view.inner % view.vector == 0)
+    assert kinds[ROWS] > 100
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    "view",
+    [(768 * 48, 128, 1), (1, 1, 768 * 48 * 128), (1024 * 64, 128, 1), (1, 1, 4_700_000)],
+    ids=str,
+)
+def test_few_rows_with_much_data_fill_a_card(planner, view, itemsize):
+    p = plan_of(planner, View(*view, itemsize, VECTOR_BYTES // itemsize))
+    assert p.split > 1
+    assert p.vector > 1
+    assert 100 <= p.blocks <= 1000
+
+
+def test_small_weights_are_not_split(planner):
+    """A second launch costs more than it saves there."""
+    for view in ((1, 1, SPLIT_FROM - 8), (SPLIT_FROM // 64 - 1, 64, 1), (127, 8, 256)):
+        assert plan_of(planner, View(*view, 4, 4)).split == 1
+    assert plan_of(planner, View(1, 1, SPLIT_FROM, 4, 4)).split > 1
