@@ -334,3 +334,14 @@ def test_another_dtype_of_the_result(view, dtype, out_dtype):
     g_dtype = DTYPES[(DTYPES.index(dtype) + DTYPES.index(out_dtype)) % 4]
     c = rows_case(*view, dtype, g_dtype=g_dtype, out_dtype=out_dtype)
     assert_right(c, in_a_list(c))
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+def test_g_that_is_far_from_the_norm(monkeypatch, view, size):
+    """g / norm, or g / norm in two steps, leaves the range of floats where w does not."""
+    split_early(monkeypatch)
+    c = rows_case(*view)
+    c.v.mul_(1e14)
+    c.g.fill_(size)
+    assert_right_forward(c, run([c])[0])

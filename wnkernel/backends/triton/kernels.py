@@ -73,17 +73,21 @@ def _squares(
 
 @triton.jit
 def _finish_norm(p, mask, squares, unit, scale, eps_bits):
-    """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / max(norm,
-    eps), to multiply v with one after the other: the ratio and 1, unless it leaves the range."""
+    """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / n, where n
+    is max(norm, eps), to multiply v with one after the other: the ratio and 1; where that leaves
+    the range, 1 / n and g; where n does, the unit and what is left."""
     norm = tl.sqrt(squares)
     true_norm = tl.where(unit == 1.0, norm, norm / unit)
     tl.store(p, true_norm, mask=mask)
     eps = _float(eps_bits, norm.dtype)
     clamped = true_norm < eps
-    ratio = tl.where(clamped, scale / eps, scale / norm * unit)
-    normal = _is_normal(ratio)
+    n = tl.where(clamped, eps, true_norm)
+    ratio, inverse = scale / n, 1.0 / n
+    has_ratio = _is_normal(n) & _is_normal(ratio)
+    has_inverse = _is_normal(n) & _is_normal(inverse)
     rest = scale / tl.where(clamped, eps * unit, norm)
-    return tl.where(normal, ratio, unit), tl.where(normal, 1.0, rest)
+    a = tl.where(has_ratio, ratio, tl.where(has_inverse, inverse, unit))
+    return a, tl.where(has_ratio, 1.0, tl.where(has_inverse, scale, rest))
 
 
 @triton.jit
