@@ -72,6 +72,15 @@ def test_a_backend_may_say_itself_what_stays_on_the_chip():
         assert tuple(traffic.arrays(phase, p, Backend()) for phase in (FORWARD, BACKWARD)) == arrays
 
 
+def test_the_launches_of_a_model(monkeypatch):
+    """The second ones are for rows that are split, which no listed model has."""
+    assert {traffic.model_launches(name, "triton") for name in REAL.models} == {2}
+    assert traffic.model_launches("DAC", "another") == 4  # at most
+    models = {"split": REAL.weights[: len(KEY)]}
+    monkeypatch.setattr(traffic, "REAL", dataclasses.replace(REAL, models=models))
+    assert traffic.model_launches("split", "triton") == 4
+
+
 def test_the_real_plan_begins_with_what_the_aims_name():
     assert tuple((c.shape, c.dim) for c in REAL.weights[: len(KEY)]) == KEY
     keys = [(c.shape, c.dim) for c in REAL.weights]
@@ -306,7 +315,13 @@ def test_the_summary_holds_figures_against_aims(where, tmp_path):
 
     out = io.StringIO()
     summary.print_summary(Console(file=out, width=summary.WIDTH), found)
-    for text in ("met", "missed", "Where we lose to torch: 1 measurements", "8192x4096"):
+    for text in (
+        "met",
+        "missed",
+        "copies its table",
+        "Where we lose to torch: 1 measurements",
+        "8192x4096",
+    ):
         assert text in out.getvalue()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import sys
 import time
@@ -232,6 +233,34 @@ def test_the_tests_run_in_as_many_processes_as_there_are(monkeypatch, tmp_path):
     assert "--ignore=tests/test_problem.py" in tests().command
     gone.add("pytest")
     assert tests().absent == "pytest is not installed"
+
+
+def test_what_needs_no_gpu_is_not_run_on_one(tmp_path):
+    """And nothing that is named is gone."""
+    (tests,) = (step for step in checks.steps(tmp_path) if step.name == "tests")
+    ignored = {a.removeprefix("--ignore=") for a in tests.command if a.startswith("--ignore=")}
+    for name in checks.NO_GPU_NEEDED:
+        found = {str(path.relative_to(checks.ROOT)) for path in checks.TESTS.glob(name)}
+        assert found, name
+        assert found <= ignored
+    takes_a_backend = re.compile(r"^def test_\w+\((backend|route|gpu_backend)\b", re.MULTILINE)
+    of_every_backend = {
+        str(path.relative_to(checks.ROOT))
+        for path in checks.TESTS.glob("test_*.py")
+        if takes_a_backend.search(path.read_text())
+    }
+    assert of_every_backend
+    assert not of_every_backend & ignored
+
+
+def test_kernels_are_compiled_before_a_sanitizer_watches_them(tmp_path):
+    """Under one, compiling takes longer than there is time."""
+    names = [step.name for step in checks.steps(tmp_path)]
+    known = {step.name: step for step in checks.steps(tmp_path)}
+    assert not known["kernels"].absent
+    for name in checks.TOOLS:
+        assert names.index("kernels") < names.index(name)
+        assert list(known[name].command[-3:]) == list(known["kernels"].command)
 
 
 def test_the_sanitizer_is_found_beside_cuda(monkeypatch, tmp_path):

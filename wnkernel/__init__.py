@@ -5,17 +5,27 @@ from ._info import info
 from ._ops import cpu_buffers, release_cpu_buffers
 from ._version import __version__
 from .backends import use_backend
+from .checkpoint import accept_any_layout, convert_state_dict
 from .grouping.group import WeightNormGroup, fuse
+from .init import data_dependent_init_
+from .model import convert, fold
 from .parametrization import WeightNorm, remove_weight_norm, weight_norm
+from .patching import patch_torch
 
 __all__ = [
     "WeightNorm",
     "WeightNormGroup",
     "__version__",
+    "accept_any_layout",
+    "convert",
+    "convert_state_dict",
     "cpu_buffers",
+    "data_dependent_init_",
+    "fold",
     "functional",
     "fuse",
     "info",
+    "patch_torch",
     "release_cpu_buffers",
     "remove_weight_norm",
     "use_backend",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +17,17 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
+from torch.nn.utils.parametrize import remove_parametrizations
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from . import functional
-from .checkpoint import legacy_keys, register_load_hook, unregister_load_hook
+from .checkpoint import (
+    WeightNormOriginals,
+    legacy_keys,
+    register_load_hook,
+    split_weight,
+    unregister_load_hook,
+)
 from .problem import WHOLE_TENSOR, check_eps, check_v
 
 
@@ -47,14 +55,8 @@ class WeightNorm(nn.Module):
         return functional.weight_norm(weight_v, weight_g, self.dim, eps=self.eps)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``(g, v)`` that give ``weight``; the bits of g are torch's wherever torch's are right."""
-        if weight.numel() == 0:  # torch cannot: one of its views would have any number of columns
-            return functional.norm_except_dim(weight, self.dim), weight
-        g = torch.norm_except_dim(weight, 2, self.dim)
-        overflown_or_zero = ~g.isfinite() | (g == 0)
-        if not g.is_meta and overflown_or_zero.any():
-            g = torch.where(overflown_or_zero, functional.norm_except_dim(weight, self.dim), g)
-        return g, weight
+        """``(g, v)`` that give ``weight``."""
+        return split_weight(weight, self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + (f", eps={self.eps}" if self.eps else "")
@@ -63,7 +65,7 @@ class WeightNorm(nn.Module):
 _MODULE_CALL = nn.Module.__call__
 
 
-class WeightNormList(parametrize.ParametrizationList):
+class WeightNormList(WeightNormOriginals):
     """torch's ``ParametrizationList`` with a short way through when it holds one weight norm.
 
     ``nn.Module.__call__`` and the generic loop over parametrizations cost several times the
@@ -150,7 +152,7 @@ def weight_norm(
         ValueError: no such parameter, an uninitialised one, or a wrong ``dim`` or ``eps``.
         RuntimeError: the parameter is already weight-normed, by any of the three kinds.
     """
-    _check_module(module)
+    check_module("module", module)
     if kind := weight_norm_kind(module, name):
         raise RuntimeError(
             f"name: expected a parameter without weight norm, got {name!r}, which has {kind}"
@@ -172,14 +174,38 @@ def weight_norm(
             "once before applying weight norm"
         )
     check_v(weight, dim)
-    parametrization = WeightNorm(dim, eps=check_eps(eps))
-    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    originals = module.parametrizations[name]
-    if type(originals) is parametrize.ParametrizationList:
-        originals.__class__ = WeightNormList
-        _shorten_property(type(module), name)
-    register_load_hook(module, name)
+    register(module, name, WeightNorm(dim, eps=check_eps(eps)))
     return module
+
+
+def register(module: nn.Module, name: str, norm: WeightNorm) -> None:
+    """Put a weight norm on a plain parameter."""
+    if parametrize.is_parametrized(module):
+        own_class(module)
+    parametrize.register_parametrization(module, name, norm, unsafe=True)
+    make_ours(module, name)
+
+
+def make_ours(module: nn.Module, name: str) -> None:
+    """What is ours in a parametrized module, besides the weight norm itself."""
+    cls, weights = type(module), module.parametrizations[name]
+    if type(weights) in (parametrize.ParametrizationList, WeightNormOriginals):
+        weights.__class__ = WeightNormList
+        _shorten_property(cls, name)
+    if isinstance(module, nn.RNNBase) and "__deepcopy__" in vars(cls):
+        cls.__deepcopy__ = _deepcopy_rnn
+    register_load_hook(module, name)
+
+
+def _deepcopy_rnn(rnn: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
+    """As parametrize's, but an RNN also holds the weights of its last forward, and deepcopy refuses
+    tensors with a history."""
+    copied = memo[id(rnn)] = rnn.__new__(type(rnn))
+    for w in rnn._flat_weights:
+        if isinstance(w, Tensor) and not w.is_leaf:
+            memo[id(w)] = w.detach().clone()
+    vars(copied).update(copy.deepcopy(vars(rnn), memo))
+    return copied
 
 
 def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
@@ -200,40 +226,49 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
         ValueError: ``name`` has no weight norm.
         RuntimeError: other parametrizations are stacked on the weight norm.
     """
-    _check_module(module)
+    check_module("module", module)
     kind = weight_norm_kind(module, name)
     if kind is None:
         raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
-    if kind == LEGACY:
-        requires_grad = any(getattr(module, key).requires_grad for key in legacy_keys(name))
-        torch.nn.utils.remove_weight_norm(module, name)
-        getattr(module, name).requires_grad_(requires_grad)
-        return module
-    weights = module.parametrizations[name]
-    if len(weights) > 1:
-        stacked = ", ".join(type(p).__name__ for p in weights)
+    if kind != LEGACY and len(module.parametrizations[name]) > 1:
+        stacked = ", ".join(type(p).__name__ for p in module.parametrizations[name])
         raise RuntimeError(
             f"name: expected weight norm alone on {name!r}, got {stacked}; "
             "parametrize.remove_parametrizations folds them all"
         )
-    weights.owner = None  # what a group computed is the group's
-    with torch.no_grad():
-        w = weights()
-    requires_grad = any(p.requires_grad for p in weights.parameters())
-    _own_class(module)
-    parametrize.remove_parametrizations(module, name)
-    unregister_load_hook(module, name)
-    # torch leaves a frozen layer's weight behind as a buffer
-    module._buffers.pop(name, None)
-    setattr(module, name, nn.Parameter(w, requires_grad=requires_grad))
+    fold_weight(module, name)
     return module
 
 
-def _own_class(module: nn.Module) -> None:
+def fold_weight(module: nn.Module, name: str) -> None:
+    """Make a weight-normed parameter plain, whatever else is stacked on the weight norm."""
+    if weight_norm_kind(module, name) == LEGACY:
+        key, hook = legacy_hook(module, name)
+        with torch.no_grad():
+            w = hook.compute_weight(module)
+        requires_grad = any(getattr(module, key).requires_grad for key in legacy_keys(name))
+        del module._forward_pre_hooks[key]
+        for attribute in legacy_keys(name):
+            delattr(module, attribute)
+        vars(module).pop(name, None)  # w of the last forward
+    else:
+        weights = module.parametrizations[name]
+        weights.owner = None  # what a group computed is the group's
+        weights.eval()  # spectral norm would iterate
+        with torch.no_grad():
+            w = weights()
+        requires_grad = any(p.requires_grad for p in weights.parameters())
+        own_class(module)
+        remove_parametrizations(module, name)
+    unregister_load_hook(module, name)
+    setattr(module, name, nn.Parameter(w, requires_grad=requires_grad))
+
+
+def own_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
-    Copies made by deepcopy share the class that parametrize made, and removing a parametrization
-    deletes a property of that class: the copies would lose their weights too.
+    Copies made by deepcopy share the class that parametrize made, and (un)parametrizing one more
+    parameter changes properties of that class: the copies would lose their weights.
     """
     cls = type(module)
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
@@ -266,6 +301,16 @@ def weight_norm_kinds(module: nn.Module) -> dict[str, str]:
     return kinds
 
 
-def _check_module(module: Any) -> None:
+def legacy_hook(module: nn.Module, name: str) -> tuple[int, LegacyHook]:
+    """torch's legacy hook for a parameter, after its key among the hooks."""
+    return next(
+        (key, hook)
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, LegacyHook) and hook.name == name
+    )
+
+
+def check_module(argument: str, module: Any) -> None:
+    """Refuse what is no module."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(module).__name__}")

@@ -1,0 +1,214 @@
+"""``convert_state_dict``: what ``like`` adds, and dicts that contradict themselves."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import wnkernel
+from wnkernel import convert_state_dict
+
+from .checkpoints import LAYOUTS, g_and_v, loaded, saved, unchanged
+from .layers import APPLY, LAYERS, all_dims, all_kinds, all_layers
+
+PAIRED = ["parametrized", "legacy"]
+all_pairs = pytest.mark.parametrize("layout", PAIRED)
+all_targets = pytest.mark.parametrize("to", LAYOUTS)
+KIND = {"parametrized": "torch", "legacy": "legacy"}
+
+
+def linear():
+    return nn.Linear(5, 4)
+
+
+# like
+
+
+@pytest.mark.parametrize("to", PAIRED)
+@pytest.mark.parametrize("state_dict", [False, True], ids=["module", "dict"])
+@all_dims
+@all_layers
+@all_kinds
+def test_folded_weights_are_split_as_torch_would(kind, layer, dim, state_dict, to):
+    build, name, _ = LAYERS[layer]
+    folded = build().state_dict()
+    like = APPLY[kind](build(), name, dim)
+    with unchanged(folded):
+        split = convert_state_dict(folded, to, like=like.state_dict() if state_dict else like)
+    normed = build()
+    normed.load_state_dict(folded)
+    target = APPLY[KIND[to]](build(), name, dim)
+    target.load_state_dict(split, strict=True)
+    for got, want in zip(
+        loaded(target, name), loaded(APPLY["torch"](normed, name, dim), name), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert split[g_and_v(name, KIND[to])[1]] is folded[name]
+
+
+def test_only_what_is_normed_in_like_is_split():
+    like = nn.Sequential(linear(), wnkernel.weight_norm(linear()), wnkernel.weight_norm(linear()))
+    checkpoint = nn.Sequential(linear(), linear()).state_dict()  # and not the last
+    checkpoint["1.extra"] = torch.ones(1)
+    split = convert_state_dict(checkpoint, like=like)
+    assert list(split) == ["0.weight", "0.bias", *g_and_v(prefix="1."), "1.bias", "1.extra"]
+    assert convert_state_dict(checkpoint, "folded", like=like).keys() == checkpoint.keys()
+    assert convert_state_dict(checkpoint).keys() == checkpoint.keys()
+
+
+@all_pairs
+def test_pairs_need_no_splitting(layout):
+    checkpoint = {f"1.{key}": t for key, t in saved(linear(), layout).items()}
+    checkpoint |= {f"0.{key}": t for key, t in saved(linear(), "folded").items()}
+    like = nn.Sequential(*(wnkernel.weight_norm(linear()) for _ in range(2)))
+    converted = convert_state_dict(checkpoint, layout, like=like)
+    assert all(converted[key] is t for key, t in checkpoint.items() if key[0] == "1")
+    assert converted.keys() == convert_state_dict(like.state_dict(), layout).keys()
+
+
+class Mixing(nn.Module):
+    """Parameters as RWKV calls them, some of which are under weight norm."""
+
+    def __init__(self, apply):
+        super().__init__()
+        self.time_mix = nn.Parameter(torch.randn(1, 1, 8))
+        for name in ("other_g", "other_v", "weight_g", "weight_v"):
+            self.register_parameter(name, nn.Parameter(torch.randn(1, 1, 8)))
+        if apply:
+            APPLY[apply](self, "time_mix", 2)
+
+
+@all_kinds
+def test_names_that_say_nothing_are_known_from_like(kind):
+    like, pairs = Mixing(kind), Mixing("legacy").state_dict()
+    converted = convert_state_dict(pairs, like=like)
+    assert set(converted) == {"other_g", "other_v", *g_and_v(), *g_and_v("time_mix")}
+    folded = convert_state_dict(Mixing(None).state_dict(), "legacy", like=like)
+    assert set(folded) == {"other_g", "other_v", "weight_g", "weight_v", "time_mix_g", "time_mix_v"}
+
+
+def test_what_only_looks_normed_in_a_module_is_not_split():
+    checkpoint = {"weight": torch.randn(1, 1, 8)}
+    assert list(convert_state_dict(checkpoint, like=Mixing("legacy"))) == ["weight"]
+
+
+def test_what_is_stacked_in_like_is_left_folded():
+    like = spectral_norm(wnkernel.weight_norm(linear()))
+    assert list(convert_state_dict(linear().state_dict(), like=like)) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(
+    ("weight", "got"),
+    [
+        (torch.ones(4, 6), r"torch\.float32 \[4, 6\]"),
+        (torch.ones(4, 5, dtype=torch.int64), r"torch\.int64 \[4, 5\]"),
+        ([1.0], "list"),
+    ],
+    ids=["shape", "dtype", "type"],
+)
+def test_a_weight_that_is_not_the_one_in_like(weight, got):
+    like = nn.Sequential(wnkernel.weight_norm(linear()))
+    expected = rf'^state_dict: expected a floating-point "0.weight" of shape \[4, 5\].*got {got}'
+    with pytest.raises(ValueError, match=expected):
+        convert_state_dict({"0.weight": weight}, like=like)
+
+
+# errors
+
+
+def refusal(checkpoint, to, **options):
+    with unchanged(checkpoint), pytest.raises(ValueError, match=r"^state_dict: expected") as raised:
+        convert_state_dict(checkpoint, to, **options)
+    return str(raised.value)
+
+
+@all_targets
+@pytest.mark.parametrize("which", [0, 1], ids=["g", "v"])
+def test_half_of_a_parametrized_pair(which, to):
+    checkpoint = {f"a.{key}": t for key, t in saved(linear(), "parametrized").items()}
+    keys = g_and_v(prefix="a.")
+    del checkpoint[keys[which]]
+    error = refusal(checkpoint, to)
+    assert f'expected "{keys[which]}" beside "{keys[1 - which]}", got no such key' in error
+
+
+def two_spellings():
+    plain = linear()
+    return saved(plain, "legacy") | saved(plain, "parametrized")
+
+
+@all_targets
+def test_two_spellings_that_agree_become_one(to):
+    checkpoint = two_spellings()
+    assert checkpoint.keys() == {"bias", "weight_g", "weight_v", *g_and_v()}
+    converted = convert_state_dict(checkpoint, to)
+    one = {key: t for key, t in checkpoint.items() if "parametrizations" in key}
+    want = convert_state_dict(one, to)
+    assert converted.keys() == {"bias", *want}
+    assert all(torch.equal(converted[key], t) for key, t in want.items())
+
+
+@all_targets
+@pytest.mark.parametrize("which", [0, 1], ids=["g", "v"])
+def test_two_spellings_that_differ(which, to):
+    checkpoint = two_spellings()
+    legacy = g_and_v(kind="legacy")[which]
+    checkpoint[legacy] = checkpoint[legacy].nextafter(torch.tensor(torch.inf))
+    assert f'got "{g_and_v()[which]}" and "{legacy}", which differ' in refusal(checkpoint, to)
+
+
+@all_targets
+@all_pairs
+def test_a_plain_weight_beside_its_pair(layout, to):
+    checkpoint = saved(linear(), layout)
+    g, v = (checkpoint[key] for key in g_and_v(kind=KIND[layout]))
+    checkpoint["weight"] = torch._weight_norm(v, g, 0)
+    converted = convert_state_dict(checkpoint, to)
+    keys = ("weight",) if to == "folded" else g_and_v(kind=KIND[to])
+    assert converted.keys() == {"bias", *keys}
+    if to == "folded":
+        assert converted["weight"] is checkpoint["weight"]
+    checkpoint["weight"] = checkpoint["weight"] * 1.001
+    error = refusal(checkpoint, to)
+    keys = g_and_v(kind=KIND[layout])
+    assert f'got "weight", which is not that of "{keys[0]}" and "{keys[1]}"' in error
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "to", "key"),
+    [
+        ({**saved(linear(), "legacy"), "weight": torch.ones(3)}, "folded", "weight"),
+        ({**saved(linear(), "legacy"), "weight": "taken"}, "folded", "weight"),
+        ({**saved(linear(), "parametrized"), "weight_g": torch.ones(3)}, "legacy", "weight_g"),
+        (
+            saved(linear(), "legacy")
+            | {g_and_v()[1]: torch.ones(4, 5), g_and_v()[0]: torch.ones(5)},
+            "parametrized",
+            g_and_v()[0],
+        ),
+    ],
+    ids=["another weight", "no tensor", "half a legacy pair", "other originals"],
+)
+def test_entries_in_the_way_are_not_overwritten(checkpoint, to, key):
+    assert f'expected no "{key}" beside' in refusal(checkpoint, to)
+
+
+@pytest.mark.parametrize("to", ["new", "Legacy", "", None])
+def test_unknown_layouts(to):
+    with pytest.raises(
+        ValueError, match=r"^to: expected one of 'parametrized', 'legacy', 'folded'"
+    ):
+        convert_state_dict({}, to)
+
+
+def test_arguments_of_the_wrong_type():
+    with pytest.raises(TypeError, match=r"^state_dict: expected a dict, got Linear"):
+        convert_state_dict(linear())
+    with pytest.raises(TypeError, match=r"^like: expected a module or a dict, got list"):
+        convert_state_dict({}, like=[])
+    with pytest.raises(ValueError, match=re.escape("eps: expected a finite number >= 0, got -1")):
+        convert_state_dict({}, "folded", eps=-1)

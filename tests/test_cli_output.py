@@ -1,0 +1,328 @@
+"""What ``wnkernel convert`` writes is there whole or not at all, and nothing else is touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .command_line import (
+    convert,
+    fails,
+    files_in,
+    in_a_process,
+    invoke,
+    load,
+    on_the_cpu,
+    save,
+    trained,
+)
+from .processes import ROOT
+
+__all__ = ["on_the_cpu"]
+
+both_formats = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+
+
+@pytest.fixture
+def source(tmp_path, request):
+    """A legacy checkpoint of the format that the test is for, in a folder of its own."""
+    suffix = request.node.callspec.params.get("suffix", ".pt")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    save(trained("legacy").state_dict(), folder / f"in{suffix}")
+    return folder / f"in{suffix}"
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@both_formats
+def test_a_file_that_is_there_is_replaced_with_force_only(source, out, suffix):
+    target = out / f"out{suffix}"
+    target.write_text("precious")
+    line = fails(4, "convert", source, target, "--to", "folded")
+    assert line == f"wnkernel: {target}: exists already; --force replaces it"
+    assert files_in(out) == {target.name: b"precious"}
+    convert(source, target, "folded", "--force")
+    assert "pre.weight" in load(target)
+    assert list(files_in(out)) == [target.name]
+
+
+@both_formats
+@pytest.mark.parametrize("link", ["itself", "another path", "symbolic link", "hard link"])
+def test_the_input_is_not_replaced_by_whatever_name(source, out, suffix, link):
+    target = {
+        "itself": source,
+        "another path": source.parent / ".." / source.parent.name / source.name,
+    }.get(link, out / f"link{suffix}")
+    if link == "symbolic link":
+        target.symlink_to(source)
+    elif link == "hard link":
+        os.link(source, target)
+    before = source.read_bytes()
+    for options in ([], ["--force"], ["--force", "--dry-run"]):
+        line = fails(2, "convert", source, target, "--to", "folded", *options)
+        assert "is the input" in line
+    assert source.read_bytes() == before
+
+
+@both_formats
+def test_a_link_to_another_file_stays_a_link(source, out, suffix):
+    (out / "store").mkdir()
+    (out / "store" / "real").write_text("old")
+    link = out / f"link{suffix}"
+    link.symlink_to(Path("store") / "real")
+    assert "exists already" in fails(4, "convert", source, link, "--to", "folded")
+    convert(source, link, "folded", "--force")
+    assert link.is_symlink()
+    assert "pre.weight" in load(link)
+    assert list(files_in(out / "store")) == ["real"]
+
+
+@both_formats
+def test_outputs_that_cannot_be_files(source, out, suffix):
+    (out / "folder.pt").mkdir()
+    for target, said in (
+        (out / "missing" / f"out{suffix}", "there is no folder"),
+        (out / "folder.pt", "is a folder"),
+        (source / f"out{suffix}", "there is no folder"),
+    ):
+        assert said in fails(4, "convert", source, target, "--to", "folded", "--force")
+    line = fails(2, "convert", source, out / "model.onnx", "--to", "folded")
+    assert ".safetensors" in line
+    assert "expected a file to write to" in fails(2, "convert", source, "--to", "folded")
+    assert files_in(out) == {}
+
+
+@posix_only
+@both_formats
+def test_a_device_is_not_replaced(source, out, suffix):
+    os.mkfifo(out / f"pipe{suffix}")
+    line = fails(4, "convert", source, out / f"pipe{suffix}", "--to", "folded", "--force")
+    assert "no ordinary file" in line
+    assert (out / f"pipe{suffix}").is_fifo()
+
+
+@both_formats
+def test_a_folder_that_must_not_be_written_to(source, out, suffix):
+    if os.name != "posix" or os.geteuid() == 0:
+        pytest.skip("the owner of this process may write everywhere")
+    out.chmod(0o555)
+    try:
+        line = fails(4, "convert", source, out / f"out{suffix}", "--to", "folded")
+    finally:
+        out.chmod(0o755)
+    assert line.endswith("Permission denied")
+    assert files_in(out) == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
+@both_formats
+def test_a_folder_that_nobody_can_write_to(source, suffix):
+    line = fails(4, "convert", source, f"/proc/self/out{suffix}", "--to", "folded")
+    assert line.startswith(f"wnkernel: /proc/self/out{suffix}: ")
+
+
+@posix_only
+def test_a_full_disk(tmp_path, out):
+    """A limit on the size of files: the system refuses to write on, as on a full disk."""
+    state = {"a.weight_g": torch.ones(64, 1), "a.weight_v": torch.ones(64, 2**10)}
+    save(state, tmp_path / "in.pt")
+    save(state, tmp_path / "in.safetensors")
+    save({"a.weight_g": state["a.weight_g"]}, tmp_path / "g.bin")
+    save({"a.weight_v": state["a.weight_v"]}, tmp_path / "v.bin")
+    index = {"weight_map": {"a.weight_g": "g.bin", "a.weight_v": "v.bin"}}
+    (tmp_path / "in.bin.index.json").write_text(json.dumps(index))
+    scenario = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for suffix in (".pt", ".safetensors", ".bin.index.json"):
+    source, target = f"{folders[0]}/in{suffix}", f"{folders[1]}/out{suffix}"
+    for there in (False, True):
+        if there:
+            open(target, "w").write("precious")
+        yield call("convert", source, target, "--to", "folded", "--force")
+        yield {name: open(f"{folders[1]}/{name}").read() for name in os.listdir(folders[1])}
+    os.remove(target)
+"""
+    calls = in_a_process(scenario, tmp_path, out)
+    assert len(calls) == 12
+    for suffix in (".pt", ".safetensors", ".bin.index.json"):
+        for there in (False, True):
+            (code, line), files = calls.pop(0), calls.pop(0)
+            assert code == 4
+            assert line == f"wnkernel: {out}/{refused_file(suffix)}: {os.strerror(errno.EFBIG)}\n"
+            assert files == ({f"out{suffix}": "precious"} if there else {})
+
+
+def refused_file(suffix):
+    """The first that is too large."""
+    return "out-00001-of-00001.bin" if suffix == ".bin.index.json" else f"out{suffix}"
+
+
+@posix_only
+def test_a_process_that_is_told_to_end_while_it_writes(tmp_path, out):
+    for suffix in (".pt", ".safetensors"):
+        save(trained("legacy").state_dict(), tmp_path / f"in{suffix}")
+        (out / f"out{suffix}").write_text("precious")
+    scenario = """
+write = output.Writer.write
+for suffix in (".pt", ".safetensors"):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        def twice(self, data):
+            written = write(self, data)
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            return written
+        output.Writer.write = twice
+        paths = f"{folders[0]}/in{suffix}", f"{folders[1]}/out{suffix}"
+        yield call("convert", *paths, "--to", "folded", "--force")
+"""
+    before = files_in(out)
+    calls = in_a_process(scenario, tmp_path, out)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    assert calls == 2 * [
+        [128 + number, f"wnkernel: ended by {number.name}; nothing was written\n"]
+        for number in signals
+    ]
+    assert files_in(out) == before
+
+
+@posix_only
+def test_a_process_under_nohup_goes_on_and_others_end_with_nothing_left(tmp_path, out):
+    """From outside: a process that waits in the middle of a file."""
+    save(trained("legacy").state_dict(), tmp_path / "in.pt")
+    code = """
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from wnkernel.cli import main, output
+write = output.Writer.write
+def slowly(self, data):
+    output.Writer.write = write
+    write(self, data)
+    print("writing", flush=True)
+    time.sleep(60)
+output.Writer.write = slowly
+main()
+"""
+    arguments = ["convert", tmp_path / "in.pt", out / "out.pt", "--to", "folded"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        (temporary,) = out.iterdir()
+        process.send_signal(signal.SIGHUP)
+        assert temporary.exists()
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.read() == "wnkernel: ended by SIGTERM; nothing was written\n"
+        assert process.wait() == 128 + signal.SIGTERM
+    assert files_in(out) == {}
+
+
+@both_formats
+def test_a_bug_while_writing_leaves_nothing_behind(source, out, suffix, monkeypatch):
+    from wnkernel.cli.output import Writer
+
+    def broken(self, data):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Writer, "write", broken)
+    with pytest.raises((ZeroDivisionError, RuntimeError)):  # torch.save makes it one of its own
+        invoke("convert", source, out / f"out{suffix}", "--to", "folded")
+    assert files_in(out) == {}
+
+
+def test_a_file_that_somebody_else_makes_meanwhile_stays(tmp_path, out, monkeypatch):
+    from wnkernel.cli import output
+
+    save(trained("legacy").state_dict(), tmp_path / "in.pt")
+    commit = output.Outputs.commit
+
+    def late(self):
+        (out / "out.pt").write_text("precious")
+        return commit(self)
+
+    monkeypatch.setattr(output.Outputs, "commit", late)
+    fails(4, "convert", tmp_path / "in.pt", out / "out.pt", "--to", "folded")
+    assert files_in(out) == {"out.pt": b"precious"}
+
+
+def test_a_file_system_without_hard_links(tmp_path, out, monkeypatch):
+    def no_link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    save(trained("legacy").state_dict(), tmp_path / "in.pt")
+    monkeypatch.setattr(os, "link", no_link)
+    convert(tmp_path / "in.pt", out / "out.pt", "folded")
+    assert list(files_in(out)) == ["out.pt"]
+
+
+def test_shards_appear_together_or_not_at_all(tmp_path, out, monkeypatch):
+    from .test_cli_shards import split
+
+    index = split(trained("legacy").state_dict(), tmp_path, ".bin")
+    replace, calls = os.link, []
+
+    def third_fails(*paths):
+        calls.append(paths)
+        if len(calls) == 3:
+            raise FileExistsError(errno.EEXIST, "File exists")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "link", third_fails)
+    fails(4, "convert", index, out / index.name, "--to", "folded")
+    assert len(calls) == 3
+    assert files_in(out) == {}
+
+
+@posix_only
+def test_permissions_are_those_of_any_new_file(tmp_path, out):
+    save(trained("legacy").state_dict(), tmp_path / "in.pt")
+    (out / "other").touch()
+    convert(tmp_path / "in.pt", out / "out.pt", "folded")
+    assert (out / "out.pt").stat().st_mode == (out / "other").stat().st_mode
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_safetensors_file_may_be_larger_than_memory(tmp_path, out):
+    """24 layers of 4 MiB; no more than a few of them are held at once."""
+    state = {}
+    for k in range(24):
+        key = f"{k}.parametrizations.weight.original"
+        state |= {f"{key}0": torch.ones(1024, 1), f"{key}1": torch.full((1024, 1024), 0.5)}
+    save(state, tmp_path / "in.safetensors")
+    scenario = """
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+write, peaks = output.Writer.write, []
+def watch(self, data):
+    peaks.append(held())
+    return write(self, data)
+output.Writer.write = watch
+for to in ("legacy", "folded"):
+    first = held()
+    yield call("convert", f"{folders[0]}/in.safetensors", f"{folders[1]}/{to}.safetensors",
+               "--to", to)[0]
+    yield max(peaks) - first
+"""
+    legacy_code, legacy_kib, folded_code, folded_kib = in_a_process(scenario, tmp_path, out)
+    assert (legacy_code, folded_code) == (0, 0)
+    assert legacy_kib < 16 * 1024
+    assert folded_kib < 24 * 1024  # and what the first calls of all kernels take
+    assert len(load(out / "legacy.safetensors")) == 48
+    assert len(load(out / "folded.safetensors")) == 24

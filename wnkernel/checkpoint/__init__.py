@@ -1,0 +1,23 @@
+"""Checkpoints: the key layouts of weight norm, loading from all of them, and conversions.
+
+From the bottom up: ``layouts`` (keys, dims, comparisons), ``pairs`` (g and v of one layer: found,
+checked, loaded), ``legacy`` and ``loading`` (what runs in modules), ``accept`` (the same for models
+that keep torch's weight norm), ``convert`` (dicts alone).
+"""
+
+from .accept import LayoutHandle, accept_any_layout
+from .convert import convert_state_dict
+from .layouts import legacy_keys, parametrized_keys, split_weight
+from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
+
+__all__ = [
+    "LayoutHandle",
+    "WeightNormOriginals",
+    "accept_any_layout",
+    "convert_state_dict",
+    "legacy_keys",
+    "parametrized_keys",
+    "register_load_hook",
+    "split_weight",
+    "unregister_load_hook",
+]

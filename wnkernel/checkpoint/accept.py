@@ -1,0 +1,102 @@
+"""Checkpoints of any layout for models that keep torch's own weight norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
+
+from .layouts import legacy_dims
+from .legacy import replace_loading, restore_loading
+from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
+
+
+class LayoutHandle:
+    """The way back from :func:`accept_any_layout`; a context manager too."""
+
+    def __init__(self, undo: Mapping[str, Callable[[], None]]) -> None:
+        self._undo = dict(undo)
+
+    @property
+    def weights(self) -> list[str]:
+        """The weights that load from any layout by this handle, as a folded model names them."""
+        return list(self._undo)
+
+    def remove(self) -> None:
+        """Let torch load these weights as it did before."""
+        while self._undo:
+            self._undo.popitem()[1]()
+
+    def __enter__(self) -> LayoutHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def accept_any_layout(model: nn.Module) -> LayoutHandle:
+    """Let torch's own weight-normed layers load what :func:`wnkernel.weight_norm`'s do.
+
+    ``model.load_state_dict`` then takes parametrized, legacy and plain keys alike, and checks them
+    alike, in layers of :func:`torch.nn.utils.weight_norm` (which by themselves refuse the first
+    and the last) and of :func:`torch.nn.utils.parametrizations.weight_norm`. Parameters, their
+    names and ``model.state_dict()`` stay as they are. Layers of this package need none of this.
+
+    Args:
+        model: any module; weight norms that it gets later are not covered.
+
+    Returns:
+        A handle with ``remove()``, ``weights`` and use as a context manager. A weight that loads
+        from any layout already belongs to the handle that it has.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    undo = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if replace_loading(module):
+            undo |= {prefix + name: _accept_legacy(module, name) for name in legacy_dims(module)}
+        for name in _torch_parametrized(module):
+            undo[prefix + name] = _accept_parametrized(module, name)
+    return LayoutHandle(undo)
+
+
+def _torch_parametrized(module: nn.Module) -> list[str]:
+    if not parametrize.is_parametrized(module):
+        return []
+    return [
+        name
+        for name, weights in module.parametrizations.items()
+        if type(weights) is parametrize.ParametrizationList
+        and isinstance(weights[0], TorchWeightNorm)
+    ]
+
+
+def _accept_legacy(module: nn.Module, name: str) -> Callable[[], None]:
+    stale = unregister_load_hook(module, name)  # of a parametrization that the layer had before
+
+    def undo() -> None:
+        restore_loading(module)
+        if name in legacy_dims(module):  # neither removed nor made ours since
+            module._load_state_dict_pre_hooks.update(stale)
+
+    return undo
+
+
+def _accept_parametrized(module: nn.Module, name: str) -> Callable[[], None]:
+    weights = module.parametrizations[name]
+    weights.__class__ = WeightNormOriginals
+    of_torch = register_load_hook(module, name)
+
+    def undo() -> None:
+        if type(weights) is WeightNormOriginals:  # not made ours since
+            weights.__class__ = parametrize.ParametrizationList
+            unregister_load_hook(module, name)
+            module._load_state_dict_pre_hooks.update(of_torch)
+
+    return undo

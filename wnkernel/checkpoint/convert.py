@@ -1,0 +1,297 @@
+"""From one key layout to another, on a dict alone."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..problem import FLOAT_DTYPES, WHOLE_TENSOR, check_eps
+from .layouts import (
+    FOLDED,
+    LAYOUTS,
+    PARAMETRIZED,
+    infer_dim,
+    legacy_dims,
+    legacy_keys,
+    parametrized_keys,
+    same_bits,
+    same_up_to_rounding,
+    split_weight,
+)
+
+_PARAMETRIZED_KEY = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class NormedWeight:
+    """A weight-normed parameter of a state dict."""
+
+    key: str
+    """That of the folded weight."""
+    dim: int
+    shape: torch.Size
+    pairs: tuple[tuple[str, str], ...] = ()
+    """The keys of g and v in the layouts that the dict has, parametrized first."""
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Any],
+    to: str = PARAMETRIZED,
+    *,
+    like: nn.Module | Mapping[str, Any] | None = None,
+    eps: float = 0.0,
+) -> dict[str, Any]:
+    """A state dict with its weight norms in another key layout.
+
+    ========================  ============================================================
+    ``to``                    keys of a weight
+    ========================  ============================================================
+    ``"parametrized"``        ``parametrizations.weight.original0`` (g), ``original1`` (v)
+    ``"legacy"``              ``weight_g``, ``weight_v``
+    ``"folded"``              ``weight``, computed as the layers compute it
+    ========================  ============================================================
+
+    No model is needed: a weight norm is a pair of keys with floating-point tensors of shapes that
+    g and v have for some dim. All else stays as it is: other entries, the order of keys,
+    ``_metadata``, and the tensors themselves, which are passed on, not copied (tied ones stay
+    tied). The argument is not changed. Left alone, because a dict does not tell:
+
+    - parametrized pairs with other parametrizations stacked on them, as far as those have keys;
+    - ``x_g`` and ``x_v`` where g, or each row of v, has one element, unless "weight" is in the
+      name: many models have unrelated parameters of such names and shapes;
+    - a lone ``x_g`` or ``x_v``, and what is in nested dicts.
+
+    Args:
+        state_dict: keys to tensors, in any mixture of layouts, and anything else.
+        to: the layout of the result.
+        like: a module with weight norm, or its state dict. A folded weight does not show that it
+            was normed, and stays folded; but those that are weight-normed in ``like`` are split,
+            into their norms and themselves. Pairs that are left alone above are converted if
+            ``like`` has them.
+        eps: that of the layers if it is not 0; only folded weights depend on it.
+
+    Returns:
+        A new dict; an OrderedDict for an OrderedDict.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown layout; half of a parametrized pair; a weight in two layouts that
+            disagree; an entry in the way of a new one; a plain weight of another shape than in
+            ``like``.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+    if to not in LAYOUTS:
+        expected = ", ".join(repr(layout) for layout in LAYOUTS)
+        raise ValueError(f"to: expected one of {expected}, got {to!r}")
+    known = {} if like is None else _weights_of(like)
+    weights = find_normed_weights(state_dict, known)
+    conversion = _Conversion(state_dict, to, check_eps(eps))
+    for weight in weights:
+        conversion.convert_pair(weight)
+    if to != FOLDED:
+        paired = {weight.key for weight in weights}
+        for key in state_dict.keys() & known.keys() - paired:
+            conversion.split(known[key])
+    return conversion.result()
+
+
+def find_normed_weights(
+    state_dict: Mapping[str, Any], known: Container[str] = ()
+) -> list[NormedWeight]:
+    """The weights that a dict has g and v of.
+
+    Args:
+        state_dict: keys to tensors, which may be on the meta device.
+        known: keys of folded weights that are normed for certain.
+
+    Raises:
+        ValueError: half of a parametrized pair.
+    """
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for key, pair in (*_parametrized_pairs(state_dict), *_legacy_pairs(state_dict, known)):
+        pairs.setdefault(key, []).append(pair)
+    weights = []
+    for key, spelled in pairs.items():
+        g, v = (state_dict[k] for k in spelled[0])
+        weights.append(NormedWeight(key, infer_dim(g.shape, v.shape), v.shape, tuple(spelled)))
+    return weights
+
+
+def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+    below: dict[tuple[str, str], set[str]] = {}
+    for key in state_dict:
+        if isinstance(key, str) and (match := _PARAMETRIZED_KEY.fullmatch(key)):
+            below.setdefault(match.groups()[:2], set()).add(match[3])
+    for (prefix, name), found in below.items():
+        g, v = (prefix + key for key in parametrized_keys(name))
+        if found in ({"original0"}, {"original1"}):
+            present, missing = (g, v) if g in state_dict else (v, g)
+            raise ValueError(
+                f'state_dict: expected "{missing}" beside "{present}", got no such key'
+            )
+        if found == {"original0", "original1"} and _fit(state_dict[g], state_dict[v]):
+            yield prefix + name, (g, v)
+
+
+def _legacy_pairs(
+    state_dict: Mapping[str, Any], known: Container[str]
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    for g in state_dict:
+        if not (isinstance(g, str) and g.endswith("_g")):
+            continue
+        key = g.removesuffix("_g")
+        v, name = f"{key}_v", key.rpartition(".")[2]
+        if not (name and v in state_dict and _fit(state_dict[g], state_dict[v])):
+            continue
+        norms = state_dict[g].numel()
+        if key in known or "weight" in name or 1 < norms < state_dict[v].numel():
+            yield key, (g, v)
+
+
+def _fit(g: Any, v: Any) -> bool:
+    return _is_float(g) and _is_float(v) and infer_dim(g.shape, v.shape) is not None
+
+
+def _is_float(t: Any) -> bool:
+    return (
+        isinstance(t, Tensor)
+        and t.layout == torch.strided
+        and not t.is_quantized
+        and t.dtype in FLOAT_DTYPES
+    )
+
+
+def _weights_of(like: nn.Module | Mapping[str, Any]) -> dict[str, NormedWeight]:
+    """The normed weights by their keys. Of a module they are known, whatever their names."""
+    if isinstance(like, Mapping):
+        return {weight.key: weight for weight in find_normed_weights(like)}
+    if not isinstance(like, nn.Module):
+        raise TypeError(f"like: expected a module or a dict, got {type(like).__name__}")
+    state_dict = like.state_dict()
+    legacy = {
+        f"{path}.{name}" if path else name
+        for path, module in like.named_modules(remove_duplicate=False)
+        for name in legacy_dims(module)
+    }
+    weights = {weight.key: weight for weight in find_normed_weights(state_dict, legacy)}
+    parametrized = {key for key, _ in _parametrized_pairs(state_dict)}
+    return {key: weights[key] for key in weights.keys() & (legacy | parametrized)}
+
+
+@dataclass
+class _Conversion:
+    state_dict: Mapping[str, Any]
+    to: str
+    eps: float
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What takes the place of an entry."""
+    computed: dict[Any, Tensor] = field(default_factory=dict)
+    """By what it was computed from: tied tensors stay tied."""
+
+    def __post_init__(self) -> None:
+        self.position = {key: k for k, key in enumerate(self.state_dict)}
+
+    def convert_pair(self, weight: NormedWeight) -> None:
+        g_key, v_key = weight.pairs[0]
+        g, v = self.state_dict[g_key], self.state_dict[v_key]
+        for other in weight.pairs[1:]:
+            self._check_same(weight.pairs[0], other)
+        for pair in weight.pairs:
+            self.changes |= {key: {} for key in pair}
+        plain = self.state_dict.get(weight.key)
+        if isinstance(plain, Tensor) and plain.shape == v.shape:
+            if not same_up_to_rounding(plain, self._fold(g, v, weight.dim)):
+                raise ValueError(
+                    f'state_dict: expected one weight, got "{weight.key}", which is not that of '
+                    f'"{g_key}" and "{v_key}"'
+                )
+            if self.to == FOLDED:
+                return
+            self.changes[weight.key] = {}
+        if self.to == FOLDED:
+            first = min(g_key, v_key, key=self.position.__getitem__)
+            self.changes[first] = {weight.key: self._fold(g, v, weight.dim)}
+        else:
+            new_g, new_v = self._new_keys(weight.key)
+            self.changes |= {g_key: {new_g: g}, v_key: {new_v: v}}
+
+    def split(self, weight: NormedWeight) -> None:
+        w = self.state_dict[weight.key]
+        if not _is_float(w) or w.shape != weight.shape:
+            got = f"{w.dtype} {list(w.shape)}" if isinstance(w, Tensor) else type(w).__name__
+            raise ValueError(
+                f'state_dict: expected a floating-point "{weight.key}" of shape '
+                f"{list(weight.shape)} (that in like), got {got}"
+            )
+
+        def norms() -> Tensor:
+            return _as_in(w, split_weight(w.detach(), weight.dim)[0], w.requires_grad)
+
+        g = self._once((_identity(w), weight.dim), norms)
+        new_g, new_v = self._new_keys(weight.key)
+        self.changes[weight.key] = {new_g: g, new_v: w}
+
+    def result(self) -> dict[str, Any]:
+        ordered = isinstance(self.state_dict, OrderedDict)
+        converted = OrderedDict() if ordered else {}
+        for key, t in self.state_dict.items():
+            for new_key, new in self.changes.get(key, {key: t}).items():
+                in_the_way = new_key in self.state_dict and new_key not in self.changes
+                if new_key in converted or (in_the_way and new_key != key):
+                    raise ValueError(
+                        f'state_dict: expected no "{new_key}" beside "{key}", which is to become '
+                        "that, got one"
+                    )
+                converted[new_key] = new
+        metadata = getattr(self.state_dict, "_metadata", None)
+        if metadata is not None:  # loading with assign=True writes into it
+            converted._metadata = copy.deepcopy(metadata)
+        return converted
+
+    def _new_keys(self, key: str) -> tuple[str, str]:
+        prefix, dot, name = key.rpartition(".")
+        names = parametrized_keys(name) if self.to == PARAMETRIZED else legacy_keys(name)
+        return prefix + dot + names[0], prefix + dot + names[1]
+
+    def _check_same(self, pair: tuple[str, str], other: tuple[str, str]) -> None:
+        for key, other_key in zip(pair, other, strict=True):
+            if not same_bits(self.state_dict[key], self.state_dict[other_key]):
+                raise ValueError(
+                    f'state_dict: expected one g and one v of a weight, got "{key}" and '
+                    f'"{other_key}", which differ'
+                )
+
+    def _fold(self, g: Tensor, v: Tensor, dim: int) -> Tensor:
+        def weight() -> Tensor:
+            norms = g.detach().to(v.device)
+            if dim == WHOLE_TENSOR:
+                norms = norms.reshape(())
+            w = functional.weight_norm(v.detach(), norms, dim, eps=self.eps)
+            return _as_in(v, w, g.requires_grad or v.requires_grad)
+
+        return self._once((_identity(g), _identity(v)), weight)
+
+    def _once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        if key not in self.computed:
+            self.computed[key] = compute()
+        return self.computed[key]
+
+
+def _as_in(source: Tensor, t: Tensor, requires_grad: bool) -> Tensor:
+    """A Parameter where the source was one, as in ``state_dict(keep_vars=True)``."""
+    return nn.Parameter(t, requires_grad) if isinstance(source, nn.Parameter) else t
+
+
+def _identity(t: Tensor) -> Any:
+    """The same for tensors that are one in memory: ``state_dict`` detaches tied ones apart."""
+    storage = t.untyped_storage()._cdata
+    return storage, t.storage_offset(), t.shape, t.stride(), t.dtype

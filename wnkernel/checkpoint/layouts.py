@@ -1,0 +1,97 @@
+"""The key layouts of weight-normed checkpoints, and what the shapes of g and v say.
+
+======================  =====================================  ==========================
+layout                  g                                      v
+======================  =====================================  ==========================
+parametrized (new)      ``parametrizations.<name>.original0``  ``....<name>.original1``
+legacy                  ``<name>_g``                           ``<name>_v``
+folded (plain)          none: ``<name>`` holds ``w``
+======================  =====================================  ==========================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
+
+from .. import functional
+from ..problem import WHOLE_TENSOR, norm_shape
+
+PARAMETRIZED, LEGACY, FOLDED = "parametrized", "legacy", "folded"
+LAYOUTS = (PARAMETRIZED, LEGACY, FOLDED)
+
+
+def parametrized_keys(name: str) -> tuple[str, str]:
+    """Keys of g and v, below the layer's prefix, in the parametrized layout."""
+    return f"parametrizations.{name}.original0", f"parametrizations.{name}.original1"
+
+
+def legacy_keys(name: str) -> tuple[str, str]:
+    """Keys of g and v, below the layer's prefix, in the legacy layout."""
+    return f"{name}_g", f"{name}_v"
+
+
+def legacy_dims(module: nn.Module) -> dict[str, int]:
+    """Names and dims of a module's parameters under torch's legacy weight norm."""
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, LegacyHook)]
+    return {hook.name: hook.dim for hook in hooks}
+
+
+def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
+    """The canonical dim of a weight norm with a g and a v of these shapes; None if no dim fits.
+
+    A g with more than one element fits one dim at most. A g with one element means one norm over
+    all of v: where v has dims of size 1 the first of them that fits is taken, and any other (or
+    the whole tensor) would give the same w.
+    """
+    if len(g) == len(v):
+        for dim in range(len(v)):
+            if tuple(g) == norm_shape(v, dim):
+                return dim
+    one_element = g.numel() == 1 and len(g) in (0, 1, len(v))  # torch 0.3 saved shape (1,)
+    return WHOLE_TENSOR if one_element and len(v) else None
+
+
+def split_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``(g, v)`` that give ``weight``; the bits of g are torch's wherever torch's are right."""
+    if weight.numel() == 0:  # torch cannot: one of its views would have any number of columns
+        return functional.norm_except_dim(weight, dim), weight
+    g = torch.norm_except_dim(weight, 2, dim)
+    overflown_or_zero = ~g.isfinite() | (g == 0)
+    if not g.is_meta and overflown_or_zero.any():
+        g = torch.where(overflown_or_zero, functional.norm_except_dim(weight, dim), g)
+    return g, weight
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same to the last bit, NaN included.
+
+    Tensors on the meta device have no bits: there the shape and the dtype decide.
+    """
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return True
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return torch.equal(a.detach().view(bits), b.detach().to(a.device).view(bits))
+
+
+def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights could be one, computed by two kernels, or rounded to a narrower dtype."""
+    if a.shape != b.shape:
+        return False
+    if a.is_meta or b.is_meta:
+        return True
+    rtol = max(_rounding(a.dtype), _rounding(b.dtype))
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.detach().to(wide), b.detach().to(a.device, wide)
+    same = (a == b) | ((a - b).abs() <= rtol * b.abs()) | (a.isnan() & b.isnan())
+    return bool(same.all())  # allclose has no rule for DTensors
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Kernels sum in float32 at least: the order of a sum does not show in half types."""
+    return torch.finfo(dtype).eps * (2 if dtype.itemsize == 2 else 16)

@@ -1,0 +1,95 @@
+"""Loading any layout into modules that keep torch's legacy weight norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional
+from .layouts import legacy_dims, legacy_keys, split_weight
+from .pairs import Target, forget, load_weight, source
+
+
+def replace_loading(module: nn.Module) -> bool:
+    """Give a module with legacy weight norms a way of loading of its own; False if it has none, or
+    has that already.
+
+    A hook would not do: torch goes on to load half of a pair, and reports keys of other layouts.
+    """
+    if _is_replaced(module) or not legacy_dims(module):
+        return False
+    module._load_from_state_dict = MethodType(_load_from_state_dict, module)
+    return True
+
+
+def restore_loading(module: nn.Module) -> None:
+    """Undo :func:`replace_loading`, if it was done."""
+    if _is_replaced(module):
+        del module._load_from_state_dict
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    method = vars(module).get("_load_from_state_dict")
+    return getattr(method, "__func__", None) is _load_from_state_dict
+
+
+# Copies of a module get a method of their own; an unpickled one that of its class, by this name.
+def _load_from_state_dict(
+    self: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    used, current = [], {}
+    for name, dim in legacy_dims(self).items():
+        where, names = source(state_dict, prefix, name), legacy_keys(name)
+        if keys := where.keys():
+            target = _target(self, names, dim)
+            load_weight(where, target, self, names, prefix, local_metadata, error_msgs)
+            used += keys
+            current |= {prefix + n: getattr(self, n) for n in names}
+    errors = len(error_msgs)
+    with _holding(state_dict, current):
+        type(self)._load_from_state_dict(
+            self,
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+    forget(used, unexpected_keys)
+    # What could not be swapped cannot be swapped with itself either.
+    error_msgs[errors:] = [text for text in error_msgs[errors:] if text not in error_msgs[:errors]]
+
+
+def _target(module: nn.Module, names: tuple[str, str], dim: int) -> Target:
+    def compose(g: Tensor, v: Tensor) -> Tensor:
+        return functional.weight_norm(v, g, dim)
+
+    g, v = (getattr(module, name) for name in names)
+    return Target(g, v, partial(split_weight, dim=dim), compose)
+
+
+@contextmanager
+def _holding(state_dict: dict[str, Any], entries: dict[str, Tensor]) -> Iterator[None]:
+    """Entries that a dict has for a while, without a change of its order."""
+    before = {key: state_dict[key] for key in entries if key in state_dict}
+    state_dict.update(entries)
+    try:
+        yield
+    finally:
+        for key in entries.keys() - before.keys():
+            state_dict.pop(key, None)
+        state_dict.update(before)

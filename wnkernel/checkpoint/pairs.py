@@ -1,0 +1,246 @@
+"""The g and v that a state dict holds for one layer, in whichever layout: found, checked, loaded
+both or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import _is_distributed
+from .layouts import legacy_keys, parametrized_keys, same_bits, same_up_to_rounding
+
+
+class LayoutError(ValueError):
+    """A state dict that does not say what g and v of one layer are."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message}; the layer is unchanged")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight-normed parameter that is about to be loaded."""
+
+    g: Tensor
+    v: Tensor
+    split: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """The g and v of a plain weight."""
+    compose: Callable[[Tensor, Tensor], Tensor] | None
+    """The plain weight of a g and a v; None where others are stacked on the weight norm."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a state dict may hold the weight of a layer."""
+
+    state_dict: Mapping[str, Any]
+    layer: str
+    """How errors call the weight."""
+    pairs: tuple[tuple[str, str], ...]
+    """Keys of g and v, a pair for each layout."""
+    plain: str | None = None
+    """The key of w."""
+
+    def keys(self) -> list[str]:
+        """Those that the dict has."""
+        keys = (*sum(self.pairs, ()), self.plain)
+        return [key for key in keys if key is not None and key in self.state_dict]
+
+
+def source(state_dict: Mapping[str, Any], prefix: str, name: str, *, legacy: bool = True) -> Source:
+    """All layouts of parameter ``name`` below ``prefix``; the legacy one if it is wanted."""
+    layouts = (parametrized_keys, legacy_keys) if legacy else (parametrized_keys,)
+    pairs = []
+    for keys in layouts:
+        g, v = keys(name)
+        pairs.append((prefix + g, prefix + v))
+    return Source(state_dict, prefix + name, tuple(pairs), prefix + name)
+
+
+def choose(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Tensor]:
+    """The g and v to load, of a dict that has any of the keys.
+
+    Raises:
+        LayoutError: half a pair, wrong shapes or kinds of tensors, spellings that disagree.
+    """
+    layer, sd, plain = source.layer, source.state_dict, source.plain
+    pairs = [pair for pair in source.pairs if _is_whole(layer, pair, sd)]
+    for pair in pairs:
+        _check_pair(layer, pair, sd, target)
+    if plain in sd:
+        _check_plain(layer, plain, sd[plain], target)
+    if not pairs:
+        return _split(layer, plain, sd[plain], target, assign)
+    first, *others = pairs
+    for other in others:
+        for key, other_key in zip(first, other, strict=True):
+            if not same_bits(sd[key], sd[other_key]):
+                raise LayoutError(
+                    f'{layer}: expected one g and one v, got "{key}" and "{other_key}", which '
+                    "differ"
+                )
+    g, v = (sd[key] for key in first)
+    if plain in sd and not _is_weight_of(sd[plain], g, v, target):
+        raise LayoutError(
+            f'{layer}: expected one weight, got "{plain}", which is not that of "{first[0]}" and '
+            f'"{first[1]}"'
+        )
+    return g, v
+
+
+def _is_whole(layer: str, pair: tuple[str, str], state_dict: Mapping[str, Any]) -> bool:
+    present = [key for key in pair if key in state_dict]
+    if len(present) == 1:
+        missing = pair[1 - pair.index(present[0])]
+        raise LayoutError(f'{layer}: expected "{missing}" beside "{present[0]}", got no such key')
+    return len(present) == 2
+
+
+def _check_pair(
+    layer: str,
+    pair: tuple[str, str],
+    state_dict: Mapping[str, Any],
+    target: Target,
+) -> None:
+    for key in pair:
+        _check_kind(layer, key, state_dict[key])
+    g, v = (list(state_dict[key].shape) for key in pair)
+    expected_g, expected_v = list(target.g.shape), list(target.v.shape)
+    # torch loads shape [1] into a scalar as well
+    if v != expected_v or (g != expected_g and (g != [1] or expected_g)):
+        raise LayoutError(
+            f"size mismatch for {layer}: expected g of shape {expected_g} and v of shape "
+            f'{expected_v}, got {g} ("{pair[0]}") and {v} ("{pair[1]}")'
+        )
+
+
+def _check_plain(layer: str, key: str, weight: Any, target: Target) -> None:
+    _check_kind(layer, key, weight)
+    if _is_distributed(weight) or _is_distributed(target.v):
+        raise LayoutError(
+            f'{layer}: expected g and v, got the plain weight "{key}", which a sharded layer '
+            "cannot split: load it before sharding, or convert the state dict with "
+            "wnkernel.convert_state_dict(..., like=...)"
+        )
+    if weight.shape != target.v.shape:
+        raise LayoutError(
+            f"size mismatch for {layer}: expected a weight of shape {list(target.v.shape)}, got "
+            f'{list(weight.shape)} ("{key}")'
+        )
+
+
+def _check_kind(layer: str, key: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise LayoutError(f'{layer}: expected a tensor in "{key}", got {type(t).__name__}')
+    kind = None
+    if t.is_quantized:
+        kind = "quantized"
+    elif t.layout != torch.strided:
+        kind = str(t.layout)
+    elif not t.is_floating_point():
+        kind = str(t.dtype)
+    if kind:
+        raise LayoutError(
+            f'{layer}: expected a dense floating-point tensor in "{key}", got a {kind} one'
+        )
+
+
+@torch.no_grad()
+def _split(
+    layer: str, key: str, weight: Tensor, target: Target, assign: bool
+) -> tuple[Tensor, Tensor]:
+    if not assign:  # the norms of what v will be
+        weight = weight.to(target.v.dtype)
+    try:
+        g, v = target.split(weight)
+        wider = torch.promote_types(v.dtype, target.g.dtype)
+        if not assign and wider != v.dtype:
+            g, _ = target.split(weight.to(wider))
+    except Exception as error:
+        raise LayoutError(
+            f'{layer}: expected g and v, got the plain weight "{key}", which cannot be split '
+            f"({error})"
+        ) from error
+    return g, v
+
+
+@torch.no_grad()
+def _is_weight_of(weight: Tensor, g: Tensor, v: Tensor, target: Target) -> bool:
+    if target.compose is None:
+        return False
+    w = target.compose(g.to(v.device).reshape(target.g.shape), v)
+    return same_up_to_rounding(weight, w)
+
+
+def load_weight(
+    where: Source,
+    target: Target,
+    owner: nn.Module,
+    names: tuple[str, str],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    error_msgs: list[str],
+) -> None:
+    """Load g and v from the dict into the parameters ``names`` of ``owner``, whose keys begin with
+    ``prefix``; what is wrong goes into ``error_msgs``, as with torch."""
+    assign = local_metadata.get("assign_to_params_buffers", False)
+    try:
+        pair = choose(where, target, assign=assign)
+    except LayoutError as error:
+        error_msgs.append(str(error))
+    else:
+        _load_pair(owner, names, pair, prefix, local_metadata, error_msgs)
+
+
+def _load_pair(
+    owner: nn.Module,
+    names: tuple[str, str],
+    pair: Iterable[Tensor],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    error_msgs: list[str],
+) -> None:
+    """Load g and v, or, if torch cannot load one of them, neither."""
+    g = getattr(owner, names[0])
+    content = g.detach().clone()
+    for name, t in zip(names, pair, strict=True):
+        if not _load(owner, name, t, prefix, local_metadata, error_msgs):
+            break
+    else:
+        return
+    if getattr(owner, names[0]) is not g:
+        setattr(owner, names[0], g)
+    with torch.no_grad():
+        g.copy_(content)
+
+
+def _load(
+    owner: nn.Module,
+    name: str,
+    t: Tensor,
+    prefix: str,
+    local_metadata: dict[str, Any],
+    error_msgs: list[str],
+) -> bool:
+    """Load one parameter as torch does, whatever hooks ``owner`` has; returns whether it could."""
+    errors = len(error_msgs)
+    holder = nn.Module()
+    if name in owner._buffers:
+        holder.register_buffer(name, getattr(owner, name))
+    else:
+        holder.register_parameter(name, getattr(owner, name))
+    holder._load_from_state_dict(
+        {prefix + name: t}, prefix, local_metadata, False, [], [], error_msgs
+    )
+    if getattr(holder, name) is not getattr(owner, name):
+        setattr(owner, name, getattr(holder, name))
+    return len(error_msgs) == errors
+
+
+def forget(keys: Iterable[str], unexpected_keys: list[str]) -> None:
+    """Take back that keys were unexpected, in the caller's list."""
+    unexpected_keys[:] = [key for key in unexpected_keys if key not in keys]

@@ -1,0 +1,262 @@
+"""The commands: their options, what they print, and how errors end them."""
+
+from __future__ import annotations
+
+import csv
+import enum
+import io
+import platform
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from .. import __version__
+from .. import info as facts
+from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED
+from . import bench as benchmark
+from . import cases, report
+from . import convert as conversion
+from .errors import EXIT_CODES, CliError, Interrupted, WrongUsage
+from .output import Advance, Outputs
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Checkpoints of weight-normed models, and what this machine makes of weight norm.",
+    epilog=EXIT_CODES,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
+
+
+class Layout(str, enum.Enum):
+    """Key layouts, by the names of ``wnkernel.convert_state_dict``."""
+
+    LEGACY = LEGACY
+    PARAMETRIZED = PARAMETRIZED
+    FOLDED = FOLDED
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"wnkernel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Only ``--version``; the help is that of the app."""
+
+
+@app.command(epilog=EXIT_CODES)
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint.")],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Where to. Not needed in a dry run.")
+    ] = None,
+    *,
+    to: Annotated[Layout, typer.Option(help="The layout wanted.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would change, and write nothing.")
+    ] = False,
+    force: Force = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")
+    ] = False,
+    eps: Annotated[
+        float, typer.Option(min=0.0, help="That of the layers, if they have one, for folding.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint with its weight norms in another key layout.
+
+    The layouts: `parametrized`, with `parametrizations.weight.original0` and `original1`, of
+    torch.nn.utils.parametrizations.weight_norm; `legacy`, with `weight_g` and `weight_v`, of
+    torch.nn.utils.weight_norm; `folded`, a plain `weight`.
+
+    Files: .pt, .pth, .bin and .ckpt of torch.save; .safetensors; *.index.json with its shards
+    beside it; a name without an ending is known by its contents. IN and OUT may be of different
+    formats if a dict of tensors is all there is. No code in a file is run (weights_only), and
+    tensors come out on the CPU.
+
+    Every state dict in a training checkpoint is converted, wherever it is, and all else is kept.
+    Optimizer state goes by the order of parameters, which is the same for legacy and parametrized.
+    Folding makes one parameter of two: the state is kept, does not fit, and a warning says so. The
+    same goes for lists of tensors in the order of parameters, as some EMAs have them, without a
+    warning.
+
+    Safetensors files are read and written a tensor at a time, so they may be larger than memory.
+    OUT appears whole or not at all, also when the command is interrupted.
+    """
+    with _ending(as_json):
+        if target is None and not dry_run:
+            raise WrongUsage("OUT: expected a file to write to (or --dry-run), got none")
+        request = conversion.Request(source, target, to.value, eps, force, dry_run)
+        shown = not (quiet or as_json)
+        done = conversion.convert(request, lambda total: _progress(total, shown))
+        if as_json:
+            print(report.as_json(report.conversion_as_json(request, done)))
+            return
+        for warning in done.warnings:
+            print(f"wnkernel: warning: {warning}", file=sys.stderr)
+        if not quiet:
+            report.print_conversion(request, done)
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Print what is built, what runs and why not, for every bug report."""
+    content = facts()
+    if as_json:
+        print(report.as_json(content))
+    else:
+        report.print_info(content)
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A weight, such as 512x512x3; repeatable.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(help="none or a number; one for all shapes (0 if not given), or one each."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--from", help="All weight norms of this checkpoint.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, or that of the checkpoint, if not given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For each weight and phase.")] = 0.3,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write all measurements to this file too.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Time single weights on this machine: every backend that runs here, and torch's own.
+
+    Everyone's output and gradients are compared with float64 before anything is timed; a contender
+    of torch's that does not run, or is wrong, shows as "-". All take turns, and medians are shown.
+    On a GPU a time is that of the device or that of the host, whichever is longer.
+    """
+    with _ending(as_json):
+        if dim and not shape:
+            raise WrongUsage("--dim: expected a --shape that it is of, got none")
+        asked = []
+        if shape:
+            asked = cases.of_shapes(shape, dim or ["0"], dtype)
+        elif checkpoint is None:
+            asked = cases.of_shapes(cases.DEFAULT_SHAPES, cases.DEFAULT_DIMS, dtype)
+        if checkpoint is not None:
+            asked += cases.of_checkpoint(checkpoint, dtype)
+        where = cases.device_of(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with Outputs([], force=force) as outputs:
+            if csv_file is not None:
+                outputs.check(csv_file)
+            results = _run(asked, where, seconds, shown=not as_json)
+            rows = [report.result_as_dict(r) for r in results]
+            if csv_file is not None:
+                with outputs.file(csv_file, lambda _: None) as writer:
+                    writer.write(_csv(rows))
+                outputs.commit()
+        about = {
+            "device": _device_name(where),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "wnkernel": __version__,
+        }
+        if as_json:
+            print(report.as_json({**about, "results": rows}))
+        else:
+            report.print_bench(results, ", ".join(f"{k} {v}" for k, v in about.items()))
+
+
+@contextmanager
+def _ending(as_json: bool) -> Iterator[None]:
+    """Ends the process with one line and the exit code of an error."""
+    try:
+        yield
+    except (CliError, Interrupted) as error:
+        line, code = " ".join(str(error).splitlines()), error.exit_code
+    except KeyboardInterrupt:
+        ended = Interrupted(signal.SIGINT)
+        line, code = str(ended), ended.exit_code
+    else:
+        return
+    if as_json:
+        print(report.as_json({"error": line, "exit_code": code}))
+    print(f"wnkernel: {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Advance]:
+    """A bar on standard error while bytes are written, if there is somebody to see it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    hidden = not (shown and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _run(
+    asked: list[cases.Case], device: torch.device, seconds: float, *, shown: bool
+) -> list[benchmark.Result]:
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    results = []
+    # refreshed between cases only: a refreshing thread would take its share of what is timed
+    with Progress(
+        *columns, console=console, transient=True, auto_refresh=False, disable=hidden
+    ) as progress:
+        task = progress.add_task("", total=len(asked))
+        for case in asked:
+            progress.update(task, description=str(case))
+            progress.refresh()
+            results += benchmark.run(case, device, seconds)
+            progress.advance(task)
+    return results
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def _csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

@@ -1,0 +1,197 @@
+"""What ``wnkernel bench`` measures: single weights on this machine, ours beside torch's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..backends import BACKENDS, choose, use_backend
+from ..problem import WHOLE_TENSOR, norm_shape
+from .cases import Case
+from .errors import WrongResult, WrongUsage, one_line
+from .timing import Contender, Times, measure
+
+TORCH = "torch"
+PHASES = ("forward", "forward+backward")
+
+Operator = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender in one phase of one case."""
+
+    case: Case
+    phase: str
+    contender: str
+    """``torch``, or the name of a backend."""
+    automatic: bool
+    """Whether this is the backend that runs when none is asked for."""
+    times: Times
+    error: float
+    """Relative to float64, of w and both gradients; the largest of them."""
+    times_torch: float | None
+    """torch's median divided by this one; None where torch does not run, or is wrong."""
+
+
+def run(case: Case, device: torch.device, seconds: float) -> list[Result]:
+    """Verify every contender, then time them in turns, a phase after the other.
+
+    Raises:
+        WrongResult: a backend of ours gives wrong numbers; nothing was timed.
+        WrongUsage: the case does not fit into memory.
+    """
+    inputs = _inputs(case, device)
+    want = _reference(inputs, case.dim)
+    contenders = dict(_contenders(inputs.v, case.dim))
+    errors = {}
+    for name, contender in list(contenders.items()):
+        ours = name != TORCH
+        try:
+            with contender.context():
+                got = _both(contender.operator, inputs)
+        except RuntimeError:
+            if ours:
+                raise
+            del contenders[name]  # not every dtype runs everywhere
+            continue
+        exact = ours and name != "eager"  # eager sums as torch does
+        errors[name] = _error(got, want)
+        bound = _bound(case, exact=exact)
+        if not errors[name] <= bound:  # NaN too
+            if ours:
+                raise WrongResult(
+                    f"{case}: backend {name!r} is off by {errors[name]:.2g} against float64, "
+                    f"allowed is {bound:.2g}; nothing was timed"
+                )
+            del contenders[name]
+    automatic = choose(inputs.v).name
+    results = []
+    for phase in PHASES:
+        timed = {
+            name: Contender(c.context, _call(c.operator, inputs, phase))
+            for name, c in contenders.items()
+        }
+        times = measure(timed, device, seconds)
+        torch_ms = times[TORCH].median_ms if TORCH in times else None
+        results += [
+            Result(
+                case,
+                phase,
+                name,
+                name == automatic,
+                t,
+                errors[name],
+                torch_ms and torch_ms / t.median_ms,
+            )
+            for name, t in times.items()
+        ]
+    return results
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """g is no norm of v: an operator that returns v must not pass."""
+
+    v: Tensor
+    g: Tensor
+    grad_w: Tensor
+
+
+@dataclass(frozen=True)
+class _Operator:
+    context: Callable[[], contextlib.AbstractContextManager[object]]
+    operator: Operator
+
+
+def _inputs(case: Case, device: torch.device) -> _Inputs:
+    random = torch.Generator().manual_seed(0)
+    try:
+        v, grad_w = (
+            torch.randn(case.shape, generator=random, device="cpu").to(device, case.dtype)
+            for _ in range(2)
+        )
+    except RuntimeError as error:
+        raise WrongUsage(f"{case}: {one_line(error)}") from None
+    norms = norm_shape(torch.Size(case.shape), case.dim)
+    g = torch.rand(norms, generator=random, device="cpu").add_(0.5).to(device, case.dtype)
+    return _Inputs(v.requires_grad_(), g.requires_grad_(), grad_w)
+
+
+def _contenders(v: Tensor, dim: int) -> Iterator[tuple[str, _Operator]]:
+    """torch's weight norm, and ours on every backend that takes v.
+
+    The one that is chosen automatically is not asked for by name, which takes a longer way.
+    """
+    yield TORCH, _Operator(contextlib.nullcontext, lambda v, g: torch._weight_norm(v, g, dim))
+    automatic = choose(v).name
+    for name, backend in BACKENDS.items():
+        if not backend.reasons(v):
+            yield (
+                name,
+                _Operator(
+                    contextlib.nullcontext
+                    if name == automatic
+                    else lambda name=name: use_backend(name),
+                    lambda v, g: functional.weight_norm(v, g, dim),
+                ),
+            )
+
+
+def _call(operator: Operator, t: _Inputs, phase: str) -> Callable[[], object]:
+    if phase == "forward":
+        return lambda: operator(t.v, t.g)
+    return lambda: torch.autograd.grad(operator(t.v, t.g), (t.v, t.g), t.grad_w)
+
+
+def _both(operator: Operator, t: _Inputs) -> tuple[Tensor, ...]:
+    w = operator(t.v, t.g)
+    return (w.detach(), *torch.autograd.grad(w, (t.v, t.g), t.grad_w))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """w and its gradients in float64, and what the errors of ``grad_g`` are proportional to."""
+
+    results: tuple[Tensor, ...]
+    grad_w_norm: Tensor
+
+
+def _reference(t: _Inputs, dim: int) -> _Reference:
+    """By plain operators and autograd, on the CPU: not every device has float64."""
+    v, g = (x.detach().cpu().double().requires_grad_() for x in (t.v, t.g))
+    grad_w = t.grad_w.cpu().double()
+    others = [k for k in range(v.ndim) if k != dim]
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=others, keepdim=True) if others else x.abs()
+
+    w = v * (g.reshape(norm(v).shape) / norm(v))
+    grads = torch.autograd.grad(w, (v, g), grad_w)
+    return _Reference((w.detach(), *grads), norm(grad_w).reshape(g.shape))
+
+
+def _error(got: tuple[Tensor, ...], want: _Reference) -> float:
+    """The largest relative error; NaN if one of them is."""
+    tiny = torch.finfo(torch.float64).tiny
+    errors = []
+    for have, should in zip(got[:2], want.results[:2], strict=True):
+        difference = have.cpu().double() - should
+        errors.append(difference.norm() / should.norm().clamp_min(tiny))
+    difference = (got[2].cpu().double() - want.results[2]).abs()
+    errors.append((difference / want.grad_w_norm.clamp_min(tiny)).max())
+    return float(torch.stack(errors).max())
+
+
+def _bound(case: Case, *, exact: bool) -> float:
+    """Half a rounding of the result, and what sums lose: long runs of a row, or chunks of it."""
+    accumulation = torch.float64 if case.dtype == torch.float64 else torch.float32
+    numel = torch.Size(case.shape).numel()
+    length = numel if case.dim == WHOLE_TENSOR else numel // case.shape[case.dim]
+    sums = 64 + (0 if exact else 2 * length**0.5)
+    return torch.finfo(case.dtype).eps / 2 + torch.finfo(accumulation).eps * sums

@@ -1,0 +1,120 @@
+"""What ``wnkernel bench`` is asked to time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..problem import FLOAT_DTYPES, WHOLE_TENSOR, canonical_dim
+from . import sources
+from .errors import NothingToConvert, WrongUsage, one_line
+
+DEFAULT_SHAPES, DEFAULT_DIMS = ("64x64x3", "512x512x3", "768x48x128"), ("0", "0", "2")
+"""What is timed if nothing is asked for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight to time, and how many layers have one like it."""
+
+    shape: tuple[int, ...]
+    dim: int
+    """Canonical."""
+    dtype: torch.dtype
+    layers: int = 1
+
+    def __str__(self) -> str:
+        return f"{shape_text(self.shape)} dim {dim_text(self.dim)} {dtype_text(self.dtype)}"
+
+
+def of_shapes(shapes: Sequence[str], dims: Sequence[str], dtype: str | None) -> list[Case]:
+    """Weights as the command line names them: a dim for each, or one for all.
+
+    Raises:
+        WrongUsage: they make no sense.
+    """
+    if len(dims) == 1:
+        dims = [dims[0]] * len(shapes)
+    if len(dims) != len(shapes):
+        raise WrongUsage(f"--dim: expected one, or {len(shapes)} as of --shape, got {len(dims)}")
+    chosen = _dtype(dtype) or torch.float32
+    sizes = [_shape(text) for text in shapes]
+    return [Case(s, _dim(text, s), chosen) for s, text in zip(sizes, dims, strict=True)]
+
+
+def of_checkpoint(path: Path, dtype: str | None) -> list[Case]:
+    """The weight norms of a checkpoint, each kind once.
+
+    Raises:
+        WrongUsage: there is no such dtype.
+        BadInput: the file cannot be read.
+        NothingToConvert: it has none.
+    """
+    chosen = _dtype(dtype)
+    counts = Counter(
+        (tuple(weight.shape), weight.dim, chosen or its)
+        for weight, its in sources.normed_weights(path)
+        if weight.shape.numel()
+    )
+    if not counts:
+        raise NothingToConvert(f"{path}: has no weight norm")
+    return [Case(*kind, layers=count) for kind, count in counts.items()]
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise WrongUsage(f"--shape: expected sizes as in 512x512x3, got {text!r}")
+    return tuple(map(int, sizes))
+
+
+def _dim(text: str, shape: tuple[int, ...]) -> int:
+    try:
+        return canonical_dim(None if text.lower() == "none" else int(text), len(shape))
+    except ValueError:
+        raise WrongUsage(
+            f"--dim: expected none or a dimension of {shape_text(shape)}, got {text!r}"
+        ) from None
+
+
+def _dtype(text: str | None) -> torch.dtype | None:
+    known = {dtype_text(dtype): dtype for dtype in FLOAT_DTYPES}
+    if text is not None and text not in known:
+        raise WrongUsage(f"--dtype: expected one of {', '.join(known)}, got {text!r}")
+    return known.get(text)
+
+
+def device_of(text: str) -> torch.device:
+    """A device that torch can use here, as the current one of its kind.
+
+    Raises:
+        WrongUsage: it cannot.
+    """
+    try:
+        device = torch.empty(1, device=text).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise WrongUsage(f"--device: {text!r} cannot be used: {one_line(error)}") from None
+    if device.type == "meta":
+        raise WrongUsage("--device: meta computes nothing")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """(512, 512, 3) as ``512x512x3``."""
+    return "x".join(map(str, shape))
+
+
+def dim_text(dim: int | None) -> str:
+    """A dim as the command line takes it."""
+    return "none" if dim in (None, WHOLE_TENSOR) else str(dim)
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """torch.float32 as ``float32``."""
+    return str(dtype).removeprefix("torch.")

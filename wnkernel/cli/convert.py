@@ -1,0 +1,169 @@
+"""``wnkernel convert``: read, convert, write, or say why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import safetensors_files, shards, torch_files
+from .errors import CannotWrite, NothingToConvert
+from .flat import Flat
+from .formats import Format, format_of, output_format
+from .layouts import Change, Conversion, aliases
+from .output import Advance, Outputs, Writer
+from .safetensors_files import Spec
+from .tree import Tree
+
+Progress = Callable[[int], AbstractContextManager[Advance]]
+"""Shows how much of so many bytes is written."""
+
+METADATA = {"format": "pt"}
+"""What a safetensors file says that comes from torch; transformers asks for it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of the command."""
+
+    source: Path
+    target: Path | None
+    """None in a dry run that shall not look at it."""
+    to: str
+    eps: float
+    force: bool
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done, or would be."""
+
+    changes: list[Change]
+    warnings: list[str]
+    written: list[Path]
+
+
+def convert(request: Request, progress: Progress) -> Report:
+    """Convert a checkpoint.
+
+    Raises:
+        CliError: it cannot be done. Nothing was written then.
+    """
+    kind = format_of(request.source)
+    return (_convert_tree if kind == Format.TORCH else _convert_flat)(request, kind, progress)
+
+
+def _convert_tree(request: Request, kind: Format, progress: Progress) -> Report:
+    """A file of torch.save, whatever is in it: in memory, but for what is mapped."""
+    source, target = request.source, request.target
+    form = output_format(target, kind) if target else kind
+    conversion = Conversion(request.to, request.eps, source, aliases=True)
+    with Outputs([source], force=request.force) as outputs:
+        if target:
+            outputs.check(target)
+        tree = Tree(conversion)
+        content = tree.convert(torch_files.read(source))
+        _demand_changes(conversion)
+        warnings = tree.warnings()
+        if form == Format.SAFETENSORS:
+            specs, more = _as_safetensors(source, content)
+            warnings += more
+        if request.dry_run or target is None:
+            return Report(conversion.changes, warnings, [])
+        with progress(source.stat().st_size) as advance, outputs.file(target, advance) as writer:
+            if form == Format.SAFETENSORS:
+                safetensors_files.write(writer, specs, METADATA, content.items())
+            else:
+                torch.save(content, writer)
+        return Report(conversion.changes, warnings, outputs.commit())
+
+
+def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
+    """A safetensors file, or several files with an index: a weight norm at a time."""
+    source, target = request.source, request.target
+    form = output_format(target, kind) if target else kind
+    index = shards.read_index(source) if kind == Format.INDEX else None
+    files = index.files if index else [source]
+    of_torch = format_of(files[0]) == Format.TORCH
+    conversion = Conversion(request.to, request.eps, source, aliases=of_torch)
+    with Outputs([source, *files], force=request.force) as outputs, shards.reading(files) as opened:
+        if target:
+            outputs.check(target)
+        if index:
+            shards.check_index(source, index, opened)
+        flat = Flat(opened, conversion)
+        _demand_changes(conversion)
+        warnings = []
+        lost = dict(flat.metadata().items() - METADATA.items())
+        if form == Format.TORCH and lost:
+            warnings.append(f"not kept, for a file of torch has no place for it: {lost}")
+        if target is None:
+            return Report(conversion.changes, warnings, [])
+        numbers, paths, file_form = [None], [target], form
+        if form == Format.INDEX:
+            numbers = flat.shards()
+            paths = shards.shard_paths(target, len(numbers))
+            file_form = format_of(paths[0])
+        for path in paths:
+            outputs.check(path)
+        if request.dry_run:
+            return Report(conversion.changes, warnings, [])
+        total = sum(spec.nbytes for spec in flat.specs().values())
+        with progress(total) as advance:
+            for path, number in zip(paths, numbers, strict=True):
+                with outputs.file(path, advance) as writer:
+                    _write_flat(writer, file_form, flat, number)
+            if index and form == Format.INDEX:
+                homes = {
+                    key: path.name
+                    for path, number in zip(paths, numbers, strict=True)
+                    for key in flat.specs(number)
+                }
+                with outputs.file(target, advance) as writer:
+                    writer.write(shards.index_text(index.rest, homes, total, flat.added_numel))
+        return Report(conversion.changes, warnings, outputs.commit())
+
+
+def _write_flat(writer: Writer, form: Format, flat: Flat, number: int | None) -> None:
+    """One of the files, or all in one."""
+    if form == Format.SAFETENSORS:
+        metadata = flat.metadata(number) or METADATA
+        safetensors_files.write(writer, flat.specs(number), metadata, flat.tensors(number))
+    else:
+        torch.save(dict(flat.tensors(number)), writer)
+
+
+def _demand_changes(conversion: Conversion) -> None:
+    if conversion.changes:
+        return
+    what = "it has no weight norm, or folded ones, which do not show"
+    if conversion.already:
+        what = f"all its weight norms ({conversion.already}) are {conversion.to} already"
+    raise NothingToConvert(f"{conversion.file}: nothing to convert, {what}; nothing was written")
+
+
+def _as_safetensors(source: Path, content: object) -> tuple[dict[str, Spec], list[str]]:
+    """The header of a file with ``content``, and what it cannot say.
+
+    Raises:
+        CannotWrite: it is more than a dict of tensors.
+    """
+    if not shards.is_flat(content):
+        other = "other things"
+        if isinstance(content, dict):
+            other = next(repr(k) for k, v in content.items() if not isinstance(v, Tensor))
+        raise CannotWrite(
+            f"{source}: has more than tensors in it ({other}), which a safetensors file cannot "
+            "hold; write a file of torch (.pt)"
+        )
+    specs = {key: safetensors_files.spec(key, t) for key, t in content.items()}
+    return specs, [
+        f"{' and '.join(keys)} share their memory, which a safetensors file cannot say: written "
+        "one by one"
+        for keys in aliases(content)
+    ]

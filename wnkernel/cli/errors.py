@@ -1,0 +1,60 @@
+"""What can go wrong, each with its exit code."""
+
+from __future__ import annotations
+
+import signal
+
+
+class CliError(Exception):
+    """Ends the command with one line on stderr."""
+
+    exit_code: int
+
+
+class NothingToConvert(CliError):
+    """No weight norm in the file, or all of them in the layout that was asked for."""
+
+    exit_code = 1
+
+
+class WrongUsage(CliError):
+    """Arguments that do not go together."""
+
+    exit_code = 2
+
+
+class BadInput(CliError):
+    """A file that cannot be read, must not be, or contradicts itself."""
+
+    exit_code = 3
+
+
+class CannotWrite(CliError):
+    """The output exists, or cannot be made, or cannot hold what it is asked to."""
+
+    exit_code = 4
+
+
+class WrongResult(CliError):
+    """A benchmark's output is not what float64 says."""
+
+    exit_code = 5
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end. Not an ``Exception``, as KeyboardInterrupt is none."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}; nothing was written")
+        self.exit_code = 128 + number
+
+
+EXIT_CODES = """Exit codes: 0 done; 1 nothing to convert; 2 wrong usage, or a missing package; \
+3 an input that cannot be read, or contradicts itself; 4 an output that cannot be written; \
+5 a wrong result (bench); 70 a bug, with a traceback; 128 + n ended by signal n (130 for Ctrl-C)."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, without its advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,82 @@
+"""Which format a file has."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+
+from .errors import BadInput, WrongUsage
+from .torch_files import ZIP
+
+INDEX = ".index.json"
+"""How the name of an index of shards ends."""
+
+
+class Format(enum.Enum):
+    """What this program reads and writes."""
+
+    TORCH = "torch"
+    SAFETENSORS = "safetensors"
+    INDEX = "index"
+
+
+SUFFIXES = {
+    ".pt": Format.TORCH,
+    ".pth": Format.TORCH,
+    ".bin": Format.TORCH,
+    ".ckpt": Format.TORCH,
+    ".safetensors": Format.SAFETENSORS,
+}
+
+_PICKLE = b"\x80"
+
+
+def format_of(path: Path) -> Format:
+    """The format of an input: by its name, or else by its first bytes.
+
+    Raises:
+        BadInput: neither tells.
+    """
+    if (named := _by_name(path)) is not None:
+        return named
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+    if head.startswith((ZIP, _PICKLE)):
+        return Format.TORCH
+    if head[8:] == b"{":
+        return Format.SAFETENSORS
+    raise BadInput(f"{path}: neither its name nor its contents are those of a checkpoint")
+
+
+def output_format(path: Path, source: Format) -> Format:
+    """The format of an output: by its name, or that of the input if the name says nothing.
+
+    Raises:
+        WrongUsage: its name is that of something else, or of an index where the input has none.
+    """
+    named = _by_name(path)
+    if named is None and path.suffix:
+        known = ", ".join([*SUFFIXES, INDEX])
+        raise WrongUsage(f"{path}: expected a name that ends in one of {known}")
+    chosen = source if named is None else named
+    if chosen == Format.INDEX and (source != Format.INDEX or named is None):
+        raise WrongUsage(
+            f"{path}: "
+            + (
+                "name one file, or an index"
+                if source == Format.INDEX
+                else "the input is not split, name one file"
+            )
+        )
+    if chosen == Format.INDEX and Path(path.name.removesuffix(INDEX)).suffix not in SUFFIXES:
+        raise WrongUsage(f"{path}: expected a name such as model.safetensors{INDEX}")
+    return chosen
+
+
+def _by_name(path: Path) -> Format | None:
+    if path.name.endswith(INDEX):
+        return Format.INDEX
+    return SUFFIXES.get(path.suffix.lower())

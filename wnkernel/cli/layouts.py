@@ -1,0 +1,126 @@
+"""What a conversion does to the keys of state dicts, kept for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint import convert_state_dict, legacy_keys
+from ..checkpoint.convert import NormedWeight, find_normed_weights
+from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED
+from ..problem import WHOLE_TENSOR
+from .errors import BadInput
+
+
+@dataclass(frozen=True)
+class Change:
+    """A weight whose layout is another one afterwards."""
+
+    where: str
+    """The part of the file, such as ``generator``; empty for the file itself."""
+    weight: str
+    """The key that it has when it is folded."""
+    source: str
+    """Its layouts before, joined by ``+``."""
+    target: str
+    shape: tuple[int, ...]
+    dim: int | None
+    """None: one norm over the whole tensor."""
+
+
+class Conversion:
+    """Converts state dicts, and keeps what has changed.
+
+    Args:
+        to: the layout wanted.
+        eps: of the layers, for folding.
+        file: for messages.
+        aliases: whether weights that had g and v in common, in whatever parts of a file, share
+            their folded weight; all folded weights stay in memory for that.
+    """
+
+    def __init__(self, to: str, eps: float, file: Path, *, aliases: bool) -> None:
+        self.to = to
+        self.file = file
+        self.changes: list[Change] = []
+        self.already = 0
+        """Weight norms that had the layout before."""
+        self._eps = eps
+        self._aliases = aliases
+        self._folded: dict[tuple[object, ...], Tensor] = {}
+
+    def again(self) -> Conversion:
+        """The same anew."""
+        return Conversion(self.to, self._eps, self.file, aliases=self._aliases)
+
+    def find(self, state_dict: Mapping[str, Any], where: str = "") -> list[NormedWeight]:
+        """The weight norms in a state dict.
+
+        Raises:
+            BadInput: half of one is missing.
+        """
+        try:
+            return find_normed_weights(state_dict)
+        except ValueError as error:
+            raise self._bad(where, error) from None
+
+    def convert(self, state_dict: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """The same in the other layout.
+
+        Args:
+            state_dict: what may have weight norms, beside anything else.
+            where: the part of the file that it is.
+
+        Raises:
+            BadInput: it contradicts itself.
+        """
+        weights = self.find(state_dict, where)
+        try:
+            converted = convert_state_dict(state_dict, to=self.to, eps=self._eps)
+        except ValueError as error:
+            raise self._bad(where, error) from None
+        for weight in weights:
+            if all(key in converted for key in keys_of(weight, state_dict)):
+                self.already += 1
+                continue
+            source = "+".join(_layout(weight, pair) for pair in weight.pairs)
+            dim = None if weight.dim == WHOLE_TENSOR else weight.dim
+            shape = tuple(weight.shape)
+            self.changes.append(Change(where, weight.key, source, self.to, shape, dim))
+            if self.to == FOLDED and self._aliases:
+                identity = tuple(_identity(state_dict[key]) for key in weight.pairs[0])
+                w = converted[weight.key]
+                converted[weight.key] = self._folded.setdefault(identity, w)
+        return converted
+
+    def _bad(self, where: str, error: ValueError) -> BadInput:
+        text = str(error).removeprefix("state_dict: ")
+        return BadInput(f"{self.file}: {where}: {text}" if where else f"{self.file}: {text}")
+
+
+def keys_of(weight: NormedWeight, state_dict: Mapping[str, Any]) -> list[str]:
+    """Every key of a weight norm, in whichever layout."""
+    keys = [key for pair in weight.pairs for key in pair]
+    return [*keys, weight.key] if weight.key in state_dict else keys
+
+
+def _layout(weight: NormedWeight, pair: tuple[str, str]) -> str:
+    prefix, dot, name = weight.key.rpartition(".")
+    return LEGACY if pair[0] == prefix + dot + legacy_keys(name)[0] else PARAMETRIZED
+
+
+def aliases(state_dict: Mapping[str, Tensor]) -> list[list[str]]:
+    """Keys that hold one tensor."""
+    same: dict[tuple[object, ...], list[str]] = {}
+    for key, t in state_dict.items():
+        if t.numel():
+            same.setdefault(_identity(t), []).append(key)
+    return [keys for keys in same.values() if len(keys) > 1]
+
+
+def _identity(t: Tensor) -> tuple[object, ...]:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype

@@ -1,0 +1,169 @@
+"""Files that appear whole and together, or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import CannotWrite, WrongUsage
+from .signals import Signals
+
+CHUNK = 16 << 20
+"""Bytes written at once: how often progress is told and signals are heard."""
+
+Advance = Callable[[int], None]
+"""Is told how many bytes were written."""
+
+
+class Outputs:
+    """The files that a command writes, under other names until :meth:`commit`.
+
+    Used in a ``with`` block, which takes what was not committed away, also when the process is
+    told to end.
+
+    Args:
+        inputs: files that must not be written to, by whatever name.
+        force: whether files that are there may be replaced.
+    """
+
+    def __init__(self, inputs: Iterable[Path], *, force: bool) -> None:
+        self._inputs = list(inputs)
+        self._force = force
+        self._files: list[tuple[Path, Path]] = []
+        self._signals = Signals()
+
+    def __enter__(self) -> Outputs:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._signals.ignore()
+        for temporary, _ in self._files:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        self._signals.__exit__(*exception)
+
+    def check(self, path: Path) -> Path:
+        """The file that ``path`` leads to, if it may be written.
+
+        Raises:
+            WrongUsage: it is one of the inputs.
+            CannotWrite: it is there and may not be replaced, or its folder is not there.
+        """
+        try:
+            target = path.resolve()
+            for source in self._inputs:
+                if target.exists() and target.samefile(source):
+                    raise WrongUsage(f"{path}: is the input {source} itself; write to another file")
+            if not target.parent.is_dir():
+                raise CannotWrite(f"{path}: there is no folder {target.parent}")
+            if target.is_dir():
+                raise CannotWrite(f"{path}: is a folder; name a file")
+            if target.exists() and not target.is_file():
+                raise CannotWrite(f"{path}: is no ordinary file")
+            if target.exists() and not self._force:
+                raise CannotWrite(f"{path}: exists already; --force replaces it")
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+            raise _cannot_write(path, error) from None
+        return target
+
+    @contextmanager
+    def file(self, path: Path, advance: Advance) -> Iterator[Writer]:
+        """A file that will be ``path``.
+
+        Raises:
+            CannotWrite: the system does not let us, or the disk is full.
+        """
+        target = self.check(path)
+        temporary = target.with_name(f".wnkernel-{secrets.token_hex(8)}.tmp")
+        self._files.append((temporary, target))
+        writer: Writer | None = None
+        try:
+            with temporary.open("xb") as raw:
+                writer = Writer(raw, advance)
+                yield writer
+                raw.flush()
+                os.fsync(raw.fileno())
+        except Exception as error:
+            failure = writer.failure if writer and writer.failure else error
+            if isinstance(failure, OSError):
+                raise _cannot_write(path, failure) from None
+            raise
+
+    def commit(self) -> list[Path]:
+        """Give every file its name; returns the names."""
+        self._signals.ignore()
+        self._signals.check()
+        made: list[Path] = []
+        for temporary, target in self._files:
+            try:
+                existed = target.exists()
+                self._place(temporary, target)
+            except OSError as error:
+                for path in made:
+                    path.unlink(missing_ok=True)
+                raise _cannot_write(target, error) from None
+            if not existed:
+                made.append(target)
+        for folder in {target.parent for _, target in self._files}:
+            _sync(folder)
+        return [target for _, target in self._files]
+
+    def _place(self, temporary: Path, target: Path) -> None:
+        if not self._force:
+            try:
+                os.link(temporary, target)  # fails if somebody else made it meanwhile
+                temporary.unlink()
+                return
+            except FileExistsError:
+                raise
+            except OSError:  # not every file system has hard links
+                if target.exists():
+                    raise
+        os.replace(temporary, target)
+
+
+class Writer:
+    """As much of a file as :func:`torch.save` asks for, and where it went wrong: the error that
+    comes out of ``torch.save`` does not say."""
+
+    def __init__(self, raw: BinaryIO, advance: Advance) -> None:
+        self._raw = raw
+        self._advance = advance
+        self.failure: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            view = memoryview(data).cast("B")
+            for start in range(0, len(view), CHUNK):
+                chunk = view[start : start + CHUNK]
+                self._raw.write(chunk)
+                self._advance(len(chunk))
+        except OSError as error:
+            self.failure = error
+            raise
+        return len(view)
+
+    def seek(self, position: int) -> None:
+        self._raw.seek(position)
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+
+def _cannot_write(path: Path, error: Exception) -> CannotWrite:
+    return CannotWrite(f"{path}: {getattr(error, 'strerror', None) or error}")
+
+
+def _sync(folder: Path) -> None:
+    """Make names last, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

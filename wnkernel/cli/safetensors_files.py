@@ -1,0 +1,147 @@
+"""Files of safetensors, a tensor at a time.
+
+The format: the length of the header as 8 bytes, little-endian; the header, JSON, padded with spaces
+to a multiple of 8; the tensors, without gaps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import BadInput, CannotWrite, one_line
+from .output import Writer
+
+DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""In the order of the library's files, in which every tensor lies at a multiple of its size."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def spec(key: str, tensor: Tensor) -> Spec:
+    """What a header would say of ``tensor``.
+
+    Raises:
+        CannotWrite: the format does not have what it is.
+    """
+    if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CannotWrite(_cannot_hold(key, f"{tensor.dtype}, {tensor.layout}, {tensor.device}"))
+    return Spec(tensor.dtype, tensor.shape)
+
+
+def _cannot_hold(key: str, kind: str) -> str:
+    return f"{key}: a safetensors file cannot hold such a tensor ({kind})"
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """An open file; tensors are mapped into memory when they are asked for."""
+
+    specs: dict[str, Spec]
+    metadata: dict[str, str] | None
+    tensor: Callable[[str], Tensor]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[OpenFile]:
+    """Open a file.
+
+    Raises:
+        BadInput: no such file, truncated or corrupt, or with tensors that torch does not know.
+    """
+    try:
+        path.open("rb").close()  # for an error with a reason
+        opened = safe_open(str(path), framework="pt", device="cpu")
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or one_line(error)}") from None
+    except SafetensorError as error:
+        raise BadInput(f"{path}: not a safetensors file, or damaged: {one_line(error)}") from None
+    with opened as file:
+        specs, keys = {}, file.keys()
+        for key in keys:
+            view = file.get_slice(key)
+            if (name := str(view.get_dtype())) not in DTYPES:
+                raise BadInput(f"{path}: {key} has the dtype {name}, which is not supported")
+            specs[key] = Spec(DTYPES[name], torch.Size(view.get_shape()))
+        yield OpenFile(specs, file.metadata(), file.get_tensor)
+
+
+def write(
+    writer: Writer,
+    specs: Mapping[str, Spec],
+    metadata: Mapping[str, str] | None,
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write a file, as :func:`safetensors.torch.save_file` would.
+
+    Args:
+        writer: where to.
+        specs: all tensors.
+        metadata: the file's.
+        tensors: the same tensors in any order, made when their turn comes.
+
+    Raises:
+        CannotWrite: the format does not have a tensor's dtype or layout.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    starts, end = {}, 0
+    for key, about in specs.items():
+        if about.dtype not in _NAMES:
+            raise CannotWrite(_cannot_hold(key, str(about.dtype)))
+    ranks = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+    for key, about in sorted(specs.items(), key=lambda item: (ranks[item[1].dtype], item[0])):
+        starts[key], end = end, end + about.nbytes
+        header[key] = {
+            "dtype": _NAMES[about.dtype],
+            "shape": list(about.shape),
+            "data_offsets": [starts[key], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    writer.write(len(text).to_bytes(8, "little") + text)
+    for key, tensor in tensors:
+        assert spec(key, tensor) == specs[key], f"{key}: not what the header says"
+        writer.seek(8 + len(text) + starts.pop(key))
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        if plain.numel():  # without numpy; `plain` keeps the memory alive meanwhile
+            memory = ctypes.c_ubyte * (plain.numel() * plain.element_size())
+            writer.write(memoryview(memory.from_address(plain.data_ptr())))
+    assert not starts, f"not written: {list(starts)}"

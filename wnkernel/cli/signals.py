@@ -1,0 +1,51 @@
+"""Signals that end the process, as exceptions: what is half-written can then be taken away."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from .errors import Interrupted
+
+ENDING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
+class Signals:
+    """Raises :class:`Interrupted` in a ``with`` block, once: a second signal must not stop the
+    cleaning up. It is raised again at the end of the block, for libraries that call back into
+    Python may turn the first into an error of theirs."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._ignored = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in ENDING:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self.check()
+
+    def ignore(self) -> None:
+        """From now on a signal is too late."""
+        self._ignored = True
+
+    def check(self) -> None:
+        """Raise if a signal came and was swallowed."""
+        if self._received is not None:
+            raise Interrupted(self._received)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._received is None and not self._ignored:
+            self._received = number
+            raise Interrupted(number)

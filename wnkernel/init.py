@@ -1,0 +1,180 @@
+"""Data-dependent initialisation, section 3 of Salimans & Kingma 2016."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .grouping.batch import sharding_modules
+from .parametrization import OURS, WeightNorm, check_module, weight_norm_kind
+from .problem import accumulation_dtype, canonical_dim
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NAME = "weight"
+
+
+def data_dependent_init_(model: nn.Module, batch: Any) -> list[str]:
+    r"""Initialise g and bias so that every channel of every weight-normed layer has mean 0 and
+    variance 1 on a batch, before its nonlinearity.
+
+    As section 3 of Salimans & Kingma 2016 defines it. With the pre-activations
+    :math:`t = v \cdot x / \lVert v \rVert`, one mean and one standard deviation per output channel
+    over the batch (and over all positions of a convolution):
+
+    .. math:: g \leftarrow 1 / \sigma[t], \qquad b \leftarrow -\mu[t] / \sigma[t]
+
+    One forward of the model does it, under ``no_grad`` and in the mode (train or eval) that the
+    model is in; a layer that is called gets its values before the layers after it are called, and a
+    layer that is called twice gets them the first time. v stays as it is.
+
+    Initialised are :class:`~torch.nn.Linear`, convolutions and transposed convolutions of 1 to 3
+    dimensions whose weight is normed by :func:`wnkernel.weight_norm` with one g per output channel:
+    ``dim=0``, for transposed convolutions ``dim=1`` and one group. Layers without a bias get g
+    only, so the variance is 1 and the mean is not 0. All others are left alone: other dims,
+    parametrizations on top of the weight norm, torch's two kinds (:func:`convert` them first), and
+    layers that the forward does not call.
+
+    Args:
+        model: the model, not wrapped in DataParallel, DistributedDataParallel or FSDP yet.
+        batch: what the model is called with: a tuple is its arguments, a mapping its keyword
+            arguments, anything else its only argument.
+
+    Returns:
+        The names of the weights whose layers were initialised, in the order of execution.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: no layer can be initialised, the model is wrapped, or a channel is constant or
+            not finite over the batch. All parameters are as they were then.
+    """
+    check_module("model", model)
+    _check_unwrapped(model)
+    initialised: list[_Layer] = []
+    layers = _layers(model, initialised)
+    if not layers:
+        raise ValueError(
+            "model: expected linear layers or convolutions with wnkernel.weight_norm and one g per "
+            f"output channel, got none in {type(model).__name__}"
+        )
+    handles = [
+        layer.module.register_forward_hook(layer.after_forward, prepend=True, with_kwargs=True)
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad(), _eager():
+            if isinstance(batch, tuple):
+                model(*batch)
+            elif isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(batch)
+    except BaseException:
+        for layer in initialised:
+            layer.restore()
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [layer.path for layer in initialised]
+
+
+@dataclass
+class _Layer:
+    """A layer to initialise."""
+
+    path: str
+    module: nn.Module
+    initialised: list[_Layer]
+    """The layers of the model that are, in the order of execution."""
+    before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Its g and bias, and their values."""
+
+    @property
+    def g(self) -> Tensor:
+        return self.module.parametrizations[NAME].original0
+
+    def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The forward hook: initialise, and say what the layer gives now."""
+        if any(layer.g is self.g for layer in self.initialised):
+            return None
+        self.initialised.append(self)
+        with torch.no_grad():
+            self.before = [(p, p.clone()) for p in (self.g, module.bias) if p is not None]
+            self._assign(1.0, 0.0)
+            mean, scale = self._statistics(module.forward(*args, **kwargs))
+            self._assign(scale, -mean * scale)
+        return module.forward(*args, **kwargs)
+
+    def _statistics(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and one by the standard deviation of every channel."""
+        ndim = self.module.parametrizations[NAME].original1.ndim
+        channels = t.movedim(1 - ndim, 0).flatten(1) if t.ndim > 1 else t.unsqueeze(1)
+        channels = channels.to(accumulation_dtype(t.dtype))
+        variance, mean = torch.var_mean(channels, dim=1, correction=0)
+        scale = variance.rsqrt()
+        rounding = 16 * torch.finfo(t.dtype).eps * mean.abs()
+        usable = (variance.sqrt() > rounding) & scale.to(self.g.dtype).isfinite()
+        if not usable.all():
+            which = ", ".join(str(k) for k in (~usable).nonzero().flatten()[:8].tolist())
+            raise ValueError(
+                "batch: expected one on which every channel varies, got constant or infinite "
+                f"outputs of the layer of {self.path!r}, channel {which}"
+            )
+        return mean, scale
+
+    def _assign(self, g: Tensor | float, bias: Tensor | float) -> None:
+        for (parameter, _), value in zip(self.before, (g, bias), strict=False):
+            new = torch.as_tensor(value, device=parameter.device, dtype=parameter.dtype)
+            parameter.copy_(new.view_as(parameter) if new.ndim else new)
+        # What remembers values within a forward does not expect them to change there.
+        parametrize._cache.pop((id(self.module), NAME), None)
+        torch.clear_autocast_cache()
+
+    def restore(self) -> None:
+        """Put its parameters back."""
+        with torch.no_grad():
+            for parameter, value in self.before:
+                parameter.copy_(value)
+
+
+def _layers(model: nn.Module, initialised: list[_Layer]) -> list[_Layer]:
+    """The layers with weight norm that have one g per output channel."""
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
+            continue
+        if weight_norm_kind(module, NAME) != OURS or parametrize.is_parametrized(module, "bias"):
+            continue
+        weights = module.parametrizations[NAME]
+        transposed = isinstance(module, TRANSPOSED)
+        if (
+            len(weights) == 1
+            and type(weights[0]) is WeightNorm
+            and canonical_dim(weights[0].dim, weights.original1.ndim) == int(transposed)
+            and not (transposed and module.groups > 1)
+        ):
+            found.append(_Layer(f"{path}.{NAME}" if path else NAME, module, initialised))
+    return found
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, *sharding_modules())
+    for module in model.modules():
+        if isinstance(module, wrappers):
+            raise ValueError(
+                "model: expected one that is not wrapped yet (every process would initialise its "
+                f"own), got {type(module).__name__}"
+            )
+
+
+def _eager() -> AbstractContextManager[object]:
+    """Compiled models run as they were written: hooks would be compiled in."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    return nullcontext() if set_stance is None else set_stance("force_eager")

@@ -1,0 +1,283 @@
+"""``convert(model)`` and ``fold(model)``: the weight norms of a whole model at once."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
+
+from .checkpoint import legacy_keys, unregister_load_hook
+from .checkpoint.loading import G, V
+from .grouping import scopes
+from .grouping.batch import sharding_modules
+from .grouping.group import WeightNormGroup
+from .legacy_names import answer_to_legacy_names
+from .parametrization import (
+    LEGACY,
+    TORCH,
+    WeightNorm,
+    check_module,
+    fold_weight,
+    legacy_hook,
+    make_ours,
+    own_class,
+    register,
+    weight_norm_kinds,
+)
+from .problem import check
+
+EXACT = (WeightNorm, TorchWeightNorm, LegacyHook)
+"""What is known to compute ``g * v / norm(v)``; subclasses may compute something else."""
+
+
+def convert(model: nn.Module) -> list[str]:
+    """Make torch's weight norms ours, in place: those of :func:`torch.nn.utils.weight_norm` (the
+    legacy hook) and of :func:`torch.nn.utils.parametrizations.weight_norm`.
+
+    g and v stay the same Parameter objects, so optimizers, EMA and DistributedDataParallel go on as
+    they are. The names of a layer with the legacy hook change, from ``weight_g`` and ``weight_v``
+    to ``parametrizations.weight.original0`` and ``.original1``; ``layer.weight_g`` still works, and
+    checkpoints load with both spellings. docs/convert.md has the details.
+
+    Subclasses of torch's two kinds are left alone. Layers of a model that was fused before join its
+    group when it is removed and made again.
+
+    Args:
+        model: any module; everything beneath it is looked at, shared layers once.
+
+    Returns:
+        The names of the weights that were converted; none when called again.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a weight norm cannot be converted. Nothing has been changed then.
+    """
+    check_module("model", model)
+    found = [e for e in entries(model) if type(e.norm) in (LegacyHook, TorchWeightNorm)]
+    _check(model, found)
+    with _all_or_nothing(e.module for e in found):
+        for e in found:
+            (_convert_hook if e.kind == LEGACY else _convert_parametrization)(e.module, e.name)
+    _forget_stale_hooks(model)
+    return [e.path for e in found]
+
+
+def fold(model: nn.Module) -> list[str]:
+    """Fold all weight norms of a model into plain parameters, in place: this package's, torch's
+    parametrization and torch's legacy hook.
+
+    The outputs of the model in eval mode keep their bits. A weight keeps the dtype and memory
+    format that it had, and requires grad if g or v did; weights that shared their g and v are one
+    Parameter afterwards. What is stacked on a weight norm (spectral norm, say) is folded with it,
+    as it is in eval mode; parametrizations of other parameters stay. Groups of
+    :func:`wnkernel.fuse` are removed. As with torch, the new parameters come last in their layer,
+    and optimizers that held g and v do not know them.
+
+    Args:
+        model: any module; everything beneath it is looked at, shared layers once.
+
+    Returns:
+        The names of the weights that were folded; none when called again.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a weight norm cannot be computed, or is part of a sharded module. Nothing has
+            been changed then.
+    """
+    check_module("model", model)
+    found = entries(model)
+    _check(model, found)
+    _ungroup(model)
+    sources = [e.source() for e in found]
+    uses = Counter(sources)
+    shared: dict[Hashable, nn.Parameter] = {}
+    for e, source in zip(found, sources, strict=True):
+        fold_weight(e.module, e.name)
+        if uses[source] > 1:
+            setattr(e.module, e.name, shared.setdefault(source, getattr(e.module, e.name)))
+    _forget_stale_hooks(model)
+    return [e.path for e in found]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A weight-normed parameter of a model."""
+
+    path: str
+    """Its name in the model, such as ``decoder.conv.weight``."""
+    module: nn.Module
+    name: str
+    kind: str
+    """OURS, TORCH or LEGACY."""
+
+    @property
+    def norm(self) -> nn.Module | LegacyHook:
+        """The parametrization, or the hook."""
+        if self.kind == LEGACY:
+            return legacy_hook(self.module, self.name)[1]
+        weights = self.module.parametrizations[self.name]
+        return next(p for p in weights if isinstance(p, (WeightNorm, TorchWeightNorm)))
+
+    def originals(self) -> tuple[Tensor, Tensor]:
+        """``(g, v)``."""
+        if self.kind == LEGACY:
+            g, v = (getattr(self.module, key) for key in legacy_keys(self.name))
+            return g, v
+        weights = self.module.parametrizations[self.name]
+        return weights.original0, weights.original1
+
+    def source(self) -> Hashable:
+        """What its weight is computed from: the same for two entries that share g and v."""
+        norm = self.norm
+        stacked = self.kind != LEGACY and len(self.module.parametrizations[self.name]) > 1
+        if stacked or type(norm) not in EXACT:
+            return id(self.module), self.name
+        g, v = self.originals()
+        return id(g), id(v), self.kind, norm.dim, getattr(norm, "eps", 0.0)
+
+
+def entries(model: nn.Module) -> list[Entry]:
+    """Every weight-normed parameter of a model, once, in the order of ``named_modules``."""
+    return [
+        Entry(f"{path}.{name}" if path else name, module, name, kind)
+        for path, module in model.named_modules()
+        for name, kind in weight_norm_kinds(module).items()
+    ]
+
+
+def _check(model: nn.Module, found: Iterable[Entry]) -> None:
+    """Refuse what can be neither converted nor folded."""
+    sharding = sharding_modules()
+    units = [m for m in model.modules() if isinstance(m, sharding)]
+    sharded = {id(m) for unit in units for m in unit.modules()}
+    for e in found:
+        if id(e.module) in sharded:
+            _refuse(e, "part of a sharded module; do this first and shard it then")
+        if e.kind == LEGACY:
+            for key in legacy_keys(e.name):
+                if e.module._parameters.get(key, e.module._buffers.get(key)) is None:
+                    _refuse(e, f"without a parameter {key!r}")
+        elif e.module.parametrizations[e.name][0] is not e.norm:
+            _refuse(e, "on top of another parametrization")
+        if type(e.norm) in EXACT:
+            g, v = e.originals()
+            try:
+                check(v, g, e.norm.dim)
+            except (TypeError, ValueError) as error:
+                _refuse(e, f"with {error}", error)
+
+
+def _refuse(e: Entry, why: str, cause: Exception | None = None) -> None:
+    raise ValueError(
+        f"model: expected weight norms that can be computed, got {e.path!r} ({e.kind}), {why}"
+    ) from cause
+
+
+@contextmanager
+def _all_or_nothing(changed: Iterable[nn.Module]) -> Iterator[None]:
+    """Put modules and their parametrizations back as they were if the block raises."""
+    modules = {id(m): m for module in changed for m in (module, *_parametrizations(module))}
+    before = []
+    for module in modules.values():
+        state = vars(module)
+        containers = [c for c in state.values() if type(c) in (dict, OrderedDict, set, list)]
+        before.append((module, type(module), dict(state), [(c, copy.copy(c)) for c in containers]))
+    try:
+        yield
+    except BaseException:
+        for module, cls, state, containers in before:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(state)
+            for container, content in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+        raise
+
+
+def _parametrizations(module: nn.Module) -> Iterator[nn.Module]:
+    if parametrize.is_parametrized(module):
+        yield from module.parametrizations.modules()
+
+
+def _convert_parametrization(module: nn.Module, name: str) -> None:
+    own_class(module)
+    norm = module.parametrizations[name][0]
+    norm.__class__ = WeightNorm  # in place: its hooks stay, and whoever holds it holds ours
+    norm.eps = 0.0
+    make_ours(module, name)
+
+
+class _Adopting(WeightNorm):
+    """A weight norm that is about to get its originals, and need not compute any."""
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight, weight
+
+
+def _convert_hook(module: nn.Module, name: str) -> None:
+    key, hook = legacy_hook(module, name)
+    del module._forward_pre_hooks[key]
+    vars(module).pop(name, None)  # w of the last forward
+    had_parametrizations = parametrize.is_parametrized(module)
+
+    _, v = (getattr(module, key) for key in legacy_keys(name))
+    norm = _Adopting(hook.dim)
+    module.register_parameter(name, nn.Parameter(v.detach(), requires_grad=False))
+    register(module, name, norm)
+    norm.__class__ = WeightNorm
+    weights = module.parametrizations[name]
+    (weights if had_parametrizations else module.parametrizations).train(module.training)
+    for original, key in zip((G, V), legacy_keys(name), strict=True):
+        delattr(weights, original)
+        _move(module, key, weights, original)
+    answer_to_legacy_names(module, name)
+
+    if not had_parametrizations:
+        # First of the submodules: after the module's own parameters, as g and v were.
+        submodules = module._modules
+        for key in [key for key in submodules if key != "parametrizations"]:
+            submodules[key] = submodules.pop(key)
+    if isinstance(module, nn.RNNBase):
+        with torch.no_grad():
+            module._flat_weights[module._flat_weights_names.index(name)] = getattr(module, name)
+
+
+def _move(source: nn.Module, key: str, target: nn.Module, name: str) -> None:
+    """Hand a parameter or buffer over."""
+    if key in source._parameters:
+        target.register_parameter(name, source._parameters.pop(key))
+    else:
+        persistent = key not in source._non_persistent_buffers_set
+        target.register_buffer(name, source._buffers.pop(key), persistent)
+        source._non_persistent_buffers_set.discard(key)
+
+
+def _forget_stale_hooks(model: nn.Module) -> None:
+    """Drop the load hooks of torch's weight norms that are no more, which rename legacy keys that a
+    plain or legacy layer wants as they are. ``remove_parametrizations`` leaves them behind."""
+    for module in model.modules():
+        kinds = weight_norm_kinds(module)
+        for wrapped in list(module._load_state_dict_pre_hooks.values()):
+            if getattr(wrapped.hook, "__name__", "") == "_weight_norm_compat_hook":
+                name = inspect.getclosurevars(wrapped.hook).nonlocals["name"]
+                if kinds.get(name) != TORCH:
+                    unregister_load_hook(module, name)
+
+
+def _ungroup(model: nn.Module) -> None:
+    """Remove the groups of a model, and what groups around it know of its inner modules."""
+    for module in model.modules():
+        container = scopes.container_of(module)
+        if container is not None and container.roster.root() is module:
+            WeightNormGroup.of(module).remove()
+        scopes.detach(module)

@@ -1,0 +1,146 @@
+"""``patch_torch()``: code that calls torch's weight norm builds ours."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import remove_weight_norm as torchs_remove_legacy
+from torch.nn.utils import weight_norm as torchs_legacy
+
+from . import parametrization
+from .checkpoint import unregister_load_hook
+from .legacy_names import answer_to_legacy_names
+from .parametrization import LEGACY, own_class, weight_norm_kind
+
+torchs = parametrizations.weight_norm
+torchs_remove = parametrize.remove_parametrizations
+
+
+def _legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
+    """:func:`torch.nn.utils.weight_norm`; the layer answers to ``weight_g`` and ``weight_v``."""
+    parametrization.weight_norm(module, name, dim)
+    answer_to_legacy_names(module, name)
+    return module
+
+
+def _weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
+    """:func:`torch.nn.utils.parametrizations.weight_norm`."""
+    return parametrization.weight_norm(module, name, dim)
+
+
+def _remove_legacy(module: nn.Module, name: str = "weight") -> nn.Module:
+    """:func:`torch.nn.utils.remove_weight_norm`, for all three kinds."""
+    return parametrization.remove_weight_norm(module, name)
+
+
+def _remove(module: nn.Module, tensor_name: str, leave_parametrized: bool = True) -> nn.Module:
+    """:func:`torch.nn.utils.parametrize.remove_parametrizations`, without leftovers where it
+    removes a weight norm."""
+    normed = isinstance(module, nn.Module) and weight_norm_kind(module, tensor_name)
+    if not normed or normed == LEGACY or not leave_parametrized:
+        return torchs_remove(module, tensor_name, leave_parametrized)
+    if len(module.parametrizations[tensor_name]) == 1:
+        return parametrization.remove_weight_norm(module, tensor_name)
+    own_class(module)
+    torchs_remove(module, tensor_name)
+    unregister_load_hook(module, tensor_name)
+    return module
+
+
+class _Patch:
+    """The one patch of this process, and how many contexts want it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._contexts = 0
+        self._namespaces: list[dict[str, Any]] = []
+        self._pairs = [
+            (torchs_legacy, _legacy),
+            (torchs, _weight_norm),
+            (torchs_remove_legacy, _remove_legacy),
+            (torchs_remove, _remove),
+        ]
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._contexts == 0:
+                try:
+                    self._install()
+                except BaseException:
+                    self._restore()
+                    raise
+            self._contexts += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._contexts -= 1
+            if self._contexts == 0:
+                self._restore()
+
+    def _install(self) -> None:
+        replacements = {id(of_torch): ours for of_torch, ours in self._pairs}
+        for namespace in _namespaces():
+            self._namespaces.append(namespace)
+            _replace(namespace, replacements)
+
+    def _restore(self) -> None:
+        replacements = {id(ours): of_torch for of_torch, ours in self._pairs}
+        while self._namespaces:  # modules may have left sys.modules
+            _replace(self._namespaces.pop(), replacements)
+        for namespace in _namespaces():  # and others come
+            _replace(namespace, replacements)
+
+
+def _namespaces() -> Iterator[dict[str, Any]]:
+    """The globals of all modules but ours, which mean torch's functions where they name them."""
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and name.partition(".")[0] != __package__:
+            yield vars(module)
+
+
+def _replace(namespace: dict[str, Any], replacements: dict[int, Callable[..., Any]]) -> None:
+    for key, value in list(namespace.items()):
+        if id(value) in replacements:
+            namespace[key] = replacements[id(value)]
+
+
+_patch = _Patch()
+
+
+@contextmanager
+def patch_torch() -> Iterator[None]:
+    """Within the block, code that calls torch's weight norm builds layers of this package.
+
+    ::
+
+        with wnkernel.patch_torch():
+            model = EncodecModel(config)  # calls torch.nn.utils.weight_norm somewhere
+
+    Four functions are replaced: :func:`torch.nn.utils.weight_norm`,
+    :func:`torch.nn.utils.parametrizations.weight_norm`, :func:`torch.nn.utils.remove_weight_norm`
+    (which then removes any kind) and :func:`torch.nn.utils.parametrize.remove_parametrizations`
+    (which does as before where no weight norm is concerned). Layers built through the first answer
+    to ``weight_g`` and ``weight_v``; their checkpoint keys are ours.
+
+    Every global of every imported module that is one of these functions is replaced, so
+    ``from torch.nn.utils import weight_norm`` at the top of a file is found under any name, and
+    imports in the block get ours. **Not found** are references that are no module globals: class
+    attributes (``norm = staticmethod(weight_norm)``), local variables and closures, default
+    arguments, ``functools.partial``, entries of dicts and lists; and the class
+    ``torch.nn.utils.weight_norm.WeightNorm``. For what they build there is :func:`convert`.
+
+    The end of the block, also by an exception, restores torch's functions in all modules. The patch
+    holds for the whole process, all threads; blocks may nest and overlap, the last one restores.
+    """
+    _patch.enter()
+    try:
+        yield
+    finally:
+        _patch.leave()
