@@ -35,14 +35,16 @@ def answer_to_legacy_names(module: nn.Module, name: str) -> None:
     cls = type(module)
     for key, original in zip(legacy_keys(name), (G, V), strict=True):
         setattr(cls, key, _LegacyName(name, original))
-    base = cls.__bases__[0]
+    if "__setattr__" in vars(cls):
+        return
+    inherited = cls.__setattr__
 
     # nn.Module registers a Parameter without looking for a property.
     def set_attribute(self: nn.Module, key: str, value: Any) -> None:
-        alias = vars(type(self)).get(key)
+        alias = getattr(type(self), key, None)
         if isinstance(alias, _LegacyName) and parametrize.is_parametrized(self, alias.name):
             setattr(self.parametrizations[alias.name], alias.original, value)
         else:
-            base.__setattr__(self, key, value)
+            inherited(self, key, value)
 
     cls.__setattr__ = set_attribute

@@ -263,15 +263,14 @@ def _move(source: nn.Module, key: str, target: nn.Module, name: str) -> None:
 
 
 def _forget_stale_hooks(model: nn.Module) -> None:
-    """Drop the load hooks of torch's weight norms that are no more, which rename legacy keys that a
-    plain or legacy layer wants as they are. ``remove_parametrizations`` leaves them behind."""
+    """Drop load hooks of weight norms that are no more. ``remove_parametrizations`` leaves torch's
+    behind, which goes on to rename keys that a plain or legacy layer wants as they are."""
     for module in model.modules():
-        kinds = weight_norm_kinds(module)
+        live = {name for name, kind in weight_norm_kinds(module).items() if kind != LEGACY}
         for wrapped in list(module._load_state_dict_pre_hooks.values()):
-            if getattr(wrapped.hook, "__name__", "") == "_weight_norm_compat_hook":
-                name = inspect.getclosurevars(wrapped.hook).nonlocals["name"]
-                if kinds.get(name) != TORCH:
-                    unregister_load_hook(module, name)
+            name = loads_for(wrapped.hook)
+            if name is not None and name not in live:
+                unregister_load_hook(module, name)
 
 
 def _ungroup(model: nn.Module) -> None:

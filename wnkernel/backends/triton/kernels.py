@@ -73,8 +73,8 @@ def _squares(
 
 @triton.jit
 def _finish_norm(p, mask, squares, unit, scale, eps_bits):
-    """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / n, where n
-    is max(norm, eps), to multiply v with one after the other: the ratio and 1; where that leaves
+    """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / n, with n
+    being max(norm, eps), to multiply v with one after the other: the ratio and 1; where that leaves
     the range, 1 / n and g; where n does, the unit and what is left."""
     norm = tl.sqrt(squares)
     true_norm = tl.where(unit == 1.0, norm, norm / unit)
