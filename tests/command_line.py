@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from wnkernel.cli import output
 from wnkernel.cli.app import app
 
 from .layers import APPLY
-from .processes import python
 
 KIND = {"legacy": "legacy", "parametrized": "torch", "folded": None}
 """By which weight norm of torch a layout is made."""
@@ -73,37 +71,6 @@ def load(path: Path) -> Any:
 def by_key(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the order, which a safetensors file does not keep."""
     return dict(sorted(state.items()))
-
-
-PROCESS = """
-import contextlib, io, json, os, signal, sys
-import wnkernel.cli, wnkernel.cli.app
-from wnkernel.cli import output
-
-def call(*arguments):
-    sys.argv[:] = ["wnkernel", *arguments]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            wnkernel.cli.main()
-        except SystemExit as error:
-            return error.code, err.getvalue()
-
-def scenario(folders):
-"""
-
-
-def in_a_process(scenario: str, *arguments: object) -> list[Any]:
-    """What a piece of code yields that calls ``main`` in a process of its own.
-
-    It has ``call(*arguments)``, which returns the exit code and what is said on standard error.
-    ``arguments`` are in the list ``folders``.
-    """
-    code = PROCESS + textwrap.indent(scenario, "    ")
-    code += "\nprint(json.dumps(list(scenario(sys.argv[1:]))))"
-    done = python("-c", code, *map(str, arguments), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 class Net(nn.Module):

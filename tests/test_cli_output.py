@@ -8,23 +8,29 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+pytest.importorskip("typer", reason="the command line needs typer")
+
+from wnkernel.cli import output
+from wnkernel.cli.output import Writer
+
 from .command_line import (
     convert,
     fails,
     files_in,
-    in_a_process,
     invoke,
     load,
     on_the_cpu,
     save,
     trained,
 )
-from .processes import ROOT
+from .processes import ROOT, python
+from .test_cli_shards import split
 
 __all__ = ["on_the_cpu"]
 
@@ -137,69 +143,63 @@ def test_a_folder_that_nobody_can_write_to(source, suffix):
     assert line.startswith(f"wnkernel: /proc/self/out{suffix}: ")
 
 
-@posix_only
-def test_a_full_disk(tmp_path, out):
+@contextmanager
+def full_disk():
     """A limit on the size of files: the system refuses to write on, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits of POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        yield os.strerror(errno.EFBIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin.index.json"])
+def test_a_full_disk(tmp_path, out, suffix, there):
     state = {"a.weight_g": torch.ones(64, 1), "a.weight_v": torch.ones(64, 2**10)}
-    save(state, tmp_path / "in.pt")
-    save(state, tmp_path / "in.safetensors")
-    save({"a.weight_g": state["a.weight_g"]}, tmp_path / "g.bin")
-    save({"a.weight_v": state["a.weight_v"]}, tmp_path / "v.bin")
-    index = {"weight_map": {"a.weight_g": "g.bin", "a.weight_v": "v.bin"}}
-    (tmp_path / "in.bin.index.json").write_text(json.dumps(index))
-    scenario = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-for suffix in (".pt", ".safetensors", ".bin.index.json"):
-    source, target = f"{folders[0]}/in{suffix}", f"{folders[1]}/out{suffix}"
-    for there in (False, True):
-        if there:
-            open(target, "w").write("precious")
-        yield call("convert", source, target, "--to", "folded", "--force")
-        yield {name: open(f"{folders[1]}/{name}").read() for name in os.listdir(folders[1])}
-    os.remove(target)
-"""
-    calls = in_a_process(scenario, tmp_path, out)
-    assert len(calls) == 12
-    for suffix in (".pt", ".safetensors", ".bin.index.json"):
-        for there in (False, True):
-            (code, line), files = calls.pop(0), calls.pop(0)
-            assert code == 4
-            assert line == f"wnkernel: {out}/{refused_file(suffix)}: {os.strerror(errno.EFBIG)}\n"
-            assert files == ({f"out{suffix}": "precious"} if there else {})
-
-
-def refused_file(suffix):
-    """The first that is too large."""
-    return "out-00001-of-00001.bin" if suffix == ".bin.index.json" else f"out{suffix}"
+    source, target, too_large = tmp_path / f"in{suffix}", out / f"out{suffix}", f"out{suffix}"
+    if suffix == ".bin.index.json":
+        save({"a.weight_g": state["a.weight_g"], "a.bias": torch.ones(64)}, tmp_path / "g.bin")
+        save({"a.weight_v": state["a.weight_v"]}, tmp_path / "v.bin")
+        weight_map = {"a.bias": "g.bin", "a.weight_g": "g.bin", "a.weight_v": "v.bin"}
+        source.write_text(json.dumps({"weight_map": weight_map}))
+        too_large = "out-00002-of-00002.bin"
+    else:
+        save(state, source)
+    if there:
+        target.write_text("precious")
+    with full_disk() as why:
+        line = fails(4, "convert", source, target, "--to", "parametrized", "--force")
+    assert line == f"wnkernel: {out / too_large}: {why}"
+    assert files_in(out) == ({target.name: b"precious"} if there else {})
 
 
 @posix_only
-def test_a_process_that_is_told_to_end_while_it_writes(tmp_path, out):
-    for suffix in (".pt", ".safetensors"):
-        save(trained("legacy").state_dict(), tmp_path / f"in{suffix}")
-        (out / f"out{suffix}").write_text("precious")
-    scenario = """
-write = output.Writer.write
-for suffix in (".pt", ".safetensors"):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        def twice(self, data):
-            written = write(self, data)
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)
-            return written
-        output.Writer.write = twice
-        paths = f"{folders[0]}/in{suffix}", f"{folders[1]}/out{suffix}"
-        yield call("convert", *paths, "--to", "folded", "--force")
-"""
-    before = files_in(out)
-    calls = in_a_process(scenario, tmp_path, out)
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    assert calls == 2 * [
-        [128 + number, f"wnkernel: ended by {number.name}; nothing was written\n"]
-        for number in signals
-    ]
-    assert files_in(out) == before
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_signals_while_a_file_is_written(source, out, suffix, name, monkeypatch):
+    def not_handled(*_):
+        raise AssertionError(f"{name} would have ended the process")
+
+    def twice(self, data):
+        written = write(self, data)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        return written
+
+    target, number, write = out / f"out{suffix}", getattr(signal, name), Writer.write
+    target.write_text("precious")
+    monkeypatch.setattr(Writer, "write", twice)
+    previous = signal.signal(number, not_handled)
+    try:
+        line = fails(128 + number, "convert", source, target, "--to", "folded", "--force")
+        assert signal.getsignal(number) is not_handled
+    finally:
+        signal.signal(number, previous)
+    assert line == f"wnkernel: ended by {name}; nothing was written"
+    assert files_in(out) == {target.name: b"precious"}
 
 
 @posix_only
@@ -235,8 +235,6 @@ main()
 
 @both_formats
 def test_a_bug_while_writing_leaves_nothing_behind(source, out, suffix, monkeypatch):
-    from wnkernel.cli.output import Writer
-
     def broken(self, data):
         raise ZeroDivisionError
 
@@ -247,8 +245,6 @@ def test_a_bug_while_writing_leaves_nothing_behind(source, out, suffix, monkeypa
 
 
 def test_a_file_that_somebody_else_makes_meanwhile_stays(tmp_path, out, monkeypatch):
-    from wnkernel.cli import output
-
     save(trained("legacy").state_dict(), tmp_path / "in.pt")
     commit = output.Outputs.commit
 
@@ -272,8 +268,6 @@ def test_a_file_system_without_hard_links(tmp_path, out, monkeypatch):
 
 
 def test_shards_appear_together_or_not_at_all(tmp_path, out, monkeypatch):
-    from .test_cli_shards import split
-
     index = split(trained("legacy").state_dict(), tmp_path, ".bin")
     replace, calls = os.link, []
 
@@ -297,6 +291,27 @@ def test_permissions_are_those_of_any_new_file(tmp_path, out):
     assert (out / "out.pt").stat().st_mode == (out / "other").stat().st_mode
 
 
+HELD = """
+import sys, wnkernel.cli.app
+from wnkernel.cli import main, output
+
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+write, first, peak = output.Writer.write, held(), 0
+def watch(self, data):
+    global peak
+    peak = max(peak, held() - first)
+    return write(self, data)
+output.Writer.write = watch
+try:
+    main()
+finally:
+    print(peak)
+"""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_safetensors_file_may_be_larger_than_memory(tmp_path, out):
     """24 layers of 4 MiB; no more than a few of them are held at once."""
@@ -305,24 +320,8 @@ def test_a_safetensors_file_may_be_larger_than_memory(tmp_path, out):
         key = f"{k}.parametrizations.weight.original"
         state |= {f"{key}0": torch.ones(1024, 1), f"{key}1": torch.full((1024, 1024), 0.5)}
     save(state, tmp_path / "in.safetensors")
-    scenario = """
-def held():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-write, peaks = output.Writer.write, []
-def watch(self, data):
-    peaks.append(held())
-    return write(self, data)
-output.Writer.write = watch
-for to in ("legacy", "folded"):
-    first = held()
-    yield call("convert", f"{folders[0]}/in.safetensors", f"{folders[1]}/{to}.safetensors",
-               "--to", to)[0]
-    yield max(peaks) - first
-"""
-    legacy_code, legacy_kib, folded_code, folded_kib = in_a_process(scenario, tmp_path, out)
-    assert (legacy_code, folded_code) == (0, 0)
-    assert legacy_kib < 16 * 1024
-    assert folded_kib < 24 * 1024  # and what the first calls of all kernels take
-    assert len(load(out / "legacy.safetensors")) == 48
-    assert len(load(out / "folded.safetensors")) == 24
+    paths = [str(tmp_path / "in.safetensors"), str(out / "out.safetensors")]
+    done = python("-c", HELD, "convert", *paths, "--to", "folded", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < 32 * 1024  # KiB, with what a first call of the kernels takes
+    assert len(load(out / "out.safetensors")) == 24

@@ -52,6 +52,10 @@ def assert_right_weights(model: nn.Module) -> None:
             reference.assert_close("w", getattr(module, name), reference.forward(v, g, dim))
 
 
+@pytest.mark.skipif(
+    torch.empty(0).device.type != "cpu",
+    reason="on a GPU, reflection padding and attention add gradients up in any order",
+)
 @torchs_kinds
 @all_models
 def test_training_goes_on_with_the_same_bits(kind, name):

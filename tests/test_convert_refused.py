@@ -136,9 +136,9 @@ def one_process() -> Iterator[None]:
 def test_sharded_modules(one_process, kind, surgeon):
     from torch.distributed.fsdp import fully_shard
 
-    sharded = nn.Sequential(APPLY[kind](nn.Linear(3, 3)), nn.Linear(3, 3))
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    fully_shard(sharded[0], mesh=mesh)
+    with torch.device("cpu"):
+        sharded = nn.Sequential(APPLY[kind](nn.Linear(3, 3)), nn.Linear(3, 3))
+        fully_shard(sharded[0], mesh=torch.distributed.init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match=r"^model: expected .*got '0.weight' .*sharded"):
         surgeon(sharded)
     assert surgeon(sharded[1]) == []
@@ -170,20 +170,20 @@ def test_subclasses_compute_something_else():
         assert torch.equal(run(m, "Linear"), y)
 
 
-# Load hooks that torch leaves behind
+# Load hooks that torch's removal leaves behind
 
 
-def removed_by_torch() -> nn.Module:
-    layer = parametrize.remove_parametrizations(APPLY["torch"](nn.Linear(5, 4)), "weight")
+def removed_by_torch(kind: str = "torch") -> nn.Module:
+    layer = parametrize.remove_parametrizations(APPLY[kind](nn.Linear(5, 4)), "weight")
     assert layer._load_state_dict_pre_hooks
     return layer
 
 
 @pytest.mark.parametrize("surgeon", [wnkernel.convert, wnkernel.fold])
 def test_stale_load_hooks_are_gone(surgeon):
-    """They rename the keys that a plain or legacy layer wants as they are."""
+    """torch's rename the keys that a plain or legacy layer wants as they are."""
     legacy = legacy_weight_norm(removed_by_torch())
-    both = nn.Sequential(removed_by_torch(), nn.Sequential(removed_by_torch(), legacy))
+    both = nn.Sequential(removed_by_torch(), nn.Sequential(removed_by_torch("ours"), legacy))
     surgeon(both[0]), surgeon(both)
     for layer in (both[0], both[1][0]):
         assert not layer._load_state_dict_pre_hooks

@@ -248,7 +248,7 @@ class Cached(nn.Module):
 def test_values_that_are_remembered_within_a_forward(context):
     model, x = Cached(), torch.randn(64, 5)
     if context == "autocast":
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             wnkernel.data_dependent_init_(model.net, x)
             outputs = preactivations(model.net, x)
         atol = 8 * torch.finfo(torch.bfloat16).eps

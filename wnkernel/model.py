@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,14 +15,13 @@ from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .checkpoint import legacy_keys, unregister_load_hook
-from .checkpoint.loading import G, V
+from .checkpoint.loading import G, V, loads_for
 from .grouping import scopes
 from .grouping.batch import sharding_modules
 from .grouping.group import WeightNormGroup
 from .legacy_names import answer_to_legacy_names
 from .parametrization import (
     LEGACY,
-    TORCH,
     WeightNorm,
     check_module,
     fold_weight,

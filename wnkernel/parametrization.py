@@ -135,7 +135,8 @@ def weight_norm(
     A drop-in for :func:`torch.nn.utils.parametrizations.weight_norm`: the same keys
     (``parametrizations.<name>.original0`` for g, ``.original1`` for v), the same values and the
     same tools (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``).
-    Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v`` load too.
+    Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with a plain ``<name>``, load
+    too (docs/checkpoints.md).
 
     Args:
         module: the layer, changed in place.

@@ -69,6 +69,12 @@ def convert_state_dict(
       name: many models have unrelated parameters of such names and shapes;
     - a lone ``x_g`` or ``x_v``, and what is in nested dicts.
 
+    Layers of this package load all layouts by themselves. Where no load hooks run, as in
+    ``from_pretrained`` of transformers 5, convert before::
+
+        state_dict = convert_state_dict(load_file(path), like=Model(config))
+        model = Model.from_pretrained(None, config=config, state_dict=state_dict)
+
     Args:
         state_dict: keys to tensors, in any mixture of layouts, and anything else.
         to: the layout of the result.

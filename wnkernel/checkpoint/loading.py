@@ -140,14 +140,14 @@ def unregister_load_hook(module: nn.Module, name: str) -> dict[int, Any]:
         restore_loading(module)
     hooks = module._load_state_dict_pre_hooks
     return {
-        key: hooks.pop(key) for key, wrapped in [*hooks.items()] if _belongs_to(wrapped.hook, name)
+        key: hooks.pop(key) for key, wrapped in [*hooks.items()] if loads_for(wrapped.hook) == name
     }
 
 
-def _belongs_to(hook: Callable[..., None], name: str) -> bool:
+def loads_for(hook: Callable[..., None]) -> str | None:
+    """The parameter that a load hook belongs to, if it is ours or that of torch's weight norm."""
     if isinstance(hook, LoadHook):
-        return hook.name == name
-    return (
-        getattr(hook, "__name__", "") == "_weight_norm_compat_hook"
-        and inspect.getclosurevars(hook).nonlocals.get("name") == name
-    )
+        return hook.name
+    if getattr(hook, "__name__", "") == "_weight_norm_compat_hook":
+        return inspect.getclosurevars(hook).nonlocals.get("name")
+    return None

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...streams import current_stream, guard, is_capturing  # noqa: F401
+from ...streams import is_capturing
 from .launch_table import THREADS
 from .tile import INTERPRETED
 

@@ -1,14 +1,7 @@
-"""The Triton kernels: w = g * v / max(norm, eps) and its first derivative.
+"""The kernels that are launched: one weight by its addresses, or a list by a table of them.
 
-Forward: reads v, writes w. Backward: reads v and grad_w, writes grad_v. Where rows are not lines of
-one tile, the inputs are read twice, which is 1.5 times the traffic forward and 1.67 times backward
-as far as no cache helps. Lines that are no multiples of 16 bytes are slow too: an access of one
-element for each thread.
-
-Range: where the sum of squares leaves the safe range of floats, rows are multiplied by a power of
-two, ``unit``, before they are squared. The backward divides by the stored norm, so there norms have
-to be normal numbers with a normal reciprocal (1.2e-38 to 8.5e37 in float32). Sums are float32,
-float64 for float64. No atomics.
+Their arguments are 64-bit integers, on which Triton is told not to specialise, and compile-time
+choices. So it compiles no more variants than there are combinations of those.
 """
 
 from __future__ import annotations
@@ -16,239 +9,142 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import (
-    ROWS,
-    load,
-    partial_sums,
-    row_sums,
-    rows_of,
-    store,
-    store_at,
-    store_partial_sum,
-    tile_of,
-    widen,
-)
+from .device_functions import backward_program, forward_program
+from .launch_table import Plan
+from .tables import BACKWARD, FORWARD, HEADER
+from .tile import ROWS
+
+SIZES = Plan._fields[1:-1]
+"""What of a plan the kernels read: all but the tile, which is compiled in, and the total."""
+
+_FORWARD_LINE = tl.constexpr(len(FORWARD))
+_BACKWARD_LINE = tl.constexpr(len(BACKWARD))
+_FIRST = tl.constexpr(HEADER.index("first"))
+_PARTIALS = tl.constexpr(HEADER.index("partials"))
+_EPS = tl.constexpr(HEADER.index("eps_bits"))
+_ADDRESSES = tl.constexpr(len(HEADER))
 
 
 @triton.jit
-def _unit(squares):
-    """The power of two for rows with this sum of squares: 1 but for extreme rows."""
-    if squares.dtype == tl.float64:
-        return tl.where(squares > 2.0**900, 2.0**-600, tl.where(squares < 2.0**-800, 2.0**700, 1.0))
-    else:
-        return tl.where(squares > 2.0**100, 2.0**-86, tl.where(squares < 2.0**-80, 2.0**90, 1.0))
+def _pointer(address, TYPE: tl.constexpr):
+    return address.to(tl.int64).to(tl.pointer_type(TYPE))
 
 
 @triton.jit
-def _any(x):
-    return tl.max(tl.max(x.to(tl.int32), 1), 0) > 0
+def _long(rows, inner, lines, pitch, strip_rows, width, numel, per_chunk, tiles, split):
+    """A plan's sizes; the interpreter hands small integers over as 32 bits."""
+    return (
+        rows.to(tl.int64), inner.to(tl.int64), lines.to(tl.int64), pitch.to(tl.int64),
+        strip_rows.to(tl.int64), width.to(tl.int64), numel.to(tl.int64), per_chunk.to(tl.int64),
+        tiles.to(tl.int64), split.to(tl.int64),
+    )  # fmt: skip
 
 
 @triton.jit
-def _is_normal(x):
-    if x.dtype == tl.float64:
-        return (tl.abs(x) >= 2.0**-1022) & (tl.abs(x) < float("inf"))
-    else:
-        return (tl.abs(x) >= 2.0**-126) & (tl.abs(x) < float("inf"))
+def _sizes(line):
+    """A plan's sizes from a line of a table, where they come in the order of SIZES."""
+    return (
+        tl.load(line + 1), tl.load(line + 2), tl.load(line + 3), tl.load(line + 4),
+        tl.load(line + 5), tl.load(line + 6), tl.load(line + 7), tl.load(line + 8),
+        tl.load(line + 9), tl.load(line + 10),
+    )  # fmt: skip
 
 
 @triton.jit
-def _float(bits, ACC: tl.constexpr):
-    return bits.to(tl.float64, bitcast=True).to(ACC)
+def _line(table, owners, LINE: tl.constexpr, FINISH: tl.constexpr):
+    """The line of the weight that this program works on, its tile, and the program's number among
+    those of the weight."""
+    program = tl.program_id(0).to(tl.int64)
+    owner = tl.load(_pointer(owners, tl.int64) + program)
+    line = _pointer(table, tl.int64) + owner * LINE
+    return line, tl.load(line), program - tl.load(line + _FIRST + FINISH)
 
 
-@triton.jit
-def _squares(
-    v, unit, start, end, strip, plan, ACC: tl.constexpr,
+@triton.jit(do_not_specialize=["v", "g", "w", "norm", "partials", "eps_bits", *SIZES])
+def forward_one(
+    v: tl.int64, g: tl.int64, w: tl.int64, norm: tl.int64, partials: tl.int64, eps_bits: tl.int64,
+    rows: tl.int64, inner: tl.int64, lines: tl.int64, pitch: tl.int64, strip_rows: tl.int64,
+    width: tl.int64, numel: tl.int64, per_chunk: tl.int64, tiles: tl.int64, split: tl.int64,
+    V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+    FINISH: tl.constexpr,
 ):  # fmt: skip
-    """Squares of ``unit * v`` added up over tiles, in each place of a tile."""
-    sums = tl.zeros([LINES, COLUMNS], ACC)
-    for tile in range(start, end):
-        origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
-        x = load(v, origin, offsets, mask, ACC, VECTOR) * unit
-        sums += x * x
-    return sums
+    """A forward of one weight: FINISH 0, and 1 after it if its rows are split."""
+    forward_program(
+        _pointer(v, V), _pointer(g, G), _pointer(w, W), _pointer(norm, ACC),
+        _pointer(partials, ACC), eps_bits.to(tl.int64), tl.program_id(0).to(tl.int64),
+        _long(rows, inner, lines, pitch, strip_rows, width, numel, per_chunk, tiles, split),
+        KIND, LINES, COLUMNS, VECTOR, FINISH,
+    )  # fmt: skip
 
 
-@triton.jit
-def _finish_norm(p, mask, squares, unit, scale, eps_bits):
-    """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / n, with n
-    being max(norm, eps), to multiply v with one after the other: the ratio and 1; where that leaves
-    the range, 1 / n and g; where n does, the unit and what is left."""
-    norm = tl.sqrt(squares)
-    true_norm = tl.where(unit == 1.0, norm, norm / unit)
-    tl.store(p, true_norm, mask=mask)
-    eps = _float(eps_bits, norm.dtype)
-    clamped = true_norm < eps
-    n = tl.where(clamped, eps, true_norm)
-    ratio, inverse = scale / n, 1.0 / n
-    has_ratio = _is_normal(n) & _is_normal(ratio)
-    has_inverse = _is_normal(n) & _is_normal(inverse)
-    rest = scale / tl.where(clamped, eps * unit, norm)
-    a = tl.where(has_ratio, ratio, tl.where(has_inverse, inverse, unit))
-    return a, tl.where(has_ratio, 1.0, tl.where(has_inverse, scale, rest))
-
-
-@triton.jit
-def forward_rows(
-    v, g, w, norm, eps_bits, strip, plan,
-    LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "grad_w", "v", "g", "norm", "grad_v", "grad_g", "partials", "eps_bits", *SIZES
+    ]
+)  # fmt: skip
+def backward_one(
+    grad_w: tl.int64, v: tl.int64, g: tl.int64, norm: tl.int64, grad_v: tl.int64, grad_g: tl.int64,
+    partials: tl.int64, eps_bits: tl.int64,
+    rows: tl.int64, inner: tl.int64, lines: tl.int64, pitch: tl.int64, strip_rows: tl.int64,
+    width: tl.int64, numel: tl.int64, per_chunk: tl.int64, tiles: tl.int64, split: tl.int64,
+    V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
+    KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+    FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A forward of rows that are lines of one tile, which stays on chip."""
-    ACC: tl.constexpr = norm.dtype.element_ty
-    row, valid, _ = rows_of(strip, plan, ROWS, LINES, COLUMNS)
-    origin, offsets, mask = tile_of(0, strip, plan, ROWS, LINES, COLUMNS, VECTOR)
-    x = load(v, origin, offsets, mask, ACC, VECTOR)
-    squares = tl.sum(x * x, 1, keep_dims=True)
-    unit = tl.where(valid, _unit(squares), 1.0).to(ACC)
-    if _any(unit != 1.0):
-        squares = tl.sum((x * unit) * (x * unit), 1, keep_dims=True)
-    scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-    a, b = _finish_norm(norm + row, valid, squares, unit, scale, eps_bits)
-    store_at(w, origin, offsets, x * a * b, mask, VECTOR)
+    """A backward of one weight; a gradient at address 0 is not wanted."""
+    backward_program(
+        _pointer(grad_w, W), _pointer(v, V), _pointer(g, G), _pointer(norm, ACC),
+        _pointer(grad_v, V), _pointer(grad_g, G), _pointer(partials, ACC),
+        eps_bits.to(tl.int64), tl.program_id(0).to(tl.int64), grad_v != 0, grad_g != 0,
+        _long(rows, inner, lines, pitch, strip_rows, width, numel, per_chunk, tiles, split),
+        KIND, LINES, COLUMNS, VECTOR, FINISH,
+    )  # fmt: skip
 
 
-@triton.jit
-def forward_tiles(
-    v, g, w, norm, partials, eps_bits, program, plan,
-    KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr, FINISH: tl.constexpr,
+@triton.jit(do_not_specialize=["table", "owners", "partials"])
+def forward_list(
+    table: tl.int64, owners: tl.int64, partials: tl.int64,
+    V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A forward of rows over many tiles. 1: sums of squares, tile by tile. 2: where a row is split,
-    they are left behind, and the second launch (FINISH) adds them up. 3: norms, and w."""
-    ACC: tl.constexpr = norm.dtype.element_ty
-    rows, inner, _lines, _pitch, _strip_rows, _width, _numel, per_chunk, tiles, split = plan
-    strip, chunk = program // split, program % split
-    start = chunk * per_chunk
-    end = tl.minimum(start + per_chunk, tiles)
-    row, valid, first = rows_of(strip, plan, KIND, LINES, COLUMNS)
-    if FINISH:
-        p, there = partial_sums(partials, strip, split, 1, 2, KIND, COLUMNS)
-        units = tl.load(p, mask=there, other=float("inf"))
-        unit = tl.min(units, 1)
-        ratio = tl.where(units == unit[:, None, :], 1.0, unit[:, None, :] / units)
-        p, there = partial_sums(partials, strip, split, 0, 2, KIND, COLUMNS)
-        sums = tl.load(p, mask=there, other=0.0)
-        squares = tl.sum(sums * ratio * ratio, 1)
-    else:
-        sums = _squares(v, 1.0, start, end, strip, plan, ACC, KIND, LINES, COLUMNS, VECTOR)
-        squares = row_sums(sums, rows, inner, KIND, COLUMNS)
-        unit = tl.where(valid, _unit(squares), 1.0).to(ACC)
-        if _any(unit != 1.0):
-            sums = _squares(v, unit, start, end, strip, plan, ACC, KIND, LINES, COLUMNS, VECTOR)
-            squares = row_sums(sums, rows, inner, KIND, COLUMNS)
-        if split > 1:
-            store_partial_sum(partials, program, 0, squares, 2, KIND, COLUMNS)
-            store_partial_sum(partials, program, 1, unit, 2, KIND, COLUMNS)
-    if FINISH or split == 1:
-        scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-        a, b = _finish_norm(norm + row, first & (chunk == 0), squares, unit, scale, eps_bits)
-        for tile in range(start, end):
-            origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
-            x = load(v, origin, offsets, mask, ACC, VECTOR)
-            store_at(w, origin, offsets, x * a * b, mask, VECTOR)
+    """A forward of all weights of a table: a branch for each tile."""
+    line, tile, program = _line(table, owners, _FORWARD_LINE, FINISH)
+    for k in tl.static_range(COUNT):
+        if not (FINISH and TILES[k][0] == ROWS):
+            if tile == k:
+                forward_program(
+                    _pointer(tl.load(line + _ADDRESSES), V),
+                    _pointer(tl.load(line + _ADDRESSES + 1), G),
+                    _pointer(tl.load(line + _ADDRESSES + 2), W),
+                    _pointer(tl.load(line + _ADDRESSES + 3), ACC),
+                    _pointer(partials, ACC) + tl.load(line + _PARTIALS),
+                    tl.load(line + _EPS), program, _sizes(line),
+                    TILES[k][0], TILES[k][1], TILES[k][2],
+                    VECTOR if TILES[k][3] else 1, FINISH,
+                )  # fmt: skip
 
 
-@triton.jit
-def backward_rows(
-    grad_w, v, g, norm, grad_v, grad_g, eps_bits, strip, want_v, want_g, plan,
-    LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+@triton.jit(do_not_specialize=["table", "owners", "partials"])
+def backward_list(
+    table: tl.int64, owners: tl.int64, partials: tl.int64,
+    V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
+    TILES: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A backward of rows that are lines of one tile. With n = max(norm, eps) and u = v / n:
-    grad_g = s = <grad_w, u>, grad_v = (g / n) (grad_w - u s), without the projection where it is
-    eps that counts."""
-    ACC: tl.constexpr = norm.dtype.element_ty
-    row, valid, _ = rows_of(strip, plan, ROWS, LINES, COLUMNS)
-    origin, offsets, mask = tile_of(0, strip, plan, ROWS, LINES, COLUMNS, VECTOR)
-    u = load(v, origin, offsets, mask, ACC, VECTOR)
-    grad = load(grad_w, origin, offsets, mask, ACC, VECTOR)
-    n = tl.load(norm + row, mask=valid, other=1.0)
-    eps = _float(eps_bits, ACC)
-    clamped = n < eps
-    inverse = 1.0 / tl.where(clamped, eps, n)
-    u *= inverse
-    s = tl.sum(grad * u, 1, keep_dims=True)
-    if want_g:
-        store(grad_g + row, s, valid)
-    if want_v:
-        scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-        along = tl.where(clamped, 0.0, s)
-        store_at(grad_v, origin, offsets, (grad - u * along) * (scale * inverse), mask, VECTOR)
-
-
-@triton.jit
-def backward_tiles(
-    grad_w, v, g, norm, grad_v, grad_g, partials, eps_bits, program, want_v, want_g, plan,
-    KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr, FINISH: tl.constexpr,
-):  # fmt: skip
-    """A backward of rows over many tiles, in the three steps of forward_tiles."""
-    ACC: tl.constexpr = norm.dtype.element_ty
-    rows, inner, _lines, _pitch, _strip_rows, _width, _numel, per_chunk, tiles, split = plan
-    strip, chunk = program // split, program % split
-    start = chunk * per_chunk
-    end = tl.minimum(start + per_chunk, tiles)
-    row, valid, first = rows_of(strip, plan, KIND, LINES, COLUMNS)
-    n = tl.load(norm + row, mask=valid, other=1.0)
-    eps = _float(eps_bits, ACC)
-    clamped = n < eps
-    inverse = 1.0 / tl.where(clamped, eps, n)
-    if FINISH:
-        p, there = partial_sums(partials, strip, split, 0, 1, KIND, COLUMNS)
-        s = tl.sum(tl.load(p, mask=there, other=0.0), 1)
-    else:
-        sums = tl.zeros([LINES, COLUMNS], ACC)
-        for tile in range(start, end):
-            origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
-            u = load(v, origin, offsets, mask, ACC, VECTOR) * inverse
-            sums += load(grad_w, origin, offsets, mask, ACC, VECTOR) * u
-        s = row_sums(sums, rows, inner, KIND, COLUMNS)
-        if split > 1:
-            store_partial_sum(partials, program, 0, s, 1, KIND, COLUMNS)
-    if FINISH or split == 1:
-        if want_g:
-            store(grad_g + row, s, first & (chunk == 0))
-        if want_v:
-            scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-            ratio, along = scale * inverse, tl.where(clamped, 0.0, s)
-            for tile in range(start, end):
-                origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
-                u = load(v, origin, offsets, mask, ACC, VECTOR) * inverse
-                grad = load(grad_w, origin, offsets, mask, ACC, VECTOR)
-                x = (grad - u * along) * ratio
-                store_at(grad_v, origin, offsets, x, mask, VECTOR)
-
-
-@triton.jit
-def forward_program(
-    v, g, w, norm, partials, eps_bits, program, plan,
-    KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr, FINISH: tl.constexpr,
-):  # fmt: skip
-    """What one program of a forward does, for a single weight and for one of a list alike."""
-    if KIND == ROWS:
-        forward_rows(v, g, w, norm, eps_bits, program, plan, LINES, COLUMNS, VECTOR)
-    else:
-        forward_tiles(
-            v, g, w, norm, partials, eps_bits, program, plan, KIND, LINES, COLUMNS, VECTOR, FINISH
-        )
-
-
-@triton.jit
-def backward_program(
-    grad_w, v, g, norm, grad_v, grad_g, partials, eps_bits, program, want_v, want_g, plan,
-    KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr, FINISH: tl.constexpr,
-):  # fmt: skip
-    """What one program of a backward does."""
-    if KIND == ROWS:
-        backward_rows(
-            grad_w, v, g, norm, grad_v, grad_g, eps_bits, program, want_v, want_g, plan,
-            LINES, COLUMNS, VECTOR,
-        )  # fmt: skip
-    else:
-        backward_tiles(
-            grad_w, v, g, norm, grad_v, grad_g, partials, eps_bits, program, want_v, want_g, plan,
-            KIND, LINES, COLUMNS, VECTOR, FINISH,
-        )  # fmt: skip
+    """A backward of all weights of a table."""
+    line, tile, program = _line(table, owners, _BACKWARD_LINE, FINISH)
+    grad_v, grad_g = tl.load(line + _ADDRESSES + 4), tl.load(line + _ADDRESSES + 5)
+    for k in tl.static_range(COUNT):
+        if not (FINISH and TILES[k][0] == ROWS):
+            if tile == k:
+                backward_program(
+                    _pointer(tl.load(line + _ADDRESSES), W),
+                    _pointer(tl.load(line + _ADDRESSES + 1), V),
+                    _pointer(tl.load(line + _ADDRESSES + 2), G),
+                    _pointer(tl.load(line + _ADDRESSES + 3), ACC),
+                    _pointer(grad_v, V), _pointer(grad_g, G),
+                    _pointer(partials, ACC) + tl.load(line + _PARTIALS),
+                    tl.load(line + _EPS), program, grad_v != 0, grad_g != 0, _sizes(line),
+                    TILES[k][0], TILES[k][1], TILES[k][2],
+                    VECTOR if TILES[k][3] else 1, FINISH,
+                )  # fmt: skip

@@ -13,8 +13,9 @@ import triton
 from torch import Tensor
 
 from ...problem import accumulation_dtype
-from . import launchers
-from .device import ELEMENTS, Uploads, current_stream, guard, is_capturing, warps
+from ...streams import current_stream, guard, is_capturing
+from . import kernels
+from .device import ELEMENTS, Uploads, warps
 from .launch_table import VECTOR_BYTES, Kind, Tile, plan, tiles
 from .tables import (
     BACKWARD_PLANES,
@@ -37,8 +38,8 @@ class Direction(NamedTuple):
     planes: int
 
 
-FORWARD = Direction(launchers.forward_one, launchers.forward_list, FORWARD_PLANES)
-BACKWARD = Direction(launchers.backward_one, launchers.backward_list, BACKWARD_PLANES)
+FORWARD = Direction(kernels.forward_one, kernels.forward_list, FORWARD_PLANES)
+BACKWARD = Direction(kernels.backward_one, kernels.backward_list, BACKWARD_PLANES)
 
 
 class Types(NamedTuple):
