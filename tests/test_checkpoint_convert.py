@@ -141,20 +141,21 @@ def test_pairs_take_the_place_of_what_they_replace():
         "between": torch.zeros(1),
         "a.weight_v": torch.randn(4, 5),
         "b.weight_v": torch.randn(4, 5),
+        "within": torch.zeros(1),
         "b.weight_g": torch.rand(4, 1),
         "last": torch.zeros(1),
     }
     a, b = g_and_v(prefix="a."), g_and_v(prefix="b.")
     parametrized = convert_state_dict(checkpoint, "parametrized")
-    assert list(parametrized) == ["first", a[0], "between", a[1], b[1], b[0], "last"]
+    assert list(parametrized) == ["first", a[0], "between", a[1], b[1], "within", b[0], "last"]
     assert list(convert_state_dict(parametrized, "legacy")) == list(checkpoint)
-    folded = ["first", "a.weight", "between", "b.weight", "last"]
+    folded = ["first", "a.weight", "between", "b.weight", "within", "last"]
     assert list(convert_state_dict(checkpoint, "folded")) == folded
     assert list(convert_state_dict(parametrized, "folded")) == folded
     like = convert_state_dict(
         convert_state_dict(checkpoint, "folded"), "parametrized", like=parametrized
     )
-    assert list(like) == ["first", *a, "between", *b, "last"]
+    assert list(like) == ["first", *a, "between", *b, "within", "last"]
 
 
 @all_targets

@@ -70,6 +70,16 @@ def test_pairs_need_no_splitting(layout):
     assert converted.keys() == convert_state_dict(like.state_dict(), layout).keys()
 
 
+@pytest.mark.parametrize("to", PAIRED)
+@all_kinds
+def test_layers_in_two_places_are_split_in_both(kind, to):
+    layer = APPLY[kind](linear())
+    like = nn.ModuleDict({"a": layer, "b": layer})
+    folded = nn.ModuleDict({"a": linear(), "b": linear()}).state_dict()
+    split = convert_state_dict(folded, to, like=like)
+    assert split.keys() == convert_state_dict(like.state_dict(), to).keys()
+
+
 class Mixing(nn.Module):
     """Parameters as RWKV calls them, some of which are under weight norm."""
 
@@ -172,6 +182,8 @@ def test_a_plain_weight_beside_its_pair(layout, to):
     assert converted.keys() == {"bias", *keys}
     if to == "folded":
         assert converted["weight"] is checkpoint["weight"]
+    like = wnkernel.weight_norm(linear())
+    assert convert_state_dict(checkpoint, to, like=like).keys() == converted.keys()
     checkpoint["weight"] = checkpoint["weight"] * 1.001
     error = refusal(checkpoint, to)
     keys = g_and_v(kind=KIND[layout])

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import wnkernel
 
 from .checkpoints import LAYOUTS, all_layouts, expected, g_and_v, loaded, ours, saved, unchanged
-from .layers import LAYERS, all_dims, all_layers, originals
+from .layers import APPLY, LAYERS, all_dims, all_layers, originals
 
 
 def assert_loaded(layer, checkpoint, layout, name="weight", dim=0):
@@ -268,6 +268,26 @@ def test_a_list_of_parametrizations_loads_on_its_own():
     assert_loaded(target, checkpoint, "parametrized")
     result = target.parametrizations.load_state_dict({}, strict=False)
     assert set(result.missing_keys) == {"weight.original0", "weight.original1"}
+
+
+@pytest.mark.parametrize("name", ["original0", "original1"])
+@all_layouts
+def test_what_is_no_parameter_is_left_to_torch(layout, name):
+    """FSDP puts views of a flat parameter in its place."""
+
+    def flattened(layer):
+        weights = layer.parametrizations.weight
+        view = getattr(weights, name).detach()
+        del weights._parameters[name]
+        setattr(weights, name, view)
+        return layer
+
+    layers = flattened(ours(linear())), flattened(APPLY["torch"](linear()))
+    for layer in layers:
+        layer._load_state_dict_pre_hooks = layers[0]._load_state_dict_pre_hooks
+    checkpoint = saved(linear(), layout)
+    got, want = (layer.load_state_dict(checkpoint, strict=False) for layer in layers)
+    assert got == want
 
 
 @all_layouts

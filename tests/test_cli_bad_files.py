@@ -26,6 +26,7 @@ def refused(folder, source, to="parametrized", out="out.pt"):
     before = files_in(folder)
     line = fails(3, "convert", source, folder / out, "--to", to)
     assert files_in(folder) == before
+    assert fails(3, "convert", source, "--to", to, "--dry-run") == line
     prefix = f"wnkernel: {source}: "
     assert line.startswith(prefix)
     return line.removeprefix(prefix)

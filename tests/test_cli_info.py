@@ -49,23 +49,24 @@ def test_info_as_a_table_has_every_fact(monkeypatch):
         ("torch", "2.13.0"),
         ("compiled: devices", "cpu, cuda"),
         ("compiled: openmp", "True"),
-        ("load_error", ""),
+        ("load_error", "-"),
         ("backend cpu", "runs"),
         ("backend cuda", "there is no [red]GPU[/red]; nor a driver"),
-        ("triton", ""),
+        ("triton", "-"),
     ]
 
 
 def test_the_module_as_a_program_is_the_command_and_works_from_end_to_end(tmp_path):
-    save(trained("legacy").state_dict(), tmp_path / "in.safetensors")
-    arguments = ["convert", "in.safetensors", "out.safetensors", "--to", "folded"]
-    paths = [str(tmp_path / a) if a.endswith("safetensors") else a for a in arguments]
-    done = python("-m", "wnkernel", *paths)
+    source, target = tmp_path / "in.safetensors", tmp_path / "ключ.safetensors"
+    save(trained("legacy").state_dict(), source)
+    arguments = ["convert", str(source), str(target), "--to", "folded"]
+    done = python("-m", "wnkernel", *arguments, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "7 weight norms, legacy -> folded",
-        f"wrote {tmp_path / 'out.safetensors'}",
+        f"wrote {tmp_path}/" + r"\u043a\u043b\u044e\u0447.safetensors",
     ]
+    assert target.exists()
     assert done.stderr == ""  # no bar where nobody sees it
 
 
@@ -136,6 +137,8 @@ def test_wrong_options_are_wrong_usage():
         ["convert", "a.pt", "b.pt"],
         ["convert", "a.pt", "b.pt", "--to", "nonsense"],
         ["info", "more"],
+        ["convert", "a.pt", "b.pt", "--to", "folded", "--eps", "nan"],
+        ["convert", "a.pt", "b.pt", "--to", "folded", "--eps", "-1"],
         ["bench", "--threads", "0"],
     ):
         result = invoke(*arguments)

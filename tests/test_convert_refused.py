@@ -195,6 +195,15 @@ def test_stale_load_hooks_are_gone(surgeon):
         assert not legacy._load_state_dict_pre_hooks
 
 
+def test_stale_load_hooks_on_a_legacy_layer_that_stays_legacy():
+    layer = legacy_weight_norm(removed_by_torch())
+    next(iter(layer._forward_pre_hooks.values())).__class__ = DoubledHook
+    assert wnkernel.convert(layer) == []
+    source = legacy_weight_norm(nn.Linear(5, 4)).state_dict()
+    layer.load_state_dict(source, strict=True)
+    assert torch.equal(layer.weight_v, source["weight_v"])
+
+
 def test_live_load_hooks_of_torch_stay():
     """On what is not converted: a subclass."""
     layer = APPLY["torch"](nn.Linear(5, 4))

@@ -110,6 +110,15 @@ def test_dtype_memory_format_and_requires_grad(kind, trainable, dtype):
     assert "weight" in module._parameters
 
 
+def test_a_buffer_for_g():
+    module = legacy_weight_norm(nn.Linear(5, 4))
+    module.register_buffer("weight_g", 2 * module._parameters.pop("weight_g").detach())
+    before = run(module, "Linear")
+    wnkernel.fold(module)
+    assert torch.equal(run(module, "Linear"), before)
+    assert_plain(module, nn.Linear(5, 4))
+
+
 # Stacked parametrizations
 
 

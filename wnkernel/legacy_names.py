@@ -35,8 +35,6 @@ def answer_to_legacy_names(module: nn.Module, name: str) -> None:
     cls = type(module)
     for key, original in zip(legacy_keys(name), (G, V), strict=True):
         setattr(cls, key, _LegacyName(name, original))
-    if "__setattr__" in vars(cls):
-        return
     inherited = cls.__setattr__
 
     # nn.Module registers a Parameter without looking for a property.

@@ -251,8 +251,7 @@ class _Conversion:
         converted = OrderedDict() if ordered else {}
         for key, t in self.state_dict.items():
             for new_key, new in self.changes.get(key, {key: t}).items():
-                in_the_way = new_key in self.state_dict and new_key not in self.changes
-                if new_key in converted or (in_the_way and new_key != key):
+                if new_key != key and new_key in self.state_dict and new_key not in self.changes:
                     raise ValueError(
                         f'state_dict: expected no "{new_key}" beside "{key}", which is to become '
                         "that, got one"

@@ -55,13 +55,20 @@ class WeightNormOriginals(parametrize.ParametrizationList):
             where = Source(
                 state_dict, prefix.removesuffix(".") or "weight", ((prefix + G, prefix + V),)
             )
-            if where.keys():
+            if where.keys() and self.has_parameters():
                 _load(where, self, prefix, local_metadata, error_msgs)
                 missing_keys = []
-        rest = {k: t for k, t in state_dict.items() if k not in (prefix + G, prefix + V)}
+        if self.has_parameters():
+            both = (prefix + G, prefix + V)
+            state_dict = {key: t for key, t in state_dict.items() if key not in both}
         super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def has_parameters(self) -> bool:
+        """Whether g and v are there to be loaded; in the views of FSDP's first version they are
+        not, and what to do is left to torch."""
+        return all(name in self._parameters or name in self._buffers for name in (G, V))
 
 
 class LoadHook:
@@ -88,7 +95,7 @@ class LoadHook:
         if not parametrize.is_parametrized(module, self.name):
             return
         weights = module.parametrizations[self.name]
-        if not isinstance(weights, WeightNormOriginals):
+        if not isinstance(weights, WeightNormOriginals) or not weights.has_parameters():
             return
         own = module._parameters.keys() | module._buffers.keys()
         has_own = bool(own & set(legacy_keys(self.name)))

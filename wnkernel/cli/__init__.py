@@ -4,6 +4,7 @@ where the packages that it needs are missing."""
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 import traceback
 
@@ -26,6 +27,9 @@ def main() -> None:
         sys.exit(MISSING_PACKAGE)
     from .app import app
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
         app(prog_name="wnkernel")
     except Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import enum
 import io
+import math
 import platform
 import signal
 import sys
@@ -113,6 +114,8 @@ def convert(
     with _ending(as_json):
         if target is None and not dry_run:
             raise WrongUsage("OUT: expected a file to write to (or --dry-run), got none")
+        if not math.isfinite(eps):
+            raise WrongUsage(f"--eps: expected a finite number, got {eps}")
         request = conversion.Request(source, target, to.value, eps, force, dry_run)
         shown = not (quiet or as_json)
         done = conversion.convert(request, lambda total: _progress(total, shown))

@@ -28,7 +28,7 @@ def console() -> Console:
 
 def as_json(content: Any) -> str:
     """One JSON object."""
-    return json.dumps(content, indent=2, ensure_ascii=False)
+    return json.dumps(content, indent=2)
 
 
 def conversion_as_json(request: Request, report: Report) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def print_info(content: dict[str, Any]) -> None:
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return "" if value is None else str(value)
+    return "-" if value in (None, "") else str(value)
 
 
 def result_as_dict(r: Result) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def print_bench(results: list[Result], where: str) -> None:
     """A row for each case and phase, a column for each contender."""
     out = console()
     out.print(where, markup=False, soft_wrap=True)
-    names = list(dict.fromkeys(r.contender for r in results))
+    names = list(dict.fromkeys([TORCH, *(r.contender for r in results)]))
     table = Table(header_style="bold")
     for head in ("shape", "dim", "dtype", "layers", "phase"):
         table.add_column(head, no_wrap=True)
