@@ -112,6 +112,7 @@ def test_the_table_and_the_csv_have_every_case(tmp_path):
     assert {line["contender"] for line in lines} == {"torch", *HERE}
     before = files_in(tmp_path)
     assert "exists already" in fails(4, *arguments)
+    assert "is the input" in fails(2, *arguments, "--from", target, "--force")
     assert files_in(tmp_path) == before
 
 

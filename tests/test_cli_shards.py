@@ -12,6 +12,7 @@ import wnkernel
 pytest.importorskip("safetensors", reason="the command line needs safetensors")
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .command_line import (
     WEIGHTS,
@@ -137,6 +138,11 @@ def test_metadata_of_shards_is_kept(folders):
     convert(index, target / index.name, "folded")
     with safe_open(target / "model-00002-of-00003.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    shard = source / "model-00002-of-00003.safetensors"
+    save_file(load(shard), shard, {"step": "7"})
+    for out in ("one.pt", "pytorch_model.bin.index.json"):
+        (warning,) = convert(index, target / out, "folded")["warnings"]
+        assert "{'step': '7'}" in warning
 
 
 def test_a_shard_that_only_held_g_is_gone(folders):
@@ -159,6 +165,9 @@ def test_tied_tensors_in_a_shard_of_torch_stay_tied(folders):
     convert(index, target / index.name, "folded")
     got = load(target / name)
     assert got["heads.0.weight"].data_ptr() == got["heads.1.weight"].data_ptr()
+    for out in ("one.safetensors", "model.safetensors.index.json"):
+        said = convert(index, target / out, "folded")
+        assert any("heads.0.weight_v and heads.1.weight_v" in text for text in said["warnings"])
 
 
 def test_a_dry_run_of_shards_writes_nothing(folders):

@@ -100,6 +100,10 @@ def test_a_generator_in_a_file_without_an_ending_as_hifi_gan_saves_it(tmp_path):
     assert list(got) == ["generator"]
     other.load_state_dict(got["generator"], strict=True)
     assert torch.equal(outputs(other), outputs(net))
+    (tmp_path / "g_02500000").rename(tmp_path / "g.model")
+    convert(tmp_path / "g.model", tmp_path / "other.model", "parametrized")
+    again = torch.load(tmp_path / "other.model", weights_only=True)
+    assert_same_state(again["generator"], got["generator"])
 
 
 def test_every_state_dict_in_dicts_lists_and_tuples_is_converted(tmp_path):

@@ -31,8 +31,7 @@ ELEMENT_BYTES = {
 }
 """Of v and w, by the names of csrc/cuda/types_*.cu."""
 
-CHOSEN = [("f32", "sm_80"), ("f32", "sm_100"), ("bf16", "sm_90"), ("f64", "sm_90")]
-CHOSEN += [("f32_bf16", "sm_90"), ("f32", "sm_90")]
+CHOSEN = [("f32", "sm_80"), ("f32", "sm_100"), ("bf16", "sm_90"), ("f32_bf16", "sm_90")]
 if os.environ.get("WNKERNEL_OFFLINE_ALL"):
     CHOSEN = list(product(ELEMENT_BYTES, ("sm_80", "sm_90", "sm_100")))
 

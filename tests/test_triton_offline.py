@@ -67,7 +67,7 @@ COMBINATIONS = {
     ("cuda80", "float16"): ROWS_ONLY,
     ("cuda90", "mixed"): ROWS_ONLY,
     ("cuda100", "bfloat16"): ROWS_ONLY,
-    ("cuda90", "float64"): ALL,
+    ("cuda90", "float64"): ROWS_ONLY,
 }
 """What is compiled. Lists hold the code of every tile, or of every tile of rows: they tell whether
 everything compiles, and take the most registers. The slowest come first."""

@@ -181,7 +181,8 @@ def bench(
         where = cases.device_of(device)
         if threads is not None:
             torch.set_num_threads(threads)
-        with Outputs([], force=force) as outputs:
+        inputs = [] if checkpoint is None else [checkpoint]
+        with Outputs(inputs, force=force) as outputs:
             if csv_file is not None:
                 outputs.check(csv_file)
             results = _run(asked, where, seconds, shown=not as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def convert(request: Request, progress: Progress) -> Report:
 def _convert_tree(request: Request, kind: Format, progress: Progress) -> Report:
     """A file of torch.save, whatever is in it: in memory, but for what is mapped."""
     source, target = request.source, request.target
-    form = output_format(target, kind) if target else kind
+    form = output_format(target, source, kind) if target else kind
     conversion = Conversion(request.to, request.eps, source, aliases=True)
     with Outputs([source], force=request.force) as outputs:
         if target:
@@ -86,7 +86,7 @@ def _convert_tree(request: Request, kind: Format, progress: Progress) -> Report:
 def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
     """A safetensors file, or several files with an index: a weight norm at a time."""
     source, target = request.source, request.target
-    form = output_format(target, kind) if target else kind
+    form = output_format(target, source, kind) if target else kind
     index = shards.read_index(source) if kind == Format.INDEX else None
     files = index.files if index else [source]
     of_torch = format_of(files[0]) == Format.TORCH
@@ -98,12 +98,8 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
             shards.check_index(source, index, opened)
         flat = Flat(opened, conversion)
         _demand_changes(conversion)
-        warnings = []
-        lost = dict(flat.metadata().items() - METADATA.items())
-        if form == Format.TORCH and lost:
-            warnings.append(f"not kept, for a file of torch has no place for it: {lost}")
         if target is None:
-            return Report(conversion.changes, warnings, [])
+            return Report(conversion.changes, [], [])
         numbers, paths, file_form = [None], [target], form
         if form == Format.INDEX:
             numbers = flat.shards()
@@ -111,6 +107,12 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
             file_form = format_of(paths[0])
         for path in paths:
             outputs.check(path)
+        warnings = []
+        lost = dict(flat.metadata().items() - METADATA.items())
+        if file_form == Format.TORCH and lost:
+            warnings.append(f"not kept, for a file of torch has no place for it: {lost}")
+        if file_form == Format.SAFETENSORS and of_torch:
+            warnings += [text for shard in opened for text in _untied(shard.tensors())]
         if request.dry_run:
             return Report(conversion.changes, warnings, [])
         total = sum(spec.nbytes for spec in flat.specs().values())
@@ -162,8 +164,12 @@ def _as_safetensors(source: Path, content: object) -> tuple[dict[str, Spec], lis
             "hold; write a file of torch (.pt)"
         )
     specs = {key: safetensors_files.spec(key, t) for key, t in content.items()}
-    return specs, [
+    return specs, _untied(content)
+
+
+def _untied(state_dict: Mapping[str, Tensor]) -> list[str]:
+    return [
         f"{' and '.join(keys)} share their memory, which a safetensors file cannot say: written "
         "one by one"
-        for keys in aliases(content)
+        for keys in aliases(state_dict)
     ]

@@ -51,29 +51,28 @@ def format_of(path: Path) -> Format:
     raise BadInput(f"{path}: neither its name nor its contents are those of a checkpoint")
 
 
-def output_format(path: Path, source: Format) -> Format:
+def output_format(path: Path, source: Path, kind: Format) -> Format:
     """The format of an output: by its name, or that of the input if the name says nothing.
+
+    Args:
+        path: the output.
+        source: the input.
+        kind: its format.
 
     Raises:
         WrongUsage: its name is that of something else, or of an index where the input has none.
     """
     named = _by_name(path)
-    if named is None and path.suffix:
+    if named is None and path.suffix not in ("", source.suffix):
         known = ", ".join([*SUFFIXES, INDEX])
         raise WrongUsage(f"{path}: expected a name that ends in one of {known}")
-    chosen = source if named is None else named
-    if chosen == Format.INDEX and (source != Format.INDEX or named is None):
-        raise WrongUsage(
-            f"{path}: "
-            + (
-                "name one file, or an index"
-                if source == Format.INDEX
-                else "the input is not split, name one file"
-            )
-        )
-    if chosen == Format.INDEX and Path(path.name.removesuffix(INDEX)).suffix not in SUFFIXES:
+    if named is None and kind == Format.INDEX:
+        raise WrongUsage(f"{path}: name one file, or an index")
+    if named == Format.INDEX and kind != Format.INDEX:
+        raise WrongUsage(f"{path}: the input is not split, name one file")
+    if named == Format.INDEX and Path(path.name.removesuffix(INDEX)).suffix not in SUFFIXES:
         raise WrongUsage(f"{path}: expected a name such as model.safetensors{INDEX}")
-    return chosen
+    return named or kind
 
 
 def _by_name(path: Path) -> Format | None:

@@ -29,6 +29,10 @@ class Shard:
     tensor: Callable[[str], Tensor]
     metadata: Mapping[str, str] | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them: mapped, where they are in a safetensors file."""
+        return {key: self.tensor(key) for key in self.specs}
+
 
 @dataclass(frozen=True)
 class Index:

@@ -41,4 +41,4 @@ def _content(path: Path) -> Iterator[list[Mapping[str, Any]]]:
         return
     files = shards.read_index(path).files if kind == Format.INDEX else [path]
     with shards.reading(files) as opened:
-        yield [{key: shard.tensor(key) for shard in opened for key in shard.specs}]
+        yield [{key: t for shard in opened for key, t in shard.tensors().items()}]
