@@ -176,8 +176,6 @@ def bench(
             asked = cases.of_shapes(shape, dim or ["0"], dtype)
         elif checkpoint is None:
             asked = cases.of_shapes(cases.DEFAULT_SHAPES, cases.DEFAULT_DIMS, dtype)
-        if checkpoint is not None:
-            asked += cases.of_checkpoint(checkpoint, dtype)
         where = cases.device_of(device)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -185,6 +183,8 @@ def bench(
         with Outputs(inputs, force=force) as outputs:
             if csv_file is not None:
                 outputs.check(csv_file)
+            if checkpoint is not None:
+                asked += cases.of_checkpoint(checkpoint, dtype)
             results = _run(asked, where, seconds, shown=not as_json)
             rows = [report.result_as_dict(r) for r in results]
             if csv_file is not None:
