@@ -29,16 +29,13 @@ def linear():
 
 
 @pytest.mark.parametrize("to", PAIRED)
-@pytest.mark.parametrize("state_dict", [False, True], ids=["module", "dict"])
 @all_dims
 @all_layers
-@all_kinds
-def test_folded_weights_are_split_as_torch_would(kind, layer, dim, state_dict, to):
+def test_folded_weights_are_split_as_torch_would(layer, dim, to):
     build, name, _ = LAYERS[layer]
-    folded = build().state_dict()
-    like = APPLY[kind](build(), name, dim)
+    folded, like = build().state_dict(), wnkernel.weight_norm(build(), name, dim)
     with unchanged(folded):
-        split = convert_state_dict(folded, to, like=like.state_dict() if state_dict else like)
+        split = convert_state_dict(folded, to, like=like)
     normed = build()
     normed.load_state_dict(folded)
     target = APPLY[KIND[to]](build(), name, dim)
@@ -48,6 +45,17 @@ def test_folded_weights_are_split_as_torch_would(kind, layer, dim, state_dict, t
     ):
         assert torch.equal(got, want)
     assert split[g_and_v(name, KIND[to])[1]] is folded[name]
+
+
+@pytest.mark.parametrize("to", PAIRED)
+@all_kinds
+def test_like_is_a_module_of_any_kind_or_its_state_dict(kind, to):
+    like, folded = APPLY[kind](nn.LSTM(2, 3), "weight_hh_l0"), nn.LSTM(2, 3).state_dict()
+    splits = [convert_state_dict(folded, to, like=m) for m in (like, like.state_dict())]
+    for split in splits:
+        keys = g_and_v("weight_hh_l0", KIND[to])
+        assert split.keys() == folded.keys() - {"weight_hh_l0"} | set(keys)
+        assert torch.equal(split[keys[0]], splits[0][keys[0]])
 
 
 def test_only_what_is_normed_in_like_is_split():
