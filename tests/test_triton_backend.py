@@ -1,22 +1,16 @@
-"""The Triton backend around its kernels: what it reads in place, uploads, compilers, and second
-derivatives."""
+"""The Triton backend around its kernels: what it reads in place, compilers, second derivatives,
+allocation."""
 
 from __future__ import annotations
 
-import gc
-import itertools
-import threading
-from collections import Counter
-
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wnkernel
 from wnkernel import functional as F
 from wnkernel.backends import gpu_operators
-from wnkernel.backends.triton import arrays
+from wnkernel.backends.triton import TritonBackend, arrays, availability
 from wnkernel.problem import check
 
 from . import reference
@@ -103,101 +97,6 @@ def test_what_fits_on_chip(shape, dim, fits):
     assert TRITON.fits_on_chip(check(v, g, dim)) is fits
 
 
-@pytest.fixture
-def uploads(monkeypatch):
-    """Uploads without a GPU: any memory counts as pinned, and copies go to the meta device."""
-    pytest.importorskip("triton")
-    from wnkernel.backends.triton import device
-
-    empty, numbered = torch.empty, itertools.count()
-
-    def pinned(*args, pin_memory=False, **kwargs):
-        return empty(*args, **kwargs).fill_(-1) if pin_memory else empty(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", pinned)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-
-    class Watched(device.Uploads):
-        """Remembers where captured copies came from, without keeping it."""
-
-        def __init__(self):
-            super().__init__()
-            self.taken = []
-
-        def _take(self, numbers):
-            t = super()._take(numbers)
-            self.taken.append((t.data_ptr(), numbers, StorageWeakRef(t.untyped_storage())))
-            return t
-
-        def upload(self, numbers, capturing=True):
-            monkeypatch.setattr(device, "is_capturing", lambda _: capturing)
-            memory = torch.full((numbers,), next(numbered), dtype=torch.int64, device="cpu")
-            assert self.copy(memory, torch.device("meta")).shape == (numbers,)
-
-        def check(self):
-            """No two copies came from the same memory, and all that was copied is there still."""
-            gc.collect()
-            end = 0
-            for start, numbers, storage in sorted(self.taken, key=lambda copy: copy[0]):
-                assert start >= end
-                end = start + 8 * numbers
-                assert not storage.expired()
-            contents = torch.cat(self._reserve).tolist()
-            found = Counter(x for x in contents if x >= 0)
-            assert sorted(found.values()) == sorted(numbers for _, numbers, _ in self.taken)
-
-    return Watched()
-
-
-@needs_triton
-def test_captured_copies_come_from_memory_of_their_own(uploads):
-    """A graph reads it at every replay, and nobody says when the graph is gone."""
-    for numbers in (100, 1, 5000, 100, 60_000, 70_000, 200_000, 3):
-        uploads.upload(numbers)
-        uploads.upload(10, capturing=False)
-    uploads.check()
-    assert len(uploads.taken) == 8
-
-
-@needs_triton
-def test_the_reserve_is_made_before_a_capture(uploads):
-    """Within one, older torch cannot allocate pinned memory."""
-    uploads.upload(10, capturing=False)
-    made = len(uploads._reserve)
-    for _ in range(20):
-        uploads.upload(3000)
-    assert len(uploads._reserve) == made == 1
-    uploads.upload(10, capturing=False)
-    uploads.upload(100_000)
-    assert len(uploads._reserve) == 2
-    uploads.check()
-
-
-@needs_triton
-def test_copies_captured_in_two_threads(uploads):
-    """The second comes when the first has seen that there is enough for itself."""
-    uploads.upload(10, capturing=False)
-    lock, entered = uploads._lock, []
-
-    class Late:
-        """Lets the other thread go first, once."""
-
-        def __enter__(self):
-            if not entered:
-                entered.append(True)
-                other = threading.Thread(target=uploads.upload, args=(uploads._left - 5,))
-                other.start()
-                other.join()
-            return lock.__enter__()
-
-        def __exit__(self, *error):
-            return lock.__exit__(*error)
-
-    uploads._lock = Late()
-    uploads.upload(100)
-    uploads.check()
-
-
 def derivatives(weight_norms, cases):
     """First derivatives, and second ones in random directions: of grad_w, v and g."""
     torch.manual_seed(1)
@@ -270,3 +169,42 @@ def test_a_backward_may_run_again(monkeypatch):
         second = torch.autograd.grad(w, (v, g), c.grad_w)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert [launch.kernel for launch in launches] == ["forward_one", *["backward_one"] * 2]
+
+
+@needs_triton
+@pytest.mark.parametrize("guards", ["torch's", "other", "none"])
+def test_allocators_make_what_torch_makes(monkeypatch, guards):
+    """With or without the functions that code of torch.compile calls, which are not public."""
+    if guards == "other":
+        monkeypatch.setattr(torch._C._dynamo, "guards", object())
+    elif guards == "none":
+        monkeypatch.delattr(torch._C, "_dynamo")
+    allocate = arrays.allocator.__wrapped__(DEVICE)
+    for size, stride in (((3, 4), (4, 1)), ((3, 4), (1, 3)), ((), ()), ((0, 3), (3, 1))):
+        for dtype in (torch.float16, torch.float64, torch.uint8):
+            t = allocate(size, stride, dtype)
+            assert (t.shape, t.stride(), t.dtype, t.device) == (size, stride, dtype, DEVICE)
+            assert (t._version, t.requires_grad, t.is_inference()) == (0, False, False)
+    with torch.inference_mode():
+        assert allocate((2,), (1,), torch.float32).is_inference()
+
+
+@needs_triton
+def test_two_threads_at_the_first_launch_share_a_launcher():
+    """cached_property has no lock since Python 3.12, and captured memory belongs to a launcher."""
+    backend = TritonBackend()
+    make = type(backend).__dict__["_launcher"].func
+    assert make(backend) is make(backend) is backend._launcher
+
+
+@needs_triton
+def test_nobody_asks_again_about_a_device_that_kernels_ran_on(monkeypatch):
+    asked: list[torch.device] = []
+    monkeypatch.setattr(availability, "reason", lambda d: asked.append(d) or "no GPU")
+    v, g = torch.ones(3, 4, device=DEVICE), torch.ones(3, 1, device=DEVICE)
+    assert TRITON.reasons(v) == TRITON.reasons(v) == ["no GPU"]
+    assert asked == [DEVICE] * 2
+    TRITON.forward([check(v, g, 0)])
+    assert TRITON.reasons(v) == []
+    assert asked == [DEVICE] * 2
+    assert TRITON.reasons(v.to("meta")) == ["no GPU"]

@@ -38,6 +38,22 @@ def test_a_list_of_other_shapes_compiles_nothing(result):
     assert result["steps"]["another list"]["loaded"] == []
 
 
+def without_addresses(launch):
+    programs, arguments = launch
+    return programs, ["address" if type(a) is int and a >= 1 << 32 else a for a in arguments]
+
+
+def test_a_second_launch_goes_past_the_binder_with_the_same_arguments(result):
+    steps = result["steps"]
+    for first, second in (("one", "one again"), ("list", "list again")):
+        assert len(steps[first]["bound"]) == 2
+        assert steps[second]["bound"] == []
+        launches = steps[first]["launched"], steps[second]["launched"]
+        for before, now in zip(*launches, strict=True):
+            assert without_addresses(now) == without_addresses(before)
+    assert steps["one of the same tile"]["bound"] == steps["another list"]["bound"] == []
+
+
 def test_variants_are_counted(result):
     assert result["variants"] == result["compiled"] == 4
 
@@ -47,7 +63,7 @@ def test_what_is_launched(result):
     forward, backward = result["steps"]["one"]["launched"]
     assert forward[0] == backward[0] == 2
     sizes = [64, 96, 64, 96, 32, 96, 6144, 1, 1, 1]  # as Plan has them
-    for _, integers in forward, backward:
-        assert any(integers[k : k + len(sizes)] == sizes for k in range(len(integers)))
+    for _, arguments in forward, backward:
+        assert any(arguments[k : k + len(sizes)] == sizes for k in range(len(arguments)))
     (programs, _), _ = result["steps"]["list"]["launched"]
     assert programs == 2 + 1 + 1  # a program each for the smaller two

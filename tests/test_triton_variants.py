@@ -13,7 +13,7 @@ pytest.importorskip("triton", minversion=OLDEST_TRITON, reason="needs Triton")
 
 from wnkernel.backends.triton import launch
 from wnkernel.backends.triton.launch_table import Kind, tiles
-from wnkernel.backends.triton.tables import Weight
+from wnkernel.backends.triton.tables import HEADER, Weight
 
 DTYPES = {
     "float32": launch.Types(torch.float32, torch.float32, torch.float32),
@@ -48,14 +48,20 @@ def test_launches_use_all_variants_that_are_stated_and_no_others(t):
 
     sizes = {1, 3, 1 << 18} | {tile.columns for tile in known}
     weights = [
-        Weight(outer, rows, inner, vector, 0.0, (0,) * 6)
+        Weight(outer, rows, inner, vector, 0.0)
         for outer, rows, inner, vector in product(sizes, sizes, sizes, (1, t.vector))
         if outer * rows * inner <= 1 << 20
     ]
     recorder = Recorder()
+
+    def launched(direction: launch.Direction, weights: list[Weight]) -> None:
+        arrays = len(direction.columns) - len(HEADER)
+        batch = launch.Batch(direction, t, weights, torch.device("cpu"))
+        recorder.launch(batch, [[0] * len(weights)] * arrays, {})
+
     for direction in (launch.FORWARD, launch.BACKWARD):
         for weight in weights:
-            recorder.launch(direction, t, [weight], torch.device("cpu"))
-            recorder.launch(direction, t, [weight] * 2, torch.device("cpu"))
-        recorder.launch(direction, t, weights, torch.device("cpu"))
+            launched(direction, [weight])
+            launched(direction, [weight] * 2)
+        launched(direction, weights)
     assert recorder.variants == possible

@@ -178,8 +178,9 @@ def _name(tile: Tile) -> str:
 
 
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plans and tables of other tests, whose addresses may come again."""
+    """No plans, tables (addresses may come again) and answers of other tests."""
     plan.cache_clear()
+    monkeypatch.setattr(TRITON, "_used", set())
     if not WHY_NOT:
         from wnkernel.backends.triton.launch import Launcher
 
@@ -190,7 +191,7 @@ def split_early(monkeypatch: pytest.MonkeyPatch, fill: int = 4) -> None:
     """Rows and strips of two tiles and more are split, into ``fill`` programs all together."""
     for name, value in (("SPLIT_TILES", 1), ("FILL", fill)):
         monkeypatch.setattr(launch_table, name, value)
-    plan.cache_clear()
+    fresh(monkeypatch)
 
 
 class Launch(NamedTuple):

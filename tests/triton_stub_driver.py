@@ -12,14 +12,24 @@ from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 
 from wnkernel.backends import BACKENDS
 from wnkernel.backends.triton import launch
 from wnkernel.problem import check
 
 loaded: list[str] = []
-launched: list[tuple[int, list[int]]] = []
+launched: list[tuple[int, list[int | str]]] = []
+bound: list[str] = []
+"""Kernels whose arguments went through Triton's binder."""
+
+
+class Bound(JITFunction):
+    """Notes the calls that take Triton's own way."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        bound.append(self.fn.__name__)
+        return super().run(*args, **kwargs)
 
 
 class Launcher:
@@ -28,8 +38,9 @@ class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
 
-    def __call__(self, programs: int, y: int, z: int, *args: Any, **kwargs: Any) -> None:
-        launched.append((programs, [a for a in args if type(a) is int]))
+    def __call__(self, programs: int, y: int, z: int, *args: Any) -> None:
+        """Of ``args``, the first are stream, function, two metadata and two hooks."""
+        launched.append((programs, [a if type(a) is int else str(a) for a in args[6:]]))
 
 
 def load_binary(name: str, *args: Any) -> tuple[int, ...]:
@@ -60,25 +71,28 @@ class Driver:
 
 
 def run(*shapes: tuple[int, ...]) -> dict[str, list]:
-    """Forward and backward of weights normed along dim 0: kernels loaded, and programs and integers
-    of each launch."""
-    loaded.clear()
-    launched.clear()
+    """Forward and backward of weights normed along dim 0: kernels loaded and bound, programs and
+    arguments of each launch."""
+    for noted in (loaded, launched, bound):
+        noted.clear()
     problems = [check(torch.ones(s), torch.ones(s[0], *[1] * (len(s) - 1)), 0) for s in shapes]
     backend = BACKENDS["triton"]
     w, norms = backend.forward(problems)
     yes = [True] * len(problems)
     backend.backward(problems, norms, w, yes, yes)
-    return {"loaded": list(loaded), "launched": list(launched)}
+    return {"loaded": list(loaded), "launched": list(launched), "bound": list(bound)}
 
 
 if __name__ == "__main__":
     driver.set_active(Driver())
+    for direction in (launch.FORWARD, launch.BACKWARD):
+        direction.one.__class__ = direction.many.__class__ = Bound
     steps = {
         "one": run((64, 32, 3)),
         "one again": run((64, 32, 3)),
         "one of the same tile": run((1, 80)),  # a size of 1, and one that 16 divides
         "list": run((64, 32, 3), (8, 40), (1, 512)),
+        "list again": run((64, 32, 3), (8, 40), (1, 512)),
         "another list": run((16, 4096), (3, 7), (5, 5), (1, 16)),
     }
     variants = len(BACKENDS["triton"]._launcher.variants)

@@ -8,95 +8,133 @@ compiled operators.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from operator import attrgetter, or_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import composed
 from .backends.base import PythonBackend
-from .problem import Problem, version_of
+from .forms import PLAIN, Problems, spread
+from .problem import version_of
+
+Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
+"""Of all v and of all g; None where not needed."""
 
 
-def weight_norms(problems: Sequence[Problem], backend: PythonBackend) -> list[Tensor]:
+def weight_norms(problems: Problems, backend: PythonBackend) -> list[Tensor]:
     """``w`` of every problem, differentiable through one node."""
-    vs, gs = [p.v for p in problems], [p.g for p in problems]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*vs, *gs)):
-        return list(_Forward.apply(backend, problems, *vs, *gs))
+    tensors = *problems.v, *problems.g
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return list(_Forward.apply(backend, problems, *tensors))
     return backend.forward(problems)[0]
 
 
-def have_addresses(tensors: Iterable[Tensor]) -> bool:
+def have_addresses(tensors: Sequence[Tensor]) -> bool:
     """Whether kernels may be given addresses: there is memory, and no mode or subclass (make_fx,
     fake tensors) that wants to see operators."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(
-        torch._C._has_storage(t) and not torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
-        for t in tensors
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and all(map(torch._C._has_storage, tensors))
+        and (PLAIN.issuperset(map(type, tensors)) or not any(map(_dispatches, tensors)))
+    )
+
+
+def _dispatches(t: Tensor) -> bool:
+    return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
+
+
+def is_transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether a function transform or forward-mode AD is at work, which no custom node survives."""
+    return torch._C._are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0
+        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     )
 
 
 class _Forward(Function):
     @staticmethod
     def forward(
-        ctx: Any, backend: PythonBackend, problems: Sequence[Problem], *tensors: Tensor
+        ctx: Any, backend: PythonBackend, problems: Problems, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         w, ctx.norms = backend.forward(problems)
         ctx.backend, ctx.problems = backend, problems
-        ctx.versions = [version_of(t) for t in tensors]
+        ctx.versions = _versions_of(tensors)
         ctx.set_materialize_grads(False)
-        # Nothing is to be computed for weights of which neither v nor g wants a gradient.
-        ctx.mark_non_differentiable(
-            *(
-                frozen
-                for p, frozen in zip(problems, w, strict=True)
-                if not (p.v.requires_grad or p.g.requires_grad)
-            )
-        )
+        need, n = ctx.needs_input_grad[2:], len(w)
+        needs = list(map(or_, need[:n], need[n:]))
+        if not all(needs):
+            # Nothing is to be computed for weights of which neither v nor g wants a gradient.
+            frozen = (t for t, is_needed in zip(w, needs, strict=True) if not is_needed)
+            ctx.mark_non_differentiable(*frozen)
         return tuple(w)
 
     @staticmethod
     def backward(ctx: Any, *grad_ws: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = len(ctx.problems)
-        need = ctx.needs_input_grad[2:]
-        live = [k for k in range(n) if grad_ws[k] is not None and (need[k] or need[n + k])]
-        problems = [ctx.problems[k] for k in live]
-        for k, p in zip(live, problems, strict=True):
-            _check_version("v", p.v, ctx.versions[k])
-            _check_version("g", p.g, ctx.versions[n + k])
-        need_v, need_g = [need[k] for k in live], [need[n + k] for k in live]
-        grads = (
-            _Backward.apply(
-                ctx.backend,
-                problems,
-                [ctx.norms[k] for k in live],
-                need_v,
-                need_g,
-                *(grad_ws[k] for k in live),
-                *(p.v for p in problems),
-                *(p.g for p in problems),
-            )
-            if live
-            else ()
-        )
-        found = iter(grads)
-        out: list[Tensor | None] = [None] * (2 * n)
-        for k, wanted in zip(live, need_v, strict=True):
-            out[k] = next(found) if wanted else None
-        for k, wanted in zip(live, need_g, strict=True):
-            out[n + k] = next(found) if wanted else None
-        return None, None, *out
+        n, need = len(grad_ws), ctx.needs_input_grad
+        need_v, need_g = need[2 : 2 + n], need[2 + n :]
+        live = [k for k in range(n) if grad_ws[k] is not None and (need_v[k] or need_g[k])]
+        if not live:
+            return (None,) * (2 + 2 * n)
+        problems, norms, versions = ctx.problems, ctx.norms, ctx.versions
+        if len(live) < n:
+            problems = problems.at(live)
+            columns = norms, grad_ws, need_v, need_g, versions[:n], versions[n:]
+            columns = ([column[k] for k in live] for column in columns)
+            norms, grad_ws, need_v, need_g, of_v, of_g = columns
+            versions = of_v + of_g
+        inputs = *problems.v, *problems.g
+        if _versions_of(inputs) != versions:
+            names = "v" * len(live) + "g" * len(live)
+            for changed in zip(names, inputs, versions, strict=True):
+                _check_version(*changed)
+        is_followed = torch.is_grad_enabled() or is_transformed((*grad_ws, *inputs))
+        first = _followed_derivative if is_followed else _derivative
+        grad_v, grad_g = first(ctx.backend, problems, norms, grad_ws, need_v, need_g)
+        return None, None, *spread(grad_v, live, n), *spread(grad_g, live, n)
+
+
+def _derivative(
+    backend: PythonBackend,
+    problems: Problems,
+    norms: Sequence[Tensor],
+    grad_ws: Sequence[Tensor],
+    need_v: Sequence[bool],
+    need_g: Sequence[bool],
+) -> Grads:
+    """The first derivative."""
+    if backend.is_traceable or have_addresses(grad_ws):
+        return backend.backward(problems, norms, grad_ws, need_v, need_g)
+    grads = map(composed.backward, problems, norms, grad_ws)
+    return composed.wanted(grads, need_v, need_g)
+
+
+def _followed_derivative(
+    backend: PythonBackend,
+    problems: Problems,
+    norms: Sequence[Tensor],
+    grad_ws: Sequence[Tensor],
+    need_v: Sequence[bool],
+    need_g: Sequence[bool],
+) -> Grads:
+    """The first derivative as a differentiable operation."""
+    columns = norms, need_v, need_g
+    found = iter(_Backward.apply(backend, problems, *columns, *grad_ws, *problems.v, *problems.g))
+    grad_v, grad_g = ([next(found) if needed else None for needed in need] for need in columns[1:])
+    return grad_v, grad_g
 
 
 class _Backward(Function):
-    """The first derivative as a differentiable operation: wanted grad_v, then wanted grad_g."""
+    """Wanted grad_v, then wanted grad_g."""
 
     @staticmethod
     def forward(
         ctx: Any,
         backend: PythonBackend,
-        problems: Sequence[Problem],
+        problems: Problems,
         norms: Sequence[Tensor],
         need_v: Sequence[bool],
         need_g: Sequence[bool],
@@ -105,13 +143,9 @@ class _Backward(Function):
         grad_ws = tensors[: len(problems)]
         ctx.problems, ctx.grad_ws = problems, grad_ws
         ctx.need_v, ctx.need_g = need_v, need_g
-        ctx.versions = [version_of(t) for t in tensors]
+        ctx.versions = _versions_of(tensors)
         ctx.set_materialize_grads(False)
-        if backend.is_traceable or have_addresses(grad_ws):
-            grad_v, grad_g = backend.backward(problems, norms, grad_ws, need_v, need_g)
-        else:
-            grads = map(composed.backward, problems, norms, grad_ws)
-            grad_v, grad_g = composed.wanted(grads, need_v, need_g)
+        grad_v, grad_g = _derivative(backend, problems, norms, grad_ws, need_v, need_g)
         return tuple(t for t in (*grad_v, *grad_g) if t is not None)
 
     @staticmethod
@@ -130,6 +164,13 @@ class _Backward(Function):
                 p, grad_w, gg_v[k], gg_g[k]
             )
         return None, None, None, None, None, *out
+
+
+def _versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # an inference tensor
+        return list(map(version_of, tensors))
 
 
 def _check_version(name: str, t: Tensor, expected: int) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _autograd, _ops, composed
+from . import _autograd, _ops, composed, forms
 from .backends import choice, choose, gpu_operators
-from .backends.base import Backend, PythonBackend
+from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
+from .forms import PLAIN, Problems
 from .problem import (
     Problem,
     accumulation_dtype,
@@ -70,7 +70,15 @@ def weight_norm(
             return w
     if has_torch_function((v, g)):
         return handle_torch_function(weight_norm, (v, g), v, g, dim, eps=eps, out_dtype=out_dtype)
-    return _weight_norm_checked(check(v, g, dim, eps, out_dtype))
+    if is_compiling():
+        return _traced(check(v, g, dim, eps, out_dtype))
+    if _is_distributed(v) or _is_distributed(g):
+        return composed.weight_norm(check(v, g, dim, eps, out_dtype))
+    problems = forms.known(v, g, dim, eps, out_dtype)
+    backend = choose(v)
+    if isinstance(backend, CompiledBackend):
+        return torch.ops.wnkernel.weight_norm(v, g, *problems.options[0])
+    return _on_python_backend(problems, backend)[0]
 
 
 def weight_norms(
@@ -115,7 +123,14 @@ def weight_norms(
         return handle_torch_function(
             weight_norms, (*v, *g), v, g, dim, eps=eps, out_dtype=out_dtype
         )
-    return _weight_norms_checked(check_forward(v, g, dim, eps, out_dtype), out_dtype)
+    if is_compiling():
+        return _traced_list(check_forward(v, g, dim, eps, out_dtype), out_dtype)
+    problems = forms.known_list(v, g, dim, eps, out_dtype)
+    backend = choose(v[0])
+    if isinstance(backend, CompiledBackend):
+        dim, eps, _ = map(list, zip(*problems.options, strict=True))
+        return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
+    return _on_python_backend(problems, backend)
 
 
 def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
@@ -138,49 +153,41 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
     return composed.norm_except_dim(v.to(accumulation_dtype(v.dtype)), dim).to(v.dtype)
 
 
-def _weight_norm_checked(p: Problem) -> Tensor:
-    if _is_distributed(p.v) or _is_distributed(p.g):
-        return composed.weight_norm(p)
-    backend = choose(p.v)
-    if _has_operators(backend, p.v):
-        return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
-    return _on_python_backend([p], backend)[0]
-
-
-def _weight_norms_checked(
-    problems: Sequence[Problem], out_dtype: torch.dtype | None
-) -> list[Tensor]:
-    backend = choose(problems[0].v)
-    if _has_operators(backend, problems[0].v):
-        columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
-        v, g, dim, eps = (list(column) for column in columns)
-        return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
-    return _on_python_backend(problems, backend)
-
-
-def _has_operators(backend: Backend, v: Tensor) -> bool:
-    """Whether torch.ops.wnkernel runs the backend's kernels. Those of Triton are called without it,
-    which is shorter, unless a compiler wants to see one operator."""
-    return isinstance(backend, CompiledBackend) or (
-        is_compiling() and backend.name == "triton" and gpu_operators.are_on(v.device)
-    )
-
-
-def _on_python_backend(problems: Sequence[Problem], backend: PythonBackend) -> list[Tensor]:
-    tensors = [t for p in problems for t in (p.v, p.g)]
-    if is_compiling() or torch.jit.is_tracing() or any(_is_transformed(t) for t in tensors):
-        return [composed.weight_norm(p) for p in problems]
-    if not (backend.is_traceable or _autograd.have_addresses(tensors)):
+def _on_python_backend(problems: Problems, backend: PythonBackend) -> list[Tensor]:
+    tensors = *problems.v, *problems.g
+    is_traced = torch._C._is_tracing() or _autograd.is_transformed(tensors)
+    if is_traced or not (backend.is_traceable or _autograd.have_addresses(tensors)):
         return [composed.weight_norm(p) for p in problems]
     return _autograd.weight_norms(problems, backend)
 
 
+def _traced(p: Problem) -> Tensor:
+    """What a compiler sees: one operator if there are kernels of ours behind it."""
+    if not (_is_distributed(p.v) or _is_distributed(p.g)) and _has_operators(p.v):
+        return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
+    return composed.weight_norm(p)
+
+
+def _traced_list(problems: Sequence[Problem], out_dtype: torch.dtype | None) -> list[Tensor]:
+    if not _has_operators(problems[0].v):
+        return [composed.weight_norm(p) for p in problems]
+    columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
+    v, g, dim, eps = (list(column) for column in columns)
+    return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
+
+
+def _has_operators(v: Tensor) -> bool:
+    """Whether the kernels that v gets are behind torch.ops.wnkernel. Outside of compilers those of
+    Triton are called without it, which is shorter."""
+    backend = choose(v)
+    return isinstance(backend, CompiledBackend) or (
+        backend.name == "triton" and gpu_operators.are_on(v.device)
+    )
+
+
 def _is_distributed(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor, which has rules for torch's own operators only."""
+    if type(t) in PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")  # there if anybody made a DTensor
     return module is not None and isinstance(t, module.DTensor)
-
-
-def _is_transformed(t: Tensor) -> bool:
-    """Whether a function transform or forward-mode AD is at work, which no custom node survives."""
-    return torch._C._are_functorch_transforms_active() or unpack_dual(t).tangent is not None

@@ -52,7 +52,7 @@ class Operators:
     ) -> tuple[list[Tensor], list[Tensor]]:
         problems = check_forward(v, g, dim, eps, out_dtype)
         if not self._triton.reasons(v[0]):
-            return self._triton.forward(problems)
+            return self._triton.forward(problems, apart=True)
         return self._eager.forward([_without_gaps(p) for p in problems])
 
     def backward(

@@ -80,9 +80,17 @@ def launch(
     try:
         with _version_counters():
             ws = functional.weight_norms(vs, gs, dims, eps=eps, out_dtype=bucket.out_dtype)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError):
+        return []
+    except RuntimeError:
+        if all(map(_has_memory, (*vs, *gs))):  # no weight's fault: out of memory, say
+            raise
         return []
     return list(zip(chosen, slots(list(ws), vs, gs), strict=True))
+
+
+def _has_memory(t: Tensor) -> bool:
+    return t.numel() == 0 or t.untyped_storage().nbytes() > 0
 
 
 def _version_counters() -> AbstractContextManager[object]:

@@ -127,12 +127,13 @@ class Launches:
         table = self.tables.setdefault(mode, [None] * len(member.roster.members))
         if table[member.index] is not None:  # out of date: a change that no optimizer made
             self._note_reads(mode)
-        self._launchers.setdefault(mode, set()).add(container)
+        launchers = self._launchers.setdefault(mode, set())
         if bucket.unit is not None:
             self._units.add(bucket.unit)
         likely = container.likely(mode, member.index)
         for index, slot in batch.launch(member.roster, likely, bucket, table):
             table[index] = slot
+        launchers.add(container)  # not if it raised: what was read then says nothing
         slot = table[member.index]
         return None if slot is None else slot.take(v, g)
 

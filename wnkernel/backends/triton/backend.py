@@ -1,19 +1,21 @@
-"""The Triton kernels as a backend: arrays to addresses, addresses to launches."""
+"""The Triton kernels as a backend. Triton is imported when they run first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from operator import or_
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ...forms import Problems, spread
 from ...problem import Problem, row_view
 from . import availability
-from .arrays import dense, ordered_like, vector_of
+from .arrays import dense
 from .launch_table import VECTOR_BYTES, Kind, plan, tiles
-from .tables import Weight
 
 if TYPE_CHECKING:
     from .launch import Launcher
@@ -29,36 +31,31 @@ class TritonBackend:
     name = "triton"
     is_traceable = False
 
+    def __init__(self) -> None:
+        self._used: set[torch.device] = set()
+        """Devices that kernels ran on, so that nobody need ask again whether they can."""
+
     def missing(self) -> list[str]:
         return _listed(availability.missing())
 
     def reasons(self, v: Tensor) -> list[str]:
+        if v.device in self._used:
+            return []
         return _listed(availability.reason(v.device))
 
     def is_automatic(self, v: Tensor) -> bool:
         return v.device.type != "cpu"
 
-    def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
-        from .launch import FORWARD, Types
-
-        ws, norms = [], []
-        batches: dict[Types, list[Weight]] = {}
-        alive = []
-        for p in problems:
-            v, g = dense("v", p.v), dense("g", p.g).contiguous()
-            w = torch.empty_like(v, dtype=p.out_dtype)
-            norm = g.new_empty(g.shape, dtype=p.acc_dtype)
-            alive += (v, g)
-            ws.append(w)
-            norms.append(norm)
-            if v.numel() == 0:
-                norm.zero_()
-            else:
-                weight = _weight(p, v, w, addresses=(v, g, w, norm))
-                batches.setdefault(Types(v.dtype, g.dtype, w.dtype), []).append(weight)
-        for types, weights in batches.items():
-            self._launcher.launch(FORWARD, types, weights, problems[0].v.device)
-        return ws, norms
+    def forward(
+        self, problems: Sequence[Problem], *, apart: bool = False
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """``apart``: norms leave the package, so each has memory of its own."""
+        if not problems:
+            return [], []
+        many = Problems.of(problems)
+        results = self._runs.forward(self._launcher, many, apart=apart)
+        self._used.add(many.v[0].device)
+        return results
 
     def backward(
         self,
@@ -68,33 +65,16 @@ class TritonBackend:
         need_v: Sequence[bool],
         need_g: Sequence[bool],
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        from .launch import BACKWARD, Types
-
-        grad_vs: list[Tensor | None] = []
-        grad_gs: list[Tensor | None] = []
-        batches: dict[Types, list[Weight]] = {}
-        alive = []
-        for p, norm, grad_w, with_v, with_g in zip(
-            problems, norms, grad_ws, need_v, need_g, strict=True
-        ):
-            v, g = dense("v", p.v), dense("g", p.g).contiguous()
-            grad_w = ordered_like("grad_w", grad_w, v)
-            grad_v = torch.empty_like(v) if with_v else None
-            grad_g = torch.empty_like(g) if with_g else None
-            alive += (v, g, grad_w)
-            grad_vs.append(grad_v)
-            grad_gs.append(grad_g)
-            if v.numel() == 0:  # a row of no elements: its norm does not depend on anything
-                if grad_g is not None:
-                    grad_g.zero_()
-            elif with_v or with_g:
-                weight = _weight(
-                    p, v, grad_w, grad_v, addresses=(grad_w, v, g, norm, grad_v, grad_g)
-                )
-                batches.setdefault(Types(v.dtype, g.dtype, grad_w.dtype), []).append(weight)
-        for types, weights in batches.items():
-            self._launcher.launch(BACKWARD, types, weights, problems[0].v.device)
-        return grad_vs, grad_gs
+        many = Problems.of(problems)
+        live = [k for k, needs in enumerate(map(or_, need_v, need_g)) if needs]
+        if len(live) == len(many):
+            lists = norms, grad_ws, need_v, need_g
+        else:
+            many = many.at(live)
+            lists = ([column[k] for k in live] for column in (norms, grad_ws, need_v, need_g))
+        grads = self._runs.backward(self._launcher, many, *lists) if live else ((), ())
+        grad_v, grad_g = (spread(column, live, len(problems)) for column in grads)
+        return grad_v, grad_g
 
     def fits_on_chip(self, p: Problem) -> bool:
         """Whether v (and grad_w) are read once only; for counting bytes."""
@@ -116,25 +96,18 @@ class TritonBackend:
         }
 
     @cached_property
+    def _runs(self) -> ModuleType:
+        from . import runs
+
+        return runs
+
+    @cached_property
     def _launcher(self) -> Launcher:
         from .launch import Launcher
 
-        return Launcher()
+        # Two threads may get here at once, and what one of them captures belongs to its launcher.
+        return vars(self).setdefault("_launcher", Launcher())
 
 
 def _listed(reason: str) -> list[str]:
     return [reason] if reason else []
-
-
-def _weight(p: Problem, *like_v: Tensor | None, addresses: Sequence[Tensor | None]) -> Weight:
-    """A line of a table. ``like_v``: the arrays that are laid out like v, v first."""
-    v = like_v[0]
-    view = row_view(v, p.dim)
-    return Weight(
-        view.outer,
-        view.rows,
-        view.inner,
-        vector_of(*(t for t in like_v if t is not None)),
-        p.eps,
-        tuple([0 if t is None else t.data_ptr() for t in addresses]),
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from functools import cache
 
 import torch
@@ -14,7 +15,14 @@ from .launch_table import THREADS
 from .tile import INTERPRETED
 
 RESERVE = 1 << 17
-"""Numbers in a reserve of pinned memory: 1 MiB, or the tables of ten training steps."""
+"""Numbers in a reserve of pinned memory at least: 1 MiB."""
+
+CAPTURES = 4
+"""Captures of everything that this process launches, for which the reserve lasts without another
+launch in between."""
+
+MOST = 1 << 23
+"""Numbers that are kept ready at most: 64 MiB."""
 
 ELEMENTS = {
     torch.float16: triton.language.float16,
@@ -36,23 +44,33 @@ class Uploads:
     def __init__(self) -> None:
         self._reserve: list[Tensor] = []
         self._left = 0
+        self._wanted = RESERVE // 2
+        self._expected: deque[int] = deque(maxlen=64)
         self._lock = threading.Lock()
 
+    def expect(self, numbers: int) -> None:
+        """Captures are going to take so many numbers more than was said before."""
+        with self._lock:
+            self._expected.append(numbers)
+            self._wanted = max(RESERVE // 2, min(CAPTURES * sum(self._expected), MOST))
+
+    def refill(self, device: torch.device) -> None:
+        """See to the reserve. Called at every launch outside of captures, in case one follows."""
+        if self._left >= self._wanted or device.type == "cpu":
+            return
+        with self._lock:
+            if self._left < self._wanted:
+                self._add(2 * self._wanted)
+
     def copy(self, memory: Tensor, device: torch.device) -> Tensor:
-        """A copy of ``memory`` (int64, one-dimensional) on a device."""
+        """A copy of ``memory`` (int64, contiguous) on a device."""
         if device.type == "cpu":
             return memory
         if is_capturing(device):
-            pinned = self._take(memory.numel()).copy_(memory)
+            pinned = self._take(memory.numel()).view(memory.shape).copy_(memory)
         else:
-            self._refill()
             pinned = memory.pin_memory()
         return pinned.to(device, non_blocking=True)
-
-    def _refill(self, numbers: int = RESERVE) -> None:
-        with self._lock:
-            if self._left < numbers // 2:
-                self._add(numbers)
 
     def _take(self, numbers: int) -> Tensor:
         with self._lock:

@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from ...problem import accumulation_dtype
-from ...streams import current_stream, guard, is_capturing
-from . import kernels
+from ...streams import current_stream, is_capturing
+from . import kernels, tables
+from .arrays import check_memory
 from .device import ELEMENTS, Uploads, warps
 from .launch_table import VECTOR_BYTES, Kind, Tile, plan, tiles
-from .tables import (
-    BACKWARD_PLANES,
-    FORWARD_PLANES,
-    Table,
-    Tables,
-    Weight,
-    bits_of,
-    build,
-    workspace,
-)
+from .tables import Kept, Table, Weight, bits_of, build, workspace
 from .tile import INTERPRETED
 
 
-class Direction(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Direction:
     """A forward or a backward."""
 
     one: triton.JITFunction
     many: triton.JITFunction
+    columns: tuple[str, ...]
+    """Of its tables."""
     planes: int
 
 
-FORWARD = Direction(kernels.forward_one, kernels.forward_list, FORWARD_PLANES)
-BACKWARD = Direction(kernels.backward_one, kernels.backward_list, BACKWARD_PLANES)
+FORWARD = Direction(
+    kernels.forward_one, kernels.forward_list, tables.FORWARD, tables.FORWARD_PLANES
+)
+BACKWARD = Direction(
+    kernels.backward_one, kernels.backward_list, tables.BACKWARD, tables.BACKWARD_PLANES
+)
+
+
+LAYOUTS = 1024
+"""Lists that a thread remembers, whatever their addresses. Weights alone count too: a model has up
+to a hundred of different shapes."""
 
 
 class Types(NamedTuple):
@@ -96,58 +102,127 @@ def most_variants() -> int:
     return 2 * (of_one + of_list)
 
 
+class Batch:
+    """What is launched together, but for addresses: weights of the same dtypes on one device, in
+    one direction. Tables are kept for this object."""
+
+    def __init__(
+        self, direction: Direction, types: Types, weights: Sequence[Weight], device: torch.device
+    ) -> None:
+        self.direction, self.types, self.device = direction, types, device
+        self.weights = weights
+        self.is_list = len(weights) > 1
+
+    @cached_property
+    def table(self) -> Table:
+        """Of a list."""
+        itemsize = self.types.v.itemsize
+        return build(self.weights, itemsize, self.direction.columns, self.direction.planes)
+
+    @cached_property
+    def single(self) -> Single:
+        """Of a weight alone."""
+        (w,), t = self.weights, self.types
+        p = plan(w.outer, w.rows, w.inner, t.v.itemsize, w.vector)
+        tile = tiles(t.v.itemsize)[p.tile]
+        choices = [choices_of_one(t, tile, finish) for finish in range(2 if p.split > 1 else 1)]
+        partials = workspace(p, t.v.itemsize, self.direction.planes)
+        return Single(p.programs, (bits_of(w.eps), *p[1:-1]), partials, choices)
+
+
+class Single(NamedTuple):
+    """The launches of a weight alone."""
+
+    programs: int
+    sizes: tuple[int, ...]
+    """What kernels are told after all addresses."""
+    workspace: int
+    choices: list[dict[str, Any]]
+    """For each launch."""
+
+
 class Launcher:
     """Launches, and what has to outlive them."""
 
     def __init__(self) -> None:
         self.variants: set[tuple[object, ...]] = set()
         """What was compiled by this process."""
-        self._tables = Tables()
+        self.layouts = Kept(LAYOUTS)
+        """What the backend knows of lists."""
+        self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
+        self._tables = Kept()
+        self._owners = Kept()
         self._uploads = Uploads()
         self._lock = threading.Lock() if INTERPRETED.value else nullcontext()
 
     def launch(
-        self, direction: Direction, t: Types, weights: Sequence[Weight], device: torch.device
+        self,
+        batch: Batch,
+        addresses: Sequence[Sequence[int]],
+        inputs: Mapping[str, Sequence[Tensor]],
     ) -> None:
-        """Run one direction for weights of the same dtypes on one device."""
-        with guard(device):
-            if len(weights) == 1:
-                self._launch_one(direction, t, weights[0], device)
-            else:
-                self._launch_list(direction, t, weights, device)
+        """Run one direction for the weights of a batch, whose device is the current one.
 
-    def _launch_one(self, direction: Direction, t: Types, w: Weight, device: torch.device) -> None:
-        p = plan(w.outer, w.rows, w.inner, t.v.itemsize, w.vector)
-        tile = tiles(t.v.itemsize)[p.tile]
-        partials = _workspace(workspace(p, t.v.itemsize, direction.planes), t, device)
-        args = (*w.addresses, _address(partials), bits_of(w.eps), *p[1:-1])
-        for finish in range(2 if p.split > 1 else 1):
-            self._run(direction.one, p.programs, args, choices_of_one(t, tile, finish), device)
+        Args:
+            batch: what to run.
+            addresses: those of all weights, for each array that the kernels take.
+            inputs: tensors by name. They are checked for memory unless all addresses are those of a
+                table that is kept: where memory was freed, the address is another.
+
+        Raises:
+            RuntimeError: a tensor has no memory.
+        """
+        if batch.is_list:
+            self._launch_list(batch, addresses, inputs)
+        else:
+            check_memory(inputs)
+            self._launch_one(batch, [column[0] for column in addresses])
+
+    def _launch_one(self, batch: Batch, addresses: Sequence[int]) -> None:
+        one = batch.single
+        partials = _workspace(one.workspace, batch)
+        args = (*addresses, _address(partials), *one.sizes)
+        for choices in one.choices:
+            self._run(batch.direction.one, one.programs, args, choices, batch.device)
 
     def _launch_list(
-        self, direction: Direction, t: Types, weights: Sequence[Weight], device: torch.device
+        self,
+        batch: Batch,
+        addresses: Sequence[Sequence[int]],
+        inputs: Mapping[str, Sequence[Tensor]],
     ) -> None:
-        table = self._table(direction, t, tuple(weights), device)
-        partials = _workspace(table.workspace, t, device)
-        owners = table.memory.data_ptr() + 8 * table.lines
-        args = (table.memory.data_ptr(), owners, _address(partials))
-        choices = choices_of_list(t, table.rows_only, 0)
-        self._run(direction.many, table.programs, args, choices, device)
+        table, t, many, device = batch.table, batch.types, batch.direction.many, batch.device
+        lines, owners = self._uploaded(batch, addresses, inputs)
+        partials = _workspace(table.workspace, batch)
+        args = (lines.data_ptr(), owners.data_ptr(), _address(partials))
+        self._run(many, table.programs, args, choices_of_list(t, table.rows_only, 0), device)
         if table.programs_to_finish:
-            args = (args[0], owners + 8 * table.programs, args[2])
-            choices = choices_of_list(t, False, 1)
-            self._run(direction.many, table.programs_to_finish, args, choices, device)
+            args = (args[0], args[1] + 8 * table.programs, args[2])
+            self._run(many, table.programs_to_finish, args, choices_of_list(t, False, 1), device)
 
-    def _table(
-        self, direction: Direction, t: Types, weights: tuple[Weight, ...], device: torch.device
-    ) -> Table:
-        def make() -> Table:
-            table = build(weights, t.v.itemsize, direction.planes)
-            return table._replace(memory=self._uploads.copy(table.memory, device))
+    def _uploaded(
+        self,
+        batch: Batch,
+        addresses: Sequence[Sequence[int]],
+        inputs: Mapping[str, Sequence[Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """The table of a list on its device: lines with addresses, and owners."""
+        table, device = batch.table, batch.device
+
+        def lines() -> Tensor:
+            check_memory(inputs)
+            return self._uploads.copy(table.at(addresses), device)
+
+        def owners() -> Tensor:
+            self._uploads.expect(table.lines.numel() + table.owners.numel())
+            return self._uploads.copy(table.owners, device)
 
         if is_capturing(device):  # a table from outside may be gone when the graph runs
-            return make()
-        return self._tables.get((direction, t, device, current_stream(device), weights), make)
+            return lines(), self._uploads.copy(table.owners, device)
+        self._uploads.refill(device)
+        place = batch, current_stream(device)
+        found = self._tables.get((*place, *map(tuple, addresses)), lines)
+        return found, self._owners.get(place, owners)
 
     def _run(
         self,
@@ -157,15 +232,25 @@ class Launcher:
         choices: dict[str, Any],
         device: torch.device,
     ) -> None:
-        self.variants.add((kernel, device, *choices.values()))
+        """Launch. Triton's own way through binds and specialises the arguments of every call, which
+        takes five times as long as to launch what it compiled; nothing is specialised on here."""
+        key = (kernel, device, *choices.values())
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[programs, 1, 1](*args, *choices.values())
+            return
+        self.variants.add(key)
         with self._lock:
-            kernel[(programs,)](*args, **choices, num_warps=warps(device))
+            compiled = kernel[(programs,)](*args, **choices, num_warps=warps(device))
+        if isinstance(compiled, CompiledKernel):
+            self._compiled[key] = compiled
 
 
-def _workspace(elements: int, t: Types, device: torch.device) -> Tensor | None:
+def _workspace(elements: int, batch: Batch) -> Tensor | None:
     if elements == 0:
         return None
-    return torch.empty(elements, dtype=accumulation_dtype(t.v), device=device)
+    dtype = accumulation_dtype(batch.types.v)
+    return torch.empty(elements, dtype=dtype, device=batch.device)
 
 
 def _address(t: Tensor | None) -> int:

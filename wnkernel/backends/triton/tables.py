@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import struct
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,24 +35,23 @@ KEPT = 64
 
 
 class Weight(NamedTuple):
-    """One weight of a list: all that its line of a table depends on."""
+    """One weight of a list: all that its line of a table depends on but its addresses."""
 
     outer: int
     rows: int
     inner: int
     vector: int
     eps: float
-    addresses: tuple[int, ...]
 
 
 class Table(NamedTuple):
-    """A list ready to be launched."""
+    """A list on the CPU, ready for its addresses."""
 
-    memory: Tensor
-    """int64: a line for each weight, then the weight of each program of the first launch, then of
-    the second."""
-    lines: int
-    """Numbers in the lines of all weights."""
+    lines: Tensor
+    """int64, a line for each weight, in the order of ``order``; 0 for addresses."""
+    order: Tensor
+    owners: Tensor
+    """int64, the weight of each program of the first launch, then of the second."""
     programs: int
     """Of the first launch."""
     programs_to_finish: int
@@ -59,6 +60,14 @@ class Table(NamedTuple):
     """Elements of partial sums."""
     rows_only: bool
     """Whether all tiles are of Kind.ROWS."""
+
+    def at(self, addresses: Sequence[Sequence[int]]) -> Tensor:
+        """The lines with the addresses of each array of all weights."""
+        lines = self.lines.clone()
+        numbers = array("q", chain.from_iterable(addresses))
+        columns = torch.frombuffer(numbers, dtype=torch.int64).view(len(addresses), -1)
+        lines[:, len(HEADER) :] = columns.t()[self.order]
+        return lines
 
 
 def bits_of(x: float) -> int:
@@ -75,22 +84,25 @@ def workspace(p: Plan, itemsize: int, planes: int) -> int:
     return -(-used // VECTOR_BYTES) * VECTOR_BYTES
 
 
-def build(weights: Sequence[Weight], itemsize: int, planes: int) -> Table:
-    """Make a table, on the CPU. Weights whose programs take long come first, so that none of those
-    is left to run alone at the end.
+def build(weights: Sequence[Weight], itemsize: int, columns: Sequence[str], planes: int) -> Table:
+    """Make a table. Weights whose programs take long come first, so that none of those is left to
+    run alone at the end.
 
     Args:
         weights: the list.
         itemsize: bytes of an element of v.
+        columns: FORWARD or BACKWARD.
         planes: FORWARD_PLANES or BACKWARD_PLANES.
     """
     plans = [plan(w.outer, w.rows, w.inner, itemsize, w.vector) for w in weights]
-    lines: list[int] = []
+    lines: list[tuple[int, ...]] = []
     order = sorted(range(len(plans)), key=lambda k: -plans[k].per_chunk)
+    no_addresses = (0,) * (len(columns) - len(HEADER))
     first = first_to_finish = partials = 0
     for k in order:
-        p, w = plans[k], weights[k]
-        lines += (*p, first, first_to_finish, partials, bits_of(w.eps), *w.addresses)
+        p = plans[k]
+        eps_bits = bits_of(weights[k].eps)
+        lines.append((*p, first, first_to_finish, partials, eps_bits, *no_addresses))
         first += p.programs
         first_to_finish += p.programs if p.split > 1 else 0
         partials += workspace(p, itemsize, planes)
@@ -98,29 +110,30 @@ def build(weights: Sequence[Weight], itemsize: int, planes: int) -> Table:
     to_finish = _numbers([plans[k].programs if plans[k].split > 1 else 0 for k in order])
     place = torch.arange(len(plans), device="cpu")
     owners = place.repeat_interleave(programs), place.repeat_interleave(to_finish)
-    memory = torch.cat((_numbers(lines), *owners))
     choices = tiles(itemsize)
     rows_only = all(choices[p.tile].kind is Kind.ROWS for p in plans)
-    return Table(memory, len(lines), first, first_to_finish, partials, rows_only)
+    counts = first, first_to_finish, partials
+    return Table(_numbers(lines), _numbers(order), torch.cat(owners), *counts, rows_only)
 
 
-def _numbers(values: Sequence[int]) -> Tensor:
+def _numbers(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-class Tables(threading.local):
-    """The tables that this thread used last."""
+class Kept(threading.local):
+    """What this thread used last, of one kind."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[object, Table] = OrderedDict()
+    def __init__(self, most: int = KEPT) -> None:
+        self._most = most
+        self._kept: OrderedDict[object, Any] = OrderedDict()
 
-    def get(self, key: object, make: Callable[[], Table]) -> Table:
-        """The table of a key, made now if need be."""
-        table = self._kept.get(key)
-        if table is None:
-            table = self._kept[key] = make()
-            if len(self._kept) > KEPT:
+    def get(self, key: object, make: Callable[[], Any]) -> Any:
+        """What belongs to a key, made now if need be."""
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make()
+            if len(self._kept) > self._most:
                 self._kept.popitem(last=False)
         else:
             self._kept.move_to_end(key)
-        return table
+        return found

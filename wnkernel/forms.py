@@ -1,0 +1,212 @@
+"""Weight norms that came before: what was checked once need not be checked again.
+
+A training step asks for the same weights as the one before it. Whatever the checks depend on is
+looked up here, by what the tensors say at this moment and in one pass over a list of them. So any
+change of them, however it was made, leads to another entry, or to the checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from .problem import Problem, check, check_forward
+
+KEPT = 4096
+"""Forms that are remembered. Then all are forgotten."""
+
+PLAIN = frozenset((Tensor, Parameter))
+"""Types without ``__torch_function__`` and ``__torch_dispatch__``."""
+
+Options = tuple[int, float, torch.dtype]
+"""dim, eps and out_dtype, as a :class:`Problem` has them."""
+
+
+class Form:
+    """What a weight norm is but for numbers and addresses. Equal ones are the same object."""
+
+    __slots__ = ("device", "options")
+
+    def __init__(self, p: Problem) -> None:
+        self.device = p.v.device
+        self.options: Options = (p.dim, p.eps, p.out_dtype)
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors are what they seem, and no transform, mode or tracer looks at them."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and PLAIN.issuperset(map(type, tensors))
+    )
+
+
+_known: dict[tuple[object, ...], Form] = {}
+
+_size, _stride, _is_neg = Tensor.size, Tensor.stride, Tensor.is_neg
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
+
+
+def forms_of(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[int | None],
+    eps: Sequence[float],
+    out_dtype: Sequence[torch.dtype | None],
+) -> list[Form]:
+    """The form of every weight of a list.
+
+    Raises:
+        TypeError: an argument of the wrong type, layout or dtype.
+        ValueError: a wrong shape, device, dim or eps.
+    """
+    weights = v, g, dim, eps, out_dtype
+    try:
+        forms = list(map(_known.get, _keys(*weights)))
+    except (RuntimeError, TypeError):  # no strides, or no hash: check() says what was expected
+        forms = [None] * len(v)
+    if None in forms:
+        known = zip(forms, *weights, strict=True)
+        forms = [_checked(*weight) if form is None else form for form, *weight in known]
+    return forms
+
+
+def _keys(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[Any],
+    eps: Sequence[Any],
+    out_dtype: Sequence[Any],
+) -> Iterator[tuple[object, ...]]:
+    """What forms depend on, as it is at this moment. Layouts other than the strided one raise: they
+    have no strides. Types, because in a dict True is 1 and 1.0, which as a dim it is not."""
+    return zip(
+        map(_size, v), map(_stride, v), map(_dtype, v), map(_device, v), map(_is_neg, v),
+        map(_size, g), map(_stride, g), map(_dtype, g), map(_device, g), map(_is_neg, g),
+        dim, map(type, dim), eps, map(type, eps), out_dtype, strict=True,
+    )  # fmt: skip
+
+
+def _key(v: Tensor, g: Tensor, dim: Any, eps: Any, out_dtype: Any) -> tuple[object, ...]:
+    """The same for one weight, in half the time."""
+    return (
+        v.size(), v.stride(), v.dtype, v.device, v.is_neg(),
+        g.size(), g.stride(), g.dtype, g.device, g.is_neg(),
+        dim, type(dim), eps, type(eps), out_dtype,
+    )  # fmt: skip
+
+
+def _checked(*weight: Any) -> Form:
+    p = check(*weight)
+    form = Form(p)
+    if len(_known) >= KEPT:
+        _known.clear()
+    form = _known.setdefault(_key(p.v, p.g, *form.options), form)
+    _known[_key(*weight)] = form
+    return form
+
+
+def known(
+    v: Tensor, g: Tensor, dim: int | None, eps: float, out_dtype: torch.dtype | None
+) -> Problems:
+    """:func:`~wnkernel.problem.check` with a memory."""
+    if not are_plain((v, g)):
+        return Problems.of([check(v, g, dim, eps, out_dtype)])
+    try:
+        form = _known.get(_key(v, g, dim, eps, out_dtype))
+    except (RuntimeError, TypeError):  # as above
+        form = None
+    return Problems([v], [g], forms=[form or _checked(v, g, dim, eps, out_dtype)])
+
+
+def known_list(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[int | None],
+    eps: Sequence[float],
+    out_dtype: torch.dtype | None,
+) -> Problems:
+    """:func:`~wnkernel.problem.check_forward` with a memory."""
+    if are_plain((*v, *g)):
+        forms = forms_of(v, g, dim, eps, [out_dtype] * len(v))
+        devices = [form.device for form in forms]
+        if devices.count(devices[0]) == len(devices):
+            return Problems(v, g, forms=forms)
+    return Problems.of(check_forward(v, g, dim, eps, out_dtype))
+
+
+class Problems(Sequence[Problem]):
+    """Checked weight norms as columns: nothing is made for each of them."""
+
+    __slots__ = ("_forms", "_options", "g", "v")
+
+    def __init__(
+        self,
+        v: Sequence[Tensor],
+        g: Sequence[Tensor],
+        options: Sequence[Options] | None = None,
+        forms: list[Form] | None = None,
+    ) -> None:
+        self.v, self.g, self._options, self._forms = v, g, options, forms
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> Problems:
+        """The same as columns."""
+        if isinstance(problems, Problems):
+            return problems
+        options = [(p.dim, p.eps, p.out_dtype) for p in problems]
+        return cls([p.v for p in problems], [p.g for p in problems], options)
+
+    @property
+    def options(self) -> Sequence[Options]:
+        """dim, eps and out_dtype of each."""
+        if self._options is None:
+            self._options = [form.options for form in self.forms]
+        return self._options
+
+    @property
+    def forms(self) -> list[Form]:
+        """The form of each, as it was when it was asked for first."""
+        if self._forms is None:
+            self._forms = self.forms_now()
+        return self._forms
+
+    def forms_now(self, out_dtype: Sequence[torch.dtype] | None = None) -> list[Form]:
+        """The form of each as it is now, ``.data`` of a parameter having been replaced, say."""
+        dim, eps, own = zip(*self.options, strict=True)
+        return forms_of(self.v, self.g, dim, eps, own if out_dtype is None else out_dtype)
+
+    def at(self, places: Sequence[int]) -> Problems:
+        """Those at some places."""
+        columns = self.v, self.g, self.options
+        return Problems(*([column[k] for k in places] for column in columns))
+
+    def __len__(self) -> int:
+        return len(self.v)
+
+    @overload
+    def __getitem__(self, k: int) -> Problem: ...
+    @overload
+    def __getitem__(self, k: slice) -> Problems: ...
+    def __getitem__(self, k: int | slice) -> Problem | Problems:
+        if isinstance(k, slice):
+            return self.at(range(len(self))[k])
+        return Problem(self.v[k], self.g[k], *self.options[k])
+
+
+def spread(
+    column: Sequence[Tensor | None], places: Sequence[int], length: int
+) -> Sequence[Tensor | None]:
+    """A column with its entries at some places and None elsewhere."""
+    if len(places) == length:
+        return column
+    out: list[Tensor | None] = [None] * length
+    for k, entry in zip(places, column, strict=True):
+        out[k] = entry
+    return out
