@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Models are compared by their bits, and some with torch's deterministic algorithms on.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # and with float64
 
 
 @pytest.fixture(autouse=True)
