@@ -143,20 +143,15 @@ def test_missing_backends_say_why():
                 pass
 
 
-def test_environment_variable():
-    code = "from wnkernel.backends import choice; print(choice.forced)"
-    assert python("-c", code, WNKERNEL_BACKEND="eager").stdout.split() == ["eager"]
-    assert python("-c", code, WNKERNEL_BACKEND="auto").stdout.split() == ["None"]
-    assert python("-c", code).stdout.split() == ["None"]
-
-
-def test_environment_variable_reaches_every_thread():
+@pytest.mark.parametrize(("value", "forced"), [("eager", "eager"), ("auto", "None")])
+def test_environment_variable_reaches_every_thread(value, forced):
     code = """
 import threading
 from wnkernel.backends import choice
+print(choice.forced)
 t = threading.Thread(target=lambda: print(choice.forced)); t.start(); t.join()
 """
-    assert python("-c", code, WNKERNEL_BACKEND="eager").stdout.split() == ["eager"]
+    assert python("-c", code, WNKERNEL_BACKEND=value).stdout.split() == [forced, forced]
 
 
 def test_unknown_name_in_the_environment():

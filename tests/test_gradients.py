@@ -133,7 +133,7 @@ def test_zero_row_without_eps_spoils_no_other(route, dim):
 # eps: off, on but touching nothing, clamping the rows below the mean norm.
 @pytest.mark.parametrize("eps", ["zero", "small", "clamps"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("dim", [0, 1, 2, -2, -3, None])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
 def test_gradcheck(route, dim, layout, eps):
     shape = (3, 4, 2)
     v = randn(shape, torch.float64, layout)
@@ -289,7 +289,7 @@ def test_activation_checkpointing(route, use_reentrant, dim):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((6, 40), 0), ((6, 40), 1), ((5, 4, 7), 1), ((300, 100, 3), 2)]
+    ("shape", "dim"), [((6, 40), 0), ((6, 40), 1), ((5, 4, 7), 1), ((120, 100, 3), 2)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_a_gradient(backend, shape, dim, dtype):

@@ -99,7 +99,7 @@ def test_opcheck_layouts(ops, launches, layout, dim):
     assert {"forward_one", "backward_one"} == {*kernels(launches)}
 
 
-@pytest.mark.parametrize(("layout", "dim"), layout_dims())
+@pytest.mark.parametrize(("layout", "dim"), layout_dims(["transposed", "gaps", "expanded"]))
 def test_opcheck_layouts_where_triton_cannot_run(ops, launches, too_old, layout, dim):
     """torch's operators choose orders of their own."""
     tensors = arguments(dim, shape=LAYOUTS[layout], layout=layout)

@@ -95,7 +95,7 @@ def test_a_model_may_be_captured_again_and_again(uploads, numbers):
     meta = torch.device("meta")
     for table in numbers:
         uploads.expect(table)
-    for captures in [1] * 20 + [device_limits().CAPTURES] * 3:
+    for captures in [1] * 4 + [device_limits().CAPTURES] * 2:
         uploads.refill(meta)
         made = len(uploads._reserve)
         for table in captures * numbers:
