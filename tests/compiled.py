@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -69,7 +69,16 @@ def open_scopes(group: wnkernel.WeightNormGroup) -> int:
     return len(group._roster.local.launches.stack)
 
 
-def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before counts, or is left behind."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the number of weights of every launch."""
     sizes, launch = [], batch.launch
 

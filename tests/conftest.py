@@ -13,9 +13,10 @@ from wnkernel import _ops
 from wnkernel.backends import AUTO, BACKENDS
 from wnkernel.backends.compiled import CompiledBackend
 
+from .compiled import fresh_compiler, launched
 from .groups import computed, python_slots
 
-__all__ = ["computed", "python_slots"]
+__all__ = ["computed", "fresh_compiler", "launched", "python_slots"]
 
 COMPILED = [
     name

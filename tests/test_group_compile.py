@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from .compiled import (
     Net,
     assert_same,
     change,
-    count_launches,
     model,
     open_scopes,
     randn,
@@ -25,17 +24,7 @@ from .compiled import (
     twins,
 )
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    return count_launches(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def whole(m: Net, **how: object) -> Callable:

@@ -3,8 +3,8 @@ bound to a transform, a tracer or a mode does not outlive it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,8 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import wnkernel
 
@@ -33,6 +31,7 @@ from .groups import (
     twins,
     weights,
 )
+from .torch_modes import Dispatches, Functions, deterministic
 
 
 def test_a_launch_covers_what_the_previous_forward_read(backend: str, computed: Computed) -> None:
@@ -63,29 +62,6 @@ def test_each_mode_has_a_past_of_its_own(backend: str, computed: Computed) -> No
         with torch.no_grad():
             model(("conv", "head"))
         assert computed.take() == ([in_no_grad], 0)
-
-
-class Functions(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Dispatches(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 MODES: dict[str, Callable[[], AbstractContextManager]] = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functionalize, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from wnkernel import _ops
 from wnkernel.grouping.slots import ALONE, _python_launch_mode, _python_slots
+
+from .torch_modes import Dispatches, Functions, deterministic
 
 needs_native = pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error() or "loaded")
 
@@ -196,29 +196,6 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 # launch_mode
-
-
-class Functions(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Dispatches(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def deterministic(**options: bool) -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, **options)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 TOGETHER: dict[str, Callable[[], AbstractContextManager]] = {

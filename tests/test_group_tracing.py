@@ -10,20 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .compiled import assert_same, change, count_launches, open_scopes, randn, step, twins
+from .compiled import assert_same, change, open_scopes, randn, step, twins
 from .groups import both_modes
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    return count_launches(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Own(torch.optim.Optimizer):
