@@ -48,10 +48,11 @@ gpu-check: $(if $(BIN),$(STAMP))
 
 cuda-build-check:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -c 'import torch' 2>/dev/null || \
+	$(CUDA_VENV)/bin/python -c 'import torch, setuptools, ninja, pybind11, numpy' 2>/dev/null || \
 	  $(CUDA_VENV)/bin/pip install -q $(CUDA_TORCH) 'setuptools>=77' ninja pybind11 numpy
-	WNKERNEL_BUILD=cuda $(CUDA_VENV)/bin/python setup.py -q build --build-base build/cuda
-	cd build/cuda/lib.* && $(abspath $(CUDA_VENV))/bin/python - < $(CURDIR)/tests/cuda_build_check.py
+	WNKERNEL_BUILD=cuda $(CUDA_VENV)/bin/python setup.py -q build --build-base build/cuda \
+	  --build-lib build/cuda/lib
+	cd build/cuda/lib && $(abspath $(CUDA_VENV))/bin/python - < $(CURDIR)/tests/cuda_build_check.py
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

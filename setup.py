@@ -6,7 +6,7 @@ WNKERNEL_BUILD=cpu   compiled CPU kernels or an error
 WNKERNEL_BUILD=cuda  compiled CPU and CUDA kernels or an error
 WNKERNEL_BUILD=none  pure Python
 
-TORCH_CUDA_ARCH_LIST says for which GPUs; without it, those of this machine, or else ARCHITECTURES.
+TORCH_CUDA_ARCH_LIST says for which GPUs; without it, those of this machine, or else COMMON_GPUS.
 """
 
 import os
@@ -33,9 +33,12 @@ SOURCES = found("csrc", "*.cpp", "cpu/*.cpp")
 CUDA_SOURCES = found("csrc/cuda", "*.cu", "*.cpp")
 HEADERS = found("csrc", "**/*.h", "**/*.cuh")
 
-ARCHITECTURES = {(12, 8): "8.0;9.0;10.0+PTX", (12, 1): "8.0;9.0+PTX"}
-"""From which nvcc on: data-centre GPUs since Ampere, whose code 8.6 and 8.9 run too, and PTX for
-what comes. Arguments of 32 KiB, as the kernels take them, came with CUDA 12.1."""
+# Arguments of 32 KiB, as the kernels take them.
+OLDEST_NVCC = (12, 1)
+OLDEST_GPU = (7, 0)
+
+COMMON_GPUS = [(8, 0), (9, 0), (10, 0)]
+"""Those of data centres since Ampere, whose code 8.6 and 8.9 run too."""
 
 
 def plain_line(text: str) -> None:
@@ -83,42 +86,79 @@ def cuda_home() -> str:
     homes += [nvcc and str(Path(nvcc).resolve().parents[1]), "/usr/local/cuda"]
     headers = ("include", "targets/x86_64-linux/include", "targets/sbsa-linux/include")
     for home in filter(None, homes):
-        if any(Path(home, folder, "cuda_runtime.h").exists() for folder in headers):
+        has_headers = any(Path(home, folder, "cuda_runtime.h").exists() for folder in headers)
+        if has_headers and Path(home, "bin", "nvcc").exists():
             return home
     return ""
 
 
-def nvcc_version(home: str) -> tuple[int, int] | None:
-    """None if it cannot be run."""
+def nvcc_says(home: str, option: str) -> str:
+    """Empty if it cannot be run."""
+    command = [os.path.join(home, "bin", "nvcc"), option]
     try:
-        said = subprocess.run(
-            [os.path.join(home, "bin", "nvcc"), "--version"],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return None
-    release = re.search(r"release (\d+)\.(\d+)", said)
-    return (int(release[1]), int(release[2])) if release else None
+        return ""
+
+
+def gpus_of(names: str) -> list[tuple[int, int]]:
+    """(9, 0) for sm_90 and sm_90a."""
+    return sorted({(int(x), int(y)) for x, y in re.findall(r"sm_(\d+)(\d)", names)})
+
+
+def gpus_here() -> set[tuple[int, int]]:
+    import torch
+
+    try:
+        return {torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())}
+    except Exception:  # a driver that cannot be used is like none: building needs no GPU
+        return set()
+
+
+def architectures(home: str) -> str:
+    """For TORCH_CUDA_ARCH_LIST. What nvcc or torch do not know gets the PTX of what comes before,
+    which the driver compiles for it. Empty: there is nothing that both know."""
+    import torch
+
+    of_torch = gpus_of(torch._C._cuda_getArchFlags() or "")
+    known = [
+        gpu
+        for gpu in gpus_of(nvcc_says(home, "--list-gpu-code"))
+        if gpu >= OLDEST_GPU and (not of_torch or gpu <= of_torch[-1])
+    ]
+    code, ptx = set(), set()
+    for gpu in gpus_here():
+        if not_newer := [k for k in known if k <= gpu]:
+            (code if gpu == not_newer[-1] else ptx).add(not_newer[-1])
+    if not code and not ptx:
+        code = {gpu for gpu in COMMON_GPUS if gpu in known} or set(known[-1:])
+        ptx = {max(code)} if code else set()
+    return ";".join(f"{x}.{y}{'+PTX' * ((x, y) in ptx)}" for x, y in sorted(code | ptx))
 
 
 def no_cuda() -> str:
-    """Why CUDA kernels cannot be built; empty if they can, and torch knows where the toolkit is."""
+    """Why CUDA kernels cannot be built; empty if they can, and torch knows with which toolkit and
+    for which GPUs."""
     import torch
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
+    if not CUDA_SOURCES:
+        return "csrc/cuda is not here"
     home = cuda_home()
-    if not home or (version := nvcc_version(home)) is None:
+    release = re.search(r"release (\d+)\.(\d+)", nvcc_says(home, "--version")) if home else None
+    if release is None:
         return "no CUDA toolkit with nvcc was found: set CUDA_HOME"
     os.environ["CUDA_HOME"] = home
-    oldest = min(ARCHITECTURES)
-    if version < oldest:
-        return f"nvcc {version[0]}.{version[1]} is too old, {oldest[0]}.{oldest[1]} is needed"
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        cards = range(torch.cuda.device_count())
-        here = sorted({"{}.{}".format(*torch.cuda.get_device_capability(k)) for k in cards})
-        known = max(v for v in ARCHITECTURES if v <= version)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(here) or ARCHITECTURES[known]
+    version = (int(release[1]), int(release[2]))
+    if version < OLDEST_NVCC:
+        return "nvcc {}.{} is too old, {}.{} is needed".format(*version, *OLDEST_NVCC)
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return "nvcc {}.{} and torch's CUDA {} differ".format(*version, torch.version.cuda)
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "") in ("", "native"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = gpus = architectures(home)
+        if not gpus:
+            return "nvcc {}.{} and torch have no GPU in common".format(*version)
     return ""
 
 
@@ -133,6 +173,17 @@ def extension_of(cuda: bool) -> Extension:
         define_macros=[("WNKERNEL_CUDA", "1")] if cuda else [],
         extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS} if cuda else flags,
         extra_link_args=link_flags(),
+    )
+
+
+def build_info(cuda: bool) -> str:
+    """What wnkernel/_build_info.py says."""
+    import torch
+
+    return (
+        f'"""Written by setup.py."""\n\nTORCH_VERSION = {str(torch.__version__)!r}\n'
+        f"CUDA_VERSION = {torch.version.cuda if cuda else ''!r}\n"
+        f"CUDA_ARCHITECTURES = {os.environ['TORCH_CUDA_ARCH_LIST'] if cuda else ''!r}\n"
     )
 
 
@@ -190,20 +241,17 @@ def extension_arguments() -> dict:
 
         def _build(self, cuda: bool) -> None:
             # A module built for something else is out of date however new its sources are.
-            build_info = (
-                f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
-                f'CUDA_VERSION = "{torch.version.cuda if cuda else ""}"\n'
-                f'CUDA_ARCHITECTURES = "{os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""}"\n'
-            )
+            info = build_info(cuda)
             # build_py may have copied another one there.
             path = (ROOT if self.inplace else Path(self.build_lib)) / "wnkernel" / BUILD_INFO.name
             there = path.read_text(encoding="utf-8") if path.exists() else ""
-            self.force = self.force or build_info != there
+            self.force = self.force or info != there
             path.unlink(missing_ok=True)
             super().run()
-            path.write_text(build_info, encoding="utf-8")
+            path.write_text(info, encoding="utf-8")
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-setup(**extension_arguments())
+if __name__ == "__main__":
+    setup(**extension_arguments())

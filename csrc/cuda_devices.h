@@ -6,7 +6,7 @@
 
 namespace wnkernel {
 
-// Why there are no kernels for a card, in CUDA's words; empty if there are. Asked once for each.
-const std::string& cuda_reason(c10::DeviceIndex device);
+// Why kernels cannot run on a card, in CUDA's words; empty if they can. Cheap to ask again.
+std::string cuda_reason(c10::DeviceIndex device);
 
 }  // namespace wnkernel

@@ -7,26 +7,20 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <array>
-#include <mutex>
 
+#include "cuda/answer.h"
 #include "cuda_devices.h"
 #include "ops_device.h"
 
 namespace wnkernel {
 
-const std::string& cuda_reason(c10::DeviceIndex device) {
-  struct Answer {
-    std::once_flag once;
-    std::string reason;
-  };
+std::string cuda_reason(c10::DeviceIndex device) {
   static std::array<Answer, C10_COMPILE_TIME_MAX_GPUS> answers;
-  Answer& answer = answers.at(static_cast<size_t>(device));
-  std::call_once(answer.once, [&] {
+  const int error = answers.at(static_cast<size_t>(device)).get([device] {
     const c10::cuda::CUDAGuard guard(device);
-    if (const int error = cuda_supports_device())
-      answer.reason = cudaGetErrorString(static_cast<cudaError_t>(error));
+    return cuda_supports_device();
   });
-  return answer.reason;
+  return error ? cudaGetErrorString(static_cast<cudaError_t>(error)) : "";
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -14,20 +15,23 @@ from typing import NamedTuple
 from .processes import ROOT
 
 SOURCES = ROOT / "csrc" / "cuda"
-FLAGS = ("-std=c++17", "-O3", "-fmad=false")
-"""Those of setup.py that change code."""
+_OF_SETUP = re.search(r"^NVCC_FLAGS = (.*)$", (ROOT / "setup.py").read_text(), re.MULTILINE)[1]
+FLAGS = ("-std=c++17", *ast.literal_eval(_OF_SETUP))
+"""Those of a build."""
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, of CUDA_HOME, from PyPI (nvidia-cuda-nvcc), or from
-    Triton, which brings cuobjdump."""
-    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    """A program of the CUDA toolkit, where setup.py looks: in CUDA_HOME, on PATH; else from PyPI
+    (nvidia-cuda-nvcc), or from Triton, which brings cuobjdump."""
+    homes = [os.environ.get(home) for home in ("CUDA_HOME", "CUDA_PATH")]
+    tools = [Path(home, "bin", name) for home in homes if home]
+    tools += [Path(found) for found in (shutil.which(name),) if found]
+    tools += [Path("/usr/local/cuda/bin", name)]
     for package, *below in (("nvidia", "cu13"), ("triton", "backends", "nvidia")):
         spec = find_spec(package)
-        homes += [Path(at, *below) for at in (spec.submodule_search_locations if spec else ())]
-    return shutil.which(name) or next(
-        (str(tool) for home in homes if (tool := home / "bin" / name).exists()), None
-    )
+        places = spec.submodule_search_locations if spec else ()
+        tools += [Path(place, *below, "bin", name) for place in places]
+    return next((str(tool) for tool in tools if tool.exists()), None)
 
 
 class Kernel(NamedTuple):

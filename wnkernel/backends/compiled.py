@@ -45,5 +45,5 @@ class CompiledBackend:
 def _cuda_reasons(device: torch.device) -> list[str]:
     if why := _ops.cuda_reason(device):
         built = _ops.BUILD_INFO["cuda_architectures"]
-        return [f"wnkernel._C was built for compute capabilities {built}: {why} ({device})"]
+        return [f"{device}: {why} (wnkernel._C was built for compute capabilities {built})"]
     return []
