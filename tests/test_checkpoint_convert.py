@@ -315,6 +315,11 @@ def test_eps_is_that_of_the_layers():
     assert torch.equal(folded[0], torch.zeros(5))
 
 
+def test_g_and_v_on_two_devices():
+    checkpoint = pair("legacy", torch.rand(4, 1), torch.empty(4, 5, device="meta"))
+    assert convert_state_dict(checkpoint, "folded")["weight"].is_meta
+
+
 @both_ways
 def test_values_of_any_kind_survive_a_file(source, to):
     g, v = torch.tensor([[torch.nan], [-0.0], [1e-45], [torch.inf]]), torch.randn(4, 5)

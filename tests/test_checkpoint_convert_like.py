@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm, spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wnkernel
 from wnkernel import convert_state_dict
@@ -110,13 +112,107 @@ def test_names_that_say_nothing_are_known_from_like(kind):
 
 
 def test_what_only_looks_normed_in_a_module_is_not_split():
-    checkpoint = {"weight": torch.randn(1, 1, 8)}
-    assert list(convert_state_dict(checkpoint, like=Mixing("legacy"))) == ["weight"]
+    checkpoint = {"weight": torch.randn(1, 1, 8), "other_g": torch.ones(1)}
+    assert list(convert_state_dict(checkpoint, like=Mixing("legacy"))) == ["weight", "other_g"]
 
 
 def test_what_is_stacked_in_like_is_left_folded():
     like = spectral_norm(wnkernel.weight_norm(linear()))
     assert list(convert_state_dict(linear().state_dict(), like=like)) == ["weight", "bias"]
+
+
+def test_eps_is_that_of_the_layers_of_a_module():
+    model = nn.Sequential(
+        wnkernel.weight_norm(linear(), eps=10.0), wnkernel.weight_norm(nn.Linear(4, 4), eps=20.0)
+    )
+    model.append(APPLY["torch"](nn.Linear(4, 3)))
+    checkpoint = model.state_dict()
+    checkpoint |= {f"1.{key}": checkpoint[f"0.{key}"] for key in g_and_v()}  # tied but for eps
+    model = nn.Sequential(model[0], wnkernel.weight_norm(linear(), eps=20.0), model[2])
+    model.load_state_dict(checkpoint | {"1.bias": torch.ones(4)})
+    folded = convert_state_dict(checkpoint, "folded", like=model)
+    for k, layer in enumerate(model):
+        assert torch.equal(folded[f"{k}.weight"], layer.weight), k
+    asked = convert_state_dict(checkpoint, "folded", like=model, eps=5.0)["0.weight"]
+    torch.testing.assert_close(asked, 2 * model[0].weight.detach())
+
+
+class Half(nn.Module):
+    """A parametrization without keys."""
+
+    def forward(self, w):
+        return w / 2
+
+
+class Halved(_WeightNorm):
+    def forward(self, weight_g, weight_v):
+        return super().forward(weight_g, weight_v) / 2
+
+
+class HalvedHook(LegacyHook):
+    def compute_weight(self, module):
+        return super().compute_weight(module) / 2
+
+
+def computed_otherwise(how):
+    layer = APPLY["legacy" if how == "hook" else "torch"](linear())
+    if how == "hook":
+        next(iter(layer._forward_pre_hooks.values())).__class__ = HalvedHook
+    elif how == "norm":
+        layer.parametrizations.weight[0].__class__ = Halved
+    else:
+        parametrize.register_parametrization(layer, "weight", Half())
+    return layer
+
+
+@all_targets
+@pytest.mark.parametrize("how", ["stack", "norm", "hook"])
+def test_what_a_module_computes_otherwise_is_left_alone(how, to):
+    like = nn.Sequential(computed_otherwise(how), wnkernel.weight_norm(linear()))
+    checkpoint = like.state_dict()
+    converted = convert_state_dict(checkpoint, to, like=like)
+    assert [key for key in converted if key[0] == "0"] == [
+        key for key in checkpoint if key[0] == "0"
+    ]
+    keys = ("weight",) if to == "folded" else g_and_v(kind=KIND[to])
+    assert {f"1.{key}" for key in keys} < converted.keys()
+    assert convert_state_dict({"0.weight": torch.ones(4, 5)}, to, like=like).keys() == {"0.weight"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@all_targets
+def test_a_dict_with_other_prefixes_than_like(to, layout):
+    like = nn.Sequential(linear(), wnkernel.weight_norm(linear()))
+    checkpoint = {f"1.{key}": t for key, t in saved(linear(), layout).items()}
+    wrapped = {f"module.{key}": t for key, t in checkpoint.items()}
+    for sd, m in (
+        (wrapped, like),
+        (wrapped, like.state_dict()),
+        (checkpoint, nn.DataParallel(like)),
+        (checkpoint, torch.compile(like)),
+        ({"state_dict": checkpoint}, like),
+    ):
+        error = f'"[a-z_.]*1.weight".*begins with {next(iter(sd))!r}: prefixes'
+        with unchanged(sd), pytest.raises(ValueError, match=rf"^like: expected .*{error}"):
+            convert_state_dict(sd, to, like=m)
+        assert convert_state_dict({}, to, like=m) == {}
+        assert convert_state_dict(sd, to, like=linear()).keys() == convert_state_dict(sd, to).keys()
+
+
+@all_targets
+def test_a_dict_with_a_part_of_like(to):
+    """One shard of several, say, or an encoder alone."""
+    like = nn.Sequential(linear(), wnkernel.weight_norm(linear()))
+    for layer in like:
+        part = {f"{[*like].index(layer)}.{key}": t for key, t in layer.state_dict().items()}
+        assert len(convert_state_dict(part, to, like=like)) in (2, 3)
+    for layout in LAYOUTS:
+        part = {f"1.{key}": t for key, t in saved(linear(), layout).items() if key != "bias"}
+        for known in (like, like.state_dict()):
+            keys = convert_state_dict(part, to, like=known).keys()
+            assert keys == set(
+                ("1.weight",) if to == "folded" else g_and_v(kind=KIND[to], prefix="1.")
+            )
 
 
 @pytest.mark.parametrize(
@@ -192,6 +288,9 @@ def test_a_plain_weight_beside_its_pair(layout, to):
         assert converted["weight"] is checkpoint["weight"]
     like = wnkernel.weight_norm(linear())
     assert convert_state_dict(checkpoint, to, like=like).keys() == converted.keys()
+    if narrow := getattr(torch, "float8_e4m3fn", None):
+        rounded = {**checkpoint, "weight": checkpoint["weight"].to(narrow)}
+        assert convert_state_dict(rounded, to).keys() == converted.keys()
     checkpoint["weight"] = checkpoint["weight"] * 1.001
     error = refusal(checkpoint, to)
     keys = g_and_v(kind=KIND[layout])
@@ -203,6 +302,7 @@ def test_a_plain_weight_beside_its_pair(layout, to):
     [
         ({**saved(linear(), "legacy"), "weight": torch.ones(3)}, "folded", "weight"),
         ({**saved(linear(), "legacy"), "weight": "taken"}, "folded", "weight"),
+        ({**saved(linear(), "legacy"), "weight": torch.ones(4, 5).int()}, "folded", "weight"),
         ({**saved(linear(), "parametrized"), "weight_g": torch.ones(3)}, "legacy", "weight_g"),
         (
             saved(linear(), "legacy")
@@ -211,7 +311,7 @@ def test_a_plain_weight_beside_its_pair(layout, to):
             g_and_v()[0],
         ),
     ],
-    ids=["another weight", "no tensor", "half a legacy pair", "other originals"],
+    ids=["another weight", "no tensor", "integers", "half a legacy pair", "other originals"],
 )
 def test_entries_in_the_way_are_not_overwritten(checkpoint, to, key):
     assert f'expected no "{key}" beside' in refusal(checkpoint, to)

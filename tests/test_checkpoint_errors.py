@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import wnkernel
+from wnkernel.checkpoint import pairs
 
 from .checkpoints import (
     all_layouts,
@@ -306,6 +307,33 @@ def test_half_a_pair_for_a_list_of_parametrizations_alone(which):
     with unchanged(state), nothing_loaded(target):
         error = load_error(lambda: target.parametrizations.load_state_dict(state, strict=False))
     assert f'weight: expected "weight.original{1 - which}" beside "weight.{key}"' in error
+
+
+@strictness
+def test_a_plain_weight_of_eight_bits_beside_a_pair(strict):
+    """Compared as any other, though torch promotes no such dtype."""
+    narrow = getattr(torch, "float8_e4m3fn", None)
+    if narrow is None:
+        pytest.skip("torch without float8")
+    pair = saved(linear(), "parametrized")
+    w = torch._weight_norm(*(pair[key] for key in reversed(g_and_v())), 0)
+    target = ours(linear())
+    target.load_state_dict({**pair, "weight": w.to(narrow)}, strict)
+    for got, key in zip(loaded(target), g_and_v(), strict=True):
+        assert torch.equal(got, pair[key])
+    error = refusal(two({**pair, "weight": (1.5 * w).to(narrow)}), strict)
+    assert 'got "bad.weight", which is not that of' in error
+
+
+def test_a_weight_that_cannot_be_compared_with_its_pair(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("not me")
+
+    monkeypatch.setattr(pairs, "same_up_to_rounding", fail)
+    pair = saved(linear(), "parametrized")
+    error = refusal(two({**pair, "weight": torch.ones(4, 5)}))
+    assert 'got "bad.weight" beside "bad.parametrizations.weight.original0"' in error
+    assert "(not me)" in error
 
 
 def test_every_layer_with_an_error_is_named():

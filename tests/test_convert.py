@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import wnkernel
-from wnkernel.parametrization import LEGACY, OURS, TORCH, WeightNormList, weight_norm_kinds
+from wnkernel.parametrization import OURS, TORCH, TORCH_HOOK, WeightNormList, weight_norm_kinds
 
 from . import reference
 from .layers import (
@@ -144,6 +144,20 @@ def test_parameters_keep_their_order(kind):
     assert [id(p) for p in model.parameters()] == before
 
 
+@pytest.mark.parametrize("other", ["ours", "torch", None])
+def test_parameters_keep_their_order_beside_parametrizations(other):
+    """Those were submodules before, and are behind all that was the layer's own."""
+    module, names = nn.LSTM(4, 4), ["weight_hh_l0", "weight_ih_l0"]
+    if other:
+        APPLY[other](module, names.pop())
+    parametrize.register_parametrization(module, "bias_hh_l0", nn.Identity())
+    for name in names:
+        legacy_weight_norm(module, name)
+    before = [id(p) for p in module.parameters()]
+    assert set(wnkernel.convert(module)) >= set(names)
+    assert [id(p) for p in module.parameters()] == before
+
+
 def test_a_later_parameter_comes_before_g_and_v():
     """Where the order cannot be kept: own parameters come before those of submodules."""
     module = legacy_weight_norm(nn.Linear(3, 4))
@@ -186,6 +200,7 @@ def test_a_buffer_for_g(persistent):
     assert module.parametrizations.weight.original0 is g
     assert dict(module.named_buffers()).keys() == {"parametrizations.weight.original0"}
     assert len(module.state_dict()) == len(twin)
+    assert not module._non_persistent_buffers_set
     with wnkernel.use_backend("eager"):
         assert torch.equal(run(module, "Linear"), y)
     assert wnkernel.fold(module) == ["weight"]
@@ -233,7 +248,7 @@ def test_other_parametrizations_are_left_alone():
     model = nn.Sequential(spectral_norm(nn.Linear(3, 3)), legacy_weight_norm(nn.Linear(3, 3)))
     parametrize.register_parametrization(model[1], "bias", nn.Identity())
     wnkernel.convert(model)
-    assert list(model[1].parametrizations) == ["bias", "weight"]
+    assert set(model[1].parametrizations) == {"bias", "weight"}
     assert not isinstance(model[0].parametrizations.weight, WeightNormList)
     model(torch.randn(2, 3)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -324,6 +339,6 @@ def test_a_legacy_twin_is_still_legacy():
     """Nothing of a conversion reaches other layers of the class."""
     module, twin = legacy_weight_norm(nn.Linear(5, 4)), legacy_weight_norm(nn.Linear(5, 4))
     wnkernel.convert(module)
-    assert weight_norm_kinds(twin) == {"weight": LEGACY}
+    assert weight_norm_kinds(twin) == {"weight": TORCH_HOOK}
     assert type(twin) is nn.Linear
     assert not hasattr(nn.Linear, "weight_g")

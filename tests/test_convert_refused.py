@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wnkernel
 from wnkernel import model as surgery
-from wnkernel.parametrization import LEGACY, TORCH, weight_norm_kinds
+from wnkernel.parametrization import TORCH, TORCH_HOOK, weight_norm_kinds
 
 from .layers import APPLY, assert_same_state, legacy_weight_norm, originals, run
 
@@ -75,7 +75,7 @@ REFUSED: list[tuple[Callable[[nn.Module], None], str]] = [
     (wrong_shape, r"g: expected shape \[3, 1\].*got \[2, 1\]"),
     (wrong_shape_parametrized, r"g: expected shape \[3, 1\].*got \[2, 1\]"),
     (wrong_dtype, r"v: expected dtype .*complex64"),
-    (pruned, "without a parameter 'weight_v'"),
+    (pruned, "without a parameter 'weight_v'; undo .* prune.remove"),
     (on_top, "on top of another parametrization"),
 ]
 
@@ -144,6 +144,33 @@ def test_sharded_modules(one_process, kind, surgeon):
     assert surgeon(sharded[1]) == []
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_model_in_distributed_data_parallel_is_not_folded(one_process):
+    """Its reducer would wait for g and v, and say so in the second forward after."""
+    with torch.device("cpu"):
+        wrapped = nn.parallel.DistributedDataParallel(wnkernel.weight_norm(nn.Linear(3, 3)))
+    outer = nn.Sequential(wnkernel.weight_norm(nn.Linear(3, 3)), wrapped)
+    before = state(outer)
+    with pytest.raises(ValueError, match=r"^model: expected .*'1.module.weight'.*fold its .module"):
+        wnkernel.fold(outer)
+    assert state(outer) == before
+    assert wnkernel.fold(wrapped.module) == ["weight"]
+    assert wnkernel.fold(wrapped) == []
+
+
+def test_legacy_names_of_a_converted_layer_say_what_is_wrong():
+    layer = legacy_weight_norm(nn.Linear(5, 4))
+    wnkernel.convert(layer)
+    with pytest.raises(TypeError, match="as parameter 'weight_g'"):
+        layer.weight_g = torch.ones(4, 1)
+    with pytest.raises(AttributeError, match=r"^weight: expected both .*remove_weight_norm"):
+        del layer.weight_g
+    assert layer.weight_g is originals(layer)[0]
+    wnkernel.remove_weight_norm(layer)
+    with pytest.raises(AttributeError, match="no attribute 'weight_g'"):
+        del layer.weight_g
+
+
 # Left alone
 
 
@@ -164,7 +191,7 @@ def test_subclasses_compute_something_else():
     both = nn.Sequential(first, second)
     outputs = [run(m, "Linear") for m in both]
     assert wnkernel.convert(both) == []
-    assert [weight_norm_kinds(m)["weight"] for m in both] == [TORCH, LEGACY]
+    assert [weight_norm_kinds(m)["weight"] for m in both] == [TORCH, TORCH_HOOK]
     assert wnkernel.fold(both) == ["0.weight", "1.weight"]
     for m, y in zip(both, outputs, strict=True):
         assert torch.equal(run(m, "Linear"), y)

@@ -338,3 +338,5 @@ def test_models_that_cannot_be_initialised():
             wnkernel.data_dependent_init_(model, torch.randn(5, 3))
     with pytest.raises(ValueError, match=r"^model: expected .*not wrapped.*got DataParallel"):
         wnkernel.data_dependent_init_(nn.Sequential(nn.DataParallel(Net())), X)
+    with pytest.raises(ValueError, match=r"^model: expected .*'last.weight' on the meta device"):
+        wnkernel.data_dependent_init_(Net().to("meta"), X.to("meta"))

@@ -136,6 +136,44 @@ def test_a_stack_is_folded_as_it_is_in_eval_mode(kind, training):
     assert_plain(module, nn.Linear(5, 4))
 
 
+@pytest.mark.parametrize("last", ["stack", "hook"])
+def test_a_weight_that_cannot_be_computed_changes_nothing(last):
+    def fail(*_) -> torch.Tensor:
+        raise RuntimeError("not today")
+
+    model, top = nn.Sequential(*(apply(nn.Linear(3, 3)) for apply in APPLY.values())), nn.Identity()
+    parametrize.register_parametrization(model[1], "weight", top)
+    top.eval()
+    (hook,) = model[2]._forward_pre_hooks.values()
+    wnkernel.fuse(model)
+    spoiled, method = (top, "forward") if last == "stack" else (hook, "compute_weight")
+    setattr(spoiled, method, fail)
+    before = [(type(m), vars(m).copy(), m.training) for m in model.modules()]
+    with pytest.raises(RuntimeError, match="not today"):
+        wnkernel.fold(model)
+    assert [(type(m), vars(m), m.training) for m in model.modules()] == before
+    delattr(spoiled, method)
+    x = torch.randn(2, 3)
+    y = model(x)
+    assert len(wnkernel.fold(model)) == 3
+    assert torch.equal(model(x), y)
+
+
+class OnlyInEvalMode(nn.Module):
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise RuntimeError("not in train mode")
+        return 2 * w
+
+
+def test_a_stack_is_never_computed_in_train_mode():
+    module = wnkernel.weight_norm(nn.Linear(3, 3))
+    w = 2 * module.weight
+    parametrize.register_parametrization(module, "weight", OnlyInEvalMode(), unsafe=True)
+    wnkernel.fold(module)
+    assert torch.equal(module.weight, w)
+
+
 # Groups
 
 
@@ -167,6 +205,22 @@ def test_a_part_of_a_fused_model(computed: Computed, reuse):
     y = model()
     assert computed.take() == ([4], 0)
     assert torch.equal(y, twin())
+
+
+@pytest.mark.parametrize("remove", [wnkernel.fold, wnkernel.remove_weight_norm])
+def test_a_weight_within_a_scope_is_none_of_its_slots(remove):
+    """Whoever read one has it, and it stays as it is."""
+    model, twin, group = twins()
+    weights = model.head.parametrizations.weight  # outlives its layer's weight norm
+    with torch.no_grad(), group.scope():
+        read = model.head.weight
+        before = read.clone()
+        remove(model.head)
+        assert torch.equal(model(), twin())
+        model.head.weight.zero_()
+        assert torch.equal(read, before)
+    assert weights.owner is None
+    assert "head.weight" not in group.layers
 
 
 def test_a_group_within_the_model():

@@ -14,7 +14,7 @@ from torch.nn.utils import weight_norm as imported_earlier
 from torch.nn.utils.parametrizations import spectral_norm
 
 import wnkernel
-from wnkernel.parametrization import LEGACY, OURS, weight_norm_kind
+from wnkernel.parametrization import OURS, TORCH_HOOK, weight_norm_kind
 
 from . import small_models
 from .layers import (
@@ -239,7 +239,7 @@ def test_names_end_with_the_weight_norm(by):
         parametrize.remove_parametrizations(layer, "weight_ih_l0")
     assert not hasattr(layer, "weight_ih_l0_g")
     legacy_weight_norm(layer, "weight_ih_l0")
-    assert weight_norm_kind(layer, "weight_ih_l0") == LEGACY
+    assert weight_norm_kind(layer, "weight_ih_l0") == TORCH_HOOK
     assert layer.weight_ih_l0_g is layer._parameters["weight_ih_l0_g"]
     run(layer, "LSTM ih")
 

@@ -51,8 +51,8 @@ def data_dependent_init_(model: nn.Module, batch: Any) -> list[str]:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: no layer can be initialised, the model is wrapped, or a channel is constant or
-            not finite over the batch. All parameters are as they were then.
+        ValueError: no layer can be initialised, the model is wrapped or on the meta device, or a
+            channel is constant or not finite over the batch. All parameters are as they were then.
     """
     check_module("model", model)
     _check_unwrapped(model)
@@ -63,6 +63,11 @@ def data_dependent_init_(model: nn.Module, batch: Any) -> list[str]:
             "model: expected linear layers or convolutions with wnkernel.weight_norm and one g per "
             f"output channel, got none in {type(model).__name__}"
         )
+    for layer in layers:
+        if layer.g.is_meta:
+            raise ValueError(
+                f"model: expected parameters with values, got {layer.path!r} on the meta device"
+            )
     handles = [
         layer.module.register_forward_hook(layer.after_forward, prepend=True, with_kwargs=True)
         for layer in layers

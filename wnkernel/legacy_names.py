@@ -22,7 +22,13 @@ class _LegacyName(property):
                 raise AttributeError  # nn.Module.__getattr__ is asked next
             return getattr(module.parametrizations[name], original)
 
-        super().__init__(get)
+        def delete(module: nn.Module) -> None:
+            raise AttributeError(
+                f"{name}: expected both g and v to go, or neither; "
+                f"wnkernel.remove_weight_norm(layer, {name!r}) takes them away"
+            )
+
+        super().__init__(get, fdel=delete)
         self.name = name
         self.original = original
 
@@ -41,7 +47,10 @@ def answer_to_legacy_names(module: nn.Module, name: str) -> None:
     def set_attribute(self: nn.Module, key: str, value: Any) -> None:
         alias = getattr(type(self), key, None)
         if isinstance(alias, _LegacyName) and parametrize.is_parametrized(self, alias.name):
-            setattr(self.parametrizations[alias.name], alias.original, value)
+            try:
+                setattr(self.parametrizations[alias.name], alias.original, value)
+            except TypeError as error:  # torch's, of what is no Parameter
+                raise TypeError(str(error).replace(alias.original, key)) from None
         else:
             inherited(self, key, value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
-from .checkpoint import legacy_keys, unregister_load_hook
+from .checkpoint import legacy_hooks, legacy_keys, unregister_load_hook
 from .checkpoint.loading import G, V, loads_for
 from .grouping import scopes
 from .grouping.batch import sharding_modules
 from .grouping.group import WeightNormGroup
 from .legacy_names import answer_to_legacy_names
 from .parametrization import (
-    LEGACY,
+    TORCH_HOOK,
     WeightNorm,
     check_module,
-    fold_weight,
-    legacy_hook,
+    folded_weight,
     make_ours,
+    make_plain,
     own_class,
     register,
     weight_norm_kinds,
@@ -63,8 +63,8 @@ def convert(model: nn.Module) -> list[str]:
     found = [e for e in entries(model) if type(e.norm) in (LegacyHook, TorchWeightNorm)]
     _check(model, found)
     with _all_or_nothing(e.module for e in found):
-        for e in found:
-            (_convert_hook if e.kind == LEGACY else _convert_parametrization)(e.module, e.name)
+        for e in reversed(found):  # each hook's list goes before those that are there
+            (_convert_hook if e.kind == TORCH_HOOK else _convert_parametrization)(e.module, e.name)
     _forget_stale_hooks(model)
     return [e.path for e in found]
 
@@ -88,20 +88,28 @@ def fold(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a weight norm cannot be computed, or is part of a sharded module. Nothing has
-            been changed then.
+        ValueError: a weight norm cannot be computed, or is part of a sharded module or of one in
+            DistributedDataParallel. Nothing has been changed then, nor where what is stacked on a
+            weight norm raises.
     """
     check_module("model", model)
     found = entries(model)
     _check(model, found)
-    _ungroup(model)
+    _refuse_within(
+        model,
+        (nn.parallel.DistributedDataParallel,),
+        found,
+        "wrapped in DistributedDataParallel, which holds g and v; fold its .module and wrap it "
+        "again",
+    )
     sources = [e.source() for e in found]
-    uses = Counter(sources)
-    shared: dict[Hashable, nn.Parameter] = {}
+    plain: dict[Hashable, nn.Parameter] = {}
     for e, source in zip(found, sources, strict=True):
-        fold_weight(e.module, e.name)
-        if uses[source] > 1:
-            setattr(e.module, e.name, shared.setdefault(source, getattr(e.module, e.name)))
+        if source not in plain:
+            plain[source] = folded_weight(e.module, e.name)
+    _ungroup(model)
+    for e, source in zip(found, sources, strict=True):
+        make_plain(e.module, e.name, plain[source])
     _forget_stale_hooks(model)
     return [e.path for e in found]
 
@@ -115,19 +123,19 @@ class Entry:
     module: nn.Module
     name: str
     kind: str
-    """OURS, TORCH or LEGACY."""
+    """OURS, TORCH or TORCH_HOOK."""
 
     @property
     def norm(self) -> nn.Module | LegacyHook:
         """The parametrization, or the hook."""
-        if self.kind == LEGACY:
-            return legacy_hook(self.module, self.name)[1]
+        if self.kind == TORCH_HOOK:
+            return legacy_hooks(self.module)[self.name][1]
         weights = self.module.parametrizations[self.name]
         return next(p for p in weights if isinstance(p, (WeightNorm, TorchWeightNorm)))
 
     def originals(self) -> tuple[Tensor, Tensor]:
         """``(g, v)``."""
-        if self.kind == LEGACY:
+        if self.kind == TORCH_HOOK:
             g, v = (getattr(self.module, key) for key in legacy_keys(self.name))
             return g, v
         weights = self.module.parametrizations[self.name]
@@ -136,7 +144,7 @@ class Entry:
     def source(self) -> Hashable:
         """What its weight is computed from: the same for two entries that share g and v."""
         norm = self.norm
-        stacked = self.kind != LEGACY and len(self.module.parametrizations[self.name]) > 1
+        stacked = self.kind != TORCH_HOOK and len(self.module.parametrizations[self.name]) > 1
         if stacked or type(norm) not in EXACT:
             return id(self.module), self.name
         g, v = self.originals()
@@ -154,16 +162,21 @@ def entries(model: nn.Module) -> list[Entry]:
 
 def _check(model: nn.Module, found: Iterable[Entry]) -> None:
     """Refuse what can be neither converted nor folded."""
-    sharding = sharding_modules()
-    units = [m for m in model.modules() if isinstance(m, sharding)]
-    sharded = {id(m) for unit in units for m in unit.modules()}
+    _refuse_within(
+        model,
+        sharding_modules(),
+        found,
+        "part of a sharded module; do this first and shard it then",
+    )
     for e in found:
-        if id(e.module) in sharded:
-            _refuse(e, "part of a sharded module; do this first and shard it then")
-        if e.kind == LEGACY:
+        if e.kind == TORCH_HOOK:
             for key in legacy_keys(e.name):
                 if e.module._parameters.get(key, e.module._buffers.get(key)) is None:
-                    _refuse(e, f"without a parameter {key!r}")
+                    _refuse(
+                        e,
+                        f"without a parameter {key!r}; undo what computes that first, such as "
+                        "with prune.remove or nn.utils.remove_spectral_norm",
+                    )
         elif e.module.parametrizations[e.name][0] is not e.norm:
             _refuse(e, "on top of another parametrization")
         if type(e.norm) in EXACT:
@@ -172,6 +185,16 @@ def _check(model: nn.Module, found: Iterable[Entry]) -> None:
                 check(v, g, e.norm.dim)
             except (TypeError, ValueError) as error:
                 _refuse(e, f"with {error}", error)
+
+
+def _refuse_within(
+    model: nn.Module, wrappers: tuple[type, ...], found: Iterable[Entry], why: str
+) -> None:
+    units = [m for m in model.modules() if isinstance(m, wrappers)]
+    within = {id(m) for unit in units for m in unit.modules()}
+    for e in found:
+        if id(e.module) in within:
+            _refuse(e, why)
 
 
 def _refuse(e: Entry, why: str, cause: Exception | None = None) -> None:
@@ -223,7 +246,7 @@ class _Adopting(WeightNorm):
 
 
 def _convert_hook(module: nn.Module, name: str) -> None:
-    key, hook = legacy_hook(module, name)
+    key, hook = legacy_hooks(module)[name]
     del module._forward_pre_hooks[key]
     vars(module).pop(name, None)  # w of the last forward
     had_parametrizations = parametrize.is_parametrized(module)
@@ -240,14 +263,19 @@ def _convert_hook(module: nn.Module, name: str) -> None:
         _move(module, key, weights, original)
     answer_to_legacy_names(module, name)
 
-    if not had_parametrizations:
-        # First of the submodules: after the module's own parameters, as g and v were.
-        submodules = module._modules
-        for key in [key for key in submodules if key != "parametrizations"]:
-            submodules[key] = submodules.pop(key)
+    # As far forward as can be: g and v were among the module's own parameters.
+    if had_parametrizations:
+        _to_front(module.parametrizations._modules, name)
+    else:
+        _to_front(module._modules, "parametrizations")
     if isinstance(module, nn.RNNBase):
         with torch.no_grad():
             module._flat_weights[module._flat_weights_names.index(name)] = getattr(module, name)
+
+
+def _to_front(modules: dict[str, nn.Module | None], first: str) -> None:
+    for key in [key for key in modules if key != first]:
+        modules[key] = modules.pop(key)
 
 
 def _move(source: nn.Module, key: str, target: nn.Module, name: str) -> None:
@@ -264,7 +292,7 @@ def _forget_stale_hooks(model: nn.Module) -> None:
     """Drop load hooks of weight norms that are no more. ``remove_parametrizations`` leaves torch's
     behind, which goes on to rename keys that a plain or legacy layer wants as they are."""
     for module in model.modules():
-        live = {name for name, kind in weight_norm_kinds(module).items() if kind != LEGACY}
+        live = {name for name, kind in weight_norm_kinds(module).items() if kind != TORCH_HOOK}
         for wrapped in list(module._load_state_dict_pre_hooks.values()):
             name = loads_for(wrapped.hook)
             if name is not None and name not in live:

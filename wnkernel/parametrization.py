@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +20,11 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.parametrize import remove_parametrizations
-from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from . import functional
 from .checkpoint import (
     WeightNormOriginals,
+    legacy_hooks,
     legacy_keys,
     register_load_hook,
     split_weight,
@@ -231,38 +233,57 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
     kind = weight_norm_kind(module, name)
     if kind is None:
         raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
-    if kind != LEGACY and len(module.parametrizations[name]) > 1:
+    if kind != TORCH_HOOK and len(module.parametrizations[name]) > 1:
         stacked = ", ".join(type(p).__name__ for p in module.parametrizations[name])
         raise RuntimeError(
             f"name: expected weight norm alone on {name!r}, got {stacked}; "
             "parametrize.remove_parametrizations folds them all"
         )
-    fold_weight(module, name)
+    make_plain(module, name, folded_weight(module, name))
     return module
 
 
-def fold_weight(module: nn.Module, name: str) -> None:
-    """Make a weight-normed parameter plain, whatever else is stacked on the weight norm."""
-    if weight_norm_kind(module, name) == LEGACY:
-        key, hook = legacy_hook(module, name)
+def folded_weight(module: nn.Module, name: str) -> nn.Parameter:
+    """What a weight-normed parameter is when it is plain, with whatever else is stacked on the
+    weight norm. The module stays as it is."""
+    if weight_norm_kind(module, name) == TORCH_HOOK:
+        sources = [getattr(module, key) for key in legacy_keys(name)]
         with torch.no_grad():
-            w = hook.compute_weight(module)
-        requires_grad = any(getattr(module, key).requires_grad for key in legacy_keys(name))
-        del module._forward_pre_hooks[key]
+            w = legacy_hooks(module)[name][1].compute_weight(module)
+    else:
+        weights = module.parametrizations[name]
+        sources = list(weights.parameters())
+        with torch.no_grad(), _eval_mode(weights):  # spectral norm would iterate
+            w = _MODULE_CALL(weights)  # what a group computes is the group's
+    return nn.Parameter(w, requires_grad=any(p.requires_grad for p in sources))
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def make_plain(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Put a plain parameter in the place of a weight-normed one."""
+    if weight_norm_kind(module, name) == TORCH_HOOK:
+        del module._forward_pre_hooks[legacy_hooks(module)[name][0]]
         for attribute in legacy_keys(name):
             delattr(module, attribute)
         vars(module).pop(name, None)  # w of the last forward
     else:
         weights = module.parametrizations[name]
-        weights.owner = None  # what a group computed is the group's
-        weights.eval()  # spectral norm would iterate
-        with torch.no_grad():
-            w = weights()
-        requires_grad = any(p.requires_grad for p in weights.parameters())
+        weights.owner = None
+        weights.eval()  # torch computes it once more
         own_class(module)
         remove_parametrizations(module, name)
     unregister_load_hook(module, name)
-    setattr(module, name, nn.Parameter(w, requires_grad=requires_grad))
+    setattr(module, name, weight)
 
 
 def own_class(module: nn.Module) -> None:
@@ -278,21 +299,17 @@ def own_class(module: nn.Module) -> None:
 
 OURS = "wnkernel.weight_norm"
 TORCH = "torch.nn.utils.parametrizations.weight_norm"
-LEGACY = "torch.nn.utils.weight_norm"
+TORCH_HOOK = "torch.nn.utils.weight_norm"
 
 
 def weight_norm_kind(module: nn.Module, name: str) -> str | None:
-    """Which weight norm ``module.<name>`` has: OURS, TORCH, LEGACY or None."""
+    """Which weight norm ``module.<name>`` has: OURS, TORCH, TORCH_HOOK or None."""
     return weight_norm_kinds(module).get(name)
 
 
 def weight_norm_kinds(module: nn.Module) -> dict[str, str]:
     """The weight-normed parameters of a module (not of its children), each with its kind."""
-    kinds = {
-        hook.name: LEGACY
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, LegacyHook)
-    }
+    kinds = dict.fromkeys(legacy_hooks(module), TORCH_HOOK)
     if parametrize.is_parametrized(module):
         for name, parametrizations in module.parametrizations.items():
             for p in parametrizations:
@@ -300,15 +317,6 @@ def weight_norm_kinds(module: nn.Module) -> dict[str, str]:
                     kinds[name] = OURS if isinstance(p, WeightNorm) else TORCH
                     break
     return kinds
-
-
-def legacy_hook(module: nn.Module, name: str) -> tuple[int, LegacyHook]:
-    """torch's legacy hook for a parameter, after its key among the hooks."""
-    return next(
-        (key, hook)
-        for key, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, LegacyHook) and hook.name == name
-    )
 
 
 def check_module(argument: str, module: Any) -> None:

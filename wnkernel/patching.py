@@ -17,7 +17,7 @@ from torch.nn.utils import weight_norm as torchs_legacy
 from . import parametrization
 from .checkpoint import unregister_load_hook
 from .legacy_names import answer_to_legacy_names
-from .parametrization import LEGACY, own_class, weight_norm_kind
+from .parametrization import TORCH_HOOK, own_class, weight_norm_kind
 
 torchs = parametrizations.weight_norm
 torchs_remove = parametrize.remove_parametrizations
@@ -44,7 +44,7 @@ def _remove(module: nn.Module, tensor_name: str, leave_parametrized: bool = True
     """:func:`torch.nn.utils.parametrize.remove_parametrizations`, without leftovers where it
     removes a weight norm."""
     normed = isinstance(module, nn.Module) and weight_norm_kind(module, tensor_name)
-    if not normed or normed == LEGACY or not leave_parametrized:
+    if not normed or normed == TORCH_HOOK or not leave_parametrized:
         return torchs_remove(module, tensor_name, leave_parametrized)
     if len(module.parametrizations[tensor_name]) == 1:
         return parametrization.remove_weight_norm(module, tensor_name)
@@ -133,8 +133,9 @@ def patch_torch() -> Iterator[None]:
     ``from torch.nn.utils import weight_norm`` at the top of a file is found under any name, and
     imports in the block get ours. **Not found** are references that are no module globals: class
     attributes (``norm = staticmethod(weight_norm)``), local variables and closures, default
-    arguments, ``functools.partial``, entries of dicts and lists; and the class
-    ``torch.nn.utils.weight_norm.WeightNorm``. For what they build there is :func:`convert`.
+    arguments, ``functools.partial``, entries of dicts and lists; and the classes behind the
+    functions, ``torch.nn.utils.weight_norm.WeightNorm`` and ``parametrizations._WeightNorm``.
+    For what they build there is :func:`convert`.
 
     The end of the block, also by an exception, restores torch's functions in all modules. The patch
     holds for the whole process, all threads; blocks may nest and overlap, the last one restores.

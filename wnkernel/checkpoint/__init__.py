@@ -2,12 +2,13 @@
 
 From the bottom up: ``layouts`` (keys, dims, comparisons), ``pairs`` (g and v of one layer: found,
 checked, loaded), ``legacy`` and ``loading`` (what runs in modules), ``accept`` (the same for models
-that keep torch's weight norm), ``convert`` (dicts alone).
+that keep torch's weight norm), ``normed`` (what is under weight norm, of a dict or a model),
+``convert`` (dicts alone).
 """
 
 from .accept import LayoutHandle, accept_any_layout
 from .convert import convert_state_dict
-from .layouts import legacy_keys, parametrized_keys, split_weight
+from .layouts import legacy_hooks, legacy_keys, parametrized_keys, split_weight
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "WeightNormOriginals",
     "accept_any_layout",
     "convert_state_dict",
+    "legacy_hooks",
     "legacy_keys",
     "parametrized_keys",
     "register_load_hook",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
-from .layouts import legacy_dims
+from .layouts import legacy_hooks
 from .legacy import replace_loading, restore_loading
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
 
@@ -43,6 +43,8 @@ def accept_any_layout(model: nn.Module) -> LayoutHandle:
     alike, in layers of :func:`torch.nn.utils.weight_norm` (which by themselves refuse the first
     and the last) and of :func:`torch.nn.utils.parametrizations.weight_norm`. Parameters, their
     names and ``model.state_dict()`` stay as they are. Layers of this package need none of this.
+    Subclasses of torch's legacy hook may compute another weight: they refuse plain keys. A deep
+    copy of the model accepts all layouts for good: the handle does not know it.
 
     Args:
         model: any module; weight norms that it gets later are not covered.
@@ -60,7 +62,7 @@ def accept_any_layout(model: nn.Module) -> LayoutHandle:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if replace_loading(module):
-            undo |= {prefix + name: _accept_legacy(module, name) for name in legacy_dims(module)}
+            undo |= {prefix + name: _accept_legacy(module, name) for name in legacy_hooks(module)}
         for name in _torch_parametrized(module):
             undo[prefix + name] = _accept_parametrized(module, name)
     return LayoutHandle(undo)
@@ -82,7 +84,7 @@ def _accept_legacy(module: nn.Module, name: str) -> Callable[[], None]:
 
     def undo() -> None:
         restore_loading(module)
-        if name in legacy_dims(module):  # neither removed nor made ours since
+        if name in legacy_hooks(module):  # neither removed nor made ours since
             module._load_state_dict_pre_hooks.update(stale)
 
     return undo

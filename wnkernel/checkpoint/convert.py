@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..problem import FLOAT_DTYPES, WHOLE_TENSOR, check_eps
+from ..problem import WHOLE_TENSOR, check_eps
 from .layouts import (
     FOLDED,
     LAYOUTS,
     PARAMETRIZED,
-    infer_dim,
-    legacy_dims,
     legacy_keys,
     parametrized_keys,
     same_bits,
     same_up_to_rounding,
     split_weight,
 )
-
-_PARAMETRIZED_KEY = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class NormedWeight:
-    """A weight-normed parameter of a state dict."""
-
-    key: str
-    """That of the folded weight."""
-    dim: int
-    shape: torch.Size
-    pairs: tuple[tuple[str, str], ...] = ()
-    """The keys of g and v in the layouts that the dict has, parametrized first."""
+from .normed import Like, NormedWeight, find_normed_weights, is_float, weights_of
 
 
 def convert_state_dict(
@@ -67,7 +50,7 @@ def convert_state_dict(
     - parametrized pairs with other parametrizations stacked on them, as far as those have keys;
     - ``x_g`` and ``x_v`` where g, or each row of v, has one element, unless "weight" is in the
       name: many models have unrelated parameters of such names and shapes;
-    - a lone ``x_g`` or ``x_v``, and what is in nested dicts.
+    - a lone ``x_g`` or ``x_v``, as in one shard of a checkpoint, and what is in nested dicts.
 
     Layers of this package load all layouts by themselves. Where no load hooks run, as in
     ``from_pretrained`` of transformers 5, convert before::
@@ -81,8 +64,12 @@ def convert_state_dict(
         like: a module with weight norm, or its state dict. A folded weight does not show that it
             was normed, and stays folded; but those that are weight-normed in ``like`` are split,
             into their norms and themselves. Pairs that are left alone above are converted if
-            ``like`` has them.
-        eps: that of the layers if it is not 0; only folded weights depend on it.
+            ``like`` has them. A module also tells what it does not compute from g and v alone (by
+            a subclass of torch's weight norm, or with others stacked on it): that is left alone.
+            A dict that has only some of the layers of ``like``, normed or not, is none the worse;
+            one that has no key of it is refused, since its prefixes are others.
+        eps: that of the layers; only folded weights depend on it. 0 means that of the layers of
+            ``like`` if it is a module, else none.
 
     Returns:
         A new dict; an OrderedDict for an OrderedDict.
@@ -91,106 +78,25 @@ def convert_state_dict(
         TypeError: an argument of the wrong type.
         ValueError: an unknown layout; half of a parametrized pair; a weight in two layouts that
             disagree; an entry in the way of a new one; a plain weight of another shape than in
-            ``like``.
+            ``like``; a ``like`` with weight norms and no key, in any layout, that is in the dict.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
     if to not in LAYOUTS:
         expected = ", ".join(repr(layout) for layout in LAYOUTS)
         raise ValueError(f"to: expected one of {expected}, got {to!r}")
-    known = {} if like is None else _weights_of(like)
-    weights = find_normed_weights(state_dict, known)
-    conversion = _Conversion(state_dict, to, check_eps(eps))
+    known = weights_of(like)
+    known.check_related(state_dict)
+    found = find_normed_weights(state_dict, known.weights)
+    weights = [weight for weight in found if weight.key not in known.others]
+    conversion = _Conversion(state_dict, to, check_eps(eps), known)
     for weight in weights:
         conversion.convert_pair(weight)
     if to != FOLDED:
         paired = {weight.key for weight in weights}
-        for key in state_dict.keys() & known.keys() - paired:
-            conversion.split(known[key])
+        for key in state_dict.keys() & known.weights.keys() - paired:
+            conversion.split(known.weights[key])
     return conversion.result()
-
-
-def find_normed_weights(
-    state_dict: Mapping[str, Any], known: Container[str] = ()
-) -> list[NormedWeight]:
-    """The weights that a dict has g and v of.
-
-    Args:
-        state_dict: keys to tensors, which may be on the meta device.
-        known: keys of folded weights that are normed for certain.
-
-    Raises:
-        ValueError: half of a parametrized pair.
-    """
-    pairs: dict[str, list[tuple[str, str]]] = {}
-    for key, pair in (*_parametrized_pairs(state_dict), *_legacy_pairs(state_dict, known)):
-        pairs.setdefault(key, []).append(pair)
-    weights = []
-    for key, spelled in pairs.items():
-        g, v = (state_dict[k] for k in spelled[0])
-        weights.append(NormedWeight(key, infer_dim(g.shape, v.shape), v.shape, tuple(spelled)))
-    return weights
-
-
-def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
-    below: dict[tuple[str, str], set[str]] = {}
-    for key in state_dict:
-        if isinstance(key, str) and (match := _PARAMETRIZED_KEY.fullmatch(key)):
-            below.setdefault(match.groups()[:2], set()).add(match[3])
-    for (prefix, name), found in below.items():
-        g, v = (prefix + key for key in parametrized_keys(name))
-        if found in ({"original0"}, {"original1"}):
-            present, missing = (g, v) if g in state_dict else (v, g)
-            raise ValueError(
-                f'state_dict: expected "{missing}" beside "{present}", got no such key'
-            )
-        if found == {"original0", "original1"} and _fit(state_dict[g], state_dict[v]):
-            yield prefix + name, (g, v)
-
-
-def _legacy_pairs(
-    state_dict: Mapping[str, Any], known: Container[str]
-) -> Iterator[tuple[str, tuple[str, str]]]:
-    for g in state_dict:
-        if not (isinstance(g, str) and g.endswith("_g")):
-            continue
-        key = g.removesuffix("_g")
-        v, name = f"{key}_v", key.rpartition(".")[2]
-        if not (name and v in state_dict and _fit(state_dict[g], state_dict[v])):
-            continue
-        norms = state_dict[g].numel()
-        if key in known or "weight" in name or 1 < norms < state_dict[v].numel():
-            yield key, (g, v)
-
-
-def _fit(g: Any, v: Any) -> bool:
-    return _is_float(g) and _is_float(v) and infer_dim(g.shape, v.shape) is not None
-
-
-def _is_float(t: Any) -> bool:
-    return (
-        isinstance(t, Tensor)
-        and t.layout == torch.strided
-        and not t.is_quantized
-        and t.dtype in FLOAT_DTYPES
-    )
-
-
-def _weights_of(like: nn.Module | Mapping[str, Any]) -> dict[str, NormedWeight]:
-    """The normed weights by their keys. Of a module they are known, whatever their names."""
-    if isinstance(like, Mapping):
-        return {weight.key: weight for weight in find_normed_weights(like)}
-    if not isinstance(like, nn.Module):
-        raise TypeError(f"like: expected a module or a dict, got {type(like).__name__}")
-    state_dict = like.state_dict()
-    legacy = {
-        f"{path}.{name}" if path else name
-        for path, module in like.named_modules(remove_duplicate=False)
-        for name in legacy_dims(module)
-    }
-    weights = {weight.key: weight for weight in find_normed_weights(state_dict, legacy)}
-    parametrized = {key for key, _ in _parametrized_pairs(state_dict)}
-    return {key: weights[key] for key in weights.keys() & (legacy | parametrized)}
 
 
 @dataclass
@@ -198,6 +104,7 @@ class _Conversion:
     state_dict: Mapping[str, Any]
     to: str
     eps: float
+    like: Like
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What takes the place of an entry."""
     computed: dict[Any, Tensor] = field(default_factory=dict)
@@ -214,8 +121,8 @@ class _Conversion:
         for pair in weight.pairs:
             self.changes |= {key: {} for key in pair}
         plain = self.state_dict.get(weight.key)
-        if isinstance(plain, Tensor) and plain.shape == v.shape:
-            if not same_up_to_rounding(plain, self._fold(g, v, weight.dim)):
+        if isinstance(plain, Tensor) and plain.is_floating_point() and plain.shape == v.shape:
+            if not same_up_to_rounding(plain, self._fold(g, v, weight)):
                 raise ValueError(
                     f'state_dict: expected one weight, got "{weight.key}", which is not that of '
                     f'"{g_key}" and "{v_key}"'
@@ -225,14 +132,14 @@ class _Conversion:
             self.changes[weight.key] = {}
         if self.to == FOLDED:
             first = min(g_key, v_key, key=self.position.__getitem__)
-            self.changes[first] = {weight.key: self._fold(g, v, weight.dim)}
+            self.changes[first] = {weight.key: self._fold(g, v, weight)}
         else:
             new_g, new_v = self._new_keys(weight.key)
             self.changes |= {g_key: {new_g: g}, v_key: {new_v: v}}
 
     def split(self, weight: NormedWeight) -> None:
         w = self.state_dict[weight.key]
-        if not _is_float(w) or w.shape != weight.shape:
+        if not is_float(w) or w.shape != weight.shape:
             got = f"{w.dtype} {list(w.shape)}" if isinstance(w, Tensor) else type(w).__name__
             raise ValueError(
                 f'state_dict: expected a floating-point "{weight.key}" of shape '
@@ -275,15 +182,17 @@ class _Conversion:
                     f'"{other_key}", which differ'
                 )
 
-    def _fold(self, g: Tensor, v: Tensor, dim: int) -> Tensor:
-        def weight() -> Tensor:
+    def _fold(self, g: Tensor, v: Tensor, weight: NormedWeight) -> Tensor:
+        eps = self.eps or self.like.eps.get(weight.key, 0.0)
+
+        def compute() -> Tensor:
             norms = g.detach().to(v.device)
-            if dim == WHOLE_TENSOR:
+            if weight.dim == WHOLE_TENSOR:
                 norms = norms.reshape(())
-            w = functional.weight_norm(v.detach(), norms, dim, eps=self.eps)
+            w = functional.weight_norm(v.detach(), norms, weight.dim, eps=eps)
             return _as_in(v, w, g.requires_grad or v.requires_grad)
 
-        return self._once((_identity(g), _identity(v)), weight)
+        return self._once((_identity(g), _identity(v), eps), compute)
 
     def _once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self.computed:

@@ -32,10 +32,14 @@ def legacy_keys(name: str) -> tuple[str, str]:
     return f"{name}_g", f"{name}_v"
 
 
-def legacy_dims(module: nn.Module) -> dict[str, int]:
-    """Names and dims of a module's parameters under torch's legacy weight norm."""
-    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, LegacyHook)]
-    return {hook.name: hook.dim for hook in hooks}
+def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
+    """torch's legacy weight norms of a module: the names of the parameters, and for each the hook
+    after its key among the hooks."""
+    return {
+        hook.name: (key, hook)
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, LegacyHook)
+    }
 
 
 def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
@@ -86,7 +90,8 @@ def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
     if a.is_meta or b.is_meta:
         return True
     rtol = max(_rounding(a.dtype), _rounding(b.dtype))
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    # float8 has no promotion
+    wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     a, b = a.detach().to(wide), b.detach().to(a.device, wide)
     same = (a == b) | ((a - b).abs() <= rtol * b.abs()) | (a.isnan() & b.isnan())
     return bool(same.all())  # allclose has no rule for DTensors
@@ -94,4 +99,4 @@ def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
 
 def _rounding(dtype: torch.dtype) -> float:
     """Kernels sum in float32 at least: the order of a sum does not show in half types."""
-    return torch.finfo(dtype).eps * (2 if dtype.itemsize == 2 else 16)
+    return torch.finfo(dtype).eps * (2 if dtype.itemsize <= 2 else 16)

@@ -9,10 +9,14 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
-from .layouts import legacy_dims, legacy_keys, split_weight
+from .layouts import legacy_hooks, legacy_keys, split_weight
 from .pairs import Target, forget, load_weight, source
+
+_BEFORE = "_load_before_any_layout"
+"""A module's own way of loading that :func:`replace_loading` replaced."""
 
 
 def replace_loading(module: nn.Module) -> bool:
@@ -21,8 +25,10 @@ def replace_loading(module: nn.Module) -> bool:
 
     A hook would not do: torch goes on to load half of a pair, and reports keys of other layouts.
     """
-    if _is_replaced(module) or not legacy_dims(module):
+    if _is_replaced(module) or not legacy_hooks(module):
         return False
+    if "_load_from_state_dict" in vars(module):
+        setattr(module, _BEFORE, module._load_from_state_dict)
     module._load_from_state_dict = MethodType(_load_from_state_dict, module)
     return True
 
@@ -31,6 +37,8 @@ def restore_loading(module: nn.Module) -> None:
     """Undo :func:`replace_loading`, if it was done."""
     if _is_replaced(module):
         del module._load_from_state_dict
+        if _BEFORE in vars(module):
+            module._load_from_state_dict = vars(module).pop(_BEFORE)
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -50,36 +58,35 @@ def _load_from_state_dict(
     error_msgs: list[str],
 ) -> None:
     used, current = [], {}
-    for name, dim in legacy_dims(self).items():
+    for name, (_, hook) in legacy_hooks(self).items():
         where, names = source(state_dict, prefix, name), legacy_keys(name)
         if keys := where.keys():
-            target = _target(self, names, dim)
+            target = _target(self, names, hook)
             load_weight(where, target, self, names, prefix, local_metadata, error_msgs)
             used += keys
             current |= {prefix + n: getattr(self, n) for n in names}
     errors = len(error_msgs)
+    load = vars(self).get(_BEFORE) or partial(type(self)._load_from_state_dict, self)
     with _holding(state_dict, current):
-        type(self)._load_from_state_dict(
-            self,
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
     forget(used, unexpected_keys)
     # What could not be swapped cannot be swapped with itself either.
     error_msgs[errors:] = [text for text in error_msgs[errors:] if text not in error_msgs[:errors]]
 
 
-def _target(module: nn.Module, names: tuple[str, str], dim: int) -> Target:
-    def compose(g: Tensor, v: Tensor) -> Tensor:
-        return functional.weight_norm(v, g, dim)
-
+def _target(module: nn.Module, names: tuple[str, str], hook: LegacyHook) -> Target:
     g, v = (getattr(module, name) for name in names)
-    return Target(g, v, partial(split_weight, dim=dim), compose)
+    if type(hook) is not LegacyHook:
+        return Target(g, v, partial(_refuse, hook), None)
+
+    def compose(g: Tensor, v: Tensor) -> Tensor:
+        return functional.weight_norm(v, g, hook.dim)
+
+    return Target(g, v, partial(split_weight, dim=hook.dim), compose)
+
+
+def _refuse(hook: LegacyHook, weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise TypeError(f"{type(hook).__name__} may compute another weight than torch's WeightNorm")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .layouts import legacy_dims, legacy_keys
+from .layouts import legacy_hooks, legacy_keys
 from .legacy import restore_loading
 from .pairs import Source, Target, forget, load_weight, source
 
@@ -143,7 +143,7 @@ def unregister_load_hook(module: nn.Module, name: str) -> dict[int, Any]:
     Returns:
         The removed entries of ``module._load_state_dict_pre_hooks``.
     """
-    if not legacy_dims(module):
+    if not legacy_hooks(module):
         restore_loading(module)
     hooks = module._load_state_dict_pre_hooks
     return {

@@ -84,11 +84,19 @@ def choose(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Ten
                     "differ"
                 )
     g, v = (sd[key] for key in first)
-    if plain in sd and not _is_weight_of(sd[plain], g, v, target):
-        raise LayoutError(
-            f'{layer}: expected one weight, got "{plain}", which is not that of "{first[0]}" and '
-            f'"{first[1]}"'
-        )
+    if plain in sd:
+        try:
+            same = _is_weight_of(sd[plain], g, v, target)
+        except Exception as error:
+            raise LayoutError(
+                f'{layer}: expected one weight, got "{plain}" beside "{first[0]}" and '
+                f'"{first[1]}", which cannot be computed ({error})'
+            ) from error
+        if not same:
+            raise LayoutError(
+                f'{layer}: expected one weight, got "{plain}", which is not that of "{first[0]}" '
+                f'and "{first[1]}"'
+            )
     return g, v
 
 
