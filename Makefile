@@ -23,13 +23,15 @@ CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 .PHONY: build bench test gpu-check cuda-build-check lint format clean
 
-# torch first: the compiled module is built against the one that is there.
+# torch first: the compiled module is built against the one that is there. Of the models that tests
+# build, two come from packages whose dependencies they do not need, torchaudio among them.
 $(STAMP): pyproject.toml
 	@mkdir -p $(@D)
 	$(if $(BIN),$(PYTHON) -m venv $(VENV))
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
 	$(PIP) install -q 'setuptools>=77' ninja pybind11
 	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[bench,lint,test]'
+	$(PIP) install -q --no-deps encodec einops ChatTTS
 	@touch $@
 
 # Incremental: compiles what changed, or everything when torch did.

@@ -1,12 +1,17 @@
-"""Models of the transformers package with random weights and so few channels that a pass through
-all of them takes a second. Most passes are those of benchmarks/model_zoo.py."""
+"""Models of transformers, encodec and ChatTTS with random weights and so few channels that a pass
+through all of them takes a second. Most passes are those of benchmarks/model_zoo.py."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -41,12 +46,15 @@ SPEECH = {
 class Small:
     """A model by the names of its classes, and what to run it on."""
 
-    config: str
+    config: str | None
+    """None for a model that takes its options itself."""
     input_shape: tuple[int, ...]
     forward: Callable[[Any, Tensor], Tensor]
     layers: int
     """How many weights are normed."""
     options: dict[str, Any] = field(default_factory=dict)
+    gain: float = 1.0
+    """The mean of g; where it is too large, rounding grows from layer to layer."""
 
 
 MODELS: dict[str, Small] = {
@@ -119,6 +127,7 @@ MODELS: dict[str, Small] = {
             "codebook_size": 8,
             "codebook_dim": 3,
         },
+        gain=0.65,
     ),
     "VitsModel": Small(
         "VitsConfig",
@@ -145,14 +154,36 @@ MODELS: dict[str, Small] = {
     "Wav2Vec2Model": Small("Wav2Vec2Config", (1, 400), BY_NAME["Wav2Vec2Model"].forward, 1, SPEECH),
     "HubertModel": Small("HubertConfig", (1, 400), BY_NAME["Wav2Vec2Model"].forward, 1, SPEECH),
     "WavLMModel": Small("WavLMConfig", (1, 400), BY_NAME["Wav2Vec2Model"].forward, 1, SPEECH),
+    "encodec": Small(
+        None,
+        (1, 1, 120),
+        BY_NAME["EncodecModel"].forward,
+        20,
+        {"n_filters": 4, "dimension": 8, "ratios": [2, 2], "lstm": 1},
+    ),
 }
+BUILT_NORMED = ["EncodecModel", "VitsModel", "Wav2Vec2Model", "HubertModel", "WavLMModel"]
+"""Those of transformers whose constructor applies weight norm; ``from_pretrained`` makes the others
+without."""
 
 all_models = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name: str, kind: str = "torch") -> nn.Module:
     """The model in eval mode, with torch's parametrization (``"torch"``) or legacy hook
-    (``"legacy"``); g is moved off the norms of v, or ``w = v`` would do."""
+    (``"legacy"``). Each g is so large that an error in any of them shows in the output; those that
+    the models start with let all but a few layers vanish, and ``w = v`` would do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its legacy weight norm
+        model = (encodec if name == "encodec" else of_transformers)(name, kind).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith((".original0", "_g")):
+                parameter.uniform_(0.8, 1.2).mul_(MODELS[name].gain)
+    return model
+
+
+def of_transformers(name: str, kind: str) -> nn.Module:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
@@ -160,18 +191,51 @@ def build(name: str, kind: str = "torch") -> nn.Module:
     package = transformers
     if name == "SeamlessM4TCodeHifiGan":
         from transformers.models.seamless_m4t import modeling_seamless_m4t as package
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch:
         if kind == "legacy":  # what the models fall back to without the parametrization
             patch.delattr(nn.utils.parametrizations, "weight_norm")
-            warnings.simplefilter("ignore", FutureWarning)
-        model = getattr(package, name)(getattr(transformers, small.config)(**small.options)).eval()
+        model = getattr(package, name)(getattr(transformers, small.config)(**small.options))
         if hasattr(model, "apply_weight_norm"):
             model.apply_weight_norm()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith((".original0", "_g")):
-                parameter.mul_(0.8 + 0.4 * torch.rand(parameter.shape))
     return model
+
+
+def encodec(name: str, kind: str) -> nn.Module:
+    """The encoder and the decoder. The package calls torch's legacy function, and needs torchaudio
+    to be imported, but not to be run: it is not asked for, since it has to fit torch's build."""
+    folder("encodec")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchaudio", ModuleType("torchaudio"))
+        modules = importlib.import_module("encodec.modules")
+        if kind == "torch":
+            patch.setattr(modules.conv, "weight_norm", nn.utils.parametrizations.weight_norm)
+        options = MODELS[name].options
+        parts = modules.SEANetEncoder(**options), modules.SEANetDecoder(**options)
+    return nn.ModuleDict(dict(zip(("encoder", "decoder"), parts, strict=True)))
+
+
+def embed_of_chat_tts(kind: str, *sizes: int) -> nn.Module:
+    """ChatTTS's module with the five heads, from its file: the package imports far more. It calls
+    torch's parametrization; with an older torch, users put the legacy function in its place."""
+    file = folder("ChatTTS") / "model" / "embed.py"
+    spec = importlib.util.spec_from_file_location("ChatTTS.model.embed", file)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        utils = ModuleType("ChatTTS.utils")
+        utils.load_safetensors = None
+        patch.setitem(sys.modules, utils.__name__, utils)
+        spec.loader.exec_module(module)
+        warnings.simplefilter("ignore", FutureWarning)
+        if kind == "legacy":
+            module.weight_norm = nn.utils.weight_norm
+        return module.Embed(*sizes)
+
+
+def folder(package: str) -> Path:
+    """Where a package is installed."""
+    if (spec := importlib.util.find_spec(package)) is None:
+        pytest.skip(f"{package} is not installed (pip install --no-deps encodec einops ChatTTS)")
+    return Path(spec.origin).parent
 
 
 def run(model: nn.Module, name: str) -> Tensor:

@@ -1,5 +1,5 @@
-"""``wnkernel.convert`` on third-party models, on HiFi-GAN and on RNNs: in the middle of a training,
-and back into torch's own model."""
+"""``wnkernel.convert`` in the middle of a training: of third-party models, HiFi-GAN and RNNs. From
+and to checkpoints: tests/test_checkpoint_models.py."""
 
 from __future__ import annotations
 
@@ -76,29 +76,6 @@ def test_training_goes_on_with_the_same_bits(kind, name):
                 assert len(wnkernel.convert(model)) == MODELS[name].layers
     assert all_kinds_of(model) == {OURS}
     assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
-
-
-@all_models
-def test_values_on_the_compiled_backends(compiled_backend, name):
-    model, twin = pair(name, "torch")
-    wnkernel.convert(model)
-    assert_right_weights(model)
-    torch.testing.assert_close(small_models.run(model, name), small_models.run(twin, name))
-
-
-@torchs_kinds
-@all_models
-def test_the_way_back_into_torchs_own_model(kind, name):
-    model, _ = pair(name, kind)
-    wnkernel.convert(model)
-    torch.manual_seed(1)
-    torchs = small_models.build(name, "torch")
-    torchs.load_state_dict(model.state_dict(), strict=True)
-    with wnkernel.use_backend("eager"):
-        y = small_models.run(model, name)
-        assert torch.equal(y, small_models.run(torchs, name))
-        copied = copy.deepcopy(model)
-        assert torch.equal(y, small_models.run(copied, name))
 
 
 @torchs_kinds

@@ -1,0 +1,71 @@
+"""What the pages show: examples that run, every public name, links that lead somewhere."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wnkernel
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix() for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+)
+EXAMPLES = {"README.md": 2, "docs/checkpoints.md": 5, "docs/convert.md": 1}
+"""How many examples in Python a page has, for pages on which they are whole programs."""
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_the_examples_run(page: str) -> None:
+    """One after the other, as a reader would type them."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    examples = re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)
+    assert len(examples) == EXAMPLES[page]
+    namespace: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its legacy weight norm
+        for example in examples:
+            if "transformers" in example:
+                pytest.importorskip("transformers")
+            exec(example, namespace)
+
+
+def table_of_the_api() -> str:
+    return text_of("README.md").partition("\n## API\n")[2].partition("\n## ")[0]
+
+
+def test_the_table_of_the_api_has_every_public_name() -> None:
+    shown = set(re.findall(r"`wnkernel\.(\w+)", table_of_the_api()))
+    assert shown == set(wnkernel.__all__) - {"WeightNormGroup", "__version__"}
+
+
+def test_the_table_of_the_api_has_the_parameters() -> None:
+    for name, parameters in re.findall(r"`wnkernel\.([\w.]+)\(([^`]*)\)`", table_of_the_api()):
+        function = wnkernel
+        for part in name.split("."):
+            function = getattr(function, part)
+        shown = [p.partition("=")[0].strip() for p in parameters.split(",") if p.strip(" *")]
+        if name != "use_backend":  # shown with the choices that it has
+            assert shown == list(inspect.signature(function).parameters), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(page)):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+            assert anchor in anchors, link
