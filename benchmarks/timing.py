@@ -8,28 +8,22 @@ the same predecessor left.
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from wnkernel.cli.timing import MAX_ROUNDS, MIN_ROUNDS, MIN_SAMPLE_S, no_garbage_collection
 
 from .load import OtherLoad
 
 Contender = Callable[[], object]
 Sampler = Callable[[Contender, int], float]
 """Runs a contender n times in a row and returns the seconds that all n took."""
-
-MIN_SAMPLE_S = 200e-6
-"""Shorter samples measure the clock and the interrupts more than the work."""
-
-MIN_ROUNDS = 3
-MAX_ROUNDS = 300
 
 
 @dataclass(frozen=True)
@@ -125,22 +119,6 @@ def _warm_up(run: Contender, sample: Sampler, min_sample_s: float) -> int:
         if seconds >= min_sample_s:
             return times
         times = max(times + 1, math.ceil(1.1 * times * min_sample_s / max(seconds, 1e-7)))
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Collect what is young before the rounds, and nothing during them.
-
-    A full collection here would take longer than most cases; models are collected where they end.
-    """
-    gc.collect(1)
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _stats(seconds: list[float], other_cores: float) -> Stats:

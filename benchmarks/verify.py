@@ -1,17 +1,16 @@
 """Nothing is timed before its result is right: a float64 reference and the tolerances.
 
-The reference is composed of plain operators and differentiated by autograd, in float64, from the
-same inputs. It shares no formula with what it checks.
-"""
+The reference and the bounds of the command line, and one for each element."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from wnkernel.cli.exact import Exact, bound, exact, of_sums
 
 
 class VerificationError(Exception):
@@ -23,51 +22,32 @@ class Tolerance:
     """Bounds of the error, relative to the reference."""
 
     l2: float
-    """Of the whole tensor; of ``grad_g`` relative to the norm of the row of ``grad_w``."""
+    """Of the whole tensor; of ``grad_g`` relative to the norm of the row of ``grad_w``, and of
+    ``grad_v`` relative to its terms."""
     element: float
-    """Of the worst element, relative to the largest of the reference."""
+    """Of the worst element, relative to the largest of the same."""
 
 
 def tolerance(dtype: torch.dtype, row_length: int, *, long_sums: bool) -> Tolerance:
-    """Half a rounding of the result, and what the sums over a row may lose.
-
-    Args:
-        dtype: of the tensors.
-        row_length: elements per norm.
-        long_sums: whether the contender may sum a row in long runs, as torch's operators do: their
-            error grows with the root of the length (6e-4 was seen in float32 for one norm over 17 M
-            elements). Without it, sums have to be cut into chunks, and a row's length is no excuse.
-    """
-    accumulation = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    sums = accumulation * (64 + (2 * math.sqrt(row_length) if long_sums else 0))
-    rounding = torch.finfo(dtype).eps
-    return Tolerance(l2=rounding / 2 + sums, element=rounding + 4 * sums)
+    """The bounds; the arguments are those of :func:`wnkernel.cli.exact.bound`."""
+    l2 = bound(dtype, row_length, long_sums=long_sums)
+    sums = of_sums(dtype, row_length, long_sums=long_sums)
+    return Tolerance(l2=l2, element=torch.finfo(dtype).eps + 4 * sums)
 
 
 @dataclass(frozen=True)
-class Reference:
-    """``w``, ``grad_v`` and ``grad_g`` in float64, and the scale of the errors of ``grad_g``."""
+class Reference(Exact):
+    """What weight norm and its gradients are, and of what they are those."""
 
-    w: Tensor
-    grad_v: Tensor
-    grad_g: Tensor
-    grad_w_norm: Tensor
     dtype: torch.dtype
     row_length: int
 
 
 def reference(v: Tensor, g: Tensor, dim: int | None, grad_w: Tensor) -> Reference:
-    """What weight norm and its gradients are, computed the plain way."""
-    v64 = v.detach().double().requires_grad_()
-    g64 = g.detach().double().requires_grad_()
-    grad64 = grad_w.detach().double()
-    dims = [k for k in range(v.ndim) if k != dim]
-    keepdim = dim is not None
-    w = v64 * (g64 / torch.linalg.vector_norm(v64, dim=dims, keepdim=keepdim))
-    grad_v, grad_g = torch.autograd.grad(w, (v64, g64), grad64)
-    grad_w_norm = torch.linalg.vector_norm(grad64, dim=dims, keepdim=keepdim)
+    """Of one weight, on its device."""
     rows = 1 if dim is None else v.shape[dim]
-    return Reference(w.detach(), grad_v, grad_g, grad_w_norm, v.dtype, v.numel() // max(rows, 1))
+    want = exact(v, g, dim, grad_w)
+    return Reference(**vars(want), dtype=v.dtype, row_length=v.numel() // max(rows, 1))
 
 
 def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) -> float:
@@ -88,10 +68,13 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
     bound = tolerance(want.dtype, want.row_length, long_sums=long_sums)
     w, grad_v, grad_g = (t.detach() for t in got)
     worst = 0.0
-    for name, have, should in (("w", w, want.w), ("grad_v", grad_v, want.grad_v)):
+    for name, have, should, terms in (
+        ("w", w, want.w, want.w),
+        ("grad_v", grad_v, want.grad_v, want.grad_v_terms),
+    ):
         error = _difference(who, name, have, should)
-        l2 = _ratio(error.norm(), should.norm())
-        element = _ratio(error.abs().max(), should.abs().max())
+        l2 = _ratio(error.norm(), terms.norm())
+        element = _ratio(error.abs().max(), terms.abs().max())
         _demand(who, name, "relative L2 error", l2, bound.l2)
         _demand(who, name, "largest error of an element", element, bound.element)
         worst = max(worst, l2)

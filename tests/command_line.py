@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,9 @@ pytest.importorskip("rich", reason="the command line needs rich")
 pytest.importorskip("safetensors", reason="the command line needs safetensors")
 
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
+from wnkernel import cli
 from wnkernel.cli import output
-from wnkernel.cli.app import app
 
 from .layers import APPLY
 
@@ -33,25 +35,34 @@ def on_the_cpu() -> Iterator[None]:
         yield
 
 
-def invoke(*arguments: object) -> Any:
-    """``wnkernel *arguments``; what is no exit is raised."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+@dataclass(frozen=True)
+class Ended:
+    """How a run of the command line ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def invoke(*arguments: object) -> Ended:
+    """``wnkernel *arguments``."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit_:
+        cli.main([str(a) for a in arguments])
+    return Ended(exit_.value.code, out.getvalue(), err.getvalue())
 
 
 def convert(source: Path, target: Path, to: str, *options: object) -> dict[str, Any]:
     """``wnkernel convert --json``, which has to succeed."""
     result = invoke("convert", source, target, "--to", to, "--json", *options)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
 
 
 def fails(exit_code: int, *arguments: object) -> str:
     """``wnkernel *arguments``, which has to fail with one line; returns it."""
     result = invoke(*arguments)
-    assert result.exit_code == exit_code, result.output
+    assert result.exit_code == exit_code, result.stderr
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("wnkernel: ")

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import wnkernel
@@ -119,7 +121,8 @@ def test_pickles_that_run_code_are_refused_and_none_of_it_runs(tmp_path, layer, 
             name = "system" if call.how[0] is os.system else "eval"
             assert "refused: loading it would run code" in said
             assert name in said
-        assert "weights_only" not in said  # torch's advice is to run it
+            assert "if you trust the file" in said
+            assert "wnkernel.convert_state_dict" in said
 
 
 def test_other_things_than_checkpoints(tmp_path):
@@ -190,7 +193,54 @@ def test_the_part_of_the_file_that_contradicts_itself_is_named(tmp_path):
 
 def test_a_key_with_a_line_break_does_not_break_the_line(tmp_path):
     torch.save({"a\nb.parametrizations.weight.original0": torch.ones(2)}, tmp_path / "in.pt")
-    assert "a b.parametrizations" in refused(tmp_path, tmp_path / "in.pt", "legacy")
+    assert r"a\nb.parametrizations" in refused(tmp_path, tmp_path / "in.pt", "legacy")
+
+
+def test_keys_do_not_talk_to_the_terminal(tmp_path):
+    key = "\x1b]0;title\x07\x9b2J\u202eключ.weight"
+    shown = r"\x1b]0;title\x07\x9b2J\u202eключ.weight"
+    pair = {f"{key}_g": torch.ones(2, 1), f"{key}_v": torch.ones(2, 3)}
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters()).state_dict()
+    torch.save({key: {"opt": optimizer, "model": pair}}, tmp_path / "in.pt")
+    done = invoke("convert", tmp_path / "in.pt", "--to", "folded", "--dry-run")
+    assert done.exit_code == 0
+    for text in (done.stdout, done.stderr):
+        assert shown in "".join(text.split()).replace("│", "")
+        assert all(c.isprintable() or c == "\n" for c in text)
+    torch.save({f"{key}_g": torch.ones(2, 1)}, tmp_path / "in.pt")
+    line = fails(1, "convert", tmp_path / "in.pt", "--to", "folded", "--dry-run")
+    assert f"{shown}_g may be half of one" in line
+
+
+def test_a_file_named_as_one_of_another_kind_is_told_from_a_damaged_one(tmp_path, layer):
+    torch.save(layer, tmp_path / "in.safetensors")
+    save_file(layer, tmp_path / "in.pt")
+    torch.save(layer, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
+    for name, kind in (("in.safetensors", "torch"), ("in.pt", "safetensors")):
+        said = refused(tmp_path, tmp_path / name)
+        assert said == f"looks like a file of {kind} by its contents; rename it"
+    assert "looks like a file of torch" in refused(tmp_path, tmp_path / "old.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other bytes")
+@both_formats
+def test_a_file_whose_name_is_not_utf_8(tmp_path, layer, suffix):
+    save(layer, tmp_path / f"in{suffix}")
+    source = tmp_path / os.fsdecode(b"\xff" + suffix.encode())
+    (tmp_path / f"in{suffix}").rename(source)
+    line = fails(3, "convert", source, tmp_path / "out.pt", "--to", "folded")
+    assert r"/\udcff" in line
+    assert "a name that is not UTF-8" in line
+
+
+def test_a_missing_input_is_told_before_anything_of_the_output(tmp_path):
+    for out in ("out.pt", "out.safetensors"):
+        (tmp_path / out).write_text("precious")
+        for options in ([], ["--force"], ["--force", "--dry-run"]):
+            arguments = (tmp_path / "no.pt", tmp_path / out, "--to", "folded", *options)
+            line = fails(3, "convert", *arguments)
+            assert line == f"wnkernel: {tmp_path / 'no.pt'}: No such file or directory"
+    assert set(files_in(tmp_path).values()) == {b"precious"}
 
 
 def test_a_safetensors_header_with_a_dtype_that_nobody_knows(tmp_path):

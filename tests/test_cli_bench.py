@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import os
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import wnkernel
+from benchmarks import verify
 
 pytest.importorskip("typer", reason="the command line needs typer")
 
@@ -38,7 +40,7 @@ def _quick(monkeypatch):
 def measured(*arguments):
     """``wnkernel bench --json``, which has to succeed."""
     result = invoke("bench", "--seconds", "0", "--json", *arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
 
 
@@ -70,6 +72,28 @@ def test_shapes_dims_and_dtypes():
         assert {(r["dtype"], r["dim"]) for r in said["results"]} == {(dtype, "1")}
 
 
+def test_rows_of_one_element_whose_gradient_of_v_is_nothing_but_rounding(tmp_path):
+    said = measured("--shape", "64x1x1", "--shape", "8", "--shape", "1x1", "--shape", "1x6x1")
+    assert {r["contender"] for r in said["results"]} == {"torch", *HERE}
+    assert max(r["error"] for r in said["results"]) < 1e-5
+    save({"weight_g": torch.ones(6, 1, 1), "weight_v": torch.ones(6, 1, 1)}, tmp_path / "in.pt")
+    assert measured("--from", tmp_path / "in.pt")["results"][0]["shape"] == "6x1x1"
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((64, 1, 1), 0), ((8,), 0), ((1, 1), None)])
+def test_rows_of_one_element_in_the_other_benchmarks(shape, dim):
+    v, grad_w = torch.randn(2, *shape).unbind()
+    v.requires_grad_()
+    g = torch.rand(v.shape if dim == 0 else ()).requires_grad_()
+    w = wnkernel.functional.weight_norm(v, g, dim)
+    grad_v, grad_g = torch.autograd.grad(w, (v, g), grad_w)
+    want = verify.reference(v, g, dim, grad_w)
+    verify.check("ours", (w, grad_v, grad_g), want, long_sums=False)
+    wrong = grad_v + 1e-3 * grad_w
+    with pytest.raises(verify.VerificationError, match="grad_v is wrong"):
+        verify.check("ours", (w, wrong, grad_g), want, long_sums=False)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_the_weight_norms_of_a_checkpoint(tmp_path, suffix):
     state = trained("legacy").state_dict()
@@ -97,7 +121,7 @@ def test_the_table_and_the_csv_have_every_case(tmp_path):
     target = tmp_path / "out.csv"
     arguments = ("bench", *SMALL, "--shape", "3x2", "--seconds", "0", "--csv", target)
     result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     rows = [[c.strip() for c in line.split("│")] for line in result.stdout.splitlines()]
     rows = [row[1:6] for row in rows if len(row) > 6]
     assert rows == [
@@ -189,7 +213,7 @@ def test_contenders_take_turns_in_their_contexts():
 def test_a_busy_machine_is_said_to_be_one(monkeypatch):
     assert load.disturbed(os.cpu_count(), 1)
     assert not load.disturbed(0.0, os.cpu_count())
-    assert not load.disturbed(None, os.cpu_count())
+    assert not load.disturbed(math.nan, os.cpu_count())
     monkeypatch.setattr(load.OtherLoad, "cores", lambda self: 99.0)
     shown = invoke("bench", "--seconds", "0", *SMALL)
     assert "other processes used up to 99.0 cores" in shown.stdout
@@ -197,10 +221,19 @@ def test_a_busy_machine_is_said_to_be_one(monkeypatch):
     assert "other processes" not in invoke("bench", "--seconds", "0", *SMALL).stdout
 
 
+def test_where_the_system_does_not_tell_the_load_nothing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(load, "_STAT", tmp_path / "stat")
+    assert {r["other_cores"] for r in measured(*SMALL)["results"]} == {None}
+    assert "other processes" not in invoke("bench", "--seconds", "0", *SMALL).stdout
+
+
 def test_what_makes_no_sense_is_wrong_usage():
     for arguments, said in (
         (["--shape", "3x0"], "--shape: expected sizes"),
         (["--shape", "3,4"], "--shape: expected sizes"),
+        (["--shape", "9" * 25 + "x2"], "--shape: expected sizes"),
+        (["--shape", "9" * 5000], "--shape: expected sizes"),
+        (["--shape", "9" * 18 + "x" + "9" * 18], "dim 0 float32: "),
         (["--shape", "3x4", "--dim", "2"], "--dim: expected none or a dimension of 3x4"),
         (["--shape", "3x4", "--dim", "x"], "--dim: expected none or a dimension of 3x4"),
         (["--shape", "3", "--shape", "4", *(["--dim", "0"] * 3)], "--dim: expected one, or 2"),
@@ -219,6 +252,9 @@ def test_a_checkpoint_without_weight_norm_or_with_half_of_one(tmp_path):
     save({"parametrizations.weight.original0": torch.ones(3, 1)}, tmp_path / "in.pt")
     assert "original1" in fails(3, "bench", "--from", tmp_path / "in.pt")
     assert "No such file" in fails(3, "bench", "--from", tmp_path / "no.pt")
+    (tmp_path / "out.csv").touch()
+    arguments = ("bench", "--from", tmp_path / "no.pt", "--csv", tmp_path / "out.csv", "--force")
+    assert "no.pt: No such file" in fails(3, *arguments)
 
 
 def test_without_arguments_a_few_shapes_are_timed(monkeypatch):

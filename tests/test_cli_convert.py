@@ -112,6 +112,9 @@ def test_a_safetensors_file_is_written_as_the_library_writes_it(tmp_path, small_
         "ключ": torch.tensor(1.5, dtype=torch.float64),
         "f8": torch.linspace(0, 1, 3).to(torch.float8_e4m3fn),
     }
+    if hasattr(torch, "float8_e8m0fnu"):
+        state["e8"] = torch.ones(3).to(torch.float8_e8m0fnu)
+        state["e5"] = torch.ones(3).to(torch.float8_e5m2)
     save_file(state, tmp_path / "in.safetensors", {"format": "pt"})
     convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", to)
     by_hand = wnkernel.convert_state_dict(state, to=to)
@@ -214,15 +217,37 @@ def test_what_a_dry_run_says_in_json_is_what_is_done(tmp_path):
     assert dry == done
 
 
+def test_what_will_be_in_a_safetensors_file_is_computed_once_for_all_of_a_kind(
+    tmp_path, monkeypatch
+):
+    computed, weight_norm = [], wnkernel.functional.weight_norm
+
+    def counted(v, *rest, **named):
+        computed.append(v.device.type)
+        return weight_norm(v, *rest, **named)
+
+    monkeypatch.setattr(wnkernel.functional, "weight_norm", counted)
+    state = {}
+    for k in range(20):
+        state |= {f"{k}.weight_g": torch.ones(4, 1), f"{k}.weight_v": torch.ones(4, 3)}
+    save_file(state, tmp_path / "in.safetensors")
+    convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", "folded")
+    assert 0 < computed.count("meta") < 5
+    assert computed.count("cpu") >= 20
+
+
 def test_quiet_says_nothing_and_otherwise_a_few_lines_do(tmp_path):
     torch.save(trained().state_dict(), tmp_path / "in.pt")
     quiet = invoke("convert", tmp_path / "in.pt", tmp_path / "a.pt", "--to", "folded", "-q")
-    assert (quiet.exit_code, quiet.output) == (0, "")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
     loud = invoke("convert", tmp_path / "in.pt", tmp_path / "b.pt", "--to", "folded")
     assert loud.stdout.splitlines() == [
         "7 weight norms, legacy -> folded",
         f"wrote {tmp_path / 'b.pt'}",
     ]
+    torch.save({"weight_g": torch.ones(2, 1), "weight_v": torch.ones(2, 3)}, tmp_path / "one.pt")
+    one = invoke("convert", tmp_path / "one.pt", "--to", "folded", "--dry-run")
+    assert "1 weight norm, legacy -> folded" in one.stdout
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -233,6 +258,7 @@ def test_a_file_without_weight_norm_is_said_to_be_one(tmp_path, suffix, to):
     before = files_in(tmp_path)
     line = fails(1, "convert", tmp_path / f"in{suffix}", tmp_path / f"out{suffix}", "--to", to)
     assert "no weight norm" in line
+    assert line.endswith("weight_g may be half of one; nothing was written")
     assert files_in(tmp_path) == before
 
 

@@ -213,6 +213,18 @@ def test_what_is_more_than_tensors_does_not_go_into_a_safetensors_file(tmp_path)
         assert not (tmp_path / "o.safetensors").exists()
 
 
+def test_keys_that_are_no_text_beside_a_weight_norm(tmp_path):
+    pair = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.ones(3, 2)}
+    optimizer = torch.optim.Adam(nn.Linear(1, 1).parameters()).state_dict()
+    content = pair | {3: torch.zeros(2), ("x", 1): "text", "opt": optimizer}
+    torch.save(content, tmp_path / "in.pt")
+    for to in ("folded", "parametrized"):
+        convert(tmp_path / "in.pt", tmp_path / f"{to}.pt", to)
+        got = torch.load(tmp_path / f"{to}.pt", weights_only=True)
+        expected = wnkernel.convert_state_dict(pair, to=to)
+        assert_same(got, expected | {k: v for k, v in content.items() if k not in pair})
+
+
 def test_a_dict_inside_itself_is_kept(tmp_path):
     content = {"model": trained("legacy").state_dict()}
     content["self"] = content

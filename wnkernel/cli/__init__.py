@@ -1,37 +1,32 @@
-"""The command line ``wnkernel``. Nothing outside this package imports it, and only this file runs
-where the packages that it needs are missing."""
+"""The command line. Nothing else in ``wnkernel`` imports it. Where the packages that it needs are
+missing, only this file runs, and what the benchmarks use of it: exact, load and timing."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import sys
-import traceback
+from collections.abc import Sequence
 
 MISSING_PACKAGE = 2
-BUG = 70
-"""Exit codes; the others are in errors.py. Python's own for a bug would be that of a file with
-nothing to convert."""
+"""An exit code; the others are in errors.py."""
 
 NEEDED = ("typer", "rich", "safetensors")
 
 
-def main() -> None:
-    """Run the command line, or say what to install."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, or say what to install; ends the process.
+
+    Args:
+        arguments: those of the process if not given.
+    """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"wnkernel: the command line needs {', '.join(missing)}: pip install 'wnkernel[cli]'",
+            f"wnkernel: the command line needs {', '.join(missing)}: pip install 'wnkernel[cli]'; "
+            "python -m wnkernel alone prints the facts without",
             file=sys.stderr,
         )
         sys.exit(MISSING_PACKAGE)
-    from .app import app
+    from .run import run
 
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
-    try:
-        app(prog_name="wnkernel")
-    except Exception:
-        traceback.print_exc()
-        sys.exit(BUG)
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))

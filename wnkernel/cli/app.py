@@ -7,7 +7,6 @@ import enum
 import io
 import math
 import platform
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED
 from . import bench as benchmark
 from . import cases, report
 from . import convert as conversion
-from .errors import EXIT_CODES, CliError, Interrupted, WrongUsage
+from .errors import EXIT_CODES, WrongUsage, printable
 from .output import Advance, Outputs
 
 app = typer.Typer(
@@ -65,7 +64,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Only ``--version``; the help is that of the app."""
@@ -80,14 +79,19 @@ def convert(
     *,
     to: Annotated[Layout, typer.Option(help="The layout wanted.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would change, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what would change, and write nothing. An OUT that exists is refused all "
+            "the same, without --force.",
+        ),
     ] = False,
     force: Force = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")
     ] = False,
     eps: Annotated[
-        float, typer.Option(min=0.0, help="That of the layers, if they have one, for folding.")
+        float, typer.Option(min=0.0, help="eps of the layers, if not 0; only folding needs it.")
     ] = 0.0,
     as_json: Json = False,
 ) -> None:
@@ -108,24 +112,25 @@ def convert(
     same goes for lists of tensors in the order of parameters, as some EMAs have them, without a
     warning.
 
-    Safetensors files are read and written a tensor at a time, so they may be larger than memory.
+    From safetensors to safetensors, no more than a weight norm is in memory at a time; otherwise
+    what is written has to fit.
+
     OUT appears whole or not at all, also when the command is interrupted.
     """
-    with _ending(as_json):
-        if target is None and not dry_run:
-            raise WrongUsage("OUT: expected a file to write to (or --dry-run), got none")
-        if not math.isfinite(eps):
-            raise WrongUsage(f"--eps: expected a finite number, got {eps}")
-        request = conversion.Request(source, target, to.value, eps, force, dry_run)
-        shown = not (quiet or as_json)
-        done = conversion.convert(request, lambda total: _progress(total, shown))
-        if as_json:
-            print(report.as_json(report.conversion_as_json(request, done)))
-            return
-        for warning in done.warnings:
-            print(f"wnkernel: warning: {warning}", file=sys.stderr)
-        if not quiet:
-            report.print_conversion(request, done)
+    if target is None and not dry_run:
+        raise WrongUsage("OUT: expected a file to write to (or --dry-run), got none")
+    if not math.isfinite(eps):
+        raise WrongUsage(f"--eps: expected a finite number, got {eps}")
+    request = conversion.Request(source, target, to.value, eps, force, dry_run)
+    shown = not (quiet or as_json)
+    done = conversion.convert(request, lambda total: _progress(total, shown))
+    if as_json:
+        print(report.as_json(report.conversion_as_json(request, done)))
+        return
+    for warning in done.warnings:
+        print(f"wnkernel: warning: {printable(warning)}", file=sys.stderr)
+    if not quiet:
+        report.print_conversion(request, done)
 
 
 @app.command()
@@ -168,57 +173,38 @@ def bench(
     of torch's that does not run, or is wrong, shows as "-". All take turns, and medians are shown.
     On a GPU a time is that of the device or that of the host, whichever is longer.
     """
-    with _ending(as_json):
-        if dim and not shape:
-            raise WrongUsage("--dim: expected a --shape that it is of, got none")
-        asked = []
-        if shape:
-            asked = cases.of_shapes(shape, dim or ["0"], dtype)
-        elif checkpoint is None:
-            asked = cases.of_shapes(cases.DEFAULT_SHAPES, cases.DEFAULT_DIMS, dtype)
-        where = cases.device_of(device)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        inputs = [] if checkpoint is None else [checkpoint]
-        with Outputs(inputs, force=force) as outputs:
-            if csv_file is not None:
-                outputs.check(csv_file)
-            if checkpoint is not None:
-                asked += cases.of_checkpoint(checkpoint, dtype)
-            results = _run(asked, where, seconds, shown=not as_json)
-            rows = [report.result_as_dict(r) for r in results]
-            if csv_file is not None:
-                with outputs.file(csv_file, lambda _: None) as writer:
-                    writer.write(_csv(rows))
-                outputs.commit()
-        about = {
-            "device": _device_name(where),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "wnkernel": __version__,
-        }
-        if as_json:
-            print(report.as_json({**about, "results": rows}))
-        else:
-            report.print_bench(results, ", ".join(f"{k} {v}" for k, v in about.items()))
-
-
-@contextmanager
-def _ending(as_json: bool) -> Iterator[None]:
-    """Ends the process with one line and the exit code of an error."""
-    try:
-        yield
-    except (CliError, Interrupted) as error:
-        line, code = " ".join(str(error).splitlines()), error.exit_code
-    except KeyboardInterrupt:
-        ended = Interrupted(signal.SIGINT)
-        line, code = str(ended), ended.exit_code
-    else:
-        return
+    if dim and not shape:
+        raise WrongUsage("--dim: expected a --shape that it is of, got none")
+    asked = []
+    if shape:
+        asked = cases.of_shapes(shape, dim or ["0"], dtype)
+    elif checkpoint is None:
+        asked = cases.of_shapes(cases.DEFAULT_SHAPES, cases.DEFAULT_DIMS, dtype)
+    where = cases.device_of(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    inputs = [] if checkpoint is None else [checkpoint]
+    with Outputs(inputs, force=force) as outputs:
+        if csv_file is not None:
+            outputs.check(csv_file)
+        if checkpoint is not None:
+            asked += cases.of_checkpoint(checkpoint, dtype)
+        results = _run(asked, where, seconds, shown=not as_json)
+        rows = [report.result_as_dict(r) for r in results]
+        if csv_file is not None:
+            with outputs.file(csv_file, lambda _: None) as writer:
+                writer.write(_csv(rows))
+            outputs.commit()
+    about = {
+        "device": _device_name(where),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "wnkernel": __version__,
+    }
     if as_json:
-        print(report.as_json({"error": line, "exit_code": code}))
-    print(f"wnkernel: {line}", file=sys.stderr)
-    raise typer.Exit(code)
+        print(report.as_json({**about, "results": rows}))
+    else:
+        report.print_bench(results, ", ".join(f"{k} {v}" for k, v in about.items()))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..backends import BACKENDS, choose, use_backend
 from ..problem import WHOLE_TENSOR, norm_shape
 from .cases import Case
 from .errors import WrongResult, WrongUsage, one_line
+from .exact import Exact, bound, exact
 from .timing import Contender, Times, measure
 
 TORCH = "torch"
@@ -47,7 +48,8 @@ def run(case: Case, device: torch.device, seconds: float) -> list[Result]:
         WrongUsage: the case does not fit into memory.
     """
     inputs = _inputs(case, device)
-    want = _reference(inputs, case.dim)
+    on_cpu = (t.cpu() for t in (inputs.v, inputs.g))  # not every device has float64
+    want = exact(*on_cpu, case.dim, inputs.grad_w.cpu())
     contenders = dict(_contenders(inputs.v, case.dim))
     errors = {}
     for name, contender in list(contenders.items()):
@@ -60,14 +62,13 @@ def run(case: Case, device: torch.device, seconds: float) -> list[Result]:
                 raise
             del contenders[name]  # not every dtype runs everywhere
             continue
-        exact = ours and name != "eager"  # eager sums as torch does
         errors[name] = _error(got, want)
-        bound = _bound(case, exact=exact)
-        if not errors[name] <= bound:  # NaN too
+        allowed = _bound(case, long_sums=name in (TORCH, "eager"))  # eager is torch's operators
+        if not errors[name] <= allowed:  # NaN too
             if ours:
                 raise WrongResult(
                     f"{case}: backend {name!r} is off by {errors[name]:.2g} against float64, "
-                    f"allowed is {bound:.2g}; nothing was timed"
+                    f"allowed is {allowed:.2g}; nothing was timed"
                 )
             del contenders[name]
     automatic = choose(inputs.v).name
@@ -154,44 +155,22 @@ def _both(operator: Operator, t: _Inputs) -> tuple[Tensor, ...]:
     return (w.detach(), *torch.autograd.grad(w, (t.v, t.g), t.grad_w))
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """w and its gradients in float64, and what the errors of ``grad_g`` are proportional to."""
-
-    results: tuple[Tensor, ...]
-    grad_w_norm: Tensor
-
-
-def _reference(t: _Inputs, dim: int) -> _Reference:
-    """By plain operators and autograd, on the CPU: not every device has float64."""
-    v, g = (x.detach().cpu().double().requires_grad_() for x in (t.v, t.g))
-    grad_w = t.grad_w.cpu().double()
-    others = [k for k in range(v.ndim) if k != dim]
-
-    def norm(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=others, keepdim=True) if others else x.abs()
-
-    w = v * (g.reshape(norm(v).shape) / norm(v))
-    grads = torch.autograd.grad(w, (v, g), grad_w)
-    return _Reference((w.detach(), *grads), norm(grad_w).reshape(g.shape))
-
-
-def _error(got: tuple[Tensor, ...], want: _Reference) -> float:
+def _error(got: tuple[Tensor, ...], want: Exact) -> float:
     """The largest relative error; NaN if one of them is."""
+    w, grad_v, grad_g = (
+        have.cpu().double() - should
+        for have, should in zip(got, (want.w, want.grad_v, want.grad_g), strict=True)
+    )
     tiny = torch.finfo(torch.float64).tiny
-    errors = []
-    for have, should in zip(got[:2], want.results[:2], strict=True):
-        difference = have.cpu().double() - should
-        errors.append(difference.norm() / should.norm().clamp_min(tiny))
-    difference = (got[2].cpu().double() - want.results[2]).abs()
-    errors.append((difference / want.grad_w_norm.clamp_min(tiny)).max())
+    errors = (
+        w.norm() / want.w.norm().clamp_min(tiny),
+        grad_v.norm() / want.grad_v_terms.norm().clamp_min(tiny),
+        (grad_g.abs() / want.grad_w_norm.clamp_min(tiny)).max(),
+    )
     return float(torch.stack(errors).max())
 
 
-def _bound(case: Case, *, exact: bool) -> float:
-    """Half a rounding of the result, and what sums lose: long runs of a row, or chunks of it."""
-    accumulation = torch.float64 if case.dtype == torch.float64 else torch.float32
+def _bound(case: Case, *, long_sums: bool) -> float:
     numel = torch.Size(case.shape).numel()
     length = numel if case.dim == WHOLE_TENSOR else numel // case.shape[case.dim]
-    sums = 64 + (0 if exact else 2 * length**0.5)
-    return torch.finfo(case.dtype).eps / 2 + torch.finfo(accumulation).eps * sums
+    return bound(case.dtype, length, long_sums=long_sums)

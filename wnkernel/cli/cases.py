@@ -67,7 +67,7 @@ def of_checkpoint(path: Path, dtype: str | None) -> list[Case]:
 
 def _shape(text: str) -> tuple[int, ...]:
     sizes = text.lower().split("x")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+    if not all(size.isdecimal() and len(size) < 19 and int(size) > 0 for size in sizes):
         raise WrongUsage(f"--shape: expected sizes as in 512x512x3, got {text!r}")
     return tuple(map(int, sizes))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import safetensors_files, shards, torch_files
 from .errors import CannotWrite, NothingToConvert
 from .flat import Flat
-from .formats import Format, format_of, output_format
+from .formats import SUFFIXES, Format, format_of, output_format
 from .layouts import Change, Conversion, aliases
 from .output import Advance, Outputs, Writer
 from .safetensors_files import Spec
@@ -104,7 +104,7 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
         if form == Format.INDEX:
             numbers = flat.shards()
             paths = shards.shard_paths(target, len(numbers))
-            file_form = format_of(paths[0])
+            file_form = SUFFIXES[paths[0].suffix]
         for path in paths:
             outputs.check(path)
         warnings = []
@@ -146,6 +146,8 @@ def _demand_changes(conversion: Conversion) -> None:
     what = "it has no weight norm, or folded ones, which do not show"
     if conversion.already:
         what = f"all its weight norms ({conversion.already}) are {conversion.to} already"
+    elif conversion.halves:
+        what += f"; {conversion.halves[0]} may be half of one"
     raise NothingToConvert(f"{conversion.file}: nothing to convert, {what}; nothing was written")
 
 

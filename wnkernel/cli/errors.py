@@ -44,17 +44,29 @@ class WrongResult(CliError):
 class Interrupted(BaseException):
     """A signal asked the process to end. Not an ``Exception``, as KeyboardInterrupt is none."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}; nothing was written")
+    def __init__(self, number: int, note: str) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}{note}")
         self.exit_code = 128 + number
 
 
+BUG = 70
+"""Python's own exit code for a bug would be that of a file with nothing to convert."""
+
+NOBODY_READS = 128 + 13
+"""As of a process that SIGPIPE ends."""
+
 EXIT_CODES = """Exit codes: 0 done; 1 nothing to convert; 2 wrong usage, or a missing package; \
 3 an input that cannot be read, or contradicts itself; 4 an output that cannot be written; \
-5 a wrong result (bench); 70 a bug, with a traceback; 128 + n ended by signal n (130 for Ctrl-C)."""
+5 a wrong result (bench); 70 a bug, with a traceback; 128 + n ended by signal n (130 for Ctrl-C, \
+141 where nobody reads what is printed)."""
 
 
 def one_line(error: BaseException) -> str:
     """What an exception of a library says, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Keys and names come from files: nothing in them may talk to the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -38,6 +38,7 @@ class Flat:
         self._shards = shards
         self._conversion = conversion
         self._homes = {key: i for i, shard in enumerate(shards) for key in shard.specs}
+        self._empty: dict[Spec, Tensor] = {}
         shapes = {key: self._shape(key) for key in self._homes}
         self._new = {k: Spec(t.dtype, t.shape) for k, t in conversion.convert(shapes).items()}
         self._parts: list[_Part] = []
@@ -45,7 +46,7 @@ class Flat:
         for weight in conversion.find(shapes):
             keys = keys_of(weight, shapes)
             if not all(key in self._new for key in keys):
-                self._parts.append(self._part(keys))
+                self._parts.append(self._part(keys, conversion.new_keys(weight)))
                 for key in keys:
                     del alone[key]
         self._parts += [_Part([k], {k: self._homes[k]}, is_converted=False) for k in alone]
@@ -80,19 +81,19 @@ class Flat:
                 tensors = again.convert(tensors) if part.is_converted else tensors
                 yield from ((key, tensors[key]) for key in wanted)
 
-    def _part(self, keys: list[str]) -> _Part:
+    def _part(self, keys: list[str], new: list[str]) -> _Part:
         if len(keys) > 2:  # spellings that have to agree: before anything is written
-            new = self._conversion.again().convert(self._load(keys))
-        else:
-            new = self._conversion.again().convert({key: self._shape(key) for key in keys})
+            self._conversion.again().convert(self._load(keys))
         # New keys go where v was, which may be another file than that of g.
         largest = self._homes[max(keys, key=lambda key: self._shape(key).numel())]
         return _Part(keys, {k: self._homes.get(k, largest) for k in new}, is_converted=True)
 
     def _shape(self, key: str) -> Tensor:
-        """A tensor without data."""
+        """A tensor without data: one for all that are alike, and what is computed from it too."""
         spec = self._shards[self._homes[key]].specs[key]
-        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        if spec not in self._empty:
+            self._empty[spec] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        return self._empty[spec]
 
     def _load(self, keys: list[str]) -> dict[str, Tensor]:
         return {key: self._shards[self._homes[key]].tensor(key) for key in keys}

@@ -35,19 +35,26 @@ def format_of(path: Path) -> Format:
     """The format of an input: by its name, or else by its first bytes.
 
     Raises:
-        BadInput: neither tells.
+        BadInput: neither tells, or they contradict each other, or it cannot be read.
     """
-    if (named := _by_name(path)) is not None:
-        return named
+    named = _by_name(path)
     try:
+        str(path).encode()
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
-    if head.startswith((ZIP, _PICKLE)):
-        return Format.TORCH
-    if head[8:] == b"{":
-        return Format.SAFETENSORS
+    except UnicodeEncodeError:
+        raise BadInput(f"{path}: a name that is not UTF-8, which torch cannot open") from None
+    found = None
+    if head[4:] == b"\0\0\0\0{":  # a length of 8 bytes, and JSON
+        found = Format.SAFETENSORS
+    elif head.startswith((ZIP, _PICKLE)):
+        found = Format.TORCH
+    if named and found and named != found:
+        raise BadInput(f"{path}: looks like a file of {found.value} by its contents; rename it")
+    if named or found:
+        return named or found
     raise BadInput(f"{path}: neither its name nor its contents are those of a checkpoint")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint import convert_state_dict, legacy_keys
-from ..checkpoint.convert import NormedWeight, find_normed_weights
-from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED
+from ..checkpoint.normed import NormedWeight, find_normed_weights
+from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED, parametrized_keys
 from ..problem import WHOLE_TENSOR
 from .errors import BadInput
+
+_HALF = re.compile(r"(?:.*\.)?weight[^.]*_([gv])")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Conversion:
         self.changes: list[Change] = []
         self.already = 0
         """Weight norms that had the layout before."""
+        self.halves: list[str] = []
+        """Keys that may be one half of a legacy pair, without the other."""
         self._eps = eps
         self._aliases = aliases
         self._folded: dict[tuple[object, ...], Tensor] = {}
@@ -79,6 +84,7 @@ class Conversion:
             BadInput: it contradicts itself.
         """
         weights = self.find(state_dict, where)
+        self.halves += _halves(state_dict)
         try:
             converted = convert_state_dict(state_dict, to=self.to, eps=self._eps)
         except ValueError as error:
@@ -97,6 +103,16 @@ class Conversion:
                 converted[weight.key] = self._folded.setdefault(identity, w)
         return converted
 
+    def new_keys(self, weight: NormedWeight) -> list[str]:
+        """The keys that it has afterwards."""
+        prefix, dot, name = weight.key.rpartition(".")
+        names = {
+            FOLDED: (name,),
+            LEGACY: legacy_keys(name),
+            PARAMETRIZED: parametrized_keys(name),
+        }[self.to]
+        return [prefix + dot + key for key in names]
+
     def _bad(self, where: str, error: ValueError) -> BadInput:
         text = str(error).removeprefix("state_dict: ")
         return BadInput(f"{self.file}: {where}: {text}" if where else f"{self.file}: {text}")
@@ -111,6 +127,16 @@ def keys_of(weight: NormedWeight, state_dict: Mapping[str, Any]) -> list[str]:
 def _layout(weight: NormedWeight, pair: tuple[str, str]) -> str:
     prefix, dot, name = weight.key.rpartition(".")
     return LEGACY if pair[0] == prefix + dot + legacy_keys(name)[0] else PARAMETRIZED
+
+
+def _halves(state_dict: Mapping[str, Any]) -> list[str]:
+    return [
+        key
+        for key in state_dict
+        if isinstance(key, str)
+        and (match := _HALF.fullmatch(key))
+        and key[:-1] + {"g": "v", "v": "g"}[match[1]] not in state_dict
+    ]
 
 
 def aliases(state_dict: Mapping[str, Tensor]) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import BinaryIO
 
 from .errors import CannotWrite, WrongUsage
 from .signals import Signals
+
+STDOUT = 1
+"""The file descriptor. A name such as /dev/stdout leads to the file that it is redirected to."""
 
 CHUNK = 16 << 20
 """Bytes written at once: how often progress is told and signals are heard."""
@@ -34,7 +38,7 @@ class Outputs:
         self._inputs = list(inputs)
         self._force = force
         self._files: list[tuple[Path, Path]] = []
-        self._signals = Signals()
+        self._signals = Signals("; nothing was written")
 
     def __enter__(self) -> Outputs:
         self._signals.__enter__()
@@ -57,7 +61,7 @@ class Outputs:
         try:
             target = path.resolve()
             for source in self._inputs:
-                if target.exists() and target.samefile(source):
+                if _is_one_file(target, source):
                     raise WrongUsage(f"{path}: is the input {source} itself; write to another file")
             if not target.parent.is_dir():
                 raise CannotWrite(f"{path}: there is no folder {target.parent}")
@@ -65,6 +69,8 @@ class Outputs:
                 raise CannotWrite(f"{path}: is a folder; name a file")
             if target.exists() and not target.is_file():
                 raise CannotWrite(f"{path}: is no ordinary file")
+            if _is_one_file(target, STDOUT):
+                raise CannotWrite(f"{path}: is standard output; name another file")
             if target.exists() and not self._force:
                 raise CannotWrite(f"{path}: exists already; --force replaces it")
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
@@ -79,11 +85,13 @@ class Outputs:
             CannotWrite: the system does not let us, or the disk is full.
         """
         target = self.check(path)
-        temporary = target.with_name(f".wnkernel-{secrets.token_hex(8)}.tmp")
+        temporary = _hidden(target)
         self._files.append((temporary, target))
         writer: Writer | None = None
         try:
             with temporary.open("xb") as raw:
+                if target.exists():
+                    shutil.copymode(target, temporary)
                 writer = Writer(raw, advance)
                 yield writer
                 raw.flush()
@@ -99,16 +107,26 @@ class Outputs:
         self._signals.ignore()
         self._signals.check()
         made: list[Path] = []
+        aside: list[tuple[Path, Path]] = []
         for temporary, target in self._files:
             try:
                 existed = target.exists()
+                if existed and self._force and temporary != self._files[-1][0]:
+                    aside.append((_set_aside(target), target))
                 self._place(temporary, target)
             except OSError as error:
                 for path in made:
                     path.unlink(missing_ok=True)
+                for old, path in aside:
+                    with suppress(OSError):  # then it stays where it is
+                        os.replace(old, path)
+                        old.unlink(missing_ok=True)  # two names of one file do not become one
                 raise _cannot_write(target, error) from None
             if not existed:
                 made.append(target)
+        for old, _ in aside:
+            with suppress(OSError):
+                old.unlink()
         for folder in {target.parent for _, target in self._files}:
             _sync(folder)
         return [target for _, target in self._files]
@@ -125,6 +143,26 @@ class Outputs:
                 if target.exists():
                     raise
         os.replace(temporary, target)
+
+
+def _hidden(target: Path) -> Path:
+    return target.with_name(f".wnkernel-{secrets.token_hex(8)}.tmp")
+
+
+def _set_aside(target: Path) -> Path:
+    """Keep a file that is about to be replaced, under another name too."""
+    old = _hidden(target)
+    try:
+        os.link(target, old)
+    except OSError:  # not every file system has hard links
+        os.rename(target, old)
+    return old
+
+
+def _is_one_file(target: Path, other: Path | int) -> bool:
+    with suppress(OSError):  # one of them is not there
+        return os.path.samestat(target.stat(), os.stat(other))
+    return False
 
 
 class Writer:

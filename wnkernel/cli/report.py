@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from .bench import PHASES, TORCH, Result
 from .cases import dim_text, dtype_text, shape_text
 from .convert import Report, Request
+from .errors import printable
 from .load import disturbed
 
 PIPE_WIDTH = 150
@@ -62,9 +64,11 @@ def print_conversion(request: Request, report: Report) -> None:
     kinds = Counter((c.where, c.source, c.target) for c in report.changes)
     for (where, source, target), count in kinds.items():
         part = f"{where}: " if where else ""
-        out.print(f"{part}{count} weight norms, {source} -> {target}", markup=False, soft_wrap=True)
+        norms = "weight norm" if count == 1 else "weight norms"
+        line = f"{part}{count} {norms}, {source} -> {target}"
+        out.print(printable(line), markup=False, soft_wrap=True)
     for path in report.written:
-        out.print(f"wrote {path}", markup=False, soft_wrap=True)
+        out.print(printable(f"wrote {path}"), markup=False, soft_wrap=True)
     if request.dry_run:
         out.print("dry run: nothing was written")
 
@@ -80,7 +84,8 @@ def _changes(report: Report) -> Table:
     table.add_column("dim", no_wrap=True, justify="right")
     for c in report.changes:
         cells = [c.weight, f"{c.source} -> {c.target}", shape_text(c.shape), dim_text(c.dim)]
-        table.add_row(*map(escape, [c.where, *cells] if has_parts else cells))
+        cells = [c.where, *cells] if has_parts else cells
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     return table
 
 
@@ -122,7 +127,7 @@ def result_as_dict(r: Result) -> dict[str, Any]:
         "p80_ms": r.times.p80_ms,
         "rounds": r.times.rounds,
         "times_torch": r.times_torch,
-        "other_cores": r.times.other_cores,
+        "other_cores": None if math.isnan(r.times.other_cores) else r.times.other_cores,
         "error": r.error,
     }
 
@@ -150,10 +155,10 @@ def print_bench(results: list[Result], where: str) -> None:
         for phase in PHASES:
             out.print(_total(phase, [v for (_, p), v in rows.items() if p == phase]))
     out.print('"times torch": of the backend that runs when none is asked for')
-    loads = [r.times.other_cores for r in results]
-    if any(disturbed(load, torch.get_num_threads()) for load in loads):
+    loads = (r.times.other_cores for r in results)
+    if bad := [load for load in loads if disturbed(load, torch.get_num_threads())]:
         out.print(
-            f"other processes used up to {max(filter(None, loads)):.1f} cores meanwhile: do not "
+            f"other processes used up to {max(bad):.1f} cores meanwhile: do not "
             "believe these figures; fewer --threads may help",
             style="bold red",
         )

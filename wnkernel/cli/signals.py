@@ -17,9 +17,14 @@ ENDING = tuple(
 class Signals:
     """Raises :class:`Interrupted` in a ``with`` block, once: a second signal must not stop the
     cleaning up. It is raised again at the end of the block, for libraries that call back into
-    Python may turn the first into an error of theirs."""
+    Python may turn the first into an error of theirs.
 
-    def __init__(self) -> None:
+    Args:
+        note: what to tell besides.
+    """
+
+    def __init__(self, note: str = "") -> None:
+        self._note = note
         self._received: int | None = None
         self._ignored = False
         self._previous: dict[int, Any] = {}
@@ -43,9 +48,9 @@ class Signals:
     def check(self) -> None:
         """Raise if a signal came and was swallowed."""
         if self._received is not None:
-            raise Interrupted(self._received)
+            raise Interrupted(self._received, self._note)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._received is None and not self._ignored:
             self._received = number
-            raise Interrupted(number)
+            raise Interrupted(number, self._note)

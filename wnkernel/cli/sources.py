@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.convert import NormedWeight, find_normed_weights
+from ..checkpoint.normed import NormedWeight, find_normed_weights
 from . import shards, torch_files
 from .errors import BadInput
 from .formats import Format, format_of

@@ -39,8 +39,8 @@ class Times:
     p20_ms: float
     p80_ms: float
     rounds: int
-    other_cores: float | None
-    """Cores that other processes used meanwhile; None where the system does not tell."""
+    other_cores: float
+    """Cores that other processes used meanwhile; NaN where the system does not tell."""
 
 
 def measure(
@@ -54,7 +54,7 @@ def measure(
     counts = {name: _warm_up(c, device) for name, c in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
-    with _no_garbage_collection():
+    with no_garbage_collection():
         others = OtherLoad()
         deadline = time.perf_counter() + seconds
         for done in range(MAX_ROUNDS):
@@ -96,14 +96,18 @@ def _warm_up(contender: Contender, device: torch.device) -> int:
         times = max(times + 1, math.ceil(1.1 * times * MIN_SAMPLE_S / max(seconds, 1e-7)))
 
 
-def _times(seconds: list[float], other_cores: float | None) -> Times:
+def _times(seconds: list[float], other_cores: float) -> Times:
     p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
     median = statistics.median(seconds)
     return Times(1e3 * median, 1e3 * p20, 1e3 * p80, len(seconds), other_cores)
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Collect what is young before the rounds, and nothing during them.
+
+    A full collection here would take longer than most cases; models are collected where they end.
+    """
     gc.collect(1)
     was_enabled = gc.isenabled()
     gc.disable()

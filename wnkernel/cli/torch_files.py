@@ -54,15 +54,18 @@ def _check_sums(path: Path) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Without torch's advice, which is to run the code."""
+    """Without torch's advice, which is to run the code here."""
     text = str(error)
     if "TorchScript" in text:
         return "refused: a TorchScript program, not a checkpoint"
-    if wanted := _GLOBAL.search(text):
+    wanted = _GLOBAL.search(text)
+    if wanted or (
+        isinstance(error, pickle.UnpicklingError) and re.search(r"reduce|Can only", text)
+    ):
+        what = f" ({wanted[1]})" if wanted else ""
         return (
-            f"refused: loading it would run code ({wanted[1]}), and none was run; tensors, "
-            "numbers, text, dicts and lists can be converted"
+            f"refused: loading it would run code{what}, and none was run; if you trust the file, "
+            "load it yourself (torch.load with weights_only=False) and use "
+            "wnkernel.convert_state_dict"
         )
-    if isinstance(error, pickle.UnpicklingError) and re.search(r"reduce|Can only", text):
-        return "refused: loading it would run code, and none was run"
     return "damaged, or not a checkpoint that torch can load"

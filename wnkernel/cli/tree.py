@@ -19,7 +19,7 @@ class Tree:
         self._conversion = conversion
         self._seen: dict[int, tuple[object, object]] = {}
         self._optimizers: list[tuple[str, dict[str, Any]]] = []
-        self._moved: list[str] = []
+        self._converted: list[tuple[dict[Any, Any], list[Change]]] = []
 
     def convert(self, root: object) -> object:
         """Convert every state dict in ``root``.
@@ -51,11 +51,15 @@ class Tree:
                 f"but its {len(parameters)} parameters go by their order, and folding makes one "
                 "of two: it does not fit any more"
             )
-        if self._moved:
-            return (
-                "but it goes by the order of parameters, which changes where a weight-normed "
-                f"module has others inside ({self._moved[0]}): it may not fit any more"
-            )
+        for state_dict, changes in self._converted:
+            outer = _with_modules_inside(state_dict)
+            for change in changes:
+                if change.weight.rpartition(".")[0] in outer:
+                    return (
+                        "but it goes by the order of parameters, which changes where a "
+                        f"weight-normed module has others inside ({change.weight}): it may not fit "
+                        "any more"
+                    )
         return None
 
     def _visit(self, node: object, where: str) -> object:
@@ -80,7 +84,7 @@ class Tree:
         before = len(self._conversion.changes)
         converted = self._conversion.convert(node, where)
         changes = self._conversion.changes[before:]
-        self._moved += [c.weight for c in changes if _has_modules_inside(c, node)]
+        self._converted.append((node, changes))
         return converted if changes else node
 
     def _visit_items(self, node: list[Any] | tuple[Any, ...], where: str) -> object:
@@ -113,9 +117,7 @@ def _is_optimizer(node: dict[Any, Any]) -> bool:
 
 
 def _is_state_dict(node: dict[Any, Any]) -> bool:
-    return all(isinstance(key, str) for key in node) and any(
-        isinstance(value, Tensor) for value in node.values()
-    )
+    return any(isinstance(key, str) and isinstance(t, Tensor) for key, t in node.items())
 
 
 def _parameters(optimizer: dict[str, Any]) -> list[Any]:
@@ -123,13 +125,13 @@ def _parameters(optimizer: dict[str, Any]) -> list[Any]:
     return [p for group in groups for p in group.get("params", ())]
 
 
-def _has_modules_inside(change: Change, state_dict: dict[str, Any]) -> bool:
-    """Whether the module of a weight has other modules. torch counts a module's own parameters
-    before those inside, and parametrized ones are inside, after all others."""
-    prefix = change.weight.rpartition(".")[0]
-    prefix = f"{prefix}." if prefix else ""
-    own = len(prefix)
-    return any(
-        key.startswith(prefix) and "." in key[own:] and not key.startswith("parametrizations.", own)
-        for key in state_dict
-    )
+def _with_modules_inside(state_dict: dict[Any, Any]) -> set[str]:
+    """The modules that have others inside. torch counts a module's own parameters before those
+    inside, and parametrized ones are inside, after all others."""
+    found = set()
+    for key in filter(lambda key: isinstance(key, str), state_dict):
+        parts = key.split(".")
+        for depth, part in enumerate(parts[:-1]):
+            if part != "parametrizations":
+                found.add(".".join(parts[:depth]))
+    return found

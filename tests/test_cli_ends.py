@@ -1,0 +1,171 @@
+"""How the command line ends: wrong options, bugs, and standard streams that cannot be written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from wnkernel import cli
+
+from .command_line import fails, invoke, on_the_cpu, save, trained
+
+pytest.importorskip("typer", reason="the command line needs typer")
+
+from wnkernel.cli.errors import BUG
+
+__all__ = ["on_the_cpu"]
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["convert"],
+        ["convert", "a.pt", "b.pt"],
+        ["convert", "a.pt", "b.pt", "--to", "nonsense"],
+        ["info", "more"],
+        ["convert", "a.pt", "b.pt", "--to", "folded", "--eps", "abc"],
+        ["convert", "a.pt", "b.pt", "--to", "folded", "--eps", "nan"],
+        ["convert", "a.pt", "b.pt", "--to", "folded", "--eps", "-1"],
+        ["bench", "--threads", "0"],
+    ],
+)
+def test_wrong_options_are_wrong_usage_in_one_line_and_in_json_too(arguments):
+    line = fails(2, *arguments)
+    said = invoke(*arguments, "--json")
+    assert said.exit_code == 2
+    content = json.loads(said.stdout)
+    assert content["exit_code"] == 2
+    if arguments[-1] != "nonsense":  # --json is no option of what is no command
+        assert line == f"wnkernel: {content['error']}"
+
+
+def test_without_a_command_the_help_is_shown():
+    said = invoke()
+    assert said.exit_code == 2
+    assert "convert" in said.stdout + said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_a_bug_has_an_exit_code_of_its_own_and_a_traceback(monkeypatch):
+    def broken():
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("wnkernel.cli.app.facts", broken)
+    monkeypatch.setattr(sys, "argv", ["wnkernel", "info", "--json"])
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == BUG == json.loads(out.getvalue())["exit_code"]
+    assert "Traceback" in err.getvalue()
+    assert "ZeroDivisionError: a bug" in err.getvalue()
+
+
+@posix_only
+def test_ctrl_c_outside_of_all_writing_is_one_line_that_says_nothing_of_files(monkeypatch):
+    def pressed():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("wnkernel.cli.app.facts", pressed)
+    assert fails(130, "info") == "wnkernel: ended by SIGINT"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def invoke_on(stream, redirect, *arguments):
+    """``wnkernel *arguments`` with ``stream`` as a standard stream; the exit code, and what the
+    other one got."""
+    other, redirect_other = io.StringIO(), redirect_stderr
+    if redirect is redirect_stderr:
+        redirect_other = redirect_stdout
+    with stream, redirect(stream), redirect_other(other), pytest.raises(SystemExit) as exit_:
+        cli.main([str(a) for a in arguments])
+    return exit_.value.code, other.getvalue()  # and closing the stream has raised nothing
+
+
+def closed_pipe():
+    """As of ``wnkernel ... | true``."""
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+FAILING = [
+    ["convert", "IN", "OUT", "--to", "folded"],
+    ["convert", "IN", "OUT", "--to", "folded", "--json"],
+    ["convert", "IN", "--to", "folded", "--dry-run"],
+    ["info"],
+    ["--version"],
+    ["convert", "--help"],
+]
+
+
+def named(arguments, folder):
+    """With IN and OUT in a folder, of which IN is there."""
+    save(trained("legacy").state_dict(), folder / "in.pt")
+    paths = {"IN": folder / "in.pt", "OUT": folder / "out.pt"}
+    return [paths.get(a, a) for a in arguments]
+
+
+@posix_only
+@pytest.mark.parametrize("arguments", FAILING)
+def test_nobody_reads_what_is_printed(tmp_path, arguments):
+    ended = invoke_on(closed_pipe(), redirect_stdout, *named(arguments, tmp_path))
+    assert ended == (128 + signal.SIGPIPE, "")
+    assert (tmp_path / "out.pt").exists() == ("OUT" in arguments)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", FAILING)
+def test_standard_output_is_a_full_disk(tmp_path, arguments):
+    with Path("/dev/full").open("w") as full:
+        code, said = invoke_on(full, redirect_stdout, *named(arguments, tmp_path))
+    assert (code, said) == (4, "wnkernel: /dev/full: No space left on device\n")
+    assert (tmp_path / "out.pt").exists() == ("OUT" in arguments)
+
+
+def test_standard_streams_that_are_closed(tmp_path):
+    for redirect in (redirect_stdout, redirect_stderr):
+        arguments = named(FAILING[0], tmp_path)
+        with redirect(None), pytest.raises(SystemExit) as exit_:
+            cli.main([*map(str, arguments), "--force"])
+        assert exit_.value.code == 0
+    assert (tmp_path / "out.pt").exists()
+
+
+@posix_only
+def test_nobody_reads_the_errors(tmp_path):
+    arguments = ("convert", tmp_path / "no.pt", tmp_path / "out.pt", "--to", "folded")
+    ended = invoke_on(closed_pipe(), redirect_stderr, *arguments)
+    assert ended == (128 + signal.SIGPIPE, "")
+
+
+@posix_only
+@pytest.mark.parametrize("options", [[], ["--quiet"], ["--json"]])
+def test_a_bar_is_shown_on_a_terminal_only_and_only_if_there_is_something_to_say(
+    tmp_path, monkeypatch, options
+):
+    import pty
+
+    monkeypatch.setenv("TERM", "xterm")
+    torch.save({"weight_g": torch.ones(3, 1), "weight_v": torch.ones(3, 2)}, tmp_path / "in.pt")
+    arguments = ("convert", tmp_path / "in.pt", tmp_path / "out.pt", "--to", "folded", *options)
+    ours, theirs = pty.openpty()
+    with open(ours, "rb", buffering=0) as seen, open(theirs, "w") as terminal:
+        terminal.write("begin")  # so that there is something to read
+        terminal.flush()
+        code, _ = invoke_on(terminal, redirect_stderr, *arguments)
+        assert (code, b"writing" in seen.read(1 << 16)) == (0, not options)
+    again = invoke(*arguments, "--force")  # on no terminal
+    assert (again.exit_code, again.stderr) == (0, "")

@@ -1,0 +1,95 @@
+"""One run of the command line, and how it ends: errors are a line on standard error, and an object
+on standard output for ``--json``."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, TextIO
+
+import typer
+
+from . import report
+from .app import app
+from .errors import BUG, NOBODY_READS, CannotWrite, CliError, Interrupted, WrongUsage, printable
+from .signals import Signals
+
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+"""The base of what is wrong with options, which typer has under a private name."""
+
+
+class StreamFailed(BaseException):
+    """A standard stream cannot be written. No ``OSError``, for which rich and typer end the process
+    with an exit code that means something else here."""
+
+
+class _Stream:
+    """A standard stream that raises :class:`StreamFailed`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> StreamFailed:
+        with suppress(OSError):  # Python would write the rest, and fail, when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return StreamFailed(f"{self._stream.name}: {error.strerror}")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; returns its exit code."""
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
+    # where a stream was closed, Python has None
+    sys.stdout, sys.stderr = (_Stream(stream or io.StringIO()) for stream in streams)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return code
+    except StreamFailed as failed:
+        if isinstance(failed.__cause__, BrokenPipeError):
+            return NOBODY_READS
+        with suppress(StreamFailed):
+            print(f"wnkernel: {failed}", file=sys.stderr)
+        return CannotWrite.exit_code
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        with Signals():
+            return app(list(arguments), prog_name="wnkernel", standalone_mode=False) or 0
+    except (CliError, Interrupted) as error:
+        text, code = str(error), error.exit_code
+    except UsageError as error:
+        text, code = " ".join(error.format_message().split()), WrongUsage.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        text, code = f"a bug: {error!r}", BUG
+    if "--json" in arguments:
+        print(report.as_json({"error": text, "exit_code": code}))
+    if text:  # without a command, the help has been printed
+        print(f"wnkernel: {printable(text)}", file=sys.stderr)
+    return code
