@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint import convert_state_dict, legacy_keys
-from ..checkpoint.normed import NormedWeight, find_normed_weights
 from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED, parametrized_keys
+from ..checkpoint.normed import NormedWeight, find_normed_weights
 from ..problem import WHOLE_TENSOR
 from .errors import BadInput
 
