@@ -31,12 +31,12 @@ ELEMENT_BYTES = {
 }
 """Of v and w, by the names of csrc/cuda/types_*.cu."""
 
-CHOSEN = [("f32", "sm_80"), ("f32", "sm_100"), ("bf16", "sm_90"), ("f32_bf16", "sm_90")]
+CHOSEN = [("f32", "sm_80"), ("bf16", "sm_90"), ("f32_bf16", "sm_100")]
 if os.environ.get("WNKERNEL_OFFLINE_ALL"):
     CHOSEN = list(product(ELEMENT_BYTES, ("sm_80", "sm_90", "sm_100")))
 
-REGISTERS = 128
-"""Of a thread, at most: two blocks of 256 threads share a processor."""
+REGISTERS, REGISTERS_OF_TILES = 128, 80
+"""Of a thread, at most: two blocks of 256 threads share a processor, and three of tiles alone."""
 
 KERNELS = 12
 """Of a pair of types: two directions, and for each rows or tiles alone, lists of rows or of all,
@@ -61,7 +61,8 @@ def over_bounds(kernels: Iterable[Kernel]) -> list[str]:
     """Too many registers, or spills."""
     found = []
     for k in kernels:
-        if k.registers > REGISTERS:
+        alone = k.of == "tiles" and not k.is_list
+        if k.registers > (REGISTERS_OF_TILES if alone else REGISTERS):
             found.append(f"{k}: {k.registers} registers")
         spills = {what: n for what, n in k.accesses.items() if what[:3] in ("LDL", "STL")}
         if k.stack_bytes or k.local_bytes or spills:
@@ -102,28 +103,37 @@ def test_kernels_keep_their_bounds(compiled, types, arch):
     assert not faults, "\n".join(faults)
 
 
+ONE_KERNEL = """
+#include "kernels.cuh"
+template __global__ void wnkernel::cuda::weight_norm_kernel<
+    wnkernel::cuda::BackwardLine, float, float, 1, wnkernel::cuda::kTiles, false>(
+    const wnkernel::cuda::Table<wnkernel::cuda::BackwardLine, 1> __grid_constant__);
+"""
+
+
 @pytest.fixture
 def changed(tmp_path: Path) -> Callable[[str, str, str], Path]:
-    """A copy of the sources with one line of a file replaced."""
+    """A copy of the sources with one line of a file replaced, and one kernel."""
 
     def changed(file: str, line: str, by: str) -> Path:
         sources = shutil.copytree(SOURCES.parent, tmp_path / "csrc") / SOURCES.name
         text = (sources / file).read_text()
         assert line in text
         (sources / file).write_text(text.replace(line, by))
+        (sources / "types_f32.cu").write_text(ONE_KERNEL)
         return sources
 
     return changed
 
 
 def test_spills_are_found(compiled, changed):
-    sources = changed(
-        "kernels.cuh", "__launch_bounds__(kThreads, 2)", "__launch_bounds__(kThreads, 8)"
-    )
-    assert over_bounds(compiled("f32", "sm_90", sources=sources))
+    sources = changed("kernels.cuh", "? 3 : 2)", "? 8 : 2)")
+    (kernel,) = compiled("f32", "sm_90", sources=sources)
+    assert over_bounds([kernel])
 
 
 def test_accesses_of_single_elements_are_found(compiled, changed):
     by = "for (int k = 0; k < N; ++k) v.x[k] = p[k];"
     sources = changed("elements.cuh", "memcpy(&v, &word, sizeof(word));", by)
-    assert too_narrow(compiled("f32", "sm_90", sources=sources), "f32")
+    (kernel,) = compiled("f32", "sm_90", sources=sources)
+    assert too_narrow([kernel], "f32")

@@ -3,6 +3,7 @@ for each of the faults of tests/simt/mutants.txt, and without each barrier."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -12,12 +13,16 @@ import torch
 from . import reference
 from .simt.build import missing
 from .simt.cases import (
+    LARGE,
     LIKE_V,
+    MOST_LINES,
     ORDERS,
     Case,
+    assert_ends_right,
     assert_right,
     assert_right_forward,
     case,
+    run_forward,
     run_list,
 )
 from .simt.mutants import MUTANTS, NUMBERS, write
@@ -29,11 +34,10 @@ PAIR = ("f32",)
 
 VIEWS = [
     (1, 5, 12), (1, 9, 36), (1, 3, 132), (1, 3, 4096), (1, 2, 8192), (1, 1030, 4),
-    (1, 2, 9001), (3, 2, 4100), (67, 3, 140),
+    (1, 2, 8201), (2, 2, 4100), (50, 3, 140),
     (171, 2, 3), (267, 2, 4), (67, 21, 2), (67, 40, 1), (35, 3, 15), (67, 16, 3), (300, 64, 1),
 ]  # fmt: skip
-SPLIT = [(1, 3, 100_004), (1900, 2, 72), (3000, 22, 4), (43_700, 2, 3)]
-MOST_LINES = 220
+SPLIT = [(1, 3, 32_772), (230, 2, 72), (900, 10, 4), (5170, 2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +60,29 @@ def clamped(view: tuple[int, int, int]) -> Case:
     return c._replace(eps=float(reference.norm(c.v, 1).max()) * 2)
 
 
-def with_small_g(view: tuple[int, int, int]) -> Case:
+def with_g(view: tuple[int, int, int], size: float, g: float, eps: float = 0.0) -> Case:
+    c = case(view, eps=eps)
+    c.v.mul_(size)
+    c.g.fill_(g)
+    return c
+
+
+FORWARD = [(1e14, 1e-30), (1e-14, 1e30), (1e-42, 1e-5), (1e-42, 1.0, 2.0**-130)]
+"""Of :func:`with_g`: what leaves the range of the backward."""
+
+
+def bounded_by_norms(view: tuple[int, int, int]) -> Case:
+    """eps is the norm, exactly."""
+    c = case(view, eps=math.sqrt(view[0] * view[2]))
+    c.v.sign_()
+    return c
+
+
+def around_a_limit(view: tuple[int, int, int]) -> Case:
+    """Parts of rows are as large as others, but choose units of their own."""
     c = case(view)
-    c.v.mul_(1e14)
-    c.g.fill_(1e-30)
+    c.v.sign_().mul_(5e13)
+    c.v[: view[0] // 2].div_(2)
     return c
 
 
@@ -70,7 +93,9 @@ def batches() -> list[list[Case]]:
     alone += [make(view) for make in (extreme, clamped) for view in VIEWS[::2]]
     alone += [case(view)._replace(want_v=False) for view in VIEWS[::6]]
     alone += [case(VIEWS[0])._replace(shifted=(name,)) for name in LIKE_V]
-    alone += [case(VIEWS[0], g_dtype=torch.float16)]
+    alone += [case(VIEWS[0], g_dtype=dtype) for dtype in (torch.float16, torch.float64)]
+    alone += [bounded_by_norms(view) for view in ((1, 4, 64), (64, 4, 36))]
+    alone += [around_a_limit(SPLIT[2])]
     mixed = [case(view, aligned=k % 3 > 0) for k, view in enumerate(VIEWS)]
     split = [*map(case, SPLIT[::2]), *(extreme(view, 1e15) for view in SPLIT[1::2])]
     many = [case((1, 1, 4)) for _ in range(MOST_LINES + 1)]
@@ -79,13 +104,16 @@ def batches() -> list[list[Case]]:
 
 def check(mutated: Worker, batches: list[list[Case]], mutant: int = 0) -> None:
     """AssertionError for what is wrong. Orders of threads take turns."""
-    for view in VIEWS[::4]:
-        c = with_small_g(view)
-        assert_right_forward(c, *run_list(mutated, [c], mutant=mutant).results)
+    for of in FORWARD:
+        for view in VIEWS[::4]:
+            c = with_g(view, *of)
+            assert_right_forward(c, *run_forward(mutated, [c], mutant=mutant).results)
     for k, cases in enumerate(batches):
         results = run_list(mutated, cases, ORDERS[k % len(ORDERS)], mutant).results
         for c, result in zip(cases, results, strict=True):
             assert_right(c, result)
+    for view in LARGE:
+        assert_ends_right(mutated, view, mutant)
 
 
 def test_kernels_without_a_fault_pass(mutated, batches):

@@ -16,19 +16,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wnkernel.backends.triton import launch_table
+
 from .processes import ROOT
 from .simt.build import missing
+from .simt.cases import MOST_LINES, VECTOR_BYTES
 from .simt.process import Worker, worker
-from .simt.protocol import ROWS, RUNS, STRIPS, Plan, Plans, View
+from .simt.protocol import ROWS, RUNS, STRIPS, Numbers, Plan, Plans, View
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 ITEMSIZES = (2, 4, 8)
-THREADS, WARP, VECTORS, VECTOR_BYTES, STRIP_BYTES = 256, 32, 4, 16, 128
-"""Numbers that csrc/cuda/plan.h gives reasons for."""
-SPLIT_FROM, FILL = 1 << 18, 512
+THREADS, WARP, ROW_VECTORS, STRIP_BYTES = 256, 32, 4, 128
+FILL, SPLIT_FROM, STRIP_TILES = 512, 8, 2
 MAX_SPLIT = {RUNS: 512, STRIPS: 128}
+"""Numbers that csrc/cuda/plan.h gives reasons for."""
 INT32 = 2**31
+
+
+def vectors_of_tile(p: Plan) -> int:
+    """Of a thread."""
+    return 8 if p.vector == 1 else 4
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +83,19 @@ def places(p: Plan) -> tuple[np.ndarray, ...]:
     """Of every vector: its block, where it begins, and its column in a strip; as the kernels
     compute them."""
     block, step, k, thread = np.ogrid[
-        : p.blocks, : p.per_block if p.kind != ROWS else max(1, VECTORS >> p.log_across),
-        : VECTORS if p.kind != ROWS else 1 << p.log_across, :THREADS,
+        : p.blocks, : p.per_block if p.kind != ROWS else max(1, ROW_VECTORS >> p.log_across),
+        : vectors_of_tile(p) if p.kind != ROWS else 1 << p.log_across, :THREADS,
     ]  # fmt: skip
     x, y, height = thread & ((1 << p.log_x) - 1), thread >> p.log_x, THREADS >> p.log_x
     if p.kind == ROWS:
-        row = (block * max(1, VECTORS >> p.log_across) + step) * height + y
+        row = (block * max(1, ROW_VECTORS >> p.log_across) + step) * height + y
         column = x + (k << p.log_x)
         start = row * p.inner + column * p.vector
         there = (row < p.rows) & (column < p.width)
     else:
         strip, tile = block // p.split, block % p.split * p.per_block + step
         below, beside = tile // p.across, tile % p.across
-        line = (below * (VECTORS >> p.log_across) + (k >> p.log_across)) * height + y
+        line = (below * (vectors_of_tile(p) >> p.log_across) + (k >> p.log_across)) * height + y
         side = (beside << p.log_across) + (k & ((1 << p.log_across) - 1))
         column = (side << p.log_x) + x
         origin = strip * (p.strip_rows if p.kind == STRIPS else 1) * p.inner
@@ -124,19 +132,19 @@ def check_limits(view: View, p: Plan) -> None:
     if p.kind == ROWS:
         assert view.outer == 1
         assert p.width <= 1 << p.log_x + p.log_across < 2 * p.width
-        alone, several = p.width <= WARP, p.width <= THREADS * VECTORS
+        alone, several = p.width <= WARP, p.width <= THREADS * ROW_VECTORS
         assert p.log_across == (0 if alone else 2 if several else 3)
         assert (p.split, p.per_block, p.partial_sums) == (1, 1, 0)
         return
-    height = (THREADS >> p.log_x) * (VECTORS >> p.log_across)
+    height = (THREADS >> p.log_x) * (vectors_of_tile(p) >> p.log_across)
     side = p.width if p.kind == RUNS else 1 << p.log_x
     assert p.across == -(-side // (1 << p.log_x << p.log_across))
     assert p.tiles == -(-p.lines // height) * p.across < INT32
     assert 1 <= p.split <= MAX_SPLIT[p.kind]
     assert (p.split - 1) * p.per_block < p.tiles <= p.split * p.per_block
-    assert p.split == 1 or p.numel >= SPLIT_FROM
-    assert p.split == 1 or p.per_block >= 4
     parts = p.rows if p.kind == RUNS else -(-p.rows // p.strip_rows)
+    assert (p.split > 1) == (p.tiles >= SPLIT_FROM and parts < FILL)
+    assert p.split == 1 or p.kind == RUNS or p.per_block >= STRIP_TILES
     assert p.blocks == parts * p.split
     assert p.split == 1 or (p.split - 1) * parts < FILL
     kept = columns(p) if p.kind == STRIPS else 1
@@ -162,7 +170,7 @@ def test_every_element_is_in_one_block_of_a_split_row(planner, data):
     vector = data.draw(st.sampled_from(vectors(itemsize)))
     rows = data.draw(st.sampled_from([1, 2, 3, 5, 16, 40]))
     inner = data.draw(st.integers(1, min(70, 200 // rows)))
-    length = data.draw(st.integers(SPLIT_FROM, 2 * SPLIT_FROM))
+    length = data.draw(st.integers(1 << 17, 1 << 18))
     outer = -(-length // (rows * inner))
     for view in (
         View(outer, rows, inner, itemsize, vector),
@@ -187,7 +195,7 @@ EDGES = [
     *((3, 5, n + d) for n in (16, 32, 64) for d in (-1, 0, 1, 8)),
     *((3, n + d, 1) for n in (16, 32, 64) for d in (-1, 0, 1)),
     (7, 3, 3), (100, 3, 3), (2, 2, 8), (33, 2, 64), (1, 1, 1), (9000, 1, 1), (1, 9000, 1),
-    (1, 1, SPLIT_FROM), (SPLIT_FROM, 1, 1), (SPLIT_FROM + 1, 3, 1), (60_000, 9, 2),
+    (1, 1, 1 << 17), (1 << 17, 1, 1), ((1 << 17) + 1, 3, 1), (60_000, 9, 2),
 ]  # fmt: skip
 
 
@@ -236,21 +244,48 @@ def test_weights_of_real_models(planner, itemsize):
     assert kinds[ROWS] > 100
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(
-    "view",
-    [(768 * 48, 128, 1), (1, 1, 768 * 48 * 128), (1024 * 64, 128, 1), (1, 1, 4_700_000)],
+    ("view", "blocks"),
+    [
+        ((768 * 48, 128, 1), (192, 384)),
+        ((1, 1, 768 * 48 * 128), (288, 384)),
+        ((1024 * 64, 128, 1), (256, 512)),
+        ((1, 1, 4_700_000), (287, 383)),
+        ((1, 1, 786_432), (96, 192)),
+        ((1, 1, 262_136), (32, 64)),
+        ((1, 1, 262_143), (128, 128)),
+        ((4095, 64, 1), (16, 32)),
+        ((512, 256, 16), (64, 128)),
+    ],
     ids=str,
 )
-def test_few_rows_with_much_data_fill_a_card(planner, view, itemsize):
-    p = plan_of(planner, View(*view, itemsize, VECTOR_BYTES // itemsize))
-    assert p.split > 1
-    assert p.vector > 1
-    assert 100 <= p.blocks <= 1000
+def test_few_rows_with_much_data_are_spread_over_a_card(planner, view, blocks):
+    """In halves and in float32. Odd sizes take other tiles, the last is enough for a card as it
+    is."""
+    for itemsize, expected in zip((2, 4), blocks, strict=True):
+        p = plan_of(planner, View(*view, itemsize, VECTOR_BYTES // itemsize))
+        assert p.blocks == expected
 
 
-def test_small_weights_are_not_split(planner):
+def test_rows_of_few_tiles_are_not_split(planner):
     """A second launch costs more than it saves there."""
-    for view in ((1, 1, SPLIT_FROM - 8), (SPLIT_FROM // 64 - 1, 64, 1), (127, 8, 256)):
-        assert plan_of(planner, View(*view, 4, 4)).split == 1
-    assert plan_of(planner, View(1, 1, SPLIT_FROM, 4, 4)).split > 1
+    for split, views in (
+        (False, ((1, 1, 7 * 4096), (7 * 128, 64, 1), (1, 512, 1 << 15))),
+        (True, ((1, 1, 7 * 4096 + 4), (7 * 128 + 1, 64, 1), (1, 511, 1 << 15))),
+    ):
+        for view in views:
+            assert (plan_of(planner, View(*view, 4, 4)).split > 1) == split
+
+
+def test_numbers_are_those_of_the_sources(planner):
+    """The tests have their own. Those that Triton's kernels have, too, are the same there."""
+    n = planner.ask(Numbers())
+    assert (n.threads, n.warp, n.row_vectors) == (THREADS, WARP, ROW_VECTORS)
+    assert (n.vector_bytes, n.strip_bytes) == (VECTOR_BYTES, STRIP_BYTES)
+    assert (n.fill, n.split_from, n.strip_tiles) == (FILL, SPLIT_FROM, STRIP_TILES)
+    assert {RUNS: n.most_split, STRIPS: n.most_strip_split} == MAX_SPLIT
+    assert n.most_lines == MOST_LINES
+    shared = (launch_table.THREADS, launch_table.VECTOR_BYTES, launch_table.FILL)
+    assert (n.threads, n.vector_bytes, n.fill) == shared
+    assert n.most_split == launch_table.MAX_SPLIT
+    assert n.split_from == 2 * launch_table.SPLIT_TILES

@@ -14,14 +14,18 @@ import torch
 
 from .simt.build import missing
 from .simt.cases import (
+    LARGE,
     ORDERS,
     PAIRS,
     Case,
+    assert_ends_right,
     assert_right,
+    assert_right_forward,
     case,
     differences,
     plan_of,
     run,
+    run_forward,
     run_list,
     vector_of,
 )
@@ -95,12 +99,12 @@ def test_blocks_of_rows_that_are_full_and_not(kernels, width):
 # [outer, rows, inner], and what is odd about its runs.
 RUNS_OF = {
     "long": (1, 2, 8196),  # one vector more than fits into registers
-    "long_odd": (1, 2, 9001),  # single elements, in a last tile that is almost empty
-    "whole": (1, 1, 40_000),
-    "wide": (3, 2, 4100),  # a tile, and one vector in another beside it
-    "wide_odd": (2, 2, 1031),
+    "long_odd": (1, 2, 8201),  # single elements, in a last tile that is almost empty
+    "whole": (1, 1, 14_000),
+    "wide": (2, 2, 4100),  # a tile, and one vector in another beside it
+    "wide_odd": (2, 2, 2061),
     "tile": (2, 3, 4096),  # of full tiles
-    "short": (67, 3, 140),  # several lines of a tile, in a last tile with a few
+    "short": (50, 3, 140),  # several lines of a tile, in a last tile with a few
     "short_odd": (67, 3, 33),
     "narrow": (70, 2, 36),  # one vector more than strips have
     "two": (2, 2, 65),
@@ -174,31 +178,35 @@ def test_tiles_of_every_type(kernels, view, pair):
         check(kernels, c)
 
 
-# The same of rows and strips that blocks share, of 2**18 elements and a few more.
+# The same of rows and strips that blocks share, of 8 tiles and a few more.
 SPLIT = {
-    "row": (1, 1, 1 << 18),
-    "row_odd": (1, 1, (1 << 18) + 1),
-    "rows": (1, 3, 100_004),  # a last part with fewer tiles
-    "runs": (1900, 2, 72),
-    "runs_odd": (1700, 2, 79),
-    "wide_runs": (20, 2, 6600),
-    "columns": (6000, 44, 1),
-    "columns_odd": (6000, 45, 1),
-    "strips": (3000, 22, 4),
-    "strips_odd": (3000, 30, 3),
-    "folded": (43_700, 2, 3),
-    "folded_aligned": (32_771, 2, 4),
-    "folded_one": (1 << 18, 1, 1),
+    "row": (1, 1, 1 << 15),
+    "row_odd": (1, 1, (1 << 14) + 1),
+    "rows": (1, 3, 32_772),  # a last tile with one vector
+    "runs": (230, 2, 72),
+    "runs_odd": (120, 2, 79),
+    "wide_runs": (4, 2, 4500),
+    "columns": (1300, 44, 1),  # a last part with fewer tiles
+    "columns_odd": (650, 45, 1),
+    "columns_many": (1150, 17, 1),  # more parts than threads that add up those of a column
+    "strips": (900, 10, 4),
+    "strips_odd": (450, 11, 3),
+    "folded": (5170, 2, 3),
+    "folded_aligned": (3703, 2, 4),
+    "folded_one": (1 << 15, 1, 1),
 }
 
 
-@pytest.mark.parametrize("name", SPLIT)
-def test_split_rows(kernels, name):
+@pytest.mark.parametrize(
+    ("name", "order"), [(name, ORDERS[k % len(ORDERS)]) for k, name in enumerate(SPLIT)]
+)
+def test_split_rows(kernels, name, order):
+    """Orders of threads take turns."""
     c = case(SPLIT[name])
     p = plan_of(kernels, c)
     assert p.split > 1
     assert p.kind == (RUNS if "r" in name[0] or "wide" in name else STRIPS)
-    check(kernels, c)
+    assert_right(c, run(kernels, c, order))
 
 
 def test_split_rows_differ_in_every_way(kernels):
@@ -206,13 +214,15 @@ def test_split_rows_differ_in_every_way(kernels):
     plans = [plan_of(kernels, case(view)) for view in SPLIT.values()]
     every = {(k, wide) for k in (RUNS, STRIPS) for wide in (False, True)}
     assert {(p.kind, p.vector > 1) for p in plans} == every
+    strips = [p for p in plans if p.kind == STRIPS]
+    assert {p.tiles % p.per_block > 0 for p in strips} == {True, False}
+    assert any(p.split > 256 >> p.log_x for p in strips)
     for kind in (RUNS, STRIPS):
-        assert any(p.tiles % p.per_block for p in plans if p.kind == kind)
         assert any(p.blocks > p.split for p in plans if p.kind == kind)
 
 
 @pytest.mark.parametrize("pair", [name for name in PAIRS if name != "f32"])
-@pytest.mark.parametrize("view", [(2000, 2, 72), (6000, 136, 1)], ids=str)
+@pytest.mark.parametrize("view", [(450, 2, 72), (900, 72, 1)], ids=str)
 def test_split_rows_of_every_type(kernels, view, pair):
     c = case(view, PAIRS[pair])
     assert plan_of(kernels, c).split > 1
@@ -221,18 +231,23 @@ def test_split_rows_of_every_type(kernels, view, pair):
 
 @pytest.mark.parametrize(
     ("view", "split", "aligned"),
-    [
-        ((1, 1, (1 << 21) - 5), 512, False),
-        ((1 << 14, 32, 4), 32, True),
-        ((1 << 21, 1, 1), 128, True),
-    ],
+    [((1, 1, (1 << 20) + 1), 257, False), ((8400, 5, 4), 33, True)],
     ids=str,
 )
 def test_more_parts_than_threads_add_up(kernels, view, split, aligned):
-    """As many as there may be of a row of 256 threads, or of columns of 8 or 32 threads."""
+    """Those of a row are for 256 threads, those of a column here for 32. Of a row they have several
+    tiles only where it is as long as this one, and the last part has fewer."""
     c = case(view, aligned=aligned)
-    assert plan_of(kernels, c).split == split
-    assert_right(c, run(kernels, c))
+    p = plan_of(kernels, c)
+    assert p.split == split
+    assert p.per_block == 2
+    assert_right_forward(c, *run_forward(kernels, [c]).results)
+
+
+@pytest.mark.parametrize("view", LARGE, ids=str)
+def test_offsets_take_more_than_32_bits(kernels, view):
+    """8 and 16 GB, of which the first and the last block are touched."""
+    assert_ends_right(kernels, view)
 
 
 @pytest.mark.parametrize("g_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -246,7 +261,7 @@ def test_g_of_every_type(kernels, pair, g_dtype):
     assert kinds == {ROWS, RUNS, STRIPS}
 
 
-@pytest.mark.parametrize("pair", ["f32_f16", "f32_bf16"])
+@pytest.mark.parametrize("pair", [name for name in PAIRS if name.startswith("f32_")])
 @pytest.mark.parametrize("view", [(1, 5, 24), (9, 3, 80), (40, 20, 2)], ids=str)
 def test_half_results_are_casts(kernels, view, pair):
     """Bit for bit what rounding a float32 result gives."""

@@ -25,7 +25,7 @@ __device__ inline void backward_tiles(const BackwardLine& line, int64_t block,
   for (int m = 0; m < M; ++m) sums[m] = 0;
 
   // Vectors of v, and as many of grad_w, that are on their way at a time.
-  constexpr int B = N == 8 ? kVectors / 2 : kVectors;
+  constexpr int K = Tiles<Strip, N>::K, B = N == 8 ? K / 2 : K;
   const auto load_some = [&](int tile, int from, Vector<V, N>(&x)[B], Vector<W, N>(&grad)[B]) {
 #pragma unroll
     for (int k = 0; k < B; ++k) {
@@ -39,16 +39,17 @@ __device__ inline void backward_tiles(const BackwardLine& line, int64_t block,
   if constexpr (Finish) {
     const int64_t first = tiles.strip * line.plan.split;
     const int begin = Strip ? tiles.y : threadIdx.x, step = Strip ? tiles.threads_y() : kThreads;
+#pragma unroll 4
+    for (int q = begin; q < line.plan.split; q += step)
 #pragma unroll
-    for (int m = 0; m < M; ++m)
-      for (int q = begin; q < line.plan.split; q += step)
+      for (int m = 0; m < M; ++m)
         sums[m] += *tiles.template partial_sum<Sum>(line.partials, first + q, 0, kBackwardPlanes,
                                                     tiles.column(m));
     s = tiles.reduce(sums, scratch, Add());
   } else {
     for (int tile = tiles.start; tile < tiles.end; ++tile)
 #pragma unroll 1
-      for (int from = 0; from < kVectors; from += B) {
+      for (int from = 0; from < K; from += B) {
         Vector<V, N> x[B];
         Vector<W, N> grad[B];
         load_some(tile, from, x, grad);
@@ -81,7 +82,7 @@ __device__ inline void backward_tiles(const BackwardLine& line, int64_t block,
   tiles.get(2, along, scratch);
   for (int tile = tiles.end - 1; tile >= tiles.start; --tile)
 #pragma unroll 1
-    for (int from = 0; from < kVectors; from += B) {
+    for (int from = 0; from < K; from += B) {
       Vector<V, N> x[B];
       Vector<W, N> grad[B];
       load_some(tile, from, x, grad);
@@ -96,7 +97,7 @@ __device__ inline void backward_tiles(const BackwardLine& line, int64_t block,
           const Sum u = widen(x[k].x[j]) * inverse[m];
           to.x[j] = narrow<V>(fma(-u, along[m], Sum(widen(grad[k].x[j]))) * ratio[m]);
         }
-        store(static_cast<V*>(line.grad_v) + at, to);
+        store_past_cache(static_cast<V*>(line.grad_v) + at, to);
       }
     }
 }

@@ -71,9 +71,10 @@ struct Word<16> {
   using type = uint4;
 };
 
+// Of an array that no thread of the launch writes to, so that a load may overtake a store.
 template <int N, class T>
 __device__ inline Vector<T, N> load(const T* p) {
-  const auto word = *reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p);
+  const auto word = __ldg(reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p));
   Vector<T, N> v;
   memcpy(&v, &word, sizeof(word));
   return v;
@@ -84,6 +85,14 @@ __device__ inline void store(T* p, const Vector<T, N>& v) {
   typename Word<sizeof(T) * N>::type word;
   memcpy(&word, &v, sizeof(word));
   *reinterpret_cast<typename Word<sizeof(T) * N>::type*>(p) = word;
+}
+
+// The first to leave a cache: it keeps what is still to be read a second time.
+template <class T, int N>
+__device__ inline void store_past_cache(T* p, const Vector<T, N>& v) {
+  typename Word<sizeof(T) * N>::type word;
+  memcpy(&word, &v, sizeof(word));
+  __stcs(reinterpret_cast<typename Word<sizeof(T) * N>::type*>(p), word);
 }
 
 template <class T, int N>

@@ -11,17 +11,18 @@ template <class V, bool Strip, int N, class Sum>
 __device__ inline void add_squares(const Tiles<Strip, N>& tiles, const V* v,
                                    const Sum (&unit)[Tiles<Strip, N>::M],
                                    Sum (&sums)[Tiles<Strip, N>::M]) {
+  constexpr int K = Tiles<Strip, N>::K;
 #pragma unroll
   for (int m = 0; m < tiles.M; ++m) sums[m] = 0;
   for (int tile = tiles.start; tile < tiles.end; ++tile) {
-    Vector<V, N> x[kVectors];
+    Vector<V, N> x[K];
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
+    for (int k = 0; k < K; ++k) {
       const int64_t at = tiles.at(tile, k);
       x[k] = at < 0 ? zeros<V, N>() : load<N>(v + at);
     }
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k)
+    for (int k = 0; k < K; ++k)
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const int m = Strip ? j : 0;
@@ -46,20 +47,23 @@ __device__ inline void add_parts(const Tiles<Strip, N>& tiles, const ForwardLine
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     units[m] = Range<Sum>::kUp;
-    for (int q = begin; q < line.plan.split; q += step) units[m] = Min()(units[m], part(q, 1, m));
+    sums[m] = 0;
   }
+#pragma unroll 4
+  for (int q = begin; q < line.plan.split; q += step)
+#pragma unroll
+    for (int m = 0; m < M; ++m) units[m] = Min()(units[m], part(q, 1, m));
   unit = tiles.reduce(units, scratch, Min());
   tiles.set(1, unit, scratch);
   __syncthreads();
   tiles.get(1, units, scratch);
+#pragma unroll 2
+  for (int q = begin; q < line.plan.split; q += step)
 #pragma unroll
-  for (int m = 0; m < M; ++m) {
-    sums[m] = 0;
-    for (int q = begin; q < line.plan.split; q += step) {
+    for (int m = 0; m < M; ++m) {
       const Sum own = part(q, 1, m), ratio = own == units[m] ? Sum(1) : units[m] / own;
       sums[m] += part(q, 0, m) * ratio * ratio;
     }
-  }
   squares = tiles.reduce(sums, scratch, Add());
 }
 
@@ -68,7 +72,7 @@ __device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
                                      Scratch<typename Element<V>::Sum>& scratch) {
   using Sum = typename Element<V>::Sum;
   const Tiles<Strip, N> tiles(line.plan, block);
-  constexpr int M = Tiles<Strip, N>::M;
+  constexpr int M = Tiles<Strip, N>::M, K = Tiles<Strip, N>::K;
   const V* v = static_cast<const V*>(line.v);
 
   Sum squares, unit = 1;
@@ -113,14 +117,14 @@ __device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
   tiles.get(1, a, scratch);
   tiles.get(2, b, scratch);
   for (int tile = tiles.end - 1; tile >= tiles.start; --tile) {
-    Vector<V, N> x[kVectors];
+    Vector<V, N> x[K];
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
+    for (int k = 0; k < K; ++k) {
       const int64_t at = tiles.at(tile, k);
       x[k] = at < 0 ? zeros<V, N>() : load<N>(v + at);
     }
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
+    for (int k = 0; k < K; ++k) {
       const int64_t at = tiles.at(tile, k);
       if (at < 0) continue;
       Vector<W, N> w;
@@ -129,7 +133,7 @@ __device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
         const int m = Strip ? j : 0;
         w.x[j] = narrow<W>(widen(x[k].x[j]) * a[m] * b[m]);
       }
-      store(static_cast<W*>(line.w) + at, w);
+      store_past_cache(static_cast<W*>(line.w) + at, w);
     }
   }
 }

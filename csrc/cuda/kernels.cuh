@@ -13,22 +13,25 @@ namespace wnkernel::cuda {
 // Kinds of weights that a kernel is for. It has as many registers as the worst of its branches.
 enum Kinds { kRows = 1, kTiles = 2, kAll = kRows | kTiles };
 
-// Calls rows(), with K as an integral constant: vectors of a row that a thread holds.
-template <int Most, class Rows>
+template <int N>
+constexpr int kMost = most_row_vectors(N);
+
+// Calls rows(), with K as an integral constant: vectors of N elements of a row that a thread holds.
+template <int N, class Rows>
 __device__ inline void with_vectors(int log_across, Rows rows) {
   if (log_across == 0)
     rows(std::integral_constant<int, 1>());
-  else if (Most == kVectors || log_across == 2)
-    rows(std::integral_constant<int, kVectors>());
+  else if (kMost<N> == kRowVectors || log_across == 2)
+    rows(std::integral_constant<int, kRowVectors>());
   else
-    rows(std::integral_constant<int, Most>());
+    rows(std::integral_constant<int, kMost<N>>());
 }
 
 template <class V, class W, int N, int Of, bool Finish, class Sum>
 __device__ inline void do_block(const ForwardLine& line, int64_t block, Scratch<Sum>& scratch) {
   if ((Of & kTiles) == 0 || ((Of & kRows) && line.plan.kind == Kind::rows)) {
     if constexpr (Of & kRows)
-      with_vectors<kMostVectors<N>>(line.plan.log_across, [&](auto k) {
+      with_vectors<N>(line.plan.log_across, [&](auto k) {
         forward_rows<V, W, N, decltype(k)::value>(line, block, scratch.warps);
       });
   } else if constexpr (Of & kTiles) {
@@ -43,7 +46,7 @@ template <class V, class W, int N, int Of, bool Finish, class Sum>
 __device__ inline void do_block(const BackwardLine& line, int64_t block, Scratch<Sum>& scratch) {
   if ((Of & kTiles) == 0 || ((Of & kRows) && line.plan.kind == Kind::rows)) {
     if constexpr (Of & kRows)
-      with_vectors<kMostVectors<N>>(line.plan.log_across, [&](auto k) {
+      with_vectors<N>(line.plan.log_across, [&](auto k) {
         backward_rows<V, W, N, decltype(k)::value>(line, block, scratch.warps);
       });
   } else if constexpr (Of & kTiles) {
@@ -55,9 +58,10 @@ __device__ inline void do_block(const BackwardLine& line, int64_t block, Scratch
 }
 
 // Line: ForwardLine or BackwardLine. Of: what is in the table. Finish: the second launch, of the
-// split weights only.
+// split weights only. Single tiles fit into the registers of three blocks a processor: where a card
+// is barely full, the last blocks have others beside them.
 template <class Line, class V, class W, int Capacity, int Of, bool Finish>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, Of == kTiles && Capacity == 1 ? 3 : 2)
     weight_norm_kernel(const Table<Line, Capacity> __grid_constant__ table) {
   using Sum = typename Element<V>::Sum;
   WNKERNEL_SHARED(Scratch<Sum>, scratch);

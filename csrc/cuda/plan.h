@@ -1,6 +1,7 @@
 // How one weight is cut into blocks. A plan depends on the shape, the element sizes and the 16-byte
 // alignment of one weight only, never on neighbours or on the card: that is what makes its bits the
-// same alone and in a list, from run to run and on every card. docs/cuda.md explains the numbers.
+// same alone and in a list, from run to run and on all cards of one architecture. docs/cuda.md
+// explains the numbers.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,24 +14,26 @@ constexpr int kThreads = 256;  // of a block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kVectorBytes = 16;  // the widest access of a thread
-// Vectors of a thread that are on their way at a time.
-constexpr int kVectors = 4;
-// Vectors of a row that a thread may hold, if they have so many elements: a row of v and one of
-// grad_w take 64 registers. Vectors of 8 take twice the instructions, and half as many hold a row
-// of 8,192.
-template <int Elements>
-constexpr int kMostVectors = Elements == 8 ? kVectors : 8;
-inline int most_vectors(int elements) { return elements == 8 ? kMostVectors<8> : kMostVectors<1>; }
+// Vectors of so many elements that a thread has on their way at a time. Single elements are fewer
+// bytes, and more of them make up for that.
+constexpr int vectors(int elements) { return elements == 1 ? 8 : 4; }
+// Vectors of a row of more than a warp that a thread holds, and the most that it may hold: a row of
+// v and one of grad_w take 64 registers. Vectors of 8 take twice the instructions, and half as many
+// hold a row of 8,192.
+constexpr int kRowVectors = 4;
+constexpr int most_row_vectors(int elements) { return elements == 8 ? kRowVectors : 8; }
 constexpr int kStripBytes = 128;  // a cache line
 // Columns of a strip at most: halves in whole vectors.
 constexpr int kMostColumns = kStripBytes / 2;
 // Blocks that fill a large card: four for each of about 130 processors.
 constexpr int64_t kFill = 512;
-// Elements from which splitting pays for its second launch (about 3 us, the time in which a card
-// copies 4 M elements): below, a few blocks are done by then.
-constexpr int64_t kSplitFrom = 1 << 18;
-// Tiles that a block of a split row has at least: more blocks mean more partial sums to add up.
-constexpr int64_t kSplitTiles = 4;
+// Tiles from which splitting pays for its second launch, about 3 us. One after the other they take
+// 0.7 us each, the latency of memory, and are summed and then scaled: 8 tiles take one block 11 us,
+// and 8 blocks 5, with the launch and the partial sums.
+constexpr int64_t kSplitFrom = 8;
+// Tiles of a block of a split strip at least. It reads a sum of every column from each of the
+// others, 256 bytes forward, while a tile has 16 KB; a block of a split row reads only 8.
+constexpr int64_t kStripTiles = 2;
 // Blocks that share a row or a strip at most: each of them adds up the partial sums of all.
 constexpr int64_t kMaxSplit = 512;
 constexpr int64_t kMaxStripSplit = 128;
@@ -51,9 +54,9 @@ enum class Kind : uint8_t {
 
 struct Plan {
   // Lines are contiguous, `pitch` elements apart; a vector is `vector` elements of a line. A tile
-  // has kVectors vectors for each thread: kThreads >> log_x lines by 1 << log_x vectors, and that
-  // 1 << log_across times side by side, the rest one below the other. Rows: a thread has
-  // 1 << log_across vectors of a line, and fewer than kVectors mean several lines.
+  // has vectors(vector) of them for each thread: kThreads >> log_x lines by 1 << log_x vectors, and
+  // that 1 << log_across times side by side, the rest one below the other. Rows: a thread has
+  // 1 << log_across vectors of a line, and fewer than kRowVectors mean several lines.
   int64_t rows, inner;
   int64_t lines;  // of the matrix that tiles cover
   int64_t pitch;
@@ -74,7 +77,7 @@ struct Plan {
 inline int64_t blocks(const Plan& p) {
   switch (p.kind) {
     case Kind::rows: {
-      const int64_t lines = (kThreads >> p.log_x) * std::max(1, kVectors >> p.log_across);
+      const int64_t lines = (kThreads >> p.log_x) * std::max(1, kRowVectors >> p.log_across);
       return ceil_div(p.rows, lines);
     }
     case Kind::runs:
@@ -95,19 +98,19 @@ inline int64_t partial_sums(const Plan& p, int element_bytes) {
   return blocks(p) * (p.kind == Kind::strips ? strip_columns(p.vector, element_bytes) : 1);
 }
 
+// alone: blocks if nothing is split. most: blocks that share a row or a strip.
 inline void split_tiles(Plan& p, int64_t alone, int64_t most) {
-  const int64_t wanted = std::min({ceil_div(kFill, alone), p.tiles / kSplitTiles, most});
-  const bool pays = p.numel >= kSplitFrom && wanted > 1;
-  p.per_block = pays ? static_cast<int32_t>(ceil_div(p.tiles, wanted)) : p.tiles;
+  const int64_t wanted = p.tiles < kSplitFrom ? 1 : std::min(ceil_div(kFill, alone), most);
+  p.per_block = static_cast<int32_t>(ceil_div(p.tiles, wanted));
   p.split = static_cast<int32_t>(ceil_div(p.tiles, p.per_block));
 }
 
 // As many neighbouring threads as a row has vectors, up to a warp; else a fourth as many, up to a
-// block, with kVectors each; else a block with twice as many each.
+// block, with kRowVectors each; else a block with twice as many each.
 inline void plan_rows(Plan& p) {
   p.kind = Kind::rows;
   const int log = ceil_log2(p.width), log_block = ceil_log2(kThreads);
-  const int log_across = log <= ceil_log2(kWarp) ? 0 : ceil_log2(kVectors);
+  const int log_across = log <= ceil_log2(kWarp) ? 0 : ceil_log2(kRowVectors);
   p.log_x = static_cast<uint8_t>(std::min(log - log_across, log_block));
   p.log_across = static_cast<uint8_t>(log - p.log_x);
 }
@@ -116,9 +119,9 @@ inline void plan_runs(Plan& p) {
   p.kind = Kind::runs;
   const int log = ceil_log2(p.width), log_block = ceil_log2(kThreads);
   p.log_x = static_cast<uint8_t>(std::min(log, log_block));
-  p.log_across = static_cast<uint8_t>(std::min(log - p.log_x, ceil_log2(kVectors)));
+  p.log_across = static_cast<uint8_t>(std::min(log - p.log_x, ceil_log2(vectors(p.vector))));
   p.across = static_cast<int32_t>(ceil_div(p.width, int64_t{1} << (p.log_x + p.log_across)));
-  const int64_t tile_lines = (kThreads >> p.log_x) * (kVectors >> p.log_across);
+  const int64_t tile_lines = (kThreads >> p.log_x) * (vectors(p.vector) >> p.log_across);
   p.tiles = static_cast<int32_t>(ceil_div(p.lines, tile_lines) * p.across);
   split_tiles(p, p.rows, kMaxSplit);
 }
@@ -152,9 +155,9 @@ inline bool plan_strips(Plan& p, int64_t outer, int element_bytes) {
   p.log_x = static_cast<uint8_t>(ceil_log2(most / p.vector));
   p.log_across = 0;
   p.across = 1;
-  const int64_t tile_lines = (kThreads >> p.log_x) * kVectors;
+  const int64_t tile_lines = (kThreads >> p.log_x) * vectors(p.vector);
   p.tiles = static_cast<int32_t>(ceil_div(p.lines, tile_lines));
-  split_tiles(p, ceil_div(p.rows, p.strip_rows), kMaxStripSplit);
+  split_tiles(p, ceil_div(p.rows, p.strip_rows), std::min(p.tiles / kStripTiles, kMaxStripSplit));
   return true;
 }
 
@@ -180,7 +183,7 @@ inline Plan make_plan(const RowView& view, int element_bytes, int vector) {
   set_vector(whole ? vector : 1);
   p.lines = view.outer;
   p.pitch = view.rows * view.inner;
-  if (view.outer == 1 && p.width <= kThreads * most_vectors(p.vector))
+  if (view.outer == 1 && p.width <= kThreads * most_row_vectors(p.vector))
     plan_rows(p);
   else
     plan_runs(p);

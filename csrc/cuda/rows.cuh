@@ -9,7 +9,7 @@ namespace wnkernel::cuda {
 // What a thread holds: K vectors of N elements of each of R rows.
 template <int N, int K>
 struct Rows {
-  static constexpr int R = K < kVectors ? kVectors / K : 1;
+  static constexpr int R = K < kRowVectors ? kRowVectors / K : 1;
 
   int threads;    // of a row
   int lane;       // of them

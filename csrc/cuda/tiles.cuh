@@ -20,6 +20,7 @@ struct Scratch {
 template <bool Strip, int N>
 struct Tiles {
   static constexpr int M = Strip ? N : 1;  // columns of a thread
+  static constexpr int K = vectors(N);     // of a tile, of a thread
 
   const Plan& plan;
   int64_t strip;   // or row
@@ -31,7 +32,7 @@ struct Tiles {
 
   __device__ Tiles(const Plan& p, int64_t block) : plan(p) {
     strip = block / p.split;
-    part = static_cast<int>(block % p.split);
+    part = static_cast<int>(block - strip * p.split);
     start = part * p.per_block;
     end = p.tiles - start < p.per_block ? p.tiles : start + p.per_block;
     x = threadIdx.x & ((1 << p.log_x) - 1);
@@ -60,10 +61,9 @@ struct Tiles {
 
   // Vector k of this thread: where it begins, -1 if there is none.
   __device__ int64_t at(int tile, int k) const {
-    const int below = tile / plan.across, beside = tile - below * plan.across;
+    const int below = Strip ? tile : tile / plan.across, beside = tile - below * plan.across;
     const int log = plan.log_across;
-    const int64_t line =
-        (static_cast<int64_t>(below) * (kVectors >> log) + (k >> log)) * threads_y() + y;
+    const int64_t line = (static_cast<int64_t>(below) * (K >> log) + (k >> log)) * threads_y() + y;
     const int64_t column =
         ((static_cast<int64_t>(beside) << log | (k & ((1 << log) - 1))) << plan.log_x) + x;
     const int64_t offset = line * plan.pitch + column * N;

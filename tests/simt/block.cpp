@@ -195,7 +195,8 @@ void run(const Launch& launch, size_t argument_bytes, const std::function<void()
   count = launch.threads;
   body = &kernel;
   while (threads.size() < count) threads.push_back(std::make_unique<Thread>());
-  for (unsigned b = 0; b < launch.blocks; ++b) {
+  const unsigned step = state.ends ? std::max(1u, launch.blocks - 1) : 1;
+  for (unsigned b = 0; b < launch.blocks; b += step) {
     block_index.x = state.order == Order::descending ? launch.blocks - 1 - b : b;
     run_block();
   }

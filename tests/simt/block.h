@@ -55,7 +55,8 @@ struct State {
   std::vector<Launch> launches;
   int64_t until_failure = -1;  // launches that succeed before one fails; -1: none fails
   int last_error = 0;
-  int mutant = 0;  // which of the faults of a library that has some
+  bool ends = false;  // whether only the first and the last block of a launch run
+  int mutant = 0;     // which of the faults of a library that has some
 };
 extern State state;
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,14 +15,21 @@ from wnkernel.problem import accumulation_dtype
 
 from .. import reference
 from ..cases import DTYPES, randn
+from . import build
 from .process import Worker
-from .protocol import Call, Called, Launch, Plan, Plans, Problem, View
+from .protocol import Call, Called, Ends, Launch, Plan, Plans, Problem, View
 
 LOCKSTEP, ASCENDING, DESCENDING = ORDERS = range(3)
 """In which threads run: simt::Order."""
 
 VECTOR_BYTES = 16
+MOST_LINES = 220
+"""Of a table. tests/test_cuda_plan.py compares numbers with those of csrc/cuda."""
 LIKE_V = ("v", "w", "grad_w", "grad_v")
+
+
+LARGE = [(1, (1 << 25) + 1, 64), (2, (1 << 25) + 1, 64)]
+"""Rows and runs whose offsets take more than 32 bits."""
 
 
 class Types(NamedTuple):
@@ -31,7 +40,7 @@ class Types(NamedTuple):
 
 
 F16, BF16, F32, F64 = DTYPES
-PAIRS = {
+TYPES = {
     "f32": Types(F32, F32),
     "f16": Types(F16, F16),
     "bf16": Types(BF16, BF16),
@@ -39,7 +48,9 @@ PAIRS = {
     "f32_bf16": Types(F32, BF16),
     "f64": Types(F64, F64),
 }
-"""Names as in csrc/cuda/launch.h."""
+"""Every pair, by the names of csrc/cuda/launch.h."""
+PAIRS = {name: TYPES[name] for name in build.PAIRS}
+"""Those that are compiled here."""
 
 
 class Case(NamedTuple):
@@ -66,7 +77,7 @@ class Result(NamedTuple):
 
 def case(
     view: Sequence[int],
-    types: Types = PAIRS["f32"],
+    types: Types = TYPES["f32"],
     *,
     g_dtype: torch.dtype | None = None,
     aligned: bool = True,
@@ -124,14 +135,8 @@ class Run(NamedTuple):
 def run_list(worker: Worker, cases: Iterable[Case], order: int = LOCKSTEP, mutant: int = 0) -> Run:
     """All of them in one call each way."""
     cases, how = list(cases), {"order": order, "mutant": mutant}
-    forward: Called = worker.ask(Call("forward", [forward_problem(c) for c in cases], **how))
-    assert forward.error == 0
-    ws = [_tensor(o["w"], c.grad_w.dtype, c.v) for o, c in zip(forward.outputs, cases, strict=True)]
-    norms = [
-        _tensor(o["norm"], accumulation_dtype(c.v.dtype), c.g)
-        for o, c in zip(forward.outputs, cases, strict=True)
-    ]
-    problems = [backward_problem(c, norm) for c, norm in zip(cases, norms, strict=True)]
+    forward = run_forward(worker, cases, **how)
+    problems = [backward_problem(c, r.norm) for c, r in zip(cases, forward.results, strict=True)]
     backward: Called = worker.ask(Call("backward", problems, **how))
     assert backward.error == 0
     grads = [
@@ -141,8 +146,24 @@ def run_list(worker: Worker, cases: Iterable[Case], order: int = LOCKSTEP, mutan
         ]
         for o, c in zip(backward.outputs, cases, strict=True)
     ]
-    results = [Result(*each[:2], *each[2]) for each in zip(ws, norms, grads, strict=True)]
-    return Run(results, forward.launches, backward.launches)
+    results = [Result(r.w, r.norm, *both) for r, both in zip(forward.results, grads, strict=True)]
+    return Run(results, forward.forward, backward.launches)
+
+
+def run_forward(worker: Worker, cases: Sequence[Case], **how: int) -> Run:
+    """Without gradients."""
+    called: Called = worker.ask(Call("forward", [forward_problem(c) for c in cases], **how))
+    assert called.error == 0
+    results = [
+        Result(
+            _tensor(o["w"], c.grad_w.dtype, c.v),
+            _tensor(o["norm"], accumulation_dtype(c.v.dtype), c.g),
+            None,
+            None,
+        )
+        for o, c in zip(called.outputs, cases, strict=True)
+    ]
+    return Run(results, called.launches, [])
 
 
 def run(worker: Worker, c: Case, order: int = LOCKSTEP) -> Result:
@@ -175,6 +196,14 @@ def assert_right_forward(c: Case, r: Result) -> None:
     reference.assert_close("w", r.w, want)
     norm = reference.norm(c.v, 1)
     reference.assert_close("norm", r.norm.view_as(g), replace(want, value=norm, scale=norm))
+
+
+def assert_ends_right(worker: Worker, view: Sequence[int], mutant: int = 0) -> None:
+    """The first and the last row of a weight that may be larger than memory."""
+    size = math.sqrt(view[0] * view[2])
+    for number, (norm, w) in enumerate(worker.ask(Ends(view, mutant)), 1):
+        assert norm == pytest.approx(number * size)
+        assert w == pytest.approx([3 / size] * len(w))
 
 
 def differences(a: Result, b: Result) -> list[str]:

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
-#include "cuda/plan.h"
+#include "cuda/table.h"
 #include "simt.h"
 
 namespace wnkernel::cuda {
@@ -61,8 +61,8 @@ int simt_takes(int v_type, int w_type) {
   return cuda_takes(static_cast<DType>(v_type), static_cast<DType>(w_type));
 }
 
-void simt_begin(int order, int64_t failing_launch, int mutant) {
-  simt::state = {static_cast<simt::Order>(order), {}, failing_launch, 0, mutant};
+void simt_begin(int order, int64_t failing_launch, int ends, int mutant) {
+  simt::state = {static_cast<simt::Order>(order), {}, failing_launch, 0, ends != 0, mutant};
   reserved.clear();
 }
 
@@ -90,6 +90,14 @@ int simt_launches(int64_t* to) {
 int simt_workspaces(int64_t* to) {
   if (to) std::copy(reserved.begin(), reserved.end(), to);
   return static_cast<int>(reserved.size());
+}
+
+void simt_numbers(int64_t* to) {
+  for (const int64_t number :
+       {int64_t{cuda::kThreads}, int64_t{cuda::kWarp}, int64_t{cuda::kVectorBytes},
+        int64_t{cuda::kStripBytes}, int64_t{cuda::kRowVectors}, cuda::kFill, cuda::kSplitFrom,
+        cuda::kStripTiles, cuda::kMaxSplit, cuda::kMaxStripSplit, int64_t{cuda::kMostLines}})
+    *to++ = number;
 }
 
 void simt_plan(int64_t outer, int64_t rows, int64_t inner, int element_bytes, int vector,

@@ -58,6 +58,16 @@ class Called:
     outputs: list[dict[str, bytes]]
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The forward of a float32 weight ``[outer, rows, inner]``, 0 but for its first row, which is
+    1, and its last, which is 2; g is 3. It may be larger than memory: only its first and its last
+    block run."""
+
+    view: Sequence[int]
+    mutant: int = 0
+
+
 class View(NamedTuple):
     """Arguments of make_plan."""
 
@@ -95,6 +105,23 @@ class Plan(NamedTuple):
     log_across: int
     blocks: int
     partial_sums: int
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The constants of csrc/cuda, which a worker fills in."""
+
+    threads: int = 0
+    warp: int = 0
+    vector_bytes: int = 0
+    strip_bytes: int = 0
+    row_vectors: int = 0
+    fill: int = 0
+    split_from: int = 0
+    strip_tiles: int = 0
+    most_split: int = 0
+    most_strip_split: int = 0
+    most_lines: int = 0
 
 
 ROWS, RUNS, STRIPS = range(3)

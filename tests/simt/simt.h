@@ -48,5 +48,14 @@ T __shfl_xor_sync(unsigned mask, T x, int step, simt::Site at = simt::here()) {
   return x;
 }
 
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T x) {
+  *p = x;
+}
+
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline double __dsqrt_rn(double x) { return sqrt(x); }

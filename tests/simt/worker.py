@@ -4,19 +4,24 @@ writes pickled answers."""
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_double, c_int64, c_size_t, c_uint8, c_void_p
+from ctypes import POINTER, byref, c_double, c_float, c_int64, c_size_t, c_uint8, c_void_p, sizeof
+from dataclasses import fields
 from functools import singledispatch
 from itertools import product
+from math import prod
 
 from .protocol import (
     UNWRITTEN,
     Call,
     Called,
+    Ends,
     Launch,
+    Numbers,
     Plan,
     Plans,
     Problem,
@@ -27,6 +32,10 @@ from .protocol import (
 )
 
 STREAM = 0x5EED
+MAP_NORESERVE = 0x4000
+"""Of Linux; mmap has it from Python 3.13 on."""
+FLOAT = 2
+"""wnkernel::DType::f32."""
 
 LIBC = ctypes.CDLL(None)
 LIBC.posix_memalign.argtypes = [POINTER(c_void_p), c_size_t, c_size_t]
@@ -102,9 +111,11 @@ def _(call: Call) -> Called:
     }[call.direction]
     with heap() as memory:
         places = [_place(memory, p) for p in call.problems]
-        fields = [p.fields for p in call.problems]
-        table = (line * len(places))(*(line(**p, **f) for p, f in zip(places, fields, strict=True)))
-        KERNELS.simt_begin(call.order, c_int64(call.failing_launch), call.mutant)
+        lines = [
+            line(**p, **problem.fields) for p, problem in zip(places, call.problems, strict=True)
+        ]
+        table = (line * len(places))(*lines)
+        KERNELS.simt_begin(call.order, c_int64(call.failing_launch), 0, call.mutant)
         error = launch(table, c_int64(len(places)), c_void_p(STREAM))
         outputs = []
         for problem, place in zip(call.problems, places, strict=True):
@@ -127,12 +138,50 @@ def _place(memory: Heap, problem: Problem) -> dict[str, int]:
     return places | {k: memory.reserve(n, offset(k, 0)) for k, n in problem.outputs.items()}
 
 
+@answer.register
+def _(ends: Ends) -> list[tuple[float, list[float]]]:
+    """The norm and w of the first and of the last row."""
+    outer, rows, inner = ends.view
+    sizes = {"v": prod(ends.view), "w": prod(ends.view), "g": rows, "norm": rows}
+    arrays = {
+        name: (c_float * size).from_buffer(_sparse(size * sizeof(c_float)))
+        for name, size in sizes.items()
+    }
+    places = {
+        row: [o * rows * inner + row * inner + i for o in range(outer) for i in range(inner)]
+        for row in (0, rows - 1)
+    }
+    for number, (row, of_row) in enumerate(places.items(), 1):
+        arrays["g"][row] = 3
+        for at in of_row:
+            arrays["v"][at] = number
+    addresses = {name: ctypes.addressof(array) for name, array in arrays.items()}
+    types = dict.fromkeys(("v_type", "g_type", "w_type"), FLOAT)
+    line = Forward(**addresses, **types, outer=outer, rows=rows, inner=inner)
+    KERNELS.simt_begin(0, c_int64(-1), 1, ends.mutant)
+    assert KERNELS.simt_forward(byref(line), c_int64(1), c_void_p(STREAM)) == 0
+    w = arrays["w"]
+    return [(arrays["norm"][row], [w[at] for at in of_row]) for row, of_row in places.items()]
+
+
+def _sparse(size: int) -> mmap.mmap:
+    """Zeros that take no memory until they are written."""
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+
+
 def _log(name: str, columns: int) -> list[tuple[int, ...]]:
     """What the driver has written down since the call began."""
     rows = getattr(KERNELS, f"simt_{name}")(None)
     numbers = (c_int64 * (rows * columns))()
     getattr(KERNELS, f"simt_{name}")(numbers)
     return [tuple(numbers[k * columns : (k + 1) * columns]) for k in range(rows)]
+
+
+@answer.register
+def _(numbers: Numbers) -> Numbers:
+    found = (c_int64 * len(fields(numbers)))()
+    KERNELS.simt_numbers(found)
+    return Numbers(*found)
 
 
 @answer.register
