@@ -278,8 +278,8 @@ def test_another_shape_eps_or_order_takes_another_table(monkeypatch):
 
 
 def test_tables_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(tables, "KEPT", 2)
     held = Held(monkeypatch)
+    held._launcher._tables = tables.Kept(2)
     first = list(held.arrays)
     others = [[[t.clone() for t in arrays] for arrays in first] for _ in range(2)]
     for arrays, builds in ((first, 1), (others[0], 1), (first, 0), (others[1], 1), (first, 0)):
