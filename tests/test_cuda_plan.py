@@ -170,7 +170,7 @@ def test_every_element_is_in_one_block_of_a_split_row(planner, data):
     vector = data.draw(st.sampled_from(vectors(itemsize)))
     rows = data.draw(st.sampled_from([1, 2, 3, 5, 16, 40]))
     inner = data.draw(st.integers(1, min(70, 200 // rows)))
-    length = data.draw(st.integers(1 << 17, 1 << 18))
+    length = data.draw(st.integers(3 << 16, 1 << 18))  # 8 tiles of 128 lines of 200 elements
     outer = -(-length // (rows * inner))
     for view in (
         View(outer, rows, inner, itemsize, vector),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import wnkernel
+from wnkernel import functional
 
 from .distributed_worker import (
     ALL,
@@ -204,6 +205,21 @@ def fully_sharded_weights_read_outside_a_forward(order: str) -> None:
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+
+
+@each(("auto",), ("eager",))
+def fully_sharded_weights_in_a_list(backend: str) -> None:
+    """Of DTensors, for which there is neither a kernel nor a rule of ours."""
+    layers = [m for m in blocks()(matrices()).modules() if hasattr(m, "parametrizations")]
+    weights = [m.parametrizations.weight for m in layers]
+    v, g = [w.original1 for w in weights], [w.original0 for w in weights]
+    dims = [w[0].dim for w in weights]
+    with wnkernel.use_backend(backend):
+        for w, *one in zip(functional.weight_norms(v, g, dims), v, g, dims, strict=True):
+            assert torch.equal(w.full_tensor(), functional.weight_norm(*one).full_tensor())
+            w.square().sum().backward()
+            assert one[0].grad is not None
+            assert one[1].grad is not None
 
 
 def test_two_processes(tmp_path):

@@ -125,6 +125,8 @@ def weight_norms(
         )
     if is_compiling():
         return _traced_list(check_forward(v, g, dim, eps, out_dtype), out_dtype)
+    if any(map(_is_distributed, (*v, *g))):
+        return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
     problems = forms.known_list(v, g, dim, eps, out_dtype)
     backend = choose(v[0])
     if isinstance(backend, CompiledBackend):
