@@ -124,6 +124,7 @@ def test_opcheck_lists(ops, launches, grad):
     opcheck(ops.forward.default, (v, g, dim, [0.0] * 3, torch.bfloat16))
     opcheck(ops.backward.default, (*lists(*problems), [True, False, True], [True, True, False]))
     assert {"forward_list", "backward_list"} <= {*kernels(launches)}
+    assert not TRITON._launcher._tables._kept  # a compiler may count what is left on the device
 
 
 def test_a_list_is_one_launch_each_way(ops, launches):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import wnkernel
 from wnkernel import functional as F
@@ -18,7 +17,6 @@ from wnkernel.forms import Problems
 from wnkernel.problem import Problem, check
 
 from .cases import randn, randn_g
-from .messages import message
 from .triton_cases import (
     DEVICE,
     TRITON,
@@ -257,54 +255,29 @@ def test_accesses_are_as_wide_as_addresses_allow(shifted):
     assert group.batch(launch.BACKWARD, addresses["v"], addresses["w"]) is not batch
 
 
-def replacements() -> dict[str, Callable[[Tensor], Tensor]]:
-    return {
-        "elsewhere": torch.clone,
-        "in another order": lambda t: t.to(memory_format=torch.channels_last),
-        "with gaps": lambda t: t.repeat_interleave(2, -1)[..., ::2],
-        "negated": lambda t: torch._neg_view(-t),
-    }
+def test_few_patterns_of_odd_addresses_are_remembered():
+    """Gradients in flat buffers may have another in every step."""
+    from wnkernel.backends.triton import launch
+    from wnkernel.backends.triton.layouts import BATCHES, Layout
+
+    cases = [case((6, 4), 0) for _ in range(6)]
+    (group,) = Layout(Problems.of(problems_of(cases))).groups
+    for pattern in range(1 << len(cases)):
+        odd = [64 + 4 * (pattern >> k & 1) for k in range(len(cases))]
+        batch = group.batch(launch.FORWARD, odd, odd)
+        assert [w.vector for w in batch.weights] == [1 if a % 16 else 4 for a in odd]
+        assert len(group._batches) <= BATCHES
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("how", replacements())
-def test_a_backward_reads_v_where_it_is_now(how, count):
-    """Its ``.data`` was replaced since the forward, which no version counter shows."""
-    cases = [case((6, 4, 3, 3), 0) for _ in range(count)]
-    vs, gs = ([getattr(c, name).clone().requires_grad_() for c in cases] for name in ("v", "g"))
-    grad_ws = [c.grad_w for c in cases]
-    with wnkernel.use_backend("triton"):
-        ws = F.weight_norms(vs, gs, [0] * count)
-        want = torch.autograd.grad(ws, [*vs, *gs], grad_ws, retain_graph=True)
-        old, vs[0].data = vs[0].data, replacements()[how](vs[0].data)
-        old.fill_(torch.nan)
-        got = torch.autograd.grad(ws, [*vs, *gs], grad_ws)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_memory_of_a_list_that_was_freed_is_an_error():
-    """Also where its tables are kept."""
-    vs = [randn((5, 7)).to(DEVICE).requires_grad_() for _ in range(2)]
-    gs = [randn_g((5, 7), 0).to(DEVICE).requires_grad_() for _ in range(2)]
-    with wnkernel.use_backend("triton"):
-        for _ in range(3):
-            ws = F.weight_norms(vs, gs, [0, 0])
-            torch.autograd.grad(ws, vs, ws, retain_graph=True)
-        vs[1].untyped_storage().resize_(0)  # as FSDP does
-        for call in (
-            lambda: F.weight_norms(vs, gs, [0, 0]),
-            lambda: torch.autograd.grad(ws, vs, ws),
-        ):
-            with pytest.raises(RuntimeError, match=message("v", "with memory", "freed")):
-                call()
-
-
-def test_a_derivative_that_the_kernels_cannot_follow_is_no_wrong_one():
-    """Forward mode through a backward: nothing may be lost without a word."""
-    v, g = randn((4, 5)).to(DEVICE).requires_grad_(), randn_g((4, 5), 0).to(DEVICE)
-    with wnkernel.use_backend("triton"), forward_ad.dual_level():
-        w = F.weight_norm(v, g)
-        grad_w = forward_ad.make_dual(torch.ones_like(w), torch.ones_like(w))
-        with pytest.raises(NotImplementedError, match="jvp"):
-            torch.autograd.grad(w, v, grad_w)
+def test_operators_keep_no_tables(still):
+    """A compiler may run them in memory that it manages, and counts what is left there."""
+    cases = [case((6, 4), 0), case((4, 9), 0)]
+    still.tables(cases)
+    kept = TRITON._launcher._tables._kept
+    before, problems = len(kept), problems_of(cases)
+    made = still.made
+    for _ in range(2):
+        _, norms = TRITON.forward(problems, apart=True)
+        yes = [True] * 2
+        TRITON.backward(problems, norms, [c.grad_w for c in cases], yes, yes, apart=True)
+    assert (len(kept), still.made) == (before, made + 4)

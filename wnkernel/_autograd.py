@@ -106,6 +106,8 @@ def _derivative(
     need_g: Sequence[bool],
 ) -> Grads:
     """The first derivative."""
+    if any(map(Tensor._is_zerotensor, grad_ws)):  # zeros without memory
+        grad_ws = [t.clone() for t in grad_ws]
     if backend.is_traceable or have_addresses(grad_ws):
         return backend.backward(problems, norms, grad_ws, need_v, need_g)
     grads = map(composed.backward, problems, norms, grad_ws)

@@ -70,7 +70,7 @@ class Operators:
         wanted = [bool(x) for x in need_v], [bool(x) for x in need_g]
         if not self._triton.reasons(v[0]):
             norm = [n.contiguous() for n in norm]
-            grad_v, grad_g = self._triton.backward(problems, norm, grad_w, *wanted)
+            grad_v, grad_g = self._triton.backward(problems, norm, grad_w, *wanted, apart=True)
         else:
             problems = [_without_gaps(p) for p in problems]
             grad_v, grad_g = self._eager.backward(problems, norm, grad_w, *wanted)

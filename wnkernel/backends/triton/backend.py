@@ -49,7 +49,8 @@ class TritonBackend:
     def forward(
         self, problems: Sequence[Problem], *, apart: bool = False
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """``apart``: norms leave the package, so each has memory of its own."""
+        """``apart``: for an operator, which a compiler may run in memory that it manages. Norms
+        leave the package, so each has memory of its own, and nothing that is allocated is kept."""
         if not problems:
             return [], []
         many = Problems.of(problems)
@@ -64,7 +65,10 @@ class TritonBackend:
         grad_ws: Sequence[Tensor],
         need_v: Sequence[bool],
         need_g: Sequence[bool],
+        *,
+        apart: bool = False,
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """``apart``: as in :meth:`forward`."""
         many = Problems.of(problems)
         live = [k for k, needs in enumerate(map(or_, need_v, need_g)) if needs]
         if len(live) == len(many):
@@ -72,7 +76,9 @@ class TritonBackend:
         else:
             many = many.at(live)
             lists = ([column[k] for k in live] for column in (norms, grad_ws, need_v, need_g))
-        grads = self._runs.backward(self._launcher, many, *lists) if live else ((), ())
+        grads = (), ()
+        if live:
+            grads = self._runs.backward(self._launcher, many, *lists, apart=apart)
         grad_v, grad_g = (spread(column, live, len(problems)) for column in grads)
         return grad_v, grad_g
 

@@ -160,6 +160,8 @@ class Launcher:
         batch: Batch,
         addresses: Sequence[Sequence[int]],
         inputs: Mapping[str, Sequence[Tensor]],
+        *,
+        keep: bool = True,
     ) -> None:
         """Run one direction for the weights of a batch, whose device is the current one.
 
@@ -168,12 +170,13 @@ class Launcher:
             addresses: those of all weights, for each array that the kernels take.
             inputs: tensors by name. They are checked for memory unless all addresses are those of a
                 table that is kept: where memory was freed, the address is another.
+            keep: whether tables on the device may be kept.
 
         Raises:
             RuntimeError: a tensor has no memory.
         """
         if batch.is_list:
-            self._launch_list(batch, addresses, inputs)
+            self._launch_list(batch, addresses, inputs, keep)
         else:
             check_memory(inputs)
             self._launch_one(batch, [column[0] for column in addresses])
@@ -190,9 +193,10 @@ class Launcher:
         batch: Batch,
         addresses: Sequence[Sequence[int]],
         inputs: Mapping[str, Sequence[Tensor]],
+        keep: bool,
     ) -> None:
         table, t, many, device = batch.table, batch.types, batch.direction.many, batch.device
-        lines, owners = self._uploaded(batch, addresses, inputs)
+        lines, owners = self._uploaded(batch, addresses, inputs, keep)
         partials = _workspace(table.workspace, batch)
         args = (lines.data_ptr(), owners.data_ptr(), _address(partials))
         self._run(many, table.programs, args, choices_of_list(t, table.rows_only, 0), device)
@@ -205,6 +209,7 @@ class Launcher:
         batch: Batch,
         addresses: Sequence[Sequence[int]],
         inputs: Mapping[str, Sequence[Tensor]],
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         """The table of a list on its device: lines with addresses, and owners."""
         table, device = batch.table, batch.device
@@ -217,9 +222,11 @@ class Launcher:
             self._uploads.expect(table.lines.numel() + table.owners.numel())
             return self._uploads.copy(table.owners, device)
 
-        if is_capturing(device):  # a table from outside may be gone when the graph runs
+        capturing = is_capturing(device)
+        if not capturing:
+            self._uploads.refill(device)
+        if capturing or not keep:  # a table from outside may be gone when a graph runs
             return lines(), self._uploads.copy(table.owners, device)
-        self._uploads.refill(device)
         place = batch, current_stream(device)
         found = self._tables.get((*place, *map(tuple, addresses)), lines)
         return found, self._owners.get(place, owners)

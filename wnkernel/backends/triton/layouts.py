@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
-from operator import or_
+from operator import attrgetter, or_
 from typing import Any
 
 import torch
@@ -22,12 +22,23 @@ SECTOR = 32
 """Bytes that a GPU writes at once: no two norms share any."""
 
 
+BATCHES = 8
+"""Patterns of odd addresses that are remembered of a list: gradients that lie in flat buffers have
+many. Then all are forgotten."""
+
+_size, _stride, _is_neg, _dtype = Tensor.size, Tensor.stride, Tensor.is_neg, attrgetter("dtype")
+
+
 class Results:
     """Tensors to allocate: one like each of some others, but for the dtype."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.sizes = [tuple(t.size()) for t in tensors]
         self.strides = [t.stride() for t in tensors]
+
+    def are_like(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors have these sizes and strides."""
+        return list(map(_stride, tensors)) == self.strides and self.sizes == [*map(_size, tensors)]
 
     def make(
         self,
@@ -101,6 +112,8 @@ class Group:
         key = direction, odd
         batch = self._batches.get(key)
         if batch is None:
+            if len(self._batches) >= BATCHES:
+                self._batches.clear()
             batch = self._batches[key] = self._batch(direction, odd or (False,) * len(self.places))
         return batch
 
@@ -135,6 +148,18 @@ class Layout:
             else:
                 self.empty.append(k)
         self.groups = [Group(*group, many) for group in places.items()] if self.is_ready else []
+
+    def is_of(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> bool:
+        """Whether v and g, which kernels can read where they are, are of these forms now."""
+        return (
+            self.is_ready
+            and self.like_v.are_like(v)
+            and self.like_g.are_like(g)
+            and list(map(_dtype, v)) == self.v_dtypes
+            and list(map(_dtype, g)) == self.g_dtypes
+            and not any(map(_is_neg, v))
+            and not any(map(_is_neg, g))
+        )
 
 
 def _is_ready(v: Tensor, g: Tensor) -> bool:

@@ -30,10 +30,15 @@ class Norms(Sequence[Tensor]):
         self.addresses = layout.norms.addresses(memory)
         self.v, self.g = v, g
 
-    def are_of(self, v: Column, g: Column, w_dtypes: list[torch.dtype]) -> bool:
-        """Whether v and g are where they were. Their versions being those of the forward too, as
-        autograd has checked, their forms can only be."""
-        return self.v == v and self.g == g and self._layout.w_dtypes == w_dtypes
+    def are_of(self, many: Problems, v: Column, g: Column, w_dtypes: list[torch.dtype]) -> bool:
+        """Whether v and g are where they were, and as they were. Versions do not tell: ``.data``
+        of a parameter may have been replaced by other strides of the same memory."""
+        return (
+            self.v == v
+            and self.g == g
+            and self._layout.w_dtypes == w_dtypes
+            and self._layout.is_of(many.v, many.g)
+        )
 
     def __len__(self) -> int:
         return len(self.v)
@@ -45,7 +50,8 @@ class Norms(Sequence[Tensor]):
 def forward(
     launcher: Launcher, many: Problems, *, apart: bool
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """``w`` and ``norm`` of one weight or more; ``apart``: every norm has memory of its own."""
+    """``w`` and ``norm`` of one weight or more; ``apart``: every norm has memory of its own, and no
+    table is kept."""
     many, layout = _ready(launcher, many)
     with guard(layout.device):
         allocate = allocator(layout.device)
@@ -60,7 +66,8 @@ def forward(
         for group in layout.groups:
             addresses = group.of(columns)
             batch = group.batch(FORWARD, addresses[0], addresses[2])
-            launcher.launch(batch, addresses, {"v": many.v, "g": many.g})
+            inputs = {"v": many.v, "g": many.g}
+            launcher.launch(batch, addresses, inputs, keep=not apart)
     for k in layout.empty:
         norms[k].zero_()
     return w, norms
@@ -73,12 +80,14 @@ def backward(
     grad_ws: Sequence[Tensor],
     need_v: Sequence[bool],
     need_g: Sequence[bool],
+    *,
+    apart: bool,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """``grad_v`` and ``grad_g`` of one weight or more, None where not needed. At least one of the
-    two is needed of each."""
+    two is needed of each. ``apart``: no table is kept."""
     v, g = list(map(_address, many.v)), list(map(_address, many.g))
     dtypes = [t.dtype for t in grad_ws]
-    if not (isinstance(norms, Norms) and norms.are_of(v, g, dtypes)):
+    if not (isinstance(norms, Norms) and norms.are_of(many, v, g, dtypes)):
         many = Problems(many.v, many.g, forms=many.forms_now(dtypes))
     asked = many
     many, layout = _ready(launcher, many)
@@ -100,7 +109,8 @@ def backward(
         for group in layout.groups:
             addresses = group.of(columns)
             batch = group.batch(BACKWARD, addresses[0], addresses[1], addresses[4])
-            launcher.launch(batch, addresses, {"v": many.v, "g": many.g, "grad_w": grad_ws})
+            inputs = {"v": many.v, "g": many.g, "grad_w": grad_ws}
+            launcher.launch(batch, addresses, inputs, keep=not apart)
     for k in layout.empty:  # a norm of no elements does not depend on anything
         if (t := grad_g[k]) is not None:
             t.zero_()
