@@ -24,9 +24,10 @@ share it: one computes while the other waits for memory. In AMD GPUs a processor
 512 for each lane of a wave, and a program has four waves: four programs can share it."""
 
 SPILLED_BYTES = {("cuda100", "autocast"): 8, ("cuda100", "float64"): 32}
+SPILLED_BYTES |= {("cuda80", dtypes): 8 for dtypes in ("float16", "bfloat16", "mixed")}
 """Of a thread, at most, by GPU and dtypes; all others spill nothing. In a kernel for lists of every
 tile the assembler puts some numbers aside, once in a branch, to stay at 80 registers: one more
-program fits."""
+program fits. For sm_80 it does so in that for long rows of halves, to stay at 48."""
 
 ROWS, EVERY = "rows", "every tile"
 """The tiles of a list."""
