@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .load import disturbed
+from wnkernel.cli.load import disturbed
+
 from .results import FUSED, GROUPED, LEGACY, OURS, TORCH, UNCHANGED, VERSION, Result
 
 LARGE = 1_000_000

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from wnkernel.cli.load import OtherLoad
 from wnkernel.cli.timing import MAX_ROUNDS, MIN_ROUNDS, MIN_SAMPLE_S, no_garbage_collection
-
-from .load import OtherLoad
 
 Contender = Callable[[], object]
 Sampler = Callable[[Contender, int], float]
@@ -92,7 +91,7 @@ def measure(
         sample: how a turn is timed.
         budget_s: for all rounds.
         min_sample_s: how long a turn lasts at least.
-        own_cpu_s: see :class:`~benchmarks.load.OtherLoad`.
+        own_cpu_s: see :class:`~wnkernel.cli.load.OtherLoad`.
     """
     counts = {name: _warm_up(run, sample, min_sample_s) for name, run in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}

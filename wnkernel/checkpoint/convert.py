@@ -16,11 +16,10 @@ from .layouts import (
     FOLDED,
     LAYOUTS,
     PARAMETRIZED,
-    legacy_keys,
-    parametrized_keys,
     same_bits,
     same_up_to_rounding,
     split_weight,
+    weight_keys,
 )
 from .normed import Like, NormedWeight, find_normed_weights, is_float, weights_of
 
@@ -134,7 +133,7 @@ class _Conversion:
             first = min(g_key, v_key, key=self.position.__getitem__)
             self.changes[first] = {weight.key: self._fold(g, v, weight)}
         else:
-            new_g, new_v = self._new_keys(weight.key)
+            new_g, new_v = weight_keys(weight.key, self.to)
             self.changes |= {g_key: {new_g: g}, v_key: {new_v: v}}
 
     def split(self, weight: NormedWeight) -> None:
@@ -150,7 +149,7 @@ class _Conversion:
             return _as_in(w, split_weight(w.detach(), weight.dim)[0], w.requires_grad)
 
         g = self._once((_identity(w), weight.dim), norms)
-        new_g, new_v = self._new_keys(weight.key)
+        new_g, new_v = weight_keys(weight.key, self.to)
         self.changes[weight.key] = {new_g: g, new_v: w}
 
     def result(self) -> dict[str, Any]:
@@ -168,11 +167,6 @@ class _Conversion:
         if metadata is not None:  # loading with assign=True writes into it
             converted._metadata = copy.deepcopy(metadata)
         return converted
-
-    def _new_keys(self, key: str) -> tuple[str, str]:
-        prefix, dot, name = key.rpartition(".")
-        names = parametrized_keys(name) if self.to == PARAMETRIZED else legacy_keys(name)
-        return prefix + dot + names[0], prefix + dot + names[1]
 
     def _check_same(self, pair: tuple[str, str], other: tuple[str, str]) -> None:
         for key, other_key in zip(pair, other, strict=True):

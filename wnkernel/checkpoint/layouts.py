@@ -32,6 +32,15 @@ def legacy_keys(name: str) -> tuple[str, str]:
     return f"{name}_g", f"{name}_v"
 
 
+def weight_keys(key: str, layout: str) -> tuple[str, ...]:
+    """The keys in a layout (of g and v, if it has them) of the weight that is ``key`` if folded."""
+    if layout == FOLDED:
+        return (key,)
+    prefix, dot, name = key.rpartition(".")
+    names = parametrized_keys(name) if layout == PARAMETRIZED else legacy_keys(name)
+    return prefix + dot + names[0], prefix + dot + names[1]
+
+
 def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
     """torch's legacy weight norms of a module: the names of the parameters, and for each the hook
     after its key among the hooks."""

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from ..problem import FLOAT_DTYPES
-from .layouts import infer_dim, legacy_hooks, legacy_keys, parametrized_keys
+from .layouts import LAYOUTS, PARAMETRIZED, infer_dim, legacy_hooks, weight_keys
 
 _PARAMETRIZED_KEY = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)", re.DOTALL)
 
@@ -59,7 +59,7 @@ def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tu
         if isinstance(key, str) and (match := _PARAMETRIZED_KEY.fullmatch(key)):
             below.setdefault(match.groups()[:2], set()).add(match[3])
     for (prefix, name), found in below.items():
-        g, v = (prefix + key for key in parametrized_keys(name))
+        g, v = weight_keys(prefix + name, PARAMETRIZED)
         if found in ({"original0"}, {"original1"}):
             present, missing = (g, v) if g in state_dict else (v, g)
             raise ValueError(
@@ -120,7 +120,7 @@ class Like:
         if not (self.weights and state_dict):
             return
         weights = (*self.weights, *self.others)
-        known = {key for weight in weights for key in (weight, *_pair_keys(weight))}
+        known = {key for w in weights for layout in LAYOUTS for key in weight_keys(w, layout)}
         if not any(key in known or key in self.keys for key in state_dict):
             first, got = next(iter(self.weights)), next(iter(state_dict))
             raise ValueError(
@@ -157,9 +157,3 @@ def weights_of(like: nn.Module | Mapping[str, Any] | None) -> Like:
     found = {weight.key: weight for weight in find_normed_weights(state_dict, legacy)}
     weights = {key: weight for key, weight in found.items() if key in known}
     return Like(state_dict.keys(), weights, eps, others)
-
-
-def _pair_keys(key: str) -> Iterator[str]:
-    prefix, dot, name = key.rpartition(".")
-    for keys in (parametrized_keys(name), legacy_keys(name)):
-        yield from (prefix + dot + k for k in keys)

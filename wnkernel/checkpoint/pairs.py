@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import _is_distributed
-from .layouts import legacy_keys, parametrized_keys, same_bits, same_up_to_rounding
+from .layouts import LEGACY, PARAMETRIZED, same_bits, same_up_to_rounding, weight_keys
 
 
 class LayoutError(ValueError):
@@ -53,12 +53,8 @@ class Source:
 
 def source(state_dict: Mapping[str, Any], prefix: str, name: str, *, legacy: bool = True) -> Source:
     """All layouts of parameter ``name`` below ``prefix``; the legacy one if it is wanted."""
-    layouts = (parametrized_keys, legacy_keys) if legacy else (parametrized_keys,)
-    pairs = []
-    for keys in layouts:
-        g, v = keys(name)
-        pairs.append((prefix + g, prefix + v))
-    return Source(state_dict, prefix + name, tuple(pairs), prefix + name)
+    key, layouts = prefix + name, (PARAMETRIZED, LEGACY) if legacy else (PARAMETRIZED,)
+    return Source(state_dict, key, tuple(weight_keys(key, layout) for layout in layouts), key)
 
 
 def choose(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Tensor]:

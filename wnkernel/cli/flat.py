@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.layouts import weight_keys
 from .layouts import Conversion, keys_of
 from .safetensors_files import Spec
 from .shards import Shard
@@ -46,7 +47,7 @@ class Flat:
         for weight in conversion.find(shapes):
             keys = keys_of(weight, shapes)
             if not all(key in self._new for key in keys):
-                self._parts.append(self._part(keys, conversion.new_keys(weight)))
+                self._parts.append(self._part(keys, weight_keys(weight.key, conversion.to)))
                 for key in keys:
                     del alone[key]
         self._parts += [_Part([k], {k: self._homes[k]}, is_converted=False) for k in alone]
@@ -81,7 +82,7 @@ class Flat:
                 tensors = again.convert(tensors) if part.is_converted else tensors
                 yield from ((key, tensors[key]) for key in wanted)
 
-    def _part(self, keys: list[str], new: list[str]) -> _Part:
+    def _part(self, keys: list[str], new: Iterable[str]) -> _Part:
         if len(keys) > 2:  # spellings that have to agree: before anything is written
             self._conversion.again().convert(self._load(keys))
         # New keys go where v was, which may be another file than that of g.

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import convert_state_dict, legacy_keys
-from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED, parametrized_keys
+from ..checkpoint import convert_state_dict
+from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED, weight_keys
 from ..checkpoint.normed import NormedWeight, find_normed_weights
 from ..problem import WHOLE_TENSOR
 from .errors import BadInput
@@ -103,16 +103,6 @@ class Conversion:
                 converted[weight.key] = self._folded.setdefault(identity, w)
         return converted
 
-    def new_keys(self, weight: NormedWeight) -> list[str]:
-        """The keys that it has afterwards."""
-        prefix, dot, name = weight.key.rpartition(".")
-        names = {
-            FOLDED: (name,),
-            LEGACY: legacy_keys(name),
-            PARAMETRIZED: parametrized_keys(name),
-        }[self.to]
-        return [prefix + dot + key for key in names]
-
     def _bad(self, where: str, error: ValueError) -> BadInput:
         text = str(error).removeprefix("state_dict: ")
         return BadInput(f"{self.file}: {where}: {text}" if where else f"{self.file}: {text}")
@@ -125,8 +115,7 @@ def keys_of(weight: NormedWeight, state_dict: Mapping[str, Any]) -> list[str]:
 
 
 def _layout(weight: NormedWeight, pair: tuple[str, str]) -> str:
-    prefix, dot, name = weight.key.rpartition(".")
-    return LEGACY if pair[0] == prefix + dot + legacy_keys(name)[0] else PARAMETRIZED
+    return LEGACY if pair == weight_keys(weight.key, LEGACY) else PARAMETRIZED
 
 
 def _halves(state_dict: Mapping[str, Any]) -> list[str]:
