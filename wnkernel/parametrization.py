@@ -21,10 +21,14 @@ from .problem import WHOLE_TENSOR
 
 
 class Owner(Protocol):
-    """What computes a weight together with others; see wnkernel/grouping."""
+    """What a weight is asked of: a group (wnkernel/grouping) or, while a layer is new,
+    wnkernel/lost_writes.py."""
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """``w``, as fresh as :func:`wnkernel.functional.weight_norm` would give it."""
+
+    def end(self) -> None:
+        """What there is to do before another takes its place."""
 
 
 class WeightNorm(nn.Module):
@@ -65,7 +69,7 @@ class WeightNormList(WeightNormOriginals):
     """
 
     owner: Owner | None = None
-    """What computes it together with others."""
+    """Whom to ask for the weight; None: it is computed here."""
 
     def __call__(self) -> Tensor:
         parameters = self._parameters
