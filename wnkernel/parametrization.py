@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -101,6 +101,14 @@ class WeightNormList(WeightNormOriginals):
                 or _global_backward_hooks
                 or _global_backward_pre_hooks
             )
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` asks of every module."""
+        raise RuntimeError(
+            "torch.jit.script: expected a model with plain weights, got a weight norm, which "
+            "TorchScript cannot compile: call wnkernel.fold(model) first, on a copy if the model "
+            "is to be trained further"
         )
 
 
