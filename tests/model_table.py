@@ -173,8 +173,8 @@ Published models that were tried, built with torch's legacy weight norm and few 
 Every cell is a test (`tests/test_model_table.py`); `python -m tests.model_table` writes this page.
 """
 _AFTER = f"""
-- "its own remover": the model's `remove_weight_norm()` after `wnkernel.convert(model)`, with nothing
-  patched. "{BROKEN}": VITS's raises with torch's weight norm too.
+- "its own remover": the model's `remove_weight_norm()` after `wnkernel.convert(model)`, with$
+  nothing patched. "{BROKEN}": VITS's raises with torch's weight norm too.
 - "`torch.compile`": the same outputs; a model that breaks its own graphs breaks them here as well.
 - "`torch.export`": of the model as it is, unfolded. "{NEITHER}": the model's own code, also without
   any weight norm. ONNX, AOTInductor and TorchScript start from the same formula
