@@ -74,7 +74,6 @@ def test_bad_input_is_refused_in_a_trace():
 def test_the_tracer_goes_on_after_a_weight():
     """While arguments are checked it is off."""
 
-
     class TimesRows(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * x.shape[0]

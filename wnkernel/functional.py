@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _ops, composed, exporting, forms
 from .backends import choice, choose, gpu_operators
 from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
-from .forms import PLAIN, Problems
+from .forms import Problems
 from .problem import (
     Problem,
     accumulation_dtype,
@@ -203,7 +204,7 @@ def _has_operators(v: Tensor) -> bool:
 
 def _is_distributed(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor, which has rules for torch's own operators only."""
-    if type(t) in PLAIN:
+    if type(t) in (Tensor, Parameter):  # torch 2.6 and 2.7 cannot trace `in` of a frozenset
         return False
     module = sys.modules.get("torch.distributed.tensor")  # there if anybody made a DTensor
     return module is not None and isinstance(t, module.DTensor)
