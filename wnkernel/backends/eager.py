@@ -58,6 +58,7 @@ def _torch_is_right(p: Problem) -> bool:
         p.v.device.type in ("cpu", "cuda")
         and (_CPU_HAS_HALF or p.v.dtype != torch.float16 or p.v.device.type != "cpu")
         and p.dim in (0, p.v.ndim - 1)
+        and p.divisor_dtype == p.acc_dtype
         and p.eps == 0.0
         and p.v.dtype == p.g.dtype
         and (p.out_dtype == p.v.dtype or p.v.dtype == p.acc_dtype)  # else rounded twice
@@ -73,7 +74,7 @@ def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
         return w.to(p.out_dtype), norm
     acc = p.acc_dtype
     norm = composed.norm_except_dim(p.v.to(acc), p.dim)
-    w = p.v.to(acc) * (p.g.to(acc) / norm.clamp_min(p.eps))
+    w = p.v.to(acc) * (p.g.to(acc) / composed.norm_held(p, norm).clamp_min(p.eps))
     return w.to(p.out_dtype), norm
 
 

@@ -67,14 +67,8 @@ def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
 
 
 def split_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` that give ``weight``; the bits of g are torch's wherever torch's are right."""
-    if weight.numel() == 0:  # torch cannot: one of its views would have any number of columns
-        return functional.norm_except_dim(weight, dim), weight
-    g = torch.norm_except_dim(weight, 2, dim)
-    overflown_or_zero = ~g.isfinite() | (g == 0)
-    if not g.is_meta and overflown_or_zero.any():
-        g = torch.where(overflown_or_zero, functional.norm_except_dim(weight, dim), g)
-    return g, weight
+    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v."""
+    return functional.norm_except_dim(weight, dim), weight
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
