@@ -27,6 +27,7 @@ class NormedWeight:
     """That of the folded weight."""
     dim: int
     shape: torch.Size
+    g_shape: torch.Size
     pairs: tuple[tuple[str, str], ...] = ()
     """The keys of g and v in the layouts that the dict has, parametrized first."""
 
@@ -49,7 +50,8 @@ def find_normed_weights(
     weights = []
     for key, spelled in pairs.items():
         g, v = (state_dict[k] for k in spelled[0])
-        weights.append(NormedWeight(key, infer_dim(g.shape, v.shape), v.shape, tuple(spelled)))
+        dim = infer_dim(g.shape, v.shape)
+        weights.append(NormedWeight(key, dim, v.shape, g.shape, tuple(spelled)))
     return weights
 
 
