@@ -8,8 +8,9 @@ from .backends import use_backend
 from .checkpoint import accept_any_layout, convert_state_dict
 from .grouping.group import WeightNormGroup, fuse
 from .init import data_dependent_init_
+from .layers import remove_weight_norm, weight_norm
 from .model import convert, fold
-from .parametrization import WeightNorm, remove_weight_norm, weight_norm
+from .parametrization import WeightNorm
 from .patching import patch_torch
 
 __all__ = [

@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
 from ..problem import WHOLE_TENSOR, norm_shape
+from ..removal import RemovalHook
 
 PARAMETRIZED, LEGACY, FOLDED = "parametrized", "legacy", "folded"
 LAYOUTS = (PARAMETRIZED, LEGACY, FOLDED)
@@ -47,7 +48,7 @@ def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
     return {
         hook.name: (key, hook)
         for key, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, LegacyHook)
+        if isinstance(hook, LegacyHook) and type(hook) is not RemovalHook
     }
 
 
