@@ -269,6 +269,19 @@ def test_a_list_of_parametrizations_loads_alone():
     assert torch.equal(weights.original0, torch.full((1,), 3.0))
 
 
+@pytest.mark.parametrize("as_parameter", [False, True])
+@pytest.mark.parametrize("g_shape", [(), (1,)])
+def test_assigned_weights(g_shape, as_parameter):
+    layer, w = target("ours", g_shape), torch.randn(4, 5)
+    g, v = originals(layer)
+    layer.weight = nn.Parameter(w) if as_parameter else w
+    assert g is originals(layer)[0]
+    assert g.shape == g_shape
+    torch.testing.assert_close(layer.weight, w)
+    layer.weight.sum().backward()
+    assert g.grad.shape == g_shape
+
+
 def test_a_g_of_one_element_that_is_none_of_these():
     """(1, 1) has always been refused."""
     layer = reshape_g(target("ours", ()))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -64,6 +65,14 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def right_inverse(self, value: Tensor) -> None:
+        """As torch's, but for g of shape (1,), which stays that and would become 0-dimensional."""
+        shape = self.original0.shape
+        super().right_inverse(value)
+        if shape == (1,) and self.original0.shape == ():
+            with torch.no_grad():
+                self.original0.set_(self.original0.reshape(1))
 
     def has_parameters(self) -> bool:
         """Whether g and v are there to be loaded; in the views of FSDP's first version they are
