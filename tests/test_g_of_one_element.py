@@ -273,7 +273,7 @@ def test_a_list_of_parametrizations_loads_alone():
 @pytest.mark.parametrize("g_shape", [(), (1,)])
 def test_assigned_weights(g_shape, as_parameter):
     layer, w = target("ours", g_shape), torch.randn(4, 5)
-    g, v = originals(layer)
+    g, _ = originals(layer)
     layer.weight = nn.Parameter(w) if as_parameter else w
     assert g is originals(layer)[0]
     assert g.shape == g_shape

@@ -67,12 +67,17 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         )
 
     def right_inverse(self, value: Tensor) -> None:
-        """As torch's, but for g of shape (1,), which stays that and would become 0-dimensional."""
+        """As torch's, for a weight that is assigned to the layer, but for two things. A g of shape
+        (1,) stays that, and a row of zeros, of which the norm and no direction is known (a layer
+        fused with a batch norm that is 0 there), does not become NaN."""
         shape = self.original0.shape
         super().right_inverse(value)
-        if shape == (1,) and self.original0.shape == ():
-            with torch.no_grad():
-                self.original0.set_(self.original0.reshape(1))
+        g, v = self.original0, self.original1
+        with torch.no_grad():
+            if not g.is_meta and (zero := g == 0).any():
+                v.set_(torch.where(zero, 1.0, v))
+            if shape == (1,) and g.shape == ():
+                g.set_(g.reshape(1))
 
     def has_parameters(self) -> bool:
         """Whether g and v are there to be loaded; in the views of FSDP's first version they are
