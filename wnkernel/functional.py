@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _autograd, _ops, composed, forms
+from . import _autograd, _ops, composed, exporting, forms
 from .backends import choice, choose, gpu_operators
 from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
@@ -63,7 +63,7 @@ def weight_norm(
         ValueError: a wrong shape, device, dim or eps.
         RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
     """
-    # While a program is traced, by Dynamo or by export, only torch.ops is seen.
+    # Whoever traces a program sees an operator, or what an exporter is to see.
     if _native is not None and not is_compiling() and choice.forced is None:
         w = _native(v, g, dim, eps, out_dtype)
         if w is not NotImplemented:
@@ -72,6 +72,10 @@ def weight_norm(
         return handle_torch_function(weight_norm, (v, g), v, g, dim, eps=eps, out_dtype=out_dtype)
     if is_compiling():
         return _traced(check(v, g, dim, eps, out_dtype))
+    if exporting.is_torchscript_trace():
+        with exporting.tracer_paused():
+            problem = check(v, g, dim, eps, out_dtype)
+        return composed.plain_weight_norm(problem, reduce_l2=exporting.is_torchscript_onnx())
     if _is_distributed(v) or _is_distributed(g):
         return composed.weight_norm(check(v, g, dim, eps, out_dtype))
     problems = forms.known(v, g, dim, eps, out_dtype)
@@ -125,6 +129,11 @@ def weight_norms(
         )
     if is_compiling():
         return _traced_list(check_forward(v, g, dim, eps, out_dtype), out_dtype)
+    if exporting.is_torchscript_trace():
+        with exporting.tracer_paused():
+            problems = check_forward(v, g, dim, eps, out_dtype)
+        reduce_l2 = exporting.is_torchscript_onnx()
+        return [composed.plain_weight_norm(p, reduce_l2=reduce_l2) for p in problems]
     if any(map(_is_distributed, (*v, *g))):
         return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
     problems = forms.known_list(v, g, dim, eps, out_dtype)
@@ -157,20 +166,25 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
 
 def _on_python_backend(problems: Problems, backend: PythonBackend) -> list[Tensor]:
     tensors = *problems.v, *problems.g
-    is_traced = torch._C._is_tracing() or _autograd.is_transformed(tensors)
-    if is_traced or not (backend.is_traceable or _autograd.have_addresses(tensors)):
+    can_run = backend.is_traceable or _autograd.have_addresses(tensors)
+    if _autograd.is_transformed(tensors) or not can_run:
         return [composed.weight_norm(p) for p in problems]
     return _autograd.weight_norms(problems, backend)
 
 
 def _traced(p: Problem) -> Tensor:
-    """What a compiler sees: one operator if there are kernels of ours behind it."""
+    """What a compiler sees: one operator if there are kernels of ours behind it. What an exporter
+    sees: the plain formula."""
+    if exporting.is_exporting():
+        return composed.plain_weight_norm(p)
     if not (_is_distributed(p.v) or _is_distributed(p.g)) and _has_operators(p.v):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
     return composed.weight_norm(p)
 
 
 def _traced_list(problems: Sequence[Problem], out_dtype: torch.dtype | None) -> list[Tensor]:
+    if exporting.is_exporting():
+        return [composed.plain_weight_norm(p) for p in problems]
     if not _has_operators(problems[0].v):
         return [composed.weight_norm(p) for p in problems]
     columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)

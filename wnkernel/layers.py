@@ -18,6 +18,7 @@ from .checkpoint import (
     register_load_hook,
     unregister_load_hook,
 )
+from .lost_writes import FirstReads, stop_watching
 from .module_class import adopt_class, own_class
 from .parametrization import (
     TORCH_HOOK,
@@ -98,6 +99,7 @@ def make_ours(module: nn.Module, name: str) -> None:
     if type(weights) in (parametrize.ParametrizationList, WeightNormOriginals):
         weights.__class__ = WeightNormList
         adopt_class(module, name)
+        weights.owner = FirstReads(weights)
     register_load_hook(module, name)
     add_removal_hook(module, RemovalHook(name, weights[0].dim, remove_weight_norm))
 
@@ -170,6 +172,7 @@ def make_plain(module: nn.Module, name: str, weight: nn.Parameter) -> None:
         vars(module).pop(name, None)  # w of the last forward
     else:
         weights = module.parametrizations[name]
+        stop_watching(weights)
         weights.owner = None
         weights.eval()  # torch computes it once more
         own_class(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -20,10 +20,14 @@ from .problem import WHOLE_TENSOR
 
 
 class Owner(Protocol):
-    """What computes a weight together with others; see wnkernel/grouping."""
+    """What a weight is asked of: a group (wnkernel/grouping) or, while a layer is new,
+    wnkernel/lost_writes.py."""
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """``w``, as fresh as :func:`wnkernel.functional.weight_norm` would give it."""
+
+    def end(self) -> None:
+        """What there is to do before another takes its place."""
 
 
 class WeightNorm(nn.Module):
@@ -64,7 +68,7 @@ class WeightNormList(WeightNormOriginals):
     """
 
     owner: Owner | None = None
-    """What computes it together with others."""
+    """Whom to ask for the weight; None: it is computed here."""
 
     def __call__(self) -> Tensor:
         parameters = self._parameters
@@ -96,6 +100,14 @@ class WeightNormList(WeightNormOriginals):
                 or _global_backward_hooks
                 or _global_backward_pre_hooks
             )
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` asks of every module."""
+        raise RuntimeError(
+            "torch.jit.script: expected a model with plain weights, got a weight norm, which "
+            "TorchScript cannot compile: call wnkernel.fold(model) first, on a copy if the model "
+            "is to be trained further"
         )
 
 

@@ -154,6 +154,8 @@ def fuse(
     group = WeightNormGroup(roster)
     try:
         for (name, weights, around), bucket in zip(found, buckets, strict=True):
+            if weights.owner is not None:
+                weights.owner.end()
             weights.owner = Member(roster, weights, name, bucket, around)
         index = {id(weights): k for k, (_, weights, _) in enumerate(found)}
         for module in model.modules():
@@ -208,7 +210,7 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
             if not isinstance(weights, WeightNormList) or len(weights) > 1:
                 others.add(kind if weights is None else f"{kind} {_why_not(weights)}")
                 continue
-            if weights.owner is not None:
+            if isinstance(weights.owner, Member):
                 raise RuntimeError(
                     f"model: expected layers outside any group, got {full_name!r}, which is in one "
                     "already; remove() that group first"
