@@ -80,7 +80,7 @@ class FirstReads:
 
 def stop_watching(weights: WeightNormList) -> None:
     """End the watch on a list, if there is one."""
-    if isinstance(weights.owner, FirstReads):
+    if isinstance(getattr(weights, "owner", None), FirstReads):  # torch's lists have none
         weights.owner.end()
 
 
