@@ -197,6 +197,17 @@ def test_initialisations_that_change_the_weight(init):
     close(model(x()), base)
 
 
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_initialisations_that_want_data_too(init):
+    configs = {"corda": "CordaConfig", "lora_ga": "LoraGAConfig"}
+    package = peft.tuners.lora.config
+    if not hasattr(package, configs[init]):
+        pytest.skip(f"this PEFT has no {configs[init]}")
+    options = {f"{init}_config": getattr(package, configs[init])(), "init_lora_weights": init}
+    with pytest.raises(RuntimeError, match=f"^{init}_init: {FOLD}"):
+        adapted(net(), "LoRA", "linear", **options)
+
+
 @pytest.mark.parametrize("init", ["orthogonal", "gaussian", "eva", True, False])
 def test_other_initialisations_work(init):
     base = net()(x())
