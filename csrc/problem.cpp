@@ -11,6 +11,10 @@ bool is_float(at::ScalarType t) {
   return t == at::kFloat || t == at::kHalf || t == at::kBFloat16 || t == at::kDouble;
 }
 
+bool is_half(const at::Tensor& t) {
+  return t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
+}
+
 void check_layout(const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(t.defined(), name, ": expected a torch.Tensor, got None");
   TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized(), name,
@@ -128,6 +132,11 @@ RowView row_view(const at::Tensor& v, int64_t dim) {
 
 at::ScalarType accumulation_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+at::ScalarType divisor_dtype(const at::Tensor& v, const at::Tensor& g) {
+  const bool as_g = is_half(v) && is_half(g) && g.sym_numel() == 1;
+  return as_g ? g.scalar_type() : accumulation_dtype(v.scalar_type());
 }
 
 DType dtype_of(at::ScalarType dtype) {

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     page.relative_to(ROOT).as_posix() for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 )
-EXAMPLES = {"README.md": 2, "docs/checkpoints.md": 5, "docs/convert.md": 1}
+EXAMPLES = {"README.md": 2, "docs/checkpoints.md": 5, "docs/convert.md": 1, "docs/export.md": 2}
 """How many examples in Python a page has, for pages on which they are whole programs."""
 
 
@@ -35,8 +35,9 @@ def test_the_examples_run(page: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its legacy weight norm
         for example in examples:
-            if "transformers" in example:
-                pytest.importorskip("transformers")
+            for library in ("transformers", "onnx", "onnxruntime"):
+                if library in example:
+                    pytest.importorskip(library, reason=f"an example uses {library}")
             exec(example, namespace)
 
 

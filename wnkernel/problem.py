@@ -16,7 +16,8 @@ from torch import Tensor
 WHOLE_TENSOR = -1
 """The canonical ``dim`` of one norm over the whole tensor, as in :mod:`torch.nn.utils`."""
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Problem:
     def acc_dtype(self) -> torch.dtype:
         """The dtype that norms are computed in: float64 for float64, float32 for the others."""
         return accumulation_dtype(self.v.dtype)
+
+    @property
+    def divisor_dtype(self) -> torch.dtype:
+        """The dtype whose values w divides by: that of norms, but for one norm over all of v where
+        v and g have half dtypes. There it is that of g, as in torch, so that the norm of v as g
+        gives w = v."""
+        are_half = self.v.dtype in HALF_DTYPES and self.g.dtype in HALF_DTYPES
+        return self.g.dtype if are_half and self.g.numel() == 1 else self.acc_dtype
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from .layouts import (
     PARAMETRIZED,
     same_bits,
     same_up_to_rounding,
+    split_for_torch,
     split_weight,
     weight_keys,
 )
@@ -145,10 +146,12 @@ class _Conversion:
                 f"{list(weight.shape)} (that in like), got {got}"
             )
 
-        def norms() -> Tensor:
-            return _as_in(w, split_weight(w.detach(), weight.dim)[0], w.requires_grad)
+        split = split_for_torch if weight.by_torch else split_weight
 
-        g = self._shaped(self._once((_identity(w), weight.dim), norms), weight.key)
+        def norms() -> Tensor:
+            return _as_in(w, split(w.detach(), weight.dim)[0], w.requires_grad)
+
+        g = self._shaped(self._once((_identity(w), weight.dim, split), norms), weight.key)
         new_g, new_v = weight_keys(weight.key, self.to)
         self.changes[weight.key] = {new_g: g, new_v: w}
 

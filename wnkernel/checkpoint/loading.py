@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
-from .layouts import legacy_hooks, legacy_keys
+from .layouts import legacy_hooks, legacy_keys, split_for_torch
 from .legacy import restore_loading
 from .pairs import Source, Target, forget, load_weight, source
 
@@ -130,7 +131,10 @@ def _load(
 ) -> None:
     def split(weight: Tensor) -> tuple[Tensor, Tensor]:
         for parametrization in reversed(weights):
-            weight = parametrization.right_inverse(weight)
+            if type(parametrization) is TorchWeightNorm:
+                weight = split_for_torch(weight, parametrization.dim)
+            else:
+                weight = parametrization.right_inverse(weight)
         return weight
 
     compose = weights[0].forward if len(weights) == 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class NormedWeight:
     g_shape: torch.Size
     pairs: tuple[tuple[str, str], ...] = ()
     """The keys of g and v in the layouts that the dict has, parametrized first."""
+    by_torch: bool = False
+    """Whether it is known that torch's own weight norm computes it."""
 
 
 def find_normed_weights(
@@ -148,6 +150,7 @@ def weights_of(like: nn.Module | Mapping[str, Any] | None) -> Like:
         raise TypeError(f"like: expected a module or a dict, got {type(like).__name__}")
     state_dict = like.state_dict()
     legacy: set[str] = set()
+    torchs: set[str] = set()
     others: set[str] = set()
     eps: dict[str, float] = {}
     for path, module in like.named_modules(remove_duplicate=False):
@@ -160,7 +163,13 @@ def weights_of(like: nn.Module | Mapping[str, Any] | None) -> Like:
                 others.add(key)
             else:
                 eps[key] = getattr(norm, "eps", 0.0)
+                if isinstance(norm, TorchWeightNorm):
+                    torchs.add(key)
     known = legacy | {key for key, _ in _parametrized_pairs(state_dict)} - others
     found = {weight.key: weight for weight in find_normed_weights(state_dict, legacy)}
-    weights = {key: weight for key, weight in found.items() if key in known}
+    weights = {
+        key: replace(weight, by_torch=key in torchs | legacy)
+        for key, weight in found.items()
+        if key in known
+    }
     return Like(state_dict.keys(), weights, eps, others)
