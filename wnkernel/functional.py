@@ -49,8 +49,8 @@ def weight_norm(
     Args:
         v: direction, any shape with at least one dimension; float16, bfloat16, float32 or float64,
             in any memory order.
-        g: magnitude, of shape 1 everywhere but ``v.shape[dim]`` along ``dim``, 0-dimensional when
-            one norm spans the whole tensor; any of the four dtypes; on v's device.
+        g: magnitude, of shape 1 everywhere but ``v.shape[dim]`` along ``dim``; 0-dimensional or of
+            shape (1,) when one norm spans the whole tensor; any of the four dtypes; on v's device.
         dim: the dimension that keeps its norms apart. ``None`` and -1 mean the whole tensor, as in
             torch; -2, -3, ... count from the end.
         eps: lower bound of the norm, as in :func:`torch.nn.functional.normalize`. With 0 a zero
