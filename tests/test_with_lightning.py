@@ -19,6 +19,7 @@ from benchmarks.hifigan import Discriminator
 
 from .groups import REUSE, Computed, Context
 from .vocoders import (
+    FORMS,
     LAYERS,
     all_forms,
     assert_same_parameters,
@@ -54,6 +55,19 @@ class Vocoder(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Validated(Vocoder):
+    """It keeps the losses of training and validation in the order in which they come."""
+
+    losses = torch.empty(0)
+
+    def training_step(self, x: Tensor, index: int) -> Tensor:
+        loss = super().training_step(x, index)
+        self.losses = torch.cat([self.losses, loss.detach()[None]])
+        return loss
+
+    validation_step = training_step
 
 
 def data(steps: int = 2) -> DataLoader[Tensor]:
@@ -186,6 +200,20 @@ def test_averages(tmp_path: Path, form: str, average: str) -> None:
         trainer(tmp_path, 2, callbacks=[AVERAGES[average]()]).fit(model, data())
     assert_same_parameters(*models)
     assert torch.equal(models[0](batch()), models[1](batch()))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "alone"])
+def test_averages_that_are_validated(tmp_path: Path, form: str) -> None:
+    """Averages take the model's place meanwhile, through ``.data``. No mode is misled: an optimizer
+    steps before, and training reads weights with gradients, validation without."""
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging (2.6)")
+    models = Validated(form), Validated()
+    for model in models:
+        average = callbacks.EMAWeightAveraging(decay=0.5)
+        trainer(tmp_path, 2, callbacks=[average]).fit(model, data(), data())
+    assert torch.equal(models[0].losses, models[1].losses)
+    assert_same_parameters(*models)
 
 
 @all_forms
