@@ -41,11 +41,8 @@ pytestmark = [
 ]
 
 
-class Vocoder(lightning.LightningModule):
-    def __init__(self, form: str = "alone") -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = vocoder(form).train()
+class Trained(lightning.LightningModule):
+    net: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -55,6 +52,23 @@ class Vocoder(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Vocoder(Trained):
+    def __init__(self, form: str = "alone") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = vocoder(form).train()
+
+
+class OfNet(Trained):
+    """With the net itself among the hyperparameters, which are pickled. Lightning leaves out what
+    cannot be."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
 
 
 class Validated(Vocoder):
@@ -140,16 +154,6 @@ def test_a_checkpoint_of_torchs_weight_norm(tmp_path: Path, kind: str) -> None:
     trainer(tmp_path, 2).fit(theirs, data(), ckpt_path=tmp_path / "theirs.ckpt")
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-class OfNet(Vocoder):
-    """With the net itself among the hyperparameters, which are pickled, or left out if they
-    cannot be."""
-
-    def __init__(self, net: nn.Module) -> None:
-        lightning.LightningModule.__init__(self)
-        self.save_hyperparameters()
-        self.net = net
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
