@@ -72,7 +72,7 @@ def test_launches(compiled_backend: str, way: str, mode: Scope) -> None:
 
 @all_modes
 @pytest.mark.parametrize("way", WAYS)
-def test_the_audio_is_the_same(backend: str, way: str, mode: Scope) -> None:
+def test_the_audio_is_the_same(way: str, mode: Scope) -> None:
     build, scope, _ = WAYS[way]
     model, calls = build(), 3
     with mode():
