@@ -45,6 +45,7 @@ def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     namespace: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its legacy weight norm
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         for example in examples:
             for library in LIBRARIES:
                 if library in example:

@@ -168,6 +168,16 @@ def test_offloaded_one_after_the_other(form: str) -> None:
         hook.offload()
 
 
+@all_forms
+def test_the_parameters_of_an_offloaded_model_are_saved(tmp_path: Path, form: str) -> None:
+    model = vocoder(form)
+    to_disk(model, tmp_path)
+    accelerate.Accelerator(cpu=True).save_model(model, tmp_path / "saved")
+    state = safetensors.load_file(tmp_path / "saved" / "model.safetensors")
+    want = dict(vocoder().named_parameters())
+    assert_same_state({key: state[key] for key in want}, want)
+
+
 # From a file into a model without memory
 
 
