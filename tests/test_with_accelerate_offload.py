@@ -16,7 +16,7 @@ import wnkernel
 from . import small_models
 from .groups import Computed
 from .layers import assert_same_state
-from .vocoders import FORMS, LAYERS, NAME, all_forms, spectrogram, vocoder
+from .vocoders import FORMS, LAYERS, NAME, all_forms, build, spectrogram, vocoder
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
@@ -200,7 +200,8 @@ def _nothing_to_collect() -> Iterator[None]:
 
 def empty(form: str) -> nn.Module:
     with accelerate.init_empty_weights():
-        model = vocoder()
+        model = build()
+    wnkernel.convert(model)
     assert all(p.is_meta for p in model.parameters())
     FORMS[form](model)
     return model
@@ -225,8 +226,7 @@ def test_load_checkpoint_and_dispatch(
 @pytest.mark.parametrize("layout", ["legacy", "folded"])
 @pytest.mark.usefixtures("_nothing_to_collect")
 def test_files_in_other_layouts_are_converted_first(tmp_path: Path, layout: str) -> None:
-    """With a ``device_map`` Accelerate goes by names and leaves out those that it does not find:
-    no load hook runs."""
+    """Accelerate goes by names and leaves out those that it does not find: no load hook runs."""
     save_file, load_file = safetensors.save_file, safetensors.load_file
     state = wnkernel.convert_state_dict(vocoder().state_dict(), to=layout)
     save_file(state, tmp_path / "old.safetensors", {"format": "pt"})
