@@ -1,4 +1,4 @@
-"""Both runs, and the table of what came of them."""
+"""Runs the tests of a checkout that concern weight norm with torch's functions and with ours."""
 
 from __future__ import annotations
 
@@ -9,43 +9,34 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from .selection import tests_of
+from .selection import select
 
 HERE = Path(__file__).resolve().parent
-
-BOTH, NEITHER, OURS, THEIRS, SKIPPED = KINDS = (
+KINDS = BOTH, NEITHER, THEIRS, OURS, SKIPPED = (
     "passed by both",
     "failed by both",
-    "failed only with ours",
     "failed only with torch's",
+    "failed only with ours",
     "skipped",
 )
-
-
-class Result(NamedTuple):
-    """What came of a test."""
-
-    outcome: str
-    error: str = ""
-    built: int = 0
-    """How many weight norms of ours it built."""
+Result = dict[str, Any]
+"""``outcome``, first line of the ``error``, and how many weight norms of ours were ``built``."""
 
 
 def run(tests: dict[str, list[str]], arguments: list[str], *, ours: bool) -> dict[str, Result]:
-    """One run, in a process of its own and an empty folder: a checkout may hold sources of torch
-    that are not to be imported."""
+    """Test -> what came of it, in a process of its own and in an empty folder, because a checkout
+    of torch holds sources of torch that are not to be imported."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.jsonl")
         task = {"ours": ours, "tests": tests, "report": str(report)}
         paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "WNKERNEL_OTHERS": json.dumps(task),
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "others_plugin"]
-        command += ["-p", "no:cacheprovider", *arguments, "--", *tests]
+        environment = os.environ | {"WNKERNEL_OTHERS": json.dumps(task)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        environment.pop("TRITON_INTERPRET", None)  # set by the package tests, for our own
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "others_plugin", "-p"]
+        command += ["no:cacheprovider", "--continue-on-collection-errors", *arguments, "--", *tests]
         # What pytest says goes where it does not mix with the table.
         code = subprocess.call(command, cwd=folder, env=environment, stdout=sys.stderr)
         if not report.exists():
@@ -54,58 +45,60 @@ def run(tests: dict[str, list[str]], arguments: list[str], *, ours: bool) -> dic
         lines = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
     results: dict[str, Result] = {}
     for line in lines:
-        before = results.get(line["test"], Result("crashed"))
-        if "built" in line:
-            results[line["test"]] = before._replace(built=line["built"])
-        elif before.outcome != "failed":  # subtests and teardowns come after
-            results[line["test"]] = before._replace(outcome=line["outcome"], error=line["error"])
+        result = results.setdefault(line.pop("test"), {"outcome": "", "error": "", "built": 0})
+        if "outcome" not in line or result["outcome"] != "failed":  # as a subtest, or teardown
+            result.update(line)
     return results
 
 
-def kind(theirs: Result, ours: Result) -> str:
-    """Which line of the table a test belongs to."""
-    failed = [result.outcome in ("failed", "crashed") for result in (theirs, ours)]
-    if any(failed):
-        return NEITHER if all(failed) else OURS if failed[1] else THEIRS
-    return SKIPPED if "skipped" in (theirs.outcome, ours.outcome) else BOTH
+def compare(theirs: dict[str, Result], ours: dict[str, Result]) -> list[dict[str, Any]]:
+    """A row for each test."""
+    rows = []
+    for test in sorted({*theirs, *ours}):
+        not_run = {"outcome": "crashed", "error": "not run", "built": 0}
+        results = [side.get(test, not_run) for side in (theirs, ours)]
+        bad = [result["outcome"] in ("failed", "crashed") for result in results]
+        if any(bad):
+            kind = NEITHER if all(bad) else OURS if bad[1] else THEIRS
+        else:
+            kind = SKIPPED if any(r["outcome"] == "skipped" for r in results) else BOTH
+        rows.append({"test": test, "kind": kind, "torch": results[0], "ours": results[1]})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """How many of each kind, and what failed."""
+    lines = []
+    for kind in KINDS:
+        built = [row["ours"]["built"] > 0 for row in rows if row["kind"] == kind]
+        lines.append(f"{kind:24}{len(built):6}, of which {sum(built)} build our layers")
+    for kind in (NEITHER, THEIRS, OURS):
+        for row in (row for row in rows if row["kind"] == kind):
+            error = row["torch" if kind == THEIRS else "ours"]["error"]
+            lines.append(f"\n{kind}: {row['test']}\n  {error}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: nothing fails only with ours; 1: something does; 2: nothing could be said."""
+    """0: nothing fails only with ours; 1: something does; 2: there is nothing to say."""
     parser = argparse.ArgumentParser(prog="python -m tests.others", description=__doc__)
-    parser.add_argument("path", type=Path, help="a checkout, a folder of tests or one file")
-    parser.add_argument("arguments", nargs="*", help="for pytest, after --: -n 4, -k 'not slow'")
-    parser.add_argument("--library", default="transformers", help="whose classes have weight norms")
+    parser.add_argument("path", type=Path, help="a checkout, a folder of tests, or one file")
+    parser.epilog = "What comes after -- is for pytest: -- -n 4 -k 'not slow'."
+    parser.add_argument(
+        "--library", default="transformers", help="tests of its weight-normed classes, too"
+    )
     parser.add_argument("--json", action="store_true", help="every test, as JSON")
-    options = parser.parse_args(argv)
-    path = options.path.resolve()
-    if not path.exists():
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, arguments = parser.parse_args(argv[:end]), argv[end + 1 :]
+    if not options.path.exists():
         parser.error(f"path: expected a folder or a file, got {options.path}")
-    tests = tests_of(path, options.library)
+    tests = select(options.path.resolve(), options.library)
     if not tests:
-        parser.error(f"path: expected tests that concern weight norm, got none in {options.path}")
-    theirs, ours = (run(tests, options.arguments, ours=ours) for ours in (False, True))
-    missing = Result("crashed", "not run")
-    table = {
-        test: (theirs.get(test, missing), ours.get(test, missing))
-        for test in sorted({*theirs, *ours})
-    }
-    kinds = {test: kind(*results) for test, results in table.items()}
-    if options.json:
-        rows = [
-            {"test": test, "kind": kinds[test], "torch": t._asdict(), "ours": o._asdict()}
-            for test, (t, o) in table.items()
-        ]
-        print(json.dumps(rows, indent=1))
-    else:
-        for name in KINDS:
-            of_kind = [test for test in table if kinds[test] == name]
-            built = sum(table[test][1].built > 0 for test in of_kind)
-            print(f"{name:25}{len(of_kind):6}, of which {built} build our layers")
-        for name in (NEITHER, THEIRS, OURS):
-            for test in (test for test in table if kinds[test] == name):
-                print(f"\n{name}: {test}\n  {table[test][name != THEIRS].error}")
-    return int(OURS in kinds.values())
+        parser.error(f"path: expected tests that concern weight norm, got {options.path}")
+    rows = compare(*(run(tests, arguments, ours=ours) for ours in (False, True)))
+    print(json.dumps(rows, indent=1) if options.json else table(rows))
+    return int(any(row["kind"] == OURS for row in rows))
 
 
 if __name__ == "__main__":

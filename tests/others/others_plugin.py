@@ -16,31 +16,25 @@ import pytest
 import torch
 
 TASK = json.loads(os.environ["WNKERNEL_OTHERS"])
-"""``ours``: whether torch's functions are replaced; ``tests``: file -> names of functions, or
-``["*"]``; ``report``: a file."""
+"""``ours``: whether torch's functions are replaced; ``tests``: what ``select`` found; ``report``: a
+file."""
 
 _built = 0
+_reports = True  # not in a worker of pytest-xdist: the process that started it does
 
-
-def _replace() -> None:
+if TASK["ours"]:  # before anything is collected
     import wnkernel
 
-    build = wnkernel.WeightNorm.__init__
+    _init = wnkernel.WeightNorm.__init__
 
-    def counted(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
+    def _count(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
         global _built
         _built += 1
-        build(self, *args, **kwargs)
+        _init(self, *args, **kwargs)
 
-    wnkernel.WeightNorm.__init__ = counted
-    # Held by this module: the end of the block, and so of the patch, is the end of the process.
-    global _patch
-    _patch = wnkernel.patch_torch()
-    _patch.__enter__()
-
-
-if TASK["ours"]:
-    _replace()  # before anything is collected
+    wnkernel.WeightNorm.__init__ = _count
+    patch = wnkernel.patch_torch()
+    patch.__enter__()  # for as long as the process lives
 
 
 def _say(**line: object) -> None:
@@ -48,24 +42,26 @@ def _say(**line: object) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    global _reports
+    _reports = not hasattr(config, "workerinput")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen, others = [], []
     for item in items:
-        # Of a test that a decorator made several of, the function as it stands in the file.
-        name = inspect.unwrap(getattr(item, "function", None) or _nothing).__name__
+        # The function as it stands in the file, where decorators made several of one.
+        function = inspect.unwrap(getattr(item, "function", None) or item.__class__)
+        name = getattr(function, "__name__", item.name)
         names = TASK["tests"].get(str(item.path), ())
         (chosen if "*" in names or name in names else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
 
 
-def _nothing() -> None: ...
-
-
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """The same random numbers in both runs."""
-    random.seed(0)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    random.seed(0)  # the same numbers in both runs
     torch.manual_seed(0)
     before = _built
     _say(test=item.nodeid, outcome="crashed", error="the process ended in this test")
@@ -75,13 +71,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if os.environ.get("PYTEST_XDIST_WORKER") or (report.passed and report.when != "call"):
-        return
-    _say(test=report.nodeid, outcome=report.outcome, error=_error(report))
+    if _reports and (report.when == "call" or not report.passed):
+        _say(test=report.nodeid, outcome=report.outcome, error=_error(report))
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    if report.failed and not os.environ.get("PYTEST_XDIST_WORKER"):
+    if _reports and report.failed:
         _say(test=report.nodeid, outcome="failed", error=_error(report))
 
 

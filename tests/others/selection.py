@@ -1,4 +1,4 @@
-"""Which tests of a checkout concern weight norm: what their sources say, nothing is imported."""
+"""Which tests concern weight norm: what their sources say. Nothing is imported."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 MENTION = re.compile(r"weight_?norm(?!al)", re.IGNORECASE)
 ALL = "*"
-_SETS_UP = {"setUp", "setUpClass", "setup_method", "setup_class"}
 
 
-def tests_of(path: Path, library: str) -> dict[str, list[str]]:
+def select(path: Path, library: str) -> dict[str, list[str]]:
     """File -> names of its test functions that concern weight norm, or ``[ALL]``.
 
-    A function concerns it if it mentions it, or uses another function or a class of its file that
-    does. Where a file imports a class from ``library`` whose own file mentions it, as tests of
-    models do, all tests of the file are taken: most stand in base classes somewhere else.
+    A function does if it mentions it, or uses what does in its file. A file that imports a class of
+    ``library`` whose own file mentions it is taken as a whole, because most tests of models stand
+    in base classes somewhere else.
     """
     found: dict[str, list[str]] = {}
     for file in [path] if path.is_file() else sorted(path.rglob("test*.py")):
@@ -28,9 +28,14 @@ def tests_of(path: Path, library: str) -> dict[str, list[str]]:
             continue
         try:
             tree = ast.parse(source)
-        except SyntaxError:
-            continue  # made so on purpose, for tests of parsers
-        imported = set(_imported(tree, library))
+        except SyntaxError:  # meant to be, for tests of parsers
+            continue
+        imported = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == library
+            for alias in node.names
+        }
         chosen = [ALL] if imported and imported & _classes(library) else _concerned(tree)
         if chosen:
             found[str(file.resolve())] = chosen
@@ -40,58 +45,41 @@ def tests_of(path: Path, library: str) -> dict[str, list[str]]:
 @functools.cache
 def _classes(library: str) -> set[str]:
     """The classes of an installed library whose files mention weight norm."""
-    spec = importlib.util.find_spec(library) if library else None
+    spec = importlib.util.find_spec(library)
     found: set[str] = set()
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in Path(folder).rglob("*.py"):
             source = file.read_text(encoding="utf-8", errors="replace")
-            if re.search(r"\bweight_norm\(", source):
+            if "weight_norm(" in source:
                 found.update(re.findall(r"^class (\w+)", source, re.MULTILINE))
     return found
 
 
-def _imported(tree: ast.Module, library: str) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == library:
-            yield from (alias.name for alias in node.names)
-
-
 def _concerned(tree: ast.Module) -> list[str]:
-    names: dict[str, set[str]] = {}  # of each definition: what it names
-    methods: dict[str, list[str]] = {}  # of each class
+    names: dict[str, set[str]] = defaultdict(set)  # what each definition of the file names
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            methods[node.name] = []
-            inside = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-            for method in inside:
-                methods[node.name].append(method.name)
-                names.setdefault(method.name, set()).update(_names(method))
-            outside = [n for n in node.body if n not in inside]
-            names.setdefault(node.name, set()).update(*map(_names, outside))
-        elif isinstance(node, ast.FunctionDef):
-            names.setdefault(node.name, set()).update(_names(node))
+            tests = [n for n in node.body if getattr(n, "name", "").startswith("test")]
+            names[node.name] |= _names([*node.bases, *(n for n in node.body if n not in tests)])
+            for test in tests:
+                names[test.name] |= _names([test]) | {node.name}
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names[node.name] |= _names([node])
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                names[alias.asname or alias.name].add(alias.name)
+        elif isinstance(node, ast.Assign):
+            for target in _names(node.targets):
+                names[target] |= _names([node.value])
     concerned = {name for name, said in names.items() if any(map(MENTION.search, {name} | said))}
-    while True:
-        more = {name for name, said in names.items() if said & concerned}
-        for cls, own in methods.items():
-            # A class whose tests share a weight norm; or one with a method that has one, for those
-            # who only name the class.
-            if cls in concerned or _SETS_UP & concerned & set(own):
-                more.update(own)
-            if not any(name.startswith("test") for name in own) and concerned & set(own):
-                more.add(cls)
-        if more <= concerned:
-            return sorted(name for name in concerned if name.startswith("test"))
+    while more := {name for name, said in names.items() if said & concerned} - concerned:
         concerned |= more
+    return sorted(name for name in concerned if name.startswith("test"))
 
 
-def _names(node: ast.AST) -> set[str]:
-    said: set[str] = set()
-    for n in ast.walk(node):
-        if isinstance(n, ast.Name):
-            said.add(n.id)
-        elif isinstance(n, ast.Attribute):
-            said.add(n.attr)
-        elif isinstance(n, ast.Constant) and isinstance(n.value, str):
-            said.add(n.value)
-    return said
+def _names(nodes: Iterable[ast.AST]) -> set[str]:
+    """Names, attributes and strings."""
+    parts = [n for node in nodes for n in ast.walk(node)]
+    said = {getattr(n, "id", None) or getattr(n, "attr", None) for n in parts}
+    said |= {n.value for n in parts if isinstance(n, ast.Constant)}
+    return {name for name in said if isinstance(name, str)}
