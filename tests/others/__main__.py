@@ -14,13 +14,8 @@ from typing import Any
 from .selection import select
 
 HERE = Path(__file__).resolve().parent
-KINDS = BOTH, NEITHER, THEIRS, OURS, SKIPPED = (
-    "passed by both",
-    "failed by both",
-    "failed only with torch's",
-    "failed only with ours",
-    "skipped",
-)
+BOTH, NEITHER, SKIPPED = "passed by both", "failed by both", "skipped"
+THEIRS, OURS = "failed only with torch's", "failed only with ours"
 Result = dict[str, Any]
 """``outcome``, first line of the ``error``, and how many weight norms of ours were ``built``."""
 
@@ -34,7 +29,8 @@ def run(tests: dict[str, list[str]], arguments: list[str], *, ours: bool) -> dic
         paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"WNKERNEL_OTHERS": json.dumps(task)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        environment.pop("TRITON_INTERPRET", None)  # set by the package tests, for our own
+        for ours_alone in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):
+            environment.pop(ours_alone, None)  # set where our own tests run
         command = [sys.executable, "-m", "pytest", "-q", "-p", "others_plugin", "-p"]
         command += ["no:cacheprovider", "--continue-on-collection-errors", *arguments, "--", *tests]
         # What pytest says goes where it does not mix with the table.
@@ -56,26 +52,24 @@ def compare(theirs: dict[str, Result], ours: dict[str, Result]) -> list[dict[str
     rows = []
     for test in sorted({*theirs, *ours}):
         not_run = {"outcome": "crashed", "error": "not run", "built": 0}
-        results = [side.get(test, not_run) for side in (theirs, ours)]
-        bad = [result["outcome"] in ("failed", "crashed") for result in results]
-        if any(bad):
-            kind = NEITHER if all(bad) else OURS if bad[1] else THEIRS
-        else:
-            kind = SKIPPED if any(r["outcome"] == "skipped" for r in results) else BOTH
-        rows.append({"test": test, "kind": kind, "torch": results[0], "ours": results[1]})
+        torchs, own = (side.get(test, not_run) for side in (theirs, ours))
+        bad = tuple(result["outcome"] in ("failed", "crashed") for result in (torchs, own))
+        kind = {(True, True): NEITHER, (True, False): THEIRS, (False, True): OURS}.get(bad)
+        if kind is None:
+            kind = SKIPPED if "skipped" in (torchs["outcome"], own["outcome"]) else BOTH
+        rows.append({"test": test, "kind": kind, "torch": torchs, "ours": own})
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """How many of each kind, and what failed."""
     lines = []
-    for kind in KINDS:
+    for kind in (BOTH, NEITHER, THEIRS, OURS, SKIPPED):
         built = [row["ours"]["built"] > 0 for row in rows if row["kind"] == kind]
         lines.append(f"{kind:24}{len(built):6}, of which {sum(built)} build our layers")
-    for kind in (NEITHER, THEIRS, OURS):
-        for row in (row for row in rows if row["kind"] == kind):
-            error = row["torch" if kind == THEIRS else "ours"]["error"]
-            lines.append(f"\n{kind}: {row['test']}\n  {error}")
+    for kind, side in ((NEITHER, "ours"), (THEIRS, "torch"), (OURS, "ours")):
+        failed = [row for row in rows if row["kind"] == kind]
+        lines += [f"\n{kind}: {row['test']}\n  {row[side]['error']}" for row in failed]
     return "\n".join(lines)
 
 
@@ -84,9 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.others", description=__doc__)
     parser.add_argument("path", type=Path, help="a checkout, a folder of tests, or one file")
     parser.epilog = "What comes after -- is for pytest: -- -n 4 -k 'not slow'."
-    parser.add_argument(
-        "--library", default="transformers", help="tests of its weight-normed classes, too"
-    )
+    parser.add_argument("--library", default="transformers", help="tests of its classes, too")
     parser.add_argument("--json", action="store_true", help="every test, as JSON")
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)

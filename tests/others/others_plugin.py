@@ -15,12 +15,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-TASK = json.loads(os.environ["WNKERNEL_OTHERS"])
-"""``ours``: whether torch's functions are replaced; ``tests``: what ``select`` found; ``report``: a
-file."""
+TASK = json.loads(os.environ["WNKERNEL_OTHERS"])  # what __main__.run says
 
-_built = 0
-_reports = True  # not in a worker of pytest-xdist: the process that started it does
+REPORTS = "PYTEST_XDIST_WORKER" not in os.environ  # the process that started a worker does
+_built: list[None] = []
 
 if TASK["ours"]:  # before anything is collected
     import wnkernel
@@ -28,8 +26,7 @@ if TASK["ours"]:  # before anything is collected
     _init = wnkernel.WeightNorm.__init__
 
     def _count(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
-        global _built
-        _built += 1
+        _built.append(None)
         _init(self, *args, **kwargs)
 
     wnkernel.WeightNorm.__init__ = _count
@@ -40,11 +37,6 @@ if TASK["ours"]:  # before anything is collected
 def _say(**line: object) -> None:
     with open(TASK["report"], "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    global _reports
-    _reports = not hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -63,28 +55,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     random.seed(0)  # the same numbers in both runs
     torch.manual_seed(0)
-    before = _built
+    before = len(_built)
     _say(test=item.nodeid, outcome="crashed", error="the process ended in this test")
     result = yield
-    _say(test=item.nodeid, built=_built - before)
+    _say(test=item.nodeid, built=len(_built) - before)
     return result
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if _reports and (report.when == "call" or not report.passed):
-        _say(test=report.nodeid, outcome=report.outcome, error=_error(report))
+    if REPORTS and (report.when == "call" or not report.passed):
+        text = getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longreprtext)
+        error = text.strip().partition("\n")[0] if report.failed else ""
+        _say(test=report.nodeid, outcome=report.outcome, error=error)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    if _reports and report.failed:
-        _say(test=report.nodeid, outcome="failed", error=_error(report))
-
-
-def _error(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Its first line."""
-    if not report.failed:
-        return ""
-    if crash := getattr(report.longrepr, "reprcrash", None):
-        return crash.message.strip().partition("\n")[0]
-    lines = str(report.longrepr).strip().splitlines()
-    return next((line[1:].strip() for line in lines if line.startswith("E ")), lines[-1])
+    if REPORTS and report.failed:
+        lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        _say(test=report.nodeid, outcome="failed", error=lines[0][1:].strip() if lines else "")

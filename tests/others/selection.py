@@ -79,7 +79,5 @@ def _concerned(tree: ast.Module) -> list[str]:
 
 def _names(nodes: Iterable[ast.AST]) -> set[str]:
     """Names, attributes and strings."""
-    parts = [n for node in nodes for n in ast.walk(node)]
-    said = {getattr(n, "id", None) or getattr(n, "attr", None) for n in parts}
-    said |= {n.value for n in parts if isinstance(n, ast.Constant)}
-    return {name for name in said if isinstance(name, str)}
+    fields = [getattr(n, f, 0) for x in nodes for n in ast.walk(x) for f in ("id", "attr", "value")]
+    return {field for field in fields if isinstance(field, str)}
