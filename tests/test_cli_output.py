@@ -312,9 +312,10 @@ def test_the_file_that_standard_output_goes_to_is_not_replaced(tmp_path, out, na
 
 
 def held():
-    """KiB of this process that are no files."""
+    """KiB of this process that are no files, in memory or swapped out."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+        fields = (line.split() for line in file)
+        return sum(int(field[1]) for field in fields if field[0] in ("RssAnon:", "VmSwap:"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
