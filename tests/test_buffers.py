@@ -142,6 +142,7 @@ import os, threading, torch
 from wnkernel import functional as F
 torch.set_num_threads(1)
 v, g = torch.randn(64, 320), torch.ones(64, 1)
+F.weight_norm(v, g)  # or a child might find what is made once, by the first call, half made
 stop = threading.Event()
 def work():
     while not stop.is_set():
