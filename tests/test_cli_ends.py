@@ -115,6 +115,16 @@ def test_a_signal_while_handlers_are_set_is_heard_and_leaves_none_of_ours(monkey
     assert {number: signal.getsignal(number) for number in ENDING} == before
 
 
+@posix_only
+@pytest.mark.usefixtures("heard")
+def test_handlers_that_are_not_pythons_stay(monkeypatch):
+    """Of a program in C that has Python in it: Python cannot set them again."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", None)
+    with Signals():
+        pass
+
+
 def invoke_on(stream, redirect, *arguments):
     """``wnkernel *arguments`` with ``stream`` as a standard stream; the exit code, and what the
     other one got."""

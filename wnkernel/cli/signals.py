@@ -34,7 +34,8 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in ENDING:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                # nohup has some ignored; a handler that is not Python's could not be restored
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._previous[number] = signal.signal(number, self._handle)
         self._inside = True
         if self._received is not None:
