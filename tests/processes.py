@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PATIENCE_S = 300
+PATIENCE_S = 600
 """Seconds after which what is waited for counts as hanging. Nothing takes as long on a machine that
 is busy with other things, so that no test fails because of those."""
 
