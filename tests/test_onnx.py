@@ -19,6 +19,9 @@ onnx = pytest.importorskip("onnx", reason="the exporters of torch need onnx")
 pytest.importorskip("onnxscript", reason="torch.onnx.export(dynamo=True) needs onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime", reason="runs what was exported")
 
+pytestmark = pytest.mark.skipif(
+    torch.empty(0).device.type != "cpu", reason="onnxruntime, as it is installed, runs on the CPU"
+)
 both_exporters = pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 
 
