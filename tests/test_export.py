@@ -111,6 +111,14 @@ def test_a_vector_has_a_norm_for_each_element():
     reference.assert_close("w", exported(0, v, g), reference.forward(v, g, 0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_one_norm_over_half_types_is_that_of_g(dtype):
+    """As g's dtype holds it: with it as g, w is v."""
+    for _ in range(5):
+        v = randn((8, 9), dtype)
+        assert torch.equal(exported(None, v, F.norm_except_dim(v, None)), v)
+
+
 def test_mixed_dtypes_and_a_result_of_another():
     v, g = randn((4, 5), torch.bfloat16), randn_g((4, 5), 0)
     w = exported(0, v, g, out_dtype=torch.float32)
