@@ -162,20 +162,22 @@ PyObject* py_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* device_mode = nullptr;  // the type of what torch.set_default_device() installs
+
+bool find_device_mode() {
+  THPObjectPtr module(PyImport_ImportModule("torch.utils._device"));
+  if (!module) return false;
+  device_mode = PyObject_GetAttrString(module, "DeviceContext");
+  return device_mode != nullptr;
+}
+
 // Whether a __torch_function__ mode wants to see every call. The one of torch.set_default_device()
 // does not: it looks at functions that make tensors.
 bool calls_are_watched() {
   const int64_t count = at::impl::PythonTorchFunctionTLS::stack_len();
-  if (count == 0) return false;
-  static PyObject* const of_device = [] {
-    THPObjectPtr module(PyImport_ImportModule("torch.utils._device"));
-    PyObject* type = module ? PyObject_GetAttrString(module, "DeviceContext") : nullptr;
-    if (!type) throw python_error();
-    return type;
-  }();
   for (int64_t k = 0; k < count; ++k) {
     PyObject* mode = at::impl::PythonTorchFunctionTLS::get_stack_at(k)->ptr(getPyInterpreter());
-    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != of_device) return true;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != device_mode) return true;
   }
   return false;
 }
@@ -208,7 +210,7 @@ PyMethodDef kFunctions[] = {
 
 bool add_slots(PyObject* module) {
   PyTypeObject* type = slot_type();
-  return type && PyModule_AddType(module, type) == 0 &&
+  return type && find_device_mode() && PyModule_AddType(module, type) == 0 &&
          PyModule_AddFunctions(module, kFunctions) == 0;
 }
 

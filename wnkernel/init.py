@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from .checkpoint import legacy_hooks, legacy_keys, split_weight
 from .grouping.batch import sharding_modules
 from .layers import folded_weight
+from .module_class import forget_cached
 from .parametrization import OURS, TORCH_HOOK, WeightNorm, check_module, weight_norm_kind
 from .problem import accumulation_dtype, canonical_dim
 
@@ -182,7 +183,7 @@ class _Layer:
             new = torch.as_tensor(value, device=parameter.device, dtype=parameter.dtype)
             parameter.copy_(new.view_as(parameter) if new.ndim else new)
         # What remembers values within a forward does not expect them to change there.
-        parametrize._cache.pop((id(self.module), NAME), None)
+        forget_cached(self.module, NAME)
         torch.clear_autocast_cache()
 
     def restore(self) -> None:

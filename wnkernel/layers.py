@@ -18,6 +18,7 @@ from .checkpoint import (
     register_load_hook,
     unregister_load_hook,
 )
+from .legacy_names import forget_legacy_names, pruned_original
 from .lost_writes import FirstReads, stop_watching
 from .module_class import adopt_class, own_class
 from .parametrization import (
@@ -121,7 +122,7 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
     Raises:
         TypeError: ``module`` is no module.
         ValueError: ``name`` has no weight norm.
-        RuntimeError: other parametrizations are stacked on the weight norm.
+        RuntimeError: other parametrizations are stacked on the weight norm, or g or v is pruned.
     """
     check_module("module", module)
     kind = weight_norm_kind(module, name)
@@ -132,6 +133,11 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
         raise RuntimeError(
             f"name: expected weight norm alone on {name!r}, got {stacked}; "
             "parametrize.remove_parametrizations folds them all"
+        )
+    if pruned := pruned_original(module, name):
+        raise RuntimeError(
+            f"name: expected weight norm alone on {name!r}, got one of which {pruned!r} is pruned; "
+            f"call torch.nn.utils.prune.remove(layer, {pruned!r}) before"
         )
     make_plain(module, name, folded_weight(module, name))
     return module
@@ -176,6 +182,7 @@ def make_plain(module: nn.Module, name: str, weight: nn.Parameter) -> None:
         weights.owner = None
         weights.eval()  # torch computes it once more
         own_class(module)
+        forget_legacy_names(module, name)
         remove_parametrizations(module, name)
     unregister_load_hook(module, name)
     take_removal_hook(module, name)

@@ -49,7 +49,9 @@ class LegacyName(property):
 
     def _delete(self, module: nn.Module) -> None:
         weights = self.weights(module)
-        if weights is not None and vars(weights).pop(self.original, None) is None:
+        if weights is None:
+            raise AttributeError(f"{type(module).__name__} has no {self.key!r}")
+        if vars(weights).pop(self.original, None) is None:
             raise AttributeError(
                 f"{self.name}: expected both g and v to go, or neither; "
                 f"wnkernel.remove_weight_norm(layer, {self.name!r}) takes them away"
@@ -65,9 +67,24 @@ def answer_to_legacy_names(module: nn.Module, name: str) -> None:
         setattr(type(module), key, LegacyName(key, name, original))
 
 
+def forget_legacy_names(module: nn.Module, name: str) -> None:
+    """Undo :func:`answer_to_legacy_names`, if it was done and the module has a class of its own."""
+    for key in legacy_keys(name):
+        if isinstance(vars(type(module)).get(key), LegacyName):
+            delattr(type(module), key)
+
+
 def has_legacy_names(module: nn.Module, name: str) -> bool:
     """Whether a module answers to the legacy names of a weight norm."""
     return _alias(module, legacy_keys(name)[0]) is not None
+
+
+def pruned_original(module: nn.Module, name: str) -> str | None:
+    """The legacy name of g or v, if :mod:`torch.nn.utils.prune` computes it from a mask."""
+    for key in legacy_keys(name):
+        if key + PRUNED in module._parameters and key not in module._parameters:
+            return key
+    return None
 
 
 def register_by_legacy_name(module: nn.Module, key: str, parameter: nn.Parameter | None) -> bool:

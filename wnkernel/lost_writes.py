@@ -78,9 +78,9 @@ class FirstReads:
         return _nothing, ()
 
 
-def stop_watching(weights: WeightNormList) -> None:
-    """End the watch on a list, if there is one."""
-    if isinstance(getattr(weights, "owner", None), FirstReads):  # torch's lists have none
+def stop_watching(weights: nn.Module) -> None:
+    """End the watch on a list of parametrizations, if there is one."""
+    if isinstance(weights, WeightNormList) and isinstance(weights.owner, FirstReads):
         weights.owner.end()
 
 

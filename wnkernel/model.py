@@ -19,7 +19,7 @@ from .grouping import scopes
 from .grouping.batch import sharding_modules
 from .grouping.group import WeightNormGroup
 from .layers import folded_weight, make_ours, make_plain, register
-from .legacy_names import answer_to_legacy_names
+from .legacy_names import answer_to_legacy_names, pruned_original
 from .module_class import own_class
 from .parametrization import TORCH_HOOK, WeightNorm, check_module, weight_norm_kinds
 from .problem import check
@@ -172,6 +172,8 @@ def _check(model: nn.Module, found: Iterable[Entry]) -> None:
                     )
         elif e.module.parametrizations[e.name][0] is not e.norm:
             _refuse(e, "on top of another parametrization")
+        elif key := pruned_original(e.module, e.name):
+            _refuse(e, f"of which {key!r} is pruned; call torch.nn.utils.prune.remove before")
         if type(e.norm) in EXACT:
             g, v = e.originals()
             try:

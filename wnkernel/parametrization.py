@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor, is_inference_mode_enabled, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -48,6 +48,8 @@ class WeightNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``(g, v)`` that give ``weight``."""
+        if weight.is_inference() and not is_inference_mode_enabled():
+            weight = weight.clone()  # what an inference tensor is shared with cannot be trained
         return split_weight(weight, self.dim)
 
     def extra_repr(self) -> str:
@@ -93,7 +95,9 @@ class WeightNormList(WeightNormOriginals):
             and WeightNorm.forward is _NORM_FORWARD
             and WeightNormList.forward is _LIST_FORWARD
             and WeightNorm.__call__ is _MODULE_CALL
-            and nn.Module._call_impl is _CALL_IMPL
+            and WeightNormOriginals.__call__ is _MODULE_CALL
+            and WeightNorm._call_impl is _CALL_IMPL
+            and WeightNormList._call_impl is _CALL_IMPL
             and not (
                 _global_forward_hooks
                 or _global_forward_pre_hooks

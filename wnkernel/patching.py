@@ -41,9 +41,12 @@ def _remove_legacy(module: nn.Module, name: str = "weight") -> nn.Module:
     return layers.remove_weight_norm(module, name)
 
 
-def _remove(module: nn.Module, tensor_name: str, leave_parametrized: bool = True) -> nn.Module:
+def _remove(
+    module: nn.Module, tensor_name: str = "weight", leave_parametrized: bool = True
+) -> nn.Module:
     """:func:`torch.nn.utils.parametrize.remove_parametrizations`, without leftovers where it
-    removes a weight norm."""
+    removes a weight norm, and with a default: packages call it in the place of the legacy remover,
+    which has one."""
     normed = isinstance(module, nn.Module) and weight_norm_kind(module, tensor_name)
     if not normed or normed == TORCH_HOOK or not leave_parametrized:
         return torchs_remove(module, tensor_name, leave_parametrized)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -104,6 +104,16 @@ class WeightNormGroup:
             module = None if container is None else container.module()
             if module is not None:
                 scopes.detach(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The model comes first: pickling a container (see pickling.py) expects it to be begun.
+        model = None if self._root is None else self._root.module()
+        return {"model": model, "root": self._root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._root = state["root"]
+        of_nobody = Roster(nn.Module(), "forward", False)  # as after remove()
+        self._roster = of_nobody if self._root is None else self._root.roster
 
     def __repr__(self) -> str:
         return f"WeightNormGroup({len(self.layers)} weights, reuse={self._roster.reuse!r})"
