@@ -249,10 +249,10 @@ def test_checkpoints_load_into_either(layout, of_checkpoint, of_layer, kind, ass
     if layout != "folded":
         g, _ = g_and_v(kind="torch" if layout == "parametrized" else layout)
         checkpoint[g] = checkpoint[g].reshape(of_checkpoint)
-    layer, twin = target(kind, of_layer), wnkernel.weight_norm(nn.Linear(5, 4), dim=None)
-    twin.load_state_dict(checkpoint)
-    with wnkernel.accept_any_layout(layer):
-        layer.load_state_dict(checkpoint, assign=assign)
+    layer, twin = target(kind, of_layer), target(kind, ())
+    for each in (layer, twin):
+        with wnkernel.accept_any_layout(each):
+            each.load_state_dict(checkpoint, assign=assign and each is layer)
     assert loaded(layer)[0].shape == of_layer
     same_bits(loaded(layer), loaded(twin))
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in layer.parameters())
