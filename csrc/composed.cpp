@@ -8,11 +8,22 @@
 namespace wnkernel::composed {
 namespace {
 
+// norm as its type holds it; norm itself where that is no normal number. A constant is added, so
+// that derivatives are those of norm.
+at::Tensor held(const at::Tensor& norm, at::ScalarType type) {
+  if (type == norm.scalar_type()) return norm;
+  const auto [smallest, largest] =
+      type == at::kHalf ? std::pair(0x1p-14, 65504.0) : std::pair(0x1p-126, 0x1.fep127);
+  const at::Tensor n = norm.detach(), rounded = n.to(type).to(n.scalar_type());
+  const at::Tensor is_normal = (rounded >= smallest).logical_and(rounded <= largest);
+  return norm + (rounded - n).masked_fill(is_normal.logical_not(), 0.0);
+}
+
 // One weight norm in the accumulation dtype: v and g cast, norms clamped.
 struct Terms {
   std::vector<int64_t> dims;  // that a norm sums over
   at::ScalarType acc;
-  at::Tensor v, g, inverse;  // inverse: 1 / max(norm, eps)
+  at::Tensor v, g, divisor;  // divisor: max(norm, eps)
   at::Tensor clamped;        // norm < eps; undefined with eps 0
 
   Terms(const at::Tensor& v_, const at::Tensor& g_, int64_t dim, double eps)
@@ -21,13 +32,20 @@ struct Terms {
     for (int64_t k = 0; k < v.dim(); ++k)
       if (k != dim) dims.push_back(k);
     if (eps == 0.0) {
-      inverse = norm(v).reciprocal();
+      divisor = norm(v);
       return;
     }
     // Clamped rows are replaced before the norm: its derivative at a zero row is 0/0.
     clamped = norm(v.detach()) < eps;
     const at::Tensor safe = norm(at::where(clamped, at::ones({}, v.options()), v));
-    inverse = at::where(clamped, at::full({}, eps, v.options()), safe).reciprocal();
+    divisor = at::where(clamped, at::full({}, eps, v.options()), safe);
+  }
+
+  at::Tensor inverse() const { return divisor.reciprocal(); }
+
+  at::Tensor divisor_as(at::ScalarType type) const {
+    const at::Tensor n = held(divisor, type);
+    return clamped.defined() ? at::where(clamped, divisor, n) : n;
   }
 
   at::Tensor row_sum(const at::Tensor& x) const {
@@ -39,7 +57,9 @@ struct Terms {
     if (x.sym_numel() == 0) return row_sum(x);
     at::Tensor scale = x.detach().abs().amax(dims, true);
     scale = at::where((scale > 0).logical_and(scale.isfinite()), scale, at::ones({}, x.options()));
-    return (at::linalg_vector_norm(x / scale, 2, dims, true) * scale).reshape_symint(g.sym_sizes());
+    const at::Tensor squares = (x / scale).square().sum(dims, true), is_zero = squares == 0;
+    const at::Tensor root = squares.masked_fill(is_zero, 1.0).sqrt();
+    return (root.masked_fill(is_zero, 0.0) * scale).reshape_symint(g.sym_sizes());
   }
 
   // x where the norm is differentiated, 0 where it is clamped.
@@ -54,7 +74,7 @@ at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, int64_t dim, do
                        std::optional<at::ScalarType> out_dtype) {
   check_forward(v, g, dim, eps, out_dtype);
   const Terms t(v, g, dim, eps);
-  return (t.v * (t.g * t.inverse)).to(out_dtype.value_or(v.scalar_type()));
+  return (t.v * (t.g / t.divisor_as(divisor_dtype(v, g)))).to(out_dtype.value_or(v.scalar_type()));
 }
 
 std::tuple<Tensors, Tensors> forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
@@ -79,9 +99,10 @@ std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, a
   for (size_t k = 0; k < v.size(); ++k) {
     check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
     const Terms t(v[k], g[k], dim[k], eps[k]);
-    const at::Tensor dw = grad_w[k].to(t.acc), u = t.v * t.inverse, s = t.row_sum(dw * u);
+    const at::Tensor dw = grad_w[k].to(t.acc), inverse = t.inverse(), u = t.v * inverse,
+                     s = t.row_sum(dw * u);
     if (need_v[k])
-      grad_v.push_back(((t.g * t.inverse) * (dw - u * t.unclamped(s))).to(v[k].scalar_type()));
+      grad_v.push_back(((t.g * inverse) * (dw - u * t.unclamped(s))).to(v[k].scalar_type()));
     if (need_g[k]) grad_g.push_back(s.to(g[k].scalar_type()));
   }
   return {std::move(grad_v), std::move(grad_g)};
@@ -91,16 +112,17 @@ std::array<at::Tensor, 3> double_backward(const at::Tensor& grad_w, const at::Te
                                           const at::Tensor& g, const at::Tensor& gg_v_,
                                           const at::Tensor& gg_g_, int64_t dim, double eps) {
   const Terms t(v, g, dim, eps);
-  const at::Tensor dw = grad_w.to(t.acc), u = t.v * t.inverse, c = t.g * t.inverse;
+  const at::Tensor dw = grad_w.to(t.acc), inverse = t.inverse(), u = t.v * inverse,
+                   c = t.g * inverse;
   const at::Tensor gg_v = gg_v_.defined() ? gg_v_.to(t.acc) : at::zeros_like(t.v);
   const at::Tensor gg_g = gg_g_.defined() ? gg_g_.to(t.acc) : at::zeros_like(t.g);
   const at::Tensor a = t.unclamped(t.row_sum(gg_v * u)), s = t.unclamped(t.row_sum(dw * u));
   const at::Tensor across_v = gg_v - u * a, across_w = dw - u * s;
   const at::Tensor along = t.row_sum(gg_v * dw) - a * s;
   const at::Tensor through_norm = t.unclamped(along * u + s * across_v + a * across_w);
-  const at::Tensor d_v = t.inverse * (gg_g * across_w - c * through_norm);
+  const at::Tensor d_v = inverse * (gg_g * across_w - c * through_norm);
   return {(c * across_v + gg_g * u).to(grad_w.scalar_type()), d_v.to(v.scalar_type()),
-          (along * t.inverse).to(g.scalar_type())};
+          (along * inverse).to(g.scalar_type())};
 }
 
 }  // namespace wnkernel::composed

@@ -94,7 +94,8 @@ std::tuple<Tensors, Tensors> forward_on(at::TensorList v, at::TensorList g, at::
     }
     table.push_back({vk.const_data_ptr(), gk.const_data_ptr(), w[k].mutable_data_ptr(),
                      norm[k].mutable_data_ptr(), row_view(vk, dim[k]), dtype_of(v_type),
-                     dtype_of(gk.scalar_type()), dtype_of(w_type), eps[k]});
+                     dtype_of(gk.scalar_type()), dtype_of(w_type),
+                     dtype_of(divisor_dtype(v[k], gk)), eps[k]});
   }
   device.forward(table.data(), static_cast<int64_t>(table.size()));
   for (size_t k = 0; k < count; ++k) w[k] = with_type(w[k], out_dtype.value_or(v[k].scalar_type()));

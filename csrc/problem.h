@@ -39,6 +39,10 @@ RowView row_view(const at::Tensor& v, int64_t dim);
 // float64 for float64, float32 for the others.
 at::ScalarType accumulation_dtype(at::ScalarType dtype);
 
+// The type whose values w divides by: the one of norms, but for one norm over all of v where v and
+// g have half types. There it is that of g, as in torch, so that the norm of v as g gives w = v.
+at::ScalarType divisor_dtype(const at::Tensor& v, const at::Tensor& g);
+
 DType dtype_of(at::ScalarType dtype);
 
 // Writes so far, as autograd counts them; inference tensors have no counter.

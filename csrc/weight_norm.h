@@ -21,13 +21,15 @@ struct RowView {
 };
 
 // norm is float for f16, bf16 and f32, double for f64; unclamped by eps, inf where it does not fit.
+// What divides is the norm rounded to divisor_type, where that is a normal number: mostly the type
+// of norm, so that a g equal to norm gives w = v; see divisor_dtype() in problem.h.
 struct Forward {
   const void* v;
   const void* g;  // [rows], contiguous
   void* w;        // laid out like v
   void* norm;     // [rows]
   RowView view;
-  DType v_type, g_type, w_type;
+  DType v_type, g_type, w_type, divisor_type;
   double eps;
 };
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import wnkernel
 
+from . import reference
 from .layers import APPLY
 
 LAYOUTS = ["parametrized", "legacy", "folded"]
@@ -48,9 +49,27 @@ def expected(
     """g and v of a layer that has loaded a checkpoint of :func:`saved`."""
     if layout == "folded":
         w = checkpoint[name]
-        return torch.norm_except_dim(w, 2, -1 if dim is None else dim), w
+        return reference.norm(w, dim).to(w.dtype), w
     g, v = g_and_v(name, KINDS[layout])
     return checkpoint[g], checkpoint[v]
+
+
+def assert_loaded(
+    layer: nn.Module,
+    checkpoint: Mapping[str, Tensor],
+    layout: str,
+    name: str = "weight",
+    dim: int | None = 0,
+) -> None:
+    """g and v are those of the checkpoint, to the last bit. The norms of a folded weight are those
+    of float64 up to rounding: torch's own may be less accurate, and what a kernel divides by is."""
+    (g, v), (want_g, want_v) = loaded(layer, name), expected(checkpoint, layout, name, dim)
+    assert torch.equal(v, want_v)
+    if layout == "folded":
+        rtol = 4 * torch.finfo(g.dtype).eps
+        torch.testing.assert_close(g.detach(), want_g, rtol=rtol, atol=0)
+    else:
+        assert torch.equal(g, want_g)
 
 
 def loaded(layer: nn.Module, name: str = "weight") -> tuple[Tensor, Tensor]:

@@ -110,8 +110,18 @@ def norm(v: Tensor, dim: int | None) -> Tensor:
 def forward(v: Tensor, g: Tensor, dim: int | None, eps: float = 0.0) -> Expected:
     """What w has to be."""
     with torch.no_grad():
-        w = weight_norm(v, g, dim, eps)
+        w = v.to(torch.float64) * (g.to(torch.float64) / divisor(v, g, dim).clamp_min(eps))
         return Expected(w, w.abs(), _length(v, dim), _acc_dtype(v))
+
+
+def divisor(v: Tensor, g: Tensor, dim: int | None) -> Tensor:
+    """Norms, but for one norm over all of v where v and g have half dtypes. Its value in g's dtype
+    then, by way of float32, if that is a normal number."""
+    n, halves = norm(v, dim), (torch.float16, torch.bfloat16)
+    if g.numel() != 1 or v.dtype not in halves or g.dtype not in halves:
+        return n
+    rounded, info = n.to(torch.float32).to(g.dtype).to(torch.float64), torch.finfo(g.dtype)
+    return torch.where((rounded >= info.smallest_normal) & (rounded <= info.max), rounded, n)
 
 
 def backward(

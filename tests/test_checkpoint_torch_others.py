@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wnkernel
 
-from .checkpoints import all_layouts, expected, load_error, loaded, nothing_loaded, saved
+from .checkpoints import all_layouts, assert_loaded, load_error, nothing_loaded, saved
 from .layers import legacy_weight_norm
 
 
@@ -36,8 +36,7 @@ def doubled():
 def test_a_subclass_of_the_hook_takes_pairs(layout):
     layer, checkpoint = doubled(), saved(linear(), layout)
     layer.load_state_dict(checkpoint, strict=True)
-    for got, want in zip(loaded(layer), expected(checkpoint, layout), strict=True):
-        assert torch.equal(got, want)
+    assert_loaded(layer, checkpoint, layout)
 
 
 def test_a_subclass_of_the_hook_takes_no_plain_weight():
@@ -73,8 +72,7 @@ def test_a_way_of_loading_that_a_module_has_of_its_own(layout):
     checkpoint = saved(linear(), layout)
     model.load_state_dict({f"0.{key}": t for key, t in checkpoint.items()}, strict=True)
     assert seen == ["0."]
-    for got, want in zip(loaded(layer), expected(checkpoint, layout), strict=True):
-        assert torch.equal(got, want)
+    assert_loaded(layer, checkpoint, layout)
     handle.remove()
     assert layer._load_from_state_dict is load
     assert vars(layer).keys() == vars(legacy_weight_norm(linear())).keys() | {
@@ -91,6 +89,6 @@ def test_copies_have_it_too(layout):
     twin, checkpoint = copy.deepcopy(layer), saved(linear(), layout)
     with nothing_loaded(layer):
         twin.load_state_dict(checkpoint, strict=True)
-    assert torch.equal(loaded(twin)[1], expected(checkpoint, layout)[1])
+    assert_loaded(twin, checkpoint, layout)
     wnkernel.convert(twin)
     assert twin._load_from_state_dict.__self__ is twin

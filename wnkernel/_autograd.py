@@ -8,7 +8,7 @@ compiled operators.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter, or_
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.autograd import Function, forward_ad
 from . import composed
 from .backends.base import PythonBackend
 from .forms import PLAIN, Problems, spread
-from .problem import version_of
+from .problem import accumulation_dtype, version_of
 
 Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 """Of all v and of all g; None where not needed."""
@@ -31,6 +31,13 @@ def weight_norms(problems: Problems, backend: PythonBackend) -> list[Tensor]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return list(_Forward.apply(backend, problems, *tensors))
     return backend.forward(problems)[0]
+
+
+def norms(
+    v: Tensor, compute: Callable[[Tensor], Tensor], weight_norm: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """``compute(v)`` in v's dtype, differentiable by ``weight_norm(v, g)``."""
+    return _Norms.apply(v, compute, weight_norm)
 
 
 def have_addresses(tensors: Sequence[Tensor]) -> bool:
@@ -45,6 +52,11 @@ def have_addresses(tensors: Sequence[Tensor]) -> bool:
 
 def _dispatches(t: Tensor) -> bool:
     return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
+
+
+def is_untouched(tensors: Sequence[Tensor]) -> bool:
+    """Whether a custom node and kernels may be given tensors as they are."""
+    return have_addresses(tensors) and not torch._C._is_tracing() and not is_transformed(tensors)
 
 
 def is_transformed(tensors: Sequence[Tensor]) -> bool:
@@ -166,6 +178,29 @@ class _Backward(Function):
                 p, grad_w, gg_v[k], gg_g[k]
             )
         return None, None, None, None, None, *out
+
+
+class _Norms(Function):
+    """Norms. With u = v / norm the derivative is grad_v = grad_norm * u, which is a weight norm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        compute: Callable[[Tensor], Tensor],
+        weight_norm: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        norm = compute(v)
+        ctx.v, ctx.version, ctx.weight_norm = v, version_of(v), weight_norm
+        ctx.is_zero = norm == 0
+        return norm.to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _check_version("v", ctx.v, ctx.version)
+        # A zero row has no direction; its gradient is 0, as in torch.
+        v, g = torch.where(ctx.is_zero, 1.0, ctx.v), torch.where(ctx.is_zero, 0.0, grad)
+        return ctx.weight_norm(v, g.to(accumulation_dtype(v.dtype))), None, None
 
 
 def _versions_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -2,7 +2,7 @@
 operators of ours, so the plain formula is traced then.
 
 ``torch.compile`` stays in the process and keeps the operators. Until torch 2.11 Dynamo takes
-``torch.compiler.is_exporting()`` for true in every program that it traces, so it is not asked there.
+``torch.compiler.is_exporting()`` for true in every program that it traces: it is not asked there.
 """
 
 from __future__ import annotations

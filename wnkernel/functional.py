@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _ops, composed, exporting, forms
 from .backends import choice, choose, gpu_operators
 from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
-from .forms import PLAIN, Problems
+from .forms import Problems
 from .problem import (
     Problem,
     accumulation_dtype,
@@ -22,6 +24,7 @@ from .problem import (
     check_forward,
     check_lengths,
     check_v,
+    norm_shape,
 )
 
 _native = _ops.native_weight_norm
@@ -46,8 +49,8 @@ def weight_norm(
     Args:
         v: direction, any shape with at least one dimension; float16, bfloat16, float32 or float64,
             in any memory order.
-        g: magnitude, of shape 1 everywhere but ``v.shape[dim]`` along ``dim``, 0-dimensional when
-            one norm spans the whole tensor; any of the four dtypes; on v's device.
+        g: magnitude, of shape 1 everywhere but ``v.shape[dim]`` along ``dim``; 0-dimensional or of
+            shape (1,) when one norm spans the whole tensor; any of the four dtypes; on v's device.
         dim: the dimension that keeps its norms apart. ``None`` and -1 mean the whole tensor, as in
             torch; -2, -3, ... count from the end.
         eps: lower bound of the norm, as in :func:`torch.nn.functional.normalize`. With 0 a zero
@@ -145,9 +148,14 @@ def weight_norms(
 
 
 def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
-    """The norms that ``weight_norm(v, g, dim)`` divides by.
+    """The norms that ``weight_norm(v, g, dim)`` divides by: with them as g, w is v.
 
-    Differentiable. Rows whose squares leave v's range are right as long as their norm is in it.
+    To the last bit, as far as v's dtype holds them. Where function transforms, forward-mode AD,
+    compilers or tracers are at work, and on DTensors, they come from another formula, whose last
+    bits may differ.
+
+    Differentiable to any order; the gradient of a zero row is 0. Rows whose squares leave v's range
+    are right as long as their norm is in it.
 
     Args:
         v: as for :func:`weight_norm`.
@@ -160,7 +168,30 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
         TypeError: v is no dense floating-point tensor.
         ValueError: v is 0-dimensional, or ``dim`` is out of range.
     """
+    if has_torch_function((v,)):
+        return handle_torch_function(norm_except_dim, (v,), v, dim=dim)
     dim = check_v(v, dim)
+    if is_compiling() or _is_distributed(v) or not _autograd.is_untouched([v]) or v.numel() == 0:
+        return _composed_norms(v, dim)
+    if torch.is_grad_enabled() and v.requires_grad:
+        return _autograd.norms(v, partial(_norms, dim=dim), partial(weight_norm, dim=dim))
+    return _norms(v, dim).to(v.dtype)
+
+
+def _norms(v: Tensor, dim: int) -> Tensor:
+    """What the kernels for v divide by, in the dtype of norms."""
+    acc = accumulation_dtype(v.dtype)
+    g, backend = v.new_ones(norm_shape(v.shape, dim), dtype=acc), choose(v)
+    if isinstance(backend, CompiledBackend):
+        return torch.ops.wnkernel.forward([v], [g], [dim], [0.0])[1][0]
+    norm = backend.forward(forms.known(v, g, dim, 0.0, None))[1][0]
+    if backend.name == "eager":  # torch's kernels lose rows whose squares leave the float range
+        is_right = (norm > 0) & norm.isfinite()
+        return torch.where(is_right, norm, composed.norm_except_dim(v.to(acc), dim))
+    return norm.clone()  # alone in its memory
+
+
+def _composed_norms(v: Tensor, dim: int) -> Tensor:
     return composed.norm_except_dim(v.to(accumulation_dtype(v.dtype)), dim).to(v.dtype)
 
 
@@ -203,7 +234,7 @@ def _has_operators(v: Tensor) -> bool:
 
 def _is_distributed(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor, which has rules for torch's own operators only."""
-    if type(t) in PLAIN:
+    if type(t) in (Tensor, Parameter):  # torch 2.6 and 2.7 cannot trace `in` of a frozenset
         return False
     module = sys.modules.get("torch.distributed.tensor")  # there if anybody made a DTensor
     return module is not None and isinstance(t, module.DTensor)

@@ -12,11 +12,10 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
 from . import functional
-from .checkpoint import WeightNormOriginals, legacy_hooks, split_weight
+from .checkpoint import WeightNormOriginals, legacy_hooks, own_parametrizations, split_weight
 from .problem import WHOLE_TENSOR
 
 
@@ -144,12 +143,11 @@ def weight_norm_kind(module: nn.Module, name: str) -> str | None:
 def weight_norm_kinds(module: nn.Module) -> dict[str, str]:
     """The weight-normed parameters of a module (not of its children), each with its kind."""
     kinds = dict.fromkeys(legacy_hooks(module), TORCH_HOOK)
-    if parametrize.is_parametrized(module):
-        for name, parametrizations in module.parametrizations.items():
-            for p in parametrizations:
-                if isinstance(p, (WeightNorm, TorchWeightNorm)):
-                    kinds[name] = OURS if isinstance(p, WeightNorm) else TORCH
-                    break
+    for name, parametrizations in own_parametrizations(module).items():
+        for p in parametrizations:
+            if isinstance(p, (WeightNorm, TorchWeightNorm)):
+                kinds[name] = OURS if isinstance(p, WeightNorm) else TORCH
+                break
     return kinds
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 WHOLE_TENSOR = -1
 """The canonical ``dim`` of one norm over the whole tensor, as in :mod:`torch.nn.utils`."""
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ class Problem:
         """The dtype that norms are computed in: float64 for float64, float32 for the others."""
         return accumulation_dtype(self.v.dtype)
 
+    @property
+    def divisor_dtype(self) -> torch.dtype:
+        """The dtype whose values w divides by: that of norms, but for one norm over all of v where
+        v and g have half dtypes. There it is that of g, as in torch, so that the norm of v as g
+        gives w = v."""
+        are_half = self.v.dtype in HALF_DTYPES and self.g.dtype in HALF_DTYPES
+        return self.g.dtype if are_half and self.g.numel() == 1 else self.acc_dtype
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for float32 and the half types."""
@@ -74,10 +83,20 @@ def canonical_dim(dim: int | None, ndim: int) -> int:
 
 
 def norm_shape(shape: torch.Size, dim: int) -> tuple[int, ...]:
-    """Shape of ``norm`` and ``g`` for a canonical ``dim``: () or ones around ``shape[dim]``."""
+    """Shape of ``norm`` and ``g`` for a canonical ``dim``: () or ones around ``shape[dim]``.
+
+    In the place of () there may be (1,), see :func:`is_norm_shape`.
+    """
     if dim == WHOLE_TENSOR:
         return ()
     return tuple([n if k == dim else 1 for k, n in enumerate(shape)])
+
+
+def is_norm_shape(got: torch.Size, shape: torch.Size, dim: int) -> bool:
+    """Whether a ``g`` may have a shape, for ``v`` of ``shape`` and a canonical ``dim``: that of
+    :func:`norm_shape`, or (1,) for the whole tensor, because fully_shard refuses 0-dimensional
+    parameters. Norms and gradients have the shape that g has."""
+    return got == norm_shape(shape, dim) or (dim == WHOLE_TENSOR and got == (1,))
 
 
 def is_dense(t: Tensor) -> bool:
@@ -147,8 +166,7 @@ def check(
         ValueError: a wrong shape, device, dim or eps.
     """
     dim = check_v(v, dim)
-    _check_tensor("g", g)
-    _check_norm_like("g", g, v, dim)
+    _check_g(g, v, dim)
     eps = check_eps(eps)
     if out_dtype is None:
         out_dtype = v.dtype
@@ -232,13 +250,14 @@ def _check_device(name: str, t: Tensor, v: Tensor) -> None:
         raise ValueError(f"{name}: expected device {v.device} (that of v), got {t.device}")
 
 
-def _check_norm_like(name: str, t: Tensor, v: Tensor, dim: int) -> None:
-    _check_device(name, t, v)
-    expected = norm_shape(v.shape, dim)
-    if t.shape != expected:
+def _check_g(g: Tensor, v: Tensor, dim: int) -> None:
+    _check_tensor("g", g)
+    _check_device("g", g, v)
+    if not is_norm_shape(g.shape, v.shape, dim):
+        expected = "[] or [1]" if dim == WHOLE_TENSOR else str(list(norm_shape(v.shape, dim)))
         raise ValueError(
-            f"{name}: expected shape {list(expected)} for v of shape {list(v.shape)} and dim "
-            f"{dim}, got {list(t.shape)}"
+            f"g: expected shape {expected} for v of shape {list(v.shape)} and dim {dim}, got "
+            f"{list(g.shape)}"
         )
 
 
@@ -253,6 +272,10 @@ def _check_grad_w(grad_w: Tensor, p: Problem) -> None:
 
 def _check_norm(norm: Tensor, p: Problem) -> None:
     _check_tensor("norm", norm)
-    _check_norm_like("norm", norm, p.v, p.dim)
+    _check_device("norm", norm, p.v)
+    if norm.shape != p.g.shape:
+        raise ValueError(
+            f"norm: expected shape {list(p.g.shape)} (that of g), got {list(norm.shape)}"
+        )
     if norm.dtype != p.acc_dtype:
         raise TypeError(f"norm: expected dtype {p.acc_dtype}, got {norm.dtype}")

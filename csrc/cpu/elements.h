@@ -58,6 +58,26 @@ static inline double to_double(T x) {
   return to_float(x);
 }
 
+// Normal numbers.
+template <class T>
+struct NormalRange;
+template <>
+struct NormalRange<f16> {
+  static constexpr double kSmallest = 0x1p-14, kLargest = 65504;
+};
+template <>
+struct NormalRange<bf16> {
+  static constexpr double kSmallest = 0x1p-126, kLargest = 0x1.fep127;
+};
+template <>
+struct NormalRange<float> {
+  static constexpr double kSmallest = 0x1p-126, kLargest = 0x1.fffffep127;
+};
+template <>
+struct NormalRange<double> {
+  static constexpr double kSmallest = 0x1p-1022, kLargest = 0x1.fffffffffffffp1023;
+};
+
 // Round to nearest even, NaN stays NaN.
 static inline void from_float(float x, bf16* out) {
   const uint32_t bits = float_to_bits(x);
@@ -88,6 +108,15 @@ static inline void from_double(double x, double* out) { *out = x; }
 template <class T>
 static inline void from_double(double x, T* out) {
   from_float(static_cast<float>(x), out);
+}
+
+// x as a T holds it; x itself where that is no normal number.
+template <class T>
+static inline double rounded(double x) {
+  T held;
+  from_double(x, &held);
+  const double y = to_double(held);
+  return y >= NormalRange<T>::kSmallest && y <= NormalRange<T>::kLargest ? y : x;
 }
 
 }  // namespace wnkernel::cpu

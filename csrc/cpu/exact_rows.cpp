@@ -32,6 +32,10 @@ void set_element(void* p, DType t, int64_t k, double x) {
   visit(t, [&](auto tag) { from_double(x, static_cast<decltype(tag)*>(p) + k); });
 }
 
+double rounded_to(DType t, double x) {
+  return visit(t, [&](auto tag) { return rounded<decltype(tag)>(x); });
+}
+
 // f(k) for the index k of every element of a row, in memory order.
 template <class F>
 void for_row(const RowView& view, int64_t row, F&& f) {
@@ -85,9 +89,11 @@ void exact_row(const Forward& p, int64_t row) {
     return;
   }
   const double norm = norm_of(v, p.view, row);
-  const double divisor = std::max(norm, std::ldexp(p.eps, -v.exponent));
+  const double whole = std::ldexp(norm, v.exponent), held = rounded_to(p.divisor_type, whole);
+  const double n = held == whole ? norm : std::ldexp(held, -v.exponent);
+  const double divisor = std::max(n, std::ldexp(p.eps, -v.exponent));
   const double g = element(p.g, p.g_type, row);
-  set_element(p.norm, accumulation(p.v_type), row, std::ldexp(norm, v.exponent));
+  set_element(p.norm, accumulation(p.v_type), row, whole);
   for_row(p.view, row, [&](int64_t k) { set_element(p.w, p.w_type, k, g * (v[k] / divisor)); });
 }
 

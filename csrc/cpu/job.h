@@ -35,7 +35,8 @@ inline bool wants_map(const Backward& p) { return p.grad_v != nullptr; }
 inline int64_t finish(const InstructionSet& set, const Forward& p, int64_t row, int64_t rows,
                       double* sums, void* a, void*) {
   return set.finish[index_of(p.v_type)][index_of(p.g_type)].forward(
-      sums, at(p.g, row, p.g_type), rows, p.eps, at(p.norm, row, accumulation(p.v_type)), a);
+      sums, at(p.g, row, p.g_type), rows, p.eps, p.divisor_type != accumulation(p.v_type),
+      at(p.norm, row, accumulation(p.v_type)), a);
 }
 inline int64_t finish(const InstructionSet& set, const Backward& p, int64_t row, int64_t rows,
                       double* sums, void* a, void* b) {

@@ -26,8 +26,10 @@ struct Kernels {
 // From sums to the coefficients of the map. Rows that a float cannot hold (see SafeRange) are
 // counted in the result, and their sum is set to NaN: exact_rows.h does them again.
 struct Finish {
-  // sums: of squares. norm[r] and a[r] = g[r] / max(norm[r], eps).
-  int64_t (*forward)(double* sums, const void* g, int64_t rows, double eps, void* norm, void* a);
+  // sums: of squares. norm[r] and a[r] = g[r] / max(norm[r], eps), with the norm rounded to A, or,
+  // `as_g`, to the type of g.
+  int64_t (*forward)(double* sums, const void* g, int64_t rows, double eps, bool as_g, void* norm,
+                     void* a);
   // sums: <grad_w, v>. grad_g[r] (unless null) and both coefficients.
   int64_t (*backward)(double* sums, const void* g, const void* norm, int64_t rows, double eps,
                       void* grad_g, void* a, void* b);

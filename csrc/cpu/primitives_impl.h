@@ -213,15 +213,23 @@ struct FinishOf {
   }
 
   // Plain loops, one exit each: the compiler turns them into vectors of doubles.
-  static int64_t forward(double* __restrict sums, const void* g_, int64_t rows, double eps,
-                         void* norm_, void* a_) {
+  static int64_t forward(double* sums, const void* g, int64_t rows, double eps, bool as_g,
+                         void* norm, void* a) {
+    if constexpr (sizeof(G) == 2)
+      if (as_g) return forward_as<G>(sums, g, rows, eps, norm, a);
+    return forward_as<A>(sums, g, rows, eps, norm, a);
+  }
+
+  template <class Divisor>
+  WNKERNEL_INLINE int64_t forward_as(double* __restrict sums, const void* g_, int64_t rows,
+                                     double eps, void* norm_, void* a_) {
     const G* __restrict g = static_cast<const G*>(g_);
     A* __restrict norm = static_cast<A*>(norm_);
     A* __restrict a = static_cast<A*>(a_);
     WNKERNEL_NO_ALIAS
     for (int64_t r = 0; r < rows; ++r) {
-      const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]);
-      const double scale = gr / (n > eps ? n : eps);
+      const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]), d = rounded<Divisor>(n);
+      const double scale = gr / (d > eps ? d : eps);
       const double safe = inside(n, Range::kNormMin, Range::kNormMax) *
                           either(gr == 0.0 ? 1.0 : 0.0,
                                  inside(scale, Range::kCoefficientMin, Range::kCoefficientMax));

@@ -107,7 +107,8 @@ __device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
 
   if (tiles.owns_row()) {
     const Sum g = load_as<Sum>(line.g, line.g_type, tiles.row());
-    const auto f = Forwards<Sum>::of(squares, unit, g, static_cast<Sum>(line.eps));
+    const auto f =
+        Forwards<Sum>::of(squares, unit, g, static_cast<Sum>(line.eps), line.divisor_type);
     if (tiles.is_first()) static_cast<Sum*>(line.norm)[tiles.row()] = f.norm;
     tiles.set(1, f.a, scratch);
     tiles.set(2, f.b, scratch);

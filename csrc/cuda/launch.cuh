@@ -17,7 +17,7 @@ inline bool is_aligned(const Backward& p) {
 }
 
 inline ForwardLine line_of(const Forward& p) {
-  return {p.v, p.g, p.w, p.norm, nullptr, p.eps, {}, p.g_type};
+  return {p.v, p.g, p.w, p.norm, nullptr, p.eps, {}, p.g_type, p.divisor_type};
 }
 inline BackwardLine line_of(const Backward& p) {
   return {p.grad_w, p.v, p.g, p.norm, p.grad_v, p.grad_g, nullptr, p.eps, {}, p.g_type};

@@ -82,7 +82,8 @@ __device__ inline void forward_rows(const ForwardLine& line, int64_t block,
   for (int r = 0; r < R; ++r) {
     if (!place.has_row(r)) continue;
     const Sum g = load_as<Sum>(line.g, line.g_type, place.row(r));
-    const auto f = Forwards<Sum>::of(squares[r], unit[r], g, static_cast<Sum>(line.eps));
+    const auto f =
+        Forwards<Sum>::of(squares[r], unit[r], g, static_cast<Sum>(line.eps), line.divisor_type);
     if (place.lane == 0) static_cast<Sum*>(line.norm)[place.row(r)] = f.norm;
 #pragma unroll
     for (int k = 0; k < K; ++k) {

@@ -36,19 +36,31 @@ __device__ inline bool is_normal(Sum x) {
   return size >= Range<Sum>::kSmallest && size <= Range<Sum>::kLargest;
 }
 
-// g / max(norm, eps) in two factors, to multiply v with one after the other: the ratio and 1,
-// unless that leaves the range of normal numbers. Then 1 / max(norm, eps) and g, or, where not even
-// norms are normal, unit and what is left.
+// norm as values of a half type hold it; norm itself for other types, and where that is no normal
+// number.
+__device__ inline float divisor(float norm, DType type) {
+  if (type != DType::f16 && type != DType::bf16) return norm;
+  const bool is_f16 = type == DType::f16;
+  const float held = is_f16 ? widen(narrow<__half>(norm)) : widen(narrow<__nv_bfloat16>(norm));
+  const float smallest = is_f16 ? 0x1p-14f : 0x1p-126f;
+  const float largest = is_f16 ? 65504.0f : 0x1.fep127f;
+  return held >= smallest && held <= largest ? held : norm;
+}
+__device__ inline double divisor(double norm, DType) { return norm; }
+
+// g / max(norm, eps), with the norm as divisor_type holds it, in two factors, to multiply v with
+// one after the other: the ratio and 1, unless that leaves the range of normal numbers. Then 1 /
+// max(norm, eps) and g, or, where not even norms are normal, unit and what is left.
 template <class Sum>
 struct Forwards {
   Sum norm, a, b;
 
   // squares: of unit * v.
-  __device__ static Forwards of(Sum squares, Sum unit, Sum g, Sum eps) {
+  __device__ static Forwards of(Sum squares, Sum unit, Sum g, Sum eps, DType divisor_type) {
     const Sum scaled = root(squares);
     const Sum norm = unit == 1 ? scaled : scaled / unit;
     const bool clamped = norm < eps;
-    const Sum n = clamped ? eps : norm, ratio = g / n;
+    const Sum n = clamped ? eps : divisor(norm, divisor_type), ratio = g / n;
     if (is_normal(n)) {
       if (is_normal(ratio)) return {norm, ratio, 1};
       if (is_normal(1 / n)) return {norm, 1 / n, g};

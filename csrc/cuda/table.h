@@ -15,7 +15,7 @@ struct ForwardLine {
   void* partials;
   double eps;
   Plan plan;
-  DType g_type;
+  DType g_type, divisor_type;
 };
 
 struct BackwardLine {

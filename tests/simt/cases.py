@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wnkernel.problem import accumulation_dtype
+from wnkernel.problem import accumulation_dtype, check
 
 from .. import reference
 from ..cases import DTYPES, randn
@@ -114,7 +114,9 @@ def _offsets(c: Case) -> dict[str, int]:
 def forward_problem(c: Case) -> Problem:
     norm = c.g.numel() * accumulation_dtype(c.v.dtype).itemsize
     outputs = {"w": c.grad_w.nbytes, "norm": norm}
-    return Problem({"v": _bytes(c.v), "g": _bytes(c.g)}, outputs, _fields(c), _offsets(c))
+    divisor = check(c.v, c.g.view(1, -1, 1), 1).divisor_dtype
+    fields = _fields(c) | {"divisor_type": DTYPES.index(divisor)}
+    return Problem({"v": _bytes(c.v), "g": _bytes(c.g)}, outputs, fields, _offsets(c))
 
 
 def backward_problem(c: Case, norm: Tensor) -> Problem:

@@ -44,24 +44,25 @@ LIBC.free.argtypes = [c_void_p]
 KERNELS = ctypes.CDLL(sys.argv[1])
 
 
-NUMBERS = (
-    *((name, c_int64) for name in ("outer", "rows", "inner")),
-    *((name, c_uint8) for name in ("v_type", "g_type", "w_type")),
-    ("eps", c_double),
-)
+VIEW = [(name, c_int64) for name in ("outer", "rows", "inner")]
+TYPES = [(name, c_uint8) for name in ("v_type", "g_type", "w_type")]
+EPS = ("eps", c_double)
 
 
 class Forward(ctypes.Structure):
     """wnkernel::Forward."""
 
-    _fields_ = (*((name, c_void_p) for name in ("v", "g", "w", "norm")), *NUMBERS)
+    _arrays = ("v", "g", "w", "norm")
+    _fields_ = (
+        *((name, c_void_p) for name in _arrays), *VIEW, *TYPES, ("divisor_type", c_uint8), EPS
+    )  # fmt: skip
 
 
 class Backward(ctypes.Structure):
     """wnkernel::Backward."""
 
     _arrays = ("grad_w", "v", "g", "norm", "grad_v", "grad_g")
-    _fields_ = (*((name, c_void_p) for name in _arrays), *NUMBERS)
+    _fields_ = (*((name, c_void_p) for name in _arrays), *VIEW, *TYPES, EPS)
 
 
 class Heap:
@@ -156,7 +157,7 @@ def _(ends: Ends) -> list[tuple[float, list[float]]]:
         for at in of_row:
             arrays["v"][at] = number
     addresses = {name: ctypes.addressof(array) for name, array in arrays.items()}
-    types = dict.fromkeys(("v_type", "g_type", "w_type"), FLOAT)
+    types = dict.fromkeys(("v_type", "g_type", "w_type", "divisor_type"), FLOAT)
     line = Forward(**addresses, **types, outer=outer, rows=rows, inner=inner)
     KERNELS.simt_begin(0, c_int64(-1), 1, ends.mutant)
     assert KERNELS.simt_forward(byref(line), c_int64(1), c_void_p(STREAM)) == 0

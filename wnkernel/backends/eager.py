@@ -52,16 +52,24 @@ class EagerBackend:
 _CPU_HAS_HALF = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
+def torch_has_kernel(v: Tensor, dim: int) -> bool:
+    """Whether torch has a fused kernel for a canonical ``dim`` of ``v``, or composes it."""
+    return (
+        v.device.type in ("cpu", "cuda")
+        and (_CPU_HAS_HALF or v.dtype != torch.float16 or v.device.type != "cpu")
+        and dim in (0, v.ndim - 1)
+        and v.numel() > 0
+    )
+
+
 def _torch_is_right(p: Problem) -> bool:
     """Whether torch's fused kernels give the contract's result for ``p``."""
     return (
-        p.v.device.type in ("cpu", "cuda")
-        and (_CPU_HAS_HALF or p.v.dtype != torch.float16 or p.v.device.type != "cpu")
-        and p.dim in (0, p.v.ndim - 1)
+        torch_has_kernel(p.v, p.dim)
+        and p.divisor_dtype == p.acc_dtype
         and p.eps == 0.0
         and p.v.dtype == p.g.dtype
         and (p.out_dtype == p.v.dtype or p.v.dtype == p.acc_dtype)  # else rounded twice
-        and p.v.numel() > 0
         and p.v.is_contiguous()
         and p.g.is_contiguous()
     )
@@ -72,8 +80,8 @@ def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
         w, norm = torch._weight_norm_interface(p.v, p.g, p.dim)
         return w.to(p.out_dtype), norm
     acc = p.acc_dtype
-    norm = composed.norm_except_dim(p.v.to(acc), p.dim)
-    w = p.v.to(acc) * (p.g.to(acc) / norm.clamp_min(p.eps))
+    norm = composed.norm_except_dim(p.v.to(acc), p.dim).reshape(p.g.shape)
+    w = p.v.to(acc) * (p.g.to(acc) / composed.norm_held(p, norm).clamp_min(p.eps))
     return w.to(p.out_dtype), norm
 
 

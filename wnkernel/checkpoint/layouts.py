@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
+from ..backends.eager import torch_has_kernel
 from ..problem import WHOLE_TENSOR, norm_shape
 from ..removal import RemovalHook
 
@@ -52,6 +54,14 @@ def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
     }
 
 
+def own_parametrizations(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrizations of a module itself, by the names of the parameters. Wrappers (that of
+    ``torch.compile``, PEFT's, FSDP's) answer for the module that they hold when they are asked
+    for ``parametrizations``, and have none."""
+    lists = module._modules.get("parametrizations")
+    return dict(lists.items()) if isinstance(lists, nn.ModuleDict) else {}
+
+
 def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
     """The canonical dim of a weight norm with a g and a v of these shapes; None if no dim fits.
 
@@ -68,14 +78,26 @@ def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
 
 
 def split_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` that give ``weight``; the bits of g are torch's wherever torch's are right."""
+    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v."""
+    return functional.norm_except_dim(weight, dim), weight
+
+
+def split_for_torch(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``(g, v)`` from which torch's own weight norm computes ``weight``.
+
+    Its norms are off by up to 1e-3 where rows are long, and on the first and the last dim its
+    kernel divides by others than those of ``torch.norm_except_dim``. g is what it divides by, but
+    for rows that it cannot compute: there g is right.
+    """
+    g, _ = split_weight(weight, dim)
     if weight.numel() == 0:  # torch cannot: one of its views would have any number of columns
-        return functional.norm_except_dim(weight, dim), weight
-    g = torch.norm_except_dim(weight, 2, dim)
-    overflown_or_zero = ~g.isfinite() | (g == 0)
-    if not g.is_meta and overflown_or_zero.any():
-        g = torch.where(overflown_or_zero, functional.norm_except_dim(weight, dim), g)
-    return g, weight
+        return g, weight
+    if torch_has_kernel(weight, dim):
+        ones = torch.ones_like(g)
+        of_torch = torch._weight_norm_interface(weight.contiguous(), ones, dim)[1].to(g.dtype)
+    else:
+        of_torch = torch.norm_except_dim(weight, 2, dim)
+    return torch.where((of_torch > 0) & of_torch.isfinite(), of_torch, g), weight
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
-from .layouts import legacy_hooks, legacy_keys, split_weight
+from .layouts import legacy_hooks, legacy_keys, split_for_torch
 from .pairs import Target, forget, load_weight, source
 
 _BEFORE = "_load_before_any_layout"
@@ -82,7 +82,7 @@ def _target(module: nn.Module, names: tuple[str, str], hook: LegacyHook) -> Targ
     def compose(g: Tensor, v: Tensor) -> Tensor:
         return functional.weight_norm(v, g, hook.dim)
 
-    return Target(g, v, partial(split_weight, dim=hook.dim), compose)
+    return Target(g, v, partial(split_for_torch, dim=hook.dim), compose)
 
 
 def _refuse(hook: LegacyHook, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ import triton.language as tl
 from .tile import (
     ROWS,
     load,
+    narrow,
     partial_sums,
     row_sums,
     rows_of,
@@ -72,7 +73,20 @@ def _squares(
 
 
 @triton.jit
-def _finish_norm(p, mask, squares, unit, scale, eps_bits):
+def _divisor(norm, rows, V: tl.constexpr, G: tl.constexpr):
+    """What divides v: norms, but for one norm over all of v, where v and g have half types. There
+    it is the norm as g's type holds it, if that is a normal number."""
+    if V.primitive_bitwidth == 16 and G.primitive_bitwidth == 16:
+        held = widen(narrow(norm, G), norm.dtype)
+        SMALLEST: tl.constexpr = 2.0**-14 if G == tl.float16 else 2.0**-126
+        is_normal = (held >= SMALLEST) & (held < float("inf"))
+        return tl.where((rows == 1) & is_normal, held, norm)
+    else:
+        return norm
+
+
+@triton.jit
+def _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr, G: tl.constexpr):
     """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / n, with n
     being max(norm, eps), to multiply v with one after the other: the ratio and 1; where that leaves
     the range, 1 / n and g; where n does, the unit and what is left."""
@@ -81,8 +95,9 @@ def _finish_norm(p, mask, squares, unit, scale, eps_bits):
     tl.store(p, true_norm, mask=mask)
     eps = _float(eps_bits, norm.dtype)
     clamped = true_norm < eps
-    n = tl.where(clamped, eps, true_norm)
-    ratio, inverse = scale / n, 1.0 / n
+    n = tl.where(clamped, eps, _divisor(true_norm, rows, V, G))
+    # Divisions on GPUs need not be rounded to the nearest, and w has to be v if g is the norm.
+    ratio, inverse = tl.where(scale == n, 1.0, scale / n), 1.0 / n
     has_ratio = _is_normal(n) & _is_normal(ratio)
     has_inverse = _is_normal(n) & _is_normal(inverse)
     rest = scale / tl.where(clamped, eps * unit, norm)
@@ -105,7 +120,10 @@ def forward_rows(
     if _any(unit != 1.0):
         squares = tl.sum((x * unit) * (x * unit), 1, keep_dims=True)
     scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-    a, b = _finish_norm(norm + row, valid, squares, unit, scale, eps_bits)
+    a, b = _finish_norm(
+        norm + row, valid, squares, unit, scale, plan[0], eps_bits,
+        v.dtype.element_ty, g.dtype.element_ty,
+    )  # fmt: skip
     store_at(w, origin, offsets, x * a * b, mask, VECTOR)
 
 
@@ -143,7 +161,10 @@ def forward_tiles(
             store_partial_sum(partials, program, 1, unit, 2, KIND, COLUMNS)
     if FINISH or split == 1:
         scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-        a, b = _finish_norm(norm + row, first & (chunk == 0), squares, unit, scale, eps_bits)
+        a, b = _finish_norm(
+            norm + row, first & (chunk == 0), squares, unit, scale, rows, eps_bits,
+            v.dtype.element_ty, g.dtype.element_ty,
+        )  # fmt: skip
         for tile in range(start, end):
             origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
             x = load(v, origin, offsets, mask, ACC, VECTOR)

@@ -37,9 +37,8 @@ def widen(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def store(p, x, mask):
-    """Stores x, rounded to the nearest, ties to even; float64 to bfloat16 by way of float32."""
-    OUT: tl.constexpr = p.dtype.element_ty
+def narrow(x, OUT: tl.constexpr):
+    """x rounded to the nearest, ties to even; float64 to bfloat16 by way of float32."""
     if OUT == tl.bfloat16:
         x = x.to(tl.float32)
         if INTERPRETED:
@@ -47,7 +46,13 @@ def store(p, x, mask):
             rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
             quiet = ((bits >> 16) | 0x40).to(tl.uint16)
             x = tl.where(x == x, rounded, quiet).to(tl.bfloat16, bitcast=True)
-    tl.store(p, x.to(OUT), mask=mask)
+    return x.to(OUT)
+
+
+@triton.jit
+def store(p, x, mask):
+    """Stores x, rounded."""
+    tl.store(p, narrow(x, p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
