@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import warnings
 from pathlib import Path
@@ -39,7 +38,6 @@ def text_of(page: str) -> str:
 def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     examples = re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)
     assert len(examples) == EXAMPLES[page]
     namespace: dict[str, Any] = {}

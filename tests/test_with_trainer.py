@@ -3,7 +3,6 @@ resumes, as it does with torch's weight norm."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import wnkernel
 from .small_models import SPEECH, ramp
 from .vocoders import FORMS, all_forms, assert_same_parameters
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="the Trainer needs Accelerate, which is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
