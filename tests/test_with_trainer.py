@@ -19,6 +19,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="the Trainer needs Accelerate, which is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 NAME = "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original0"
 
 
