@@ -61,7 +61,7 @@ def trainer(
     return cls(model, arguments, train_dataset=data())
 
 
-@pytest.mark.parametrize(("form", "bf16"), zip(FORMS, (False, True, False), strict=True))
+@pytest.mark.parametrize(("form", "bf16"), [*zip(FORMS, (False, True, False), strict=True)])
 def test_training(tmp_path: Path, form: str, bf16: bool) -> None:
     """Alone or fused to the last bit, with torch's weight norm up to rounding."""
     models = converted(form), converted("alone"), of_torch()
