@@ -121,13 +121,21 @@ _NORM_FORWARD, _LIST_FORWARD = WeightNorm.forward, WeightNormList.forward
 def _is_untouched(module: nn.Module) -> bool:
     """Whether a module has neither hooks nor a forward of its own."""
     return not (
-        "forward" in module.__dict__
+        ("forward" in module.__dict__ and not _has_that_of_its_class(module))
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl
     )
+
+
+def _has_that_of_its_class(module: nn.Module) -> bool:
+    """Whether the forward of an instance is its own method, which is what remains of Accelerate's
+    hooks when they are removed."""
+    forward = module.__dict__["forward"]
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return own and forward.__self__ is module
 
 
 OURS = "wnkernel.weight_norm"
