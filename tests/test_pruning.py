@@ -25,7 +25,9 @@ def pair() -> tuple[nn.Module, nn.Module]:
     ours = copy.deepcopy(plain)
     with wnkernel.patch_torch():
         nn.utils.weight_norm(ours)
-    return ours, legacy_weight_norm(plain)
+    torchs = legacy_weight_norm(plain)
+    ours.load_state_dict(torchs.state_dict())
+    return ours, torchs
 
 
 def mask_like(t: Tensor) -> Tensor:

@@ -42,33 +42,34 @@ def weight_norm(p: Problem) -> Tensor:
     """``g * v / max(norm(v), eps)`` in differentiable operators; keeps v's memory format."""
     v = p.v.to(p.acc_dtype)
     norm, clamped = _clamped_norm(p, v)
-    held = norm_held(p, norm)
+    held = norm_held(norm, p.divisor_dtype)
     n = held if clamped is None else torch.where(clamped, norm, held)
     return (v * (p.g.to(p.acc_dtype) / n)).to(p.out_dtype)
 
 
-def norm_held(p: Problem, norm: Tensor) -> Tensor:
-    """``norm`` as values of the dtype that w divides by hold it; itself where that is no normal
+def norm_held(norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """``norm`` as values of :attr:`Problem.divisor_dtype` hold it; itself where that is no normal
     number. A constant is added, so that derivatives are those of ``norm``."""
-    if p.divisor_dtype == norm.dtype:
+    if dtype == norm.dtype:
         return norm
-    exact, info = norm.detach(), torch.finfo(p.divisor_dtype)
-    rounded = exact.to(p.divisor_dtype).to(norm.dtype)
+    exact, info = norm.detach(), torch.finfo(dtype)
+    rounded = exact.to(dtype).to(norm.dtype)
     is_normal = (rounded >= info.smallest_normal) & (rounded <= info.max)
     return norm + torch.where(is_normal, rounded - exact, 0.0)
 
 
-def plain_weight_norm(p: Problem, *, reduce_l2: bool = False) -> Tensor:
+def plain_weight_norm(p: Problem, divisor_dtype: torch.dtype, *, reduce_l2: bool = False) -> Tensor:
     """The formula as exporters are to see it: in few operators, which every one of them knows.
 
     Rows whose squares leave the range of :attr:`Problem.acc_dtype` are not rescued.
 
     Args:
         p: the weight norm.
+        divisor_dtype: that of ``p``, which asks for sizes, and these a tracer may record.
         reduce_l2: whether norms are to be torch's ``vector_norm``, which becomes ONNX's ReduceL2.
     """
     v, g = _cast(p.v, p.acc_dtype), _cast(p.g, p.acc_dtype)
-    norm = _plain_norm(p, v, reduce_l2)
+    norm = norm_held(_plain_norm(p, v, reduce_l2), divisor_dtype)
     if p.eps:
         norm = norm.clamp_min(p.eps)
     return _cast(v * (g / norm), p.out_dtype)

@@ -76,9 +76,7 @@ def weight_norm(
     if is_compiling():
         return _traced(check(v, g, dim, eps, out_dtype))
     if exporting.is_torchscript_trace():
-        with exporting.tracer_paused():
-            problem = check(v, g, dim, eps, out_dtype)
-        return composed.plain_weight_norm(problem, reduce_l2=exporting.is_torchscript_onnx())
+        return _in_torchscript([v], [g], [dim], [eps], out_dtype)[0]
     if _is_distributed(v) or _is_distributed(g):
         return composed.weight_norm(check(v, g, dim, eps, out_dtype))
     problems = forms.known(v, g, dim, eps, out_dtype)
@@ -133,10 +131,7 @@ def weight_norms(
     if is_compiling():
         return _traced_list(check_forward(v, g, dim, eps, out_dtype), out_dtype)
     if exporting.is_torchscript_trace():
-        with exporting.tracer_paused():
-            problems = check_forward(v, g, dim, eps, out_dtype)
-        reduce_l2 = exporting.is_torchscript_onnx()
-        return [composed.plain_weight_norm(p, reduce_l2=reduce_l2) for p in problems]
+        return _in_torchscript(v, g, dim, eps, out_dtype)
     if any(map(_is_distributed, (*v, *g))):
         return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
     problems = forms.known_list(v, g, dim, eps, out_dtype)
@@ -207,7 +202,7 @@ def _traced(p: Problem) -> Tensor:
     """What a compiler sees: one operator if there are kernels of ours behind it. What an exporter
     sees: the plain formula."""
     if exporting.is_exporting():
-        return composed.plain_weight_norm(p)
+        return composed.plain_weight_norm(p, p.divisor_dtype)
     if not (_is_distributed(p.v) or _is_distributed(p.g)) and _has_operators(p.v):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
     return composed.weight_norm(p)
@@ -215,12 +210,30 @@ def _traced(p: Problem) -> Tensor:
 
 def _traced_list(problems: Sequence[Problem], out_dtype: torch.dtype | None) -> list[Tensor]:
     if exporting.is_exporting():
-        return [composed.plain_weight_norm(p) for p in problems]
+        return [composed.plain_weight_norm(p, p.divisor_dtype) for p in problems]
     if not _has_operators(problems[0].v):
         return [composed.weight_norm(p) for p in problems]
     columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
     v, g, dim, eps = (list(column) for column in columns)
     return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
+
+
+def _in_torchscript(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[int | None],
+    eps: Sequence[float],
+    out_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """What the TorchScript tracer sees: the plain formula, and nothing of what is asked before."""
+    with exporting.tracer_paused():
+        problems = check_forward(v, g, dim, eps, out_dtype)
+        dtypes = [p.divisor_dtype for p in problems]
+    reduce_l2 = exporting.is_torchscript_onnx()
+    return [
+        composed.plain_weight_norm(p, dtype, reduce_l2=reduce_l2)
+        for p, dtype in zip(problems, dtypes, strict=True)
+    ]
 
 
 def _has_operators(v: Tensor) -> bool:

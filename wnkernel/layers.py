@@ -83,6 +83,8 @@ def weight_norm(
         )
     check_v(weight, dim)
     register(module, name, WeightNorm(dim, eps=check_eps(eps)))
+    if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
+        _update_flat_weights(module, name)
     return module
 
 
@@ -92,6 +94,13 @@ def register(module: nn.Module, name: str, norm: WeightNorm) -> None:
         own_class(module)
     parametrize.register_parametrization(module, name, norm, unsafe=True)
     make_ours(module, name)
+
+
+def _update_flat_weights(rnn: nn.RNNBase, name: str) -> None:
+    """Let an RNN know its weight before the first forward, which would do the same."""
+    with torch.no_grad():
+        w = nn.Module.__call__(rnn.parametrizations[name])  # a read would be watched for writes
+    rnn._flat_weights[rnn._flat_weights_names.index(name)] = w
 
 
 def make_ours(module: nn.Module, name: str) -> None:

@@ -153,6 +153,7 @@ def _check_kind(layer: str, key: str, t: Any) -> None:
         )
 
 
+@torch.inference_mode(False)  # what it returns may become a parameter
 @torch.no_grad()
 def _split(
     layer: str, key: str, weight: Tensor, target: Target, assign: bool
