@@ -54,7 +54,7 @@ def adopt_class(module: nn.Module, name: str) -> None:
     cls.register_buffer = _register_buffer
     for attribute, question in QUESTIONS.items():
         setattr(cls, attribute, question)
-    cls.__new__ = staticmethod(_new)
+    cls.__new__ = _new
     cls.__reduce_ex__ = _reduce
     cls.__deepcopy__ = _deepcopy_by(cls.__deepcopy__)
 
@@ -176,11 +176,12 @@ def _next(module: nn.Module, method: str, ours: Callable[..., Any]) -> Callable[
     return getattr(super(_beneath(module, method, ours), module), method)
 
 
+@staticmethod
 def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """A plain module for ``type(module)(4, 2, 1)``. One of this class would have no weight norm
     either, but a property in the place of its weight, which torch.compile stumbles over. Copies are
     made of an empty one, for which there are no arguments."""
-    base = next(c for c in cls.__mro__ if "__new__" in vars(c) and c.__new__ is _new).__bases__[0]
+    base = [c for c in cls.__mro__ if vars(c).get("__new__") is _new][-1].__bases__[0]
     return base(*args, **kwargs) if args or kwargs else base.__new__(cls)
 
 
