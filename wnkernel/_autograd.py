@@ -56,9 +56,7 @@ def _dispatches(t: Tensor) -> bool:
 
 def is_untouched(tensors: Sequence[Tensor]) -> bool:
     """Whether a custom node and kernels may be given tensors as they are."""
-    return (
-        have_addresses(tensors) and not torch._C._is_tracing() and not is_transformed(tensors)
-    )
+    return have_addresses(tensors) and not torch._C._is_tracing() and not is_transformed(tensors)
 
 
 def is_transformed(tensors: Sequence[Tensor]) -> bool:

@@ -58,7 +58,7 @@ class WeightNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``(g, v)`` that give ``weight``."""
-        return split_weight(weight, self.dim)
+        return split_weight(weight, self.dim, self.eps)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + (f", eps={self.eps}" if self.eps else "")

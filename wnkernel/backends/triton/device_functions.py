@@ -86,9 +86,7 @@ def _divisor(norm, rows, V: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _finish_norm(
-    p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr, G: tl.constexpr
-):
+def _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr, G: tl.constexpr):
     """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / n, with n
     being max(norm, eps), to multiply v with one after the other: the ratio and 1; where that leaves
     the range, 1 / n and g; where n does, the unit and what is left."""
