@@ -50,7 +50,7 @@ class WeightNorm(nn.Module):
         """``(g, v)`` that give ``weight``."""
         if weight.is_inference() and not is_inference_mode_enabled():
             weight = weight.clone()  # what an inference tensor is shared with cannot be trained
-        return split_weight(weight, self.dim)
+        return split_weight(weight, self.dim, self.eps)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + (f", eps={self.eps}" if self.eps else "")

@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
 from ..backends.eager import torch_has_kernel
-from ..problem import WHOLE_TENSOR, norm_shape
+from ..problem import WHOLE_TENSOR, check_v, norm_shape
 from ..removal import RemovalHook
 
 PARAMETRIZED, LEGACY, FOLDED = "parametrized", "legacy", "folded"
@@ -77,9 +77,12 @@ def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
     return WHOLE_TENSOR if one_element and len(v) else None
 
 
-def split_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v."""
-    return functional.norm_except_dim(weight, dim), weight
+def split_weight(weight: Tensor, dim: int, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v.
+
+    Rows shorter than ``eps`` get their norm too, and so come out shorter than they are.
+    """
+    return functional.norms_for(weight, check_v(weight, dim), eps), weight
 
 
 def split_for_torch(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
