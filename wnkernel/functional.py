@@ -164,8 +164,8 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
 
 
 def norms_for(v: Tensor, dim: int, eps: float) -> Tensor:
-    """:func:`norm_except_dim` for a canonical ``dim``, of weight norms with an ``eps``: on the eager
-    backend they are computed otherwise than those without. Norms are not clamped."""
+    """:func:`norm_except_dim` for a canonical ``dim``, of weight norms with an ``eps``, which the
+    eager backend computes otherwise than those without. Norms are not clamped."""
     if has_torch_function((v,)):
         return handle_torch_function(norms_for, (v,), v, dim, eps)
     if is_compiling() or not _has_kernels_norms(v):
