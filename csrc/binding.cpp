@@ -1,6 +1,7 @@
 // The Python module wnkernel._C: loading it registers the operators. Besides, two functions that
 // call them with less overhead than torch.ops, slots, and what the module was built with.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
@@ -73,14 +74,18 @@ bool is_plain_native(PyObject* v, PyObject* g) {
   return t.is_cpu() || (t.is_cuda() && py_cuda_reason(t.device().index()).empty());
 }
 
+// Whether somebody looks at what is called: a __torch_function__ mode, or the TorchScript tracer,
+// whose graphs are to run where nobody knows our operators.
+bool is_observed() {
+  return at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
+}
+
 // weight_norm(v, g, dim, eps, out_dtype), all positional. NotImplemented where Python has to look:
-// v or g is no plain tensor, __torch_function__ modes are active, there are no kernels for its
-// device.
+// v or g is no plain tensor, the call is observed, there are no kernels for its device.
 PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5, "weight_norm: expected 5 arguments, got ", count);
-  if (at::impl::torch_function_mode_enabled() || !is_plain_native(args[0], args[1]))
-    Py_RETURN_NOTIMPLEMENTED;
+  if (is_observed() || !is_plain_native(args[0], args[1])) Py_RETURN_NOTIMPLEMENTED;
   const at::Tensor &v = THPVariable_Unpack(args[0]), &g = THPVariable_Unpack(args[1]);
   const int64_t dim = as_dim(args[2]);
   const double eps = as_eps(args[3]);
@@ -100,7 +105,7 @@ PyObject* py_weight_norms(PyObject*, PyObject* const* args, Py_ssize_t count) {
   TORCH_CHECK_TYPE(
       count == 5 && std::all_of(args, args + 4, [](auto* x) { return PyList_Check(x); }),
       "weight_norms: expected four lists and a dtype");
-  if (at::impl::torch_function_mode_enabled()) Py_RETURN_NOTIMPLEMENTED;
+  if (is_observed()) Py_RETURN_NOTIMPLEMENTED;
   const auto at = [&](int list, Py_ssize_t k) { return PyList_GET_ITEM(args[list], k); };
   const Py_ssize_t size = PyList_GET_SIZE(args[0]);
   for (int list = 1; list < 4; ++list)

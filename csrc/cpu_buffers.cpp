@@ -81,6 +81,10 @@ class Pool final : public c10::Allocator {
     std::vector<Buffer*> freed;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      if (all) {  // nor does what was used before count from here on
+        peak_ = last_peak_ = used_;
+        served_ = 0;
+      }
       while (!idle_.empty() && (all || held_ + used_ > kSlack * std::max(peak_, last_peak_)))
         freed.push_back(pop(idle_.front()));
     }

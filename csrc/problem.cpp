@@ -46,12 +46,16 @@ void check_length(const char* name, size_t got, size_t expected) {
                     got);
 }
 
-void check_norm_like(const char* name, const at::Tensor& t, const at::Tensor& v, int64_t dim) {
-  check_device(name, t, v);
+// One norm over the whole tensor may be [1] too: fully_shard refuses 0-dimensional parameters.
+void check_g(const at::Tensor& g, const at::Tensor& v, int64_t dim) {
+  check_tensor("g", g);
+  check_device("g", g, v);
   const c10::SymDimVector shape = norm_shape(v, dim);
-  TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(shape), name, ": expected shape ",
-                    c10::SymIntArrayRef(shape), " for v of shape ", v.sym_sizes(), " and dim ", dim,
-                    ", got ", t.sym_sizes());
+  if (g.sym_sizes() == c10::SymIntArrayRef(shape)) return;
+  if (dim == kWholeTensor && g.dim() == 1 && g.sym_size(0) == 1) return;
+  TORCH_CHECK_VALUE(false, "g: expected shape ",
+                    dim == kWholeTensor ? "[] or [1]" : c10::str(c10::SymIntArrayRef(shape)),
+                    " for v of shape ", v.sym_sizes(), " and dim ", dim, ", got ", g.sym_sizes());
 }
 
 }  // namespace
@@ -73,8 +77,7 @@ void check_forward(const at::Tensor& v, const at::Tensor& g, int64_t dim, double
   check_tensor("v", v);
   TORCH_CHECK_VALUE(v.dim() > 0, "v: expected at least 1 dimension, got a 0-dimensional tensor");
   dim = canonical_dim(dim, v.dim());
-  check_tensor("g", g);
-  check_norm_like("g", g, v, dim);
+  check_g(g, v, dim);
   TORCH_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "eps: expected a finite number >= 0, got ",
                     eps);
   TORCH_CHECK_TYPE(!out_dtype || is_float(*out_dtype), "out_dtype: expected ", kFloatNames,
@@ -89,7 +92,9 @@ void check_backward(const at::Tensor& grad_w, const at::Tensor& v, const at::Ten
   TORCH_CHECK_VALUE(grad_w.sym_sizes() == v.sym_sizes(), "grad_w: expected shape ", v.sym_sizes(),
                     " (that of v), got ", grad_w.sym_sizes());
   check_tensor("norm", norm);
-  check_norm_like("norm", norm, v, canonical_dim(dim, v.dim()));
+  check_device("norm", norm, v);
+  TORCH_CHECK_VALUE(norm.sym_sizes() == g.sym_sizes(), "norm: expected shape ", g.sym_sizes(),
+                    " (that of g), got ", norm.sym_sizes());
   TORCH_CHECK_TYPE(norm.scalar_type() == accumulation_dtype(v.scalar_type()),
                    "norm: expected dtype ", accumulation_dtype(v.scalar_type()), ", got ",
                    norm.scalar_type());

@@ -10,6 +10,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
@@ -161,11 +162,31 @@ PyObject* py_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* device_mode = nullptr;  // the type of what torch.set_default_device() installs
+
+bool find_device_mode() {
+  THPObjectPtr module(PyImport_ImportModule("torch.utils._device"));
+  if (!module) return false;
+  device_mode = PyObject_GetAttrString(module, "DeviceContext");
+  return device_mode != nullptr;
+}
+
+// Whether a __torch_function__ mode wants to see every call. The one of torch.set_default_device()
+// does not: it looks at functions that make tensors.
+bool calls_are_watched() {
+  const int64_t count = at::impl::PythonTorchFunctionTLS::stack_len();
+  for (int64_t k = 0; k < count; ++k) {
+    PyObject* mode = at::impl::PythonTorchFunctionTLS::get_stack_at(k)->ptr(getPyInterpreter());
+    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != device_mode) return true;
+  }
+  return false;
+}
+
 bool must_run_alone() {
   return c10::impl::tls_is_dispatch_key_included(
              c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-         at::tracer::impl::is_dispatch_enabled();
+         at::tracer::impl::is_dispatch_enabled() || calls_are_watched();
 }
 
 PyObject* py_launch_mode(PyObject*, PyObject*) {
@@ -173,7 +194,7 @@ PyObject* py_launch_mode(PyObject*, PyObject*) {
   if (must_run_alone()) return PyLong_FromLong(-1);
   const bool bits[] = {at::GradMode::is_enabled(), c10::InferenceMode::is_enabled(),
                        at::globalContext().deterministicAlgorithms()};
-  int64_t mode = at::impl::PythonTorchFunctionTLS::stack_len();
+  int64_t mode = 0;
   for (const bool bit : bits) mode = 2 * mode + bit;
   return PyLong_FromLongLong(mode);
   END_HANDLE_TH_ERRORS
@@ -189,7 +210,7 @@ PyMethodDef kFunctions[] = {
 
 bool add_slots(PyObject* module) {
   PyTypeObject* type = slot_type();
-  return type && PyModule_AddType(module, type) == 0 &&
+  return type && find_device_mode() && PyModule_AddType(module, type) == 0 &&
          PyModule_AddFunctions(module, kFunctions) == 0;
 }
 

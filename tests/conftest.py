@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -15,8 +16,10 @@ from wnkernel.backends.compiled import CompiledBackend
 
 from .compiled import fresh_compiler, launched
 from .groups import computed, python_slots
+from .shared_state import left_behind, shared_state
+from .vocoders import fresh_accelerate
 
-__all__ = ["computed", "fresh_compiler", "launched", "python_slots"]
+__all__ = ["computed", "fresh_accelerate", "fresh_compiler", "launched", "python_slots"]
 
 COMPILED = [
     name
@@ -26,8 +29,22 @@ COMPILED = [
 ON_GPUS = [name for name in BACKENDS if name not in ("cpu", "eager")]
 
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # it is read once, when transformers is imported
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # then the tests that need it are left out, as on machines with a GPU
+    pass
+else:
+    # How long an example takes says how busy the machine is, no more.
+    patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("patient", **patient)
+    settings.load_profile("patient")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests create their tensors")
+    parser.addoption("--seed", default=0, type=int, help="of the random numbers of every test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,9 +58,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _left_as_found() -> Iterator[None]:
+    before = shared_state()
+    yield
+    changed = left_behind(before, shared_state())
+    assert not changed, f"the test leaves something behind for the others: {changed}"
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(request.config.getoption("--seed"))
         yield
 
 
@@ -80,6 +105,20 @@ def route(request: pytest.FixtureRequest) -> Iterator[str]:
 def compiled_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend of the compiled module."""
     yield from only(request.param)
+
+
+@pytest.fixture
+def recycling(compiled_backend: str) -> Iterator[None]:
+    """An empty pool of recycled memory, to which nothing comes back that other tests have left in
+    reference cycles: that goes before, and the collector does not choose its moments."""
+    if compiled_backend != "cpu":
+        pytest.skip("buffers are for results on the CPU")
+    gc.collect()
+    wnkernel.release_cpu_buffers()
+    gc.disable()
+    yield
+    gc.enable()
+    wnkernel.release_cpu_buffers()
 
 
 @pytest.fixture(params=ON_GPUS)

@@ -27,11 +27,11 @@ from torch.utils.checkpoint import checkpoint
 import wnkernel
 from wnkernel.grouping import batch
 
-from .processes import ROOT
+from .processes import PATIENCE_S, ROOT
 
 WORLD = 2
-SECONDS = 100
-"""For all scenarios of a family. A process that is not done by then counts as hanging."""
+OTHERS_S = 5
+"""For a process whose peer has failed: it waits for it, and perhaps has something to say."""
 SCENARIOS: dict[str, Callable[[], None]] = {}
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -235,7 +235,7 @@ def main(rank: str, directory: str, module: str, *names: str) -> None:
         store=dist.FileStore(str(Path(directory) / "store"), WORLD),
         rank=int(rank),
         world_size=WORLD,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=PATIENCE_S),
     )
     with (Path(directory) / f"log{rank}").open("w", buffering=1) as log:
         for name in names:
@@ -287,7 +287,7 @@ def wait(processes: list[subprocess.Popen], deadline: float) -> list[str]:
     """How the processes ended; where one fails, the other has not much longer."""
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
         if any(p.poll() for p in processes):
-            deadline = min(deadline, time.monotonic() + 5)
+            deadline = min(deadline, time.monotonic() + OTHERS_S)
         time.sleep(0.05)
     ended = []
     for process in processes:
@@ -304,7 +304,7 @@ def assert_no_failures(module: str, family: str, directory: Path) -> None:
     after a failure another pair goes on."""
     names = [name for name in SCENARIOS if re.match(rf"{family}\b|{family}_", name)]
     failed: dict[str, str] = {}
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + 2 * PATIENCE_S
     while names and time.monotonic() < deadline:
         attempt = directory / str(len(names))
         attempt.mkdir()

@@ -9,6 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+PATIENCE_S = 600
+"""Seconds after which what is waited for counts as hanging. Nothing takes as long on a machine that
+is busy with other things, so that no test fails because of those."""
+
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python *arguments`` with this checkout importable and some environment variables set."""
@@ -19,5 +23,5 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         env=inherited | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )

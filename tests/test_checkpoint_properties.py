@@ -98,7 +98,7 @@ def assert_same(a, b):
         assert torch.equal(a[key], b[key]), key
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees, st.booleans(), st.sampled_from([as_ours, as_legacy, as_torchs]))
 def test_any_mixture_loads_into_any_model(tree, assign, apply):
     checkpoint = build(tree, as_saved).state_dict()
@@ -111,7 +111,7 @@ def test_any_mixture_loads_into_any_model(tree, assign, apply):
         assert_loaded(layer, below(prefix, checkpoint), leaf.layout, name, leaf.dim)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees)
 def test_conversions_are_what_the_models_save(tree):
     checkpoint, legacy = build(tree, as_torchs).state_dict(), build(tree, as_legacy)
@@ -124,7 +124,7 @@ def test_conversions_are_what_the_models_save(tree):
     assert all(back[key] is t for key, t in checkpoint.items())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees)
 def test_folded_models_compute_with_the_same_weights(tree):
     model, plain = build(tree, as_ours), build(tree, lambda *_: None)

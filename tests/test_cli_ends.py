@@ -16,12 +16,14 @@ import torch
 from wnkernel import cli
 
 from .command_line import fails, invoke, on_the_cpu, save, trained
+from .signals import heard, receive
 
 pytest.importorskip("typer", reason="the command line needs typer")
 
-from wnkernel.cli.errors import BUG
+from wnkernel.cli.errors import BUG, Interrupted
+from wnkernel.cli.signals import ENDING, Signals
 
-__all__ = ["on_the_cpu"]
+__all__ = ["heard", "on_the_cpu"]
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
 
@@ -72,15 +74,55 @@ def test_a_bug_has_an_exit_code_of_its_own_and_a_traceback(monkeypatch):
 
 
 @posix_only
-def test_ctrl_c_outside_of_all_writing_is_one_line_that_says_nothing_of_files(monkeypatch):
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize("by", ["this thread", "another thread"])
+def test_ctrl_c_outside_of_all_writing_is_one_line_that_says_nothing_of_files(monkeypatch, by):
     def pressed():
-        os.kill(os.getpid(), signal.SIGINT)
+        receive(signal.SIGINT, by)
         raise AssertionError("went on")
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("wnkernel.cli.app.facts", pressed)
     assert fails(130, "info") == "wnkernel: ended by SIGINT"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@posix_only
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("when", ["begins", "ends"])
+def test_a_signal_while_handlers_are_set_is_heard_and_leaves_none_of_ours(monkeypatch, when, after):
+    """``wnkernel.cli.main`` may be called by a program that has handlers of its own."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    set_handler, calls, done = signal.signal, [], []
+
+    def interrupted(number, handler):
+        calls.append(number)
+        previous = set_handler(number, handler)
+        if len(calls) == after + (len(ENDING) if when == "ends" else 0):
+            monkeypatch.undo()
+            receive(ENDING[0 if when == "begins" else -1])
+        return previous
+
+    def block():
+        with Signals("; a note"):
+            done.append(True)
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with pytest.raises(Interrupted, match=r"; a note$"):
+        block()
+    assert done == ([] if when == "begins" else [True])
+    assert {number: signal.getsignal(number) for number in ENDING} == before
+
+
+@posix_only
+@pytest.mark.usefixtures("heard")
+def test_handlers_that_are_not_pythons_stay(monkeypatch):
+    """Of a program in C that has Python in it: Python cannot set them again."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", None)
+    with Signals():
+        pass
 
 
 def invoke_on(stream, redirect, *arguments):

@@ -20,9 +20,10 @@ from wnkernel.cli.errors import BUG
 from wnkernel.cli.output import Writer
 
 from .command_line import convert, fails, files_in, invoke, load, on_the_cpu, save, trained
+from .signals import heard, receive
 from .test_cli_shards import join, split
 
-__all__ = ["on_the_cpu"]
+__all__ = ["heard", "on_the_cpu"]
 
 both_formats = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -167,49 +168,44 @@ def test_a_full_disk(tmp_path, out, suffix, there):
 
 
 @posix_only
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@both_formats
 def test_signals_while_a_file_is_written(source, out, suffix, name, monkeypatch):
-    def not_handled(*_):
-        raise AssertionError(f"{name} would have ended the process")
-
     def twice(self, data):
         written = write(self, data)
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
+        try:
+            receive(number)
+        finally:
+            receive(number)  # while the first is on its way out
         return written
 
     target, number, write = out / f"out{suffix}", getattr(signal, name), Writer.write
+    before = signal.getsignal(number)
     target.write_text("precious")
     monkeypatch.setattr(Writer, "write", twice)
-    previous = signal.signal(number, not_handled)
-    try:
-        line = fails(128 + number, "convert", source, target, "--to", "folded", "--force")
-        assert signal.getsignal(number) is not_handled
-    finally:
-        signal.signal(number, previous)
+    line = fails(128 + number, "convert", source, target, "--to", "folded", "--force")
+    assert signal.getsignal(number) is before
     assert line == f"wnkernel: ended by {name}; nothing was written"
     assert files_in(out) == {target.name: b"precious"}
 
 
 @posix_only
+@pytest.mark.usefixtures("heard")
 @both_formats
 def test_under_nohup_a_hangup_is_not_heard_and_other_signals_are(source, out, suffix, monkeypatch):
     def with_signals(self, data):
         for number in sent:
-            os.kill(os.getpid(), number)
+            receive(number)
         return write(self, data)
 
     target, write, sent = out / f"out{suffix}", Writer.write, [signal.SIGHUP]
     monkeypatch.setattr(Writer, "write", with_signals)
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        convert(source, target, "folded")
-        before = files_in(out)
-        sent.append(signal.SIGTERM)
-        fails(128 + signal.SIGTERM, "convert", source, target, "--to", "folded", "--force")
-    finally:
-        signal.signal(signal.SIGHUP, previous)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    convert(source, target, "folded")
+    before = files_in(out)
+    sent.append(signal.SIGTERM)
+    fails(128 + signal.SIGTERM, "convert", source, target, "--to", "folded", "--force")
     assert files_in(out) == before
 
 
@@ -316,9 +312,10 @@ def test_the_file_that_standard_output_goes_to_is_not_replaced(tmp_path, out, na
 
 
 def held():
-    """KiB of this process that are no files."""
+    """KiB of this process that are no files, in memory or swapped out."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+        fields = (line.split() for line in file)
+        return sum(int(field[1]) for field in fields if field[0] in ("RssAnon:", "VmSwap:"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -200,8 +200,8 @@ def test_subclasses_compute_something_else():
 # Load hooks that torch's removal leaves behind
 
 
-def removed_by_torch(kind: str = "torch") -> nn.Module:
-    layer = parametrize.remove_parametrizations(APPLY[kind](nn.Linear(5, 4)), "weight")
+def removed_by_torch() -> nn.Module:
+    layer = parametrize.remove_parametrizations(APPLY["torch"](nn.Linear(5, 4)), "weight")
     assert layer._load_state_dict_pre_hooks
     return layer
 
@@ -210,7 +210,7 @@ def removed_by_torch(kind: str = "torch") -> nn.Module:
 def test_stale_load_hooks_are_gone(surgeon):
     """torch's rename the keys that a plain or legacy layer wants as they are."""
     legacy = legacy_weight_norm(removed_by_torch())
-    both = nn.Sequential(removed_by_torch(), nn.Sequential(removed_by_torch("ours"), legacy))
+    both = nn.Sequential(removed_by_torch(), nn.Sequential(removed_by_torch(), legacy))
     surgeon(both[0]), surgeon(both)
     for layer in (both[0], both[1][0]):
         assert not layer._load_state_dict_pre_hooks

@@ -154,7 +154,7 @@ def check_limits(view: View, p: Plan) -> None:
         assert p.strip_rows * p.inner <= p.width * p.vector <= columns(p)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(view=views(20_000))
 def test_every_element_is_in_one_block(planner, view):
     p = plan_of(planner, view)
@@ -162,7 +162,7 @@ def test_every_element_is_in_one_block(planner, view):
     check_places(view, p)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_every_element_is_in_one_block_of_a_split_row(planner, data):
     """Few rows, and columns of few strips."""
@@ -182,7 +182,7 @@ def test_every_element_is_in_one_block_of_a_split_row(planner, data):
         check_places(view, p)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(view=views(2**38))
 def test_limits_of_the_largest_weights(planner, view):
     """A quarter of a tera-element: fields of 32 bits hold what they should."""

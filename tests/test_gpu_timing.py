@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 
 import pytest
@@ -18,6 +19,27 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def _on_the_cpu():
     with torch.device("cpu"):  # whatever device the other tests run on
         yield
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The host's."""
+    fake = Clock()
+    monkeypatch.setattr(time, "perf_counter", fake)
+    return fake
 
 
 class FakeCuda:
@@ -87,16 +109,17 @@ def test_a_graph_runs_every_set_of_tensors_equally_often():
     assert [n - b for n, b in zip(counts, before, strict=True)] == [2, 2, 2]
 
 
-def test_slow_calls_are_captured_less_often():
-    graph = graphs.capture([lambda: time.sleep(graphs.SLOW_S / 2)], 100, CPU)
-    assert graph.calls <= 2
+def test_slow_calls_are_captured_less_often(clock):
+    graph = graphs.capture([lambda: clock.tick(graphs.SLOW_S / 2)], 100, CPU)
+    assert graph.calls == 2
 
 
-def test_times_are_those_of_one_call():
-    graph = graphs.Graph(lambda: time.sleep(4e-3), 4, ())
-    stats = graphs.measure_graphs({"sleep": graph}, CPU, 0.0, 1e-3)["sleep"]
-    assert 0.9 < stats.median_ms < 3
-    assert stats.p20_ms <= stats.median_ms <= stats.p80_ms
+def test_times_are_those_of_one_call(clock):
+    seconds = itertools.cycle([3e-3, 4e-3, 5e-3])
+    graph = graphs.Graph(lambda: clock.tick(next(seconds)), 4, ())
+    stats = graphs.measure_graphs({"ticks": graph}, CPU, 0.0, 1e-3)["ticks"]
+    assert stats.median_ms == pytest.approx(1.0)
+    assert 0.75 < stats.p20_ms < 1.0 < stats.p80_ms < 1.25
 
 
 def test_a_graph_that_computes_nothing_is_caught():
@@ -141,26 +164,27 @@ def test_a_capture_that_fails_is_ended_and_says_why(cuda):
     assert not cuda.capturing
 
 
-def test_wall_time_ends_when_the_device_is_done(cuda):
+def test_wall_time_ends_when_the_device_is_done(cuda, clock):
     def run():
         cuda.calls.append("run")
+        clock.tick(1e-3)
 
     seconds = samplers.wall_sampler(CUDA)(run, 3)
-    assert seconds > 0
+    assert seconds == pytest.approx(3e-3)
     assert cuda.calls[:5] == ["sync", "run", "run", "run", "sync"]
 
 
-def test_the_device_sleeps_while_calls_are_queued(cuda):
-    queued = samplers.Queued(lambda: time.sleep(1e-3), 2e-3)
+def test_the_device_sleeps_while_calls_are_queued(cuda, clock):
+    queued = samplers.Queued(lambda: clock.tick(1e-3), 2e-3)
     seconds = samplers.queue_sampler(CUDA)(queued, 5)
-    assert seconds >= 5e-3
+    assert seconds == pytest.approx(5e-3)
     assert cuda.slept == pytest.approx(1.5 * 5 * 2e-3 * 2e9)
     assert cuda.calls == ["wait"]
 
 
-def test_on_a_cpu_nothing_sleeps(cuda):
+def test_on_a_cpu_nothing_sleeps(cuda, clock):
     queued = samplers.Queued(lambda: None, 1.0)
-    assert samplers.queue_sampler(CPU)(queued, 2) < 1.0
-    assert samplers.wall_sampler(CPU)(lambda: None, 2) < 1.0
+    assert samplers.queue_sampler(CPU)(queued, 2) == 0
+    assert samplers.wall_sampler(CPU)(lambda: None, 2) == 0
     assert cuda.slept == 0
     assert cuda.calls == []

@@ -41,6 +41,7 @@ from .distributed_worker import (
     train,
 )
 from .groups import REUSE
+from .processes import PATIENCE_S
 
 BOTH = [(order, reuse) for order in ORDERS for reuse in REUSE]
 
@@ -218,7 +219,7 @@ def test_replicas_of_data_parallel_compute_alone(reuse):
     outputs: dict[int, Tensor] = {}
 
     def run(k: int, module: nn.Module) -> None:
-        started.wait(60)
+        started.wait(PATIENCE_S)
         for _ in range(5):
             outputs[k] = module(x[k])
 

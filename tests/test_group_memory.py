@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import wnkernel
 
 from .groups import LAYERS, Net, assert_same, both_modes, gradients, originals, twins, weights
+from .processes import PATIENCE_S
 
 LARGE = 2
 """How many weights of :class:`Large` live in recycled memory."""
@@ -33,17 +34,6 @@ class Large(nn.Sequential):
 
 
 X = torch.linspace(-1, 1, 2 * 256).view(2, 256)
-
-
-@pytest.fixture
-def recycling(compiled_backend: str) -> Iterator[None]:
-    """An empty pool of recycled memory."""
-    if compiled_backend != "cpu":
-        pytest.skip("buffers are for results on the CPU")
-    gc.collect()  # models of other tests, with their gradients
-    wnkernel.release_cpu_buffers()
-    yield
-    wnkernel.release_cpu_buffers()
 
 
 @contextmanager
@@ -148,7 +138,7 @@ def test_gradients_that_are_kept_stay(recycling):
 @both_modes
 def test_threads_do_not_share_weights_that_are_in_use(recycling, reuse):
     model, twin, group = twins(reuse, build=Large)
-    barrier = threading.Barrier(3, timeout=60)
+    barrier = threading.Barrier(3, timeout=PATIENCE_S)
     seen, failures = [], []
 
     def work() -> None:
@@ -249,11 +239,11 @@ def test_memory_counts_all_threads(route):
         with torch.no_grad():
             model()
         computed.set()
-        done.wait(60)
+        done.wait(PATIENCE_S)
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert computed.wait(60)
+    assert computed.wait(PATIENCE_S)
     model()
     assert group.memory()["slots"] == 14
     done.set()

@@ -3,6 +3,7 @@ bound to a transform, a tracer or a mode does not outlive it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +22,7 @@ from .changes import in_inference_mode, in_place, moved
 from .groups import (
     LAYERS,
     Computed,
+    Net,
     assert_same,
     assert_same_models,
     assert_same_tensors,
@@ -68,7 +70,6 @@ MODES: dict[str, Callable[[], AbstractContextManager]] = {
     "grad": torch.enable_grad,
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
-    "function mode": Functions,
     "eager": lambda: wnkernel.use_backend("eager"),
     "deterministic": deterministic,
 }
@@ -107,8 +108,9 @@ def test_a_default_device_does_not_part_the_launch(
 @both_modes
 def test_forwards_in_changing_modes(reuse: str) -> None:
     model, twin, _ = twins(reuse)
-    for name in [*MODES, *reversed(MODES), *MODES]:
-        with MODES[name]():
+    modes = MODES | {"function mode": Functions}
+    for name in [*modes, *reversed(modes), *modes]:
+        with modes[name]():
             assert_same_models(model, twin)
         for module in (model, twin):
             in_place(originals(module)[0])
@@ -180,6 +182,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
     ),
     "fake tensors": of_fake_tensors,
     "dispatch mode": lambda model: run_in(Dispatches(), model),
+    "function mode": lambda model: run_in(Functions(), model),
 }
 
 
@@ -210,7 +213,9 @@ def test_transforms_leave_nothing_behind(
     assert_same(transform(model), transform(twin))
 
 
-@pytest.mark.parametrize("name", ["vmap over inputs", "make_fx", "jit.trace", "dispatch mode"])
+@pytest.mark.parametrize(
+    "name", ["vmap over inputs", "make_fx", "jit.trace", "dispatch mode", "function mode"]
+)
 def test_under_transforms_weights_are_computed_alone(
     backend: str, name: str, computed: Computed
 ) -> None:
@@ -273,9 +278,10 @@ def test_inference_parameters_are_computed_alone(
     backend: str, reuse: str, computed: Computed
 ) -> None:
     with torch.inference_mode():
-        model, twin, _ = twins(reuse)
+        model, twin, _ = twins(reuse, build=lambda: copy.deepcopy(Net()))
         for module in (model, twin):
             module.requires_grad_(False)
+        assert all(p.is_inference() for p in originals(model))
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         for _ in range(2):
             with mode():

@@ -27,6 +27,7 @@ from .groups import (
     twins,
     weights,
 )
+from .processes import PATIENCE_S
 
 
 class Hooked(nn.Module):
@@ -72,8 +73,7 @@ def test_in_version_mode_the_last_launch_is_held(backend: str) -> None:
     assert group.memory()["slots"] == 0
 
 
-@pytest.mark.skipif(not wnkernel.cpu_buffers(), reason="without wnkernel._C nothing is counted")
-def test_the_memory_of_weights_is_free_after_the_forward() -> None:
+def test_the_memory_of_weights_is_free_after_the_forward(recycling: None) -> None:
     model, _, _ = twins("forward", Hooked)
     used = wnkernel.cpu_buffers()["used_bytes"]
     held = []
@@ -291,7 +291,7 @@ def test_swallowed_exceptions_do_not_end_the_scope_around(
 def thread() -> Iterator[Callable[..., Any]]:
     """Runs a function in another thread, always the same, and waits for its result."""
     with ThreadPoolExecutor(1) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result(60)
+        yield lambda function, *args: pool.submit(function, *args).result(PATIENCE_S)
 
 
 def on(backend: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -337,10 +337,10 @@ def test_forwards_of_several_threads_at_once(backend: str) -> None:
     model, twin, group = twins("forward", Hooked)
     want = twin()
     barrier = threading.Barrier(3)
-    model.between = partial(barrier.wait, 60)
+    model.between = partial(barrier.wait, PATIENCE_S)
     with ThreadPoolExecutor(3) as pool:
         for _ in range(3):
             forwards = [pool.submit(on, backend, model) for _ in range(3)]
             for forward in forwards:
-                assert_same(forward.result(60), want)
+                assert_same(forward.result(PATIENCE_S), want)
             assert group.memory()["slots"] == 0

@@ -203,7 +203,6 @@ TOGETHER: dict[str, Callable[[], AbstractContextManager]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
     "deterministic": deterministic,
-    "function mode": Functions,
     "device": lambda: torch.device("meta"),
 }
 
@@ -214,7 +213,15 @@ SINGLY: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
     "functionalize": lambda f: functionalize(f)(torch.ones(3)),
     "make_fx": lambda f: make_fx(f)(torch.ones(3)),
     "jit.trace": lambda f: torch.jit.trace(f, torch.ones(3), check_trace=False),
+    "function mode": lambda f: within(Functions(), f),
+    "function mode within a device": lambda f: within(torch.device("cpu"), within, Functions(), f),
+    "device within a function mode": lambda f: within(Functions(), within, torch.device("cpu"), f),
 }
+
+
+def within(mode: AbstractContextManager, f: Callable[..., Any], *args: Any) -> None:
+    with mode:
+        f(*args or (torch.ones(3),))
 
 
 @needs_native

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .compiled import assert_same, change, open_scopes, randn, step, twins
 from .groups import both_modes
+from .processes import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -63,16 +64,16 @@ def test_another_thread_may_compile_meanwhile(reuse):
     class Wait(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             inside.set()
-            assert compiling.wait(60)
+            assert compiling.wait(PATIENCE_S)
             return x
 
     def slow_backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
         compiling.set()
-        assert done.wait(60)
+        assert done.wait(PATIENCE_S)
         return graph.forward
 
     def compile_something() -> None:
-        assert inside.wait(60)
+        assert inside.wait(PATIENCE_S)
         torch.compile(torch.sin, backend=slow_backend)(torch.ones(2))
 
     m, twin, group = twins(reuse)

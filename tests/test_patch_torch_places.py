@@ -17,6 +17,7 @@ import wnkernel
 from wnkernel import patching
 from wnkernel.parametrization import OURS, TORCH
 
+from .processes import PATIENCE_S
 from .test_patch_torch import OF_TORCH, PATHS, kind_of
 
 LEGACY = OF_TORCH["torch.nn.utils.weight_norm"]
@@ -186,12 +187,12 @@ def test_other_threads_see_it():
     def block() -> None:
         with wnkernel.patch_torch():
             entered.set()
-            leave.wait(10)
+            leave.wait(PATIENCE_S)
 
     thread = threading.Thread(target=block)
     with wnkernel.patch_torch():
         thread.start()
-        assert entered.wait(10)
+        assert entered.wait(PATIENCE_S)
     assert is_patched()
     assert kind_of(nn.utils.weight_norm(nn.Linear(2, 2))) == OURS
     leave.set()
@@ -201,7 +202,7 @@ def test_other_threads_see_it():
 
 def test_many_threads_at_once():
     failures = []
-    start = threading.Barrier(8)
+    start = threading.Barrier(8, timeout=PATIENCE_S)
 
     def work() -> None:
         start.wait()

@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from .processes import ROOT
+from .processes import PATIENCE_S, ROOT
 
 pytest.importorskip("torch.utils.cpp_extension")  # needs setuptools
 needs_scripts = pytest.mark.skipif(os.name == "nt", reason="nvcc is a shell script here")
@@ -56,7 +56,7 @@ def test_an_sdist_has_what_a_build_needs(tmp_path):
     (checkout / "tests" / "test_of_a_part.py").touch()  # that setuptools would take along
     subprocess.run(
         [sys.executable, "setup.py", "-q", "sdist"],
-        cwd=checkout, env=os.environ | {"WNKERNEL_BUILD": "none"}, check=True, timeout=100,
+        cwd=checkout, env=os.environ | {"WNKERNEL_BUILD": "none"}, check=True, timeout=PATIENCE_S,
     )  # fmt: skip
     (archive,) = (checkout / "dist").iterdir()
     with tarfile.open(archive) as opened:

@@ -82,7 +82,7 @@ def is_exception(outer: int, rows: int, inner: int) -> bool:
     return outer * inner < SHORT_RUNS  # rows of a few short runs, each row a program
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much])
 @given(problems(2**36))
 def test_most_lanes_have_something_to_do(arguments):
     view = arguments[:3]

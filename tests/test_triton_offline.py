@@ -30,7 +30,7 @@ import triton
 from wnkernel.backends.triton import launch
 from wnkernel.backends.triton.launch_table import Kind, tiles
 
-from .processes import ROOT
+from .processes import PATIENCE_S, ROOT
 from .triton_offline_checks import (
     EVERY,
     ROWS,
@@ -72,8 +72,8 @@ everything compiles, and take the most registers. The slowest come first."""
 if os.environ.get("WNKERNEL_OFFLINE_ALL"):
     COMBINATIONS = dict.fromkeys(product(("cuda80", "cuda90", "cuda100", "gfx942"), DTYPES), ALL)
 
-SECONDS = 600
-"""For an answer."""
+SECONDS = 2 * PATIENCE_S
+"""For an answer: with WNKERNEL_OFFLINE_ALL one takes minutes."""
 
 Cut = tuple[str, str | int, int, dict[str, Any]]
 """A direction, tiles of a list or the place of one, which launch, changes to choices."""

@@ -43,14 +43,14 @@ GRID_LIMIT = 2**31 - 1
 """Programs in a launch at most."""
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(20_000))
 def test_every_element_is_in_one_tile(arguments):
     check_limits(*arguments)
     check_cells(*arguments)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems(20_000), st.integers(1, 600), st.integers(1, 5))
 def test_every_element_is_in_one_tile_of_a_split_row(arguments, fill, split_tiles):
     early = {"FILL": fill, "SPLIT_TILES": split_tiles}
@@ -62,7 +62,7 @@ def test_every_element_is_in_one_tile_of_a_split_row(arguments, fill, split_tile
         assert (p.split - 1) * (p.programs // p.split) < fill
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems(2**40))
 def test_limits_of_the_largest_weights(arguments):
     assume(arguments[1] <= GRID_LIMIT)
@@ -145,7 +145,7 @@ def weights(draw, itemsize: int):
     return Weight(*draw(views(2**22)), vector, eps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.data(),
     st.sampled_from(ITEMSIZES),

@@ -7,9 +7,10 @@ from ._version import __version__
 from .backends import use_backend
 from .checkpoint import accept_any_layout, convert_state_dict
 from .grouping.group import WeightNormGroup, fuse
-from .init import data_dependent_init_
+from .init import data_dependent_init_, init_weight_
+from .layers import remove_weight_norm, weight_norm
 from .model import convert, fold
-from .parametrization import WeightNorm, remove_weight_norm, weight_norm
+from .parametrization import WeightNorm
 from .patching import patch_torch
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "functional",
     "fuse",
     "info",
+    "init_weight_",
     "patch_torch",
     "release_cpu_buffers",
     "remove_weight_norm",

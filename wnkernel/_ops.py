@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Problem, check, check_backward, check_forward, is_dense, norm_shape
+from .problem import Problem, check, check_backward, check_forward, is_dense
 
 
 def _load() -> tuple[ModuleType | None, dict[str, Any], str]:
@@ -94,7 +94,7 @@ def _fake_like(v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fake_forward(p: Problem) -> tuple[Tensor, Tensor]:
-    norm = p.g.new_empty(norm_shape(p.v.shape, p.dim), dtype=p.acc_dtype)
+    norm = p.g.new_empty(p.g.shape, dtype=p.acc_dtype)
     return _fake_like(p.v, p.out_dtype), norm
 
 

@@ -9,13 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _autograd, _ops, composed, forms
+from . import _autograd, _ops, composed, exporting, forms
 from .backends import choice, choose, gpu_operators, has_choice
 from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
-from .forms import PLAIN, Problems
+from .forms import Problems
 from .problem import (
     Problem,
     accumulation_dtype,
@@ -48,8 +49,8 @@ def weight_norm(
     Args:
         v: direction, any shape with at least one dimension; float16, bfloat16, float32 or float64,
             in any memory order.
-        g: magnitude, of shape 1 everywhere but ``v.shape[dim]`` along ``dim``, 0-dimensional when
-            one norm spans the whole tensor; any of the four dtypes; on v's device.
+        g: magnitude, of shape 1 everywhere but ``v.shape[dim]`` along ``dim``; 0-dimensional or of
+            shape (1,) when one norm spans the whole tensor; any of the four dtypes; on v's device.
         dim: the dimension that keeps its norms apart. ``None`` and -1 mean the whole tensor, as in
             torch; -2, -3, ... count from the end.
         eps: lower bound of the norm, as in :func:`torch.nn.functional.normalize`. With 0 a zero
@@ -65,7 +66,7 @@ def weight_norm(
         ValueError: a wrong shape, device, dim or eps.
         RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
     """
-    # While a program is traced, by Dynamo or by export, only torch.ops is seen.
+    # Whoever traces a program sees an operator, or what an exporter is to see.
     if _native is not None and not is_compiling() and choice.forced is None:
         w = _native(v, g, dim, eps, out_dtype)
         if w is not NotImplemented:
@@ -74,6 +75,8 @@ def weight_norm(
         return handle_torch_function(weight_norm, (v, g), v, g, dim, eps=eps, out_dtype=out_dtype)
     if is_compiling():
         return _traced(check(v, g, dim, eps, out_dtype))
+    if exporting.is_torchscript_trace():
+        return _in_torchscript([v], [g], [dim], [eps], out_dtype)[0]
     if _is_distributed(v) or _is_distributed(g):
         return composed.weight_norm(check(v, g, dim, eps, out_dtype))
     problems = forms.known(v, g, dim, eps, out_dtype)
@@ -127,6 +130,8 @@ def weight_norms(
         )
     if is_compiling():
         return _traced_list(check_forward(v, g, dim, eps, out_dtype), out_dtype)
+    if exporting.is_torchscript_trace():
+        return _in_torchscript(v, g, dim, eps, out_dtype)
     if any(map(_is_distributed, (*v, *g))):
         return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
     problems = forms.known_list(v, g, dim, eps, out_dtype)
@@ -164,8 +169,8 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
 
 
 def norms_for(v: Tensor, dim: int, eps: float) -> Tensor:
-    """:func:`norm_except_dim` for a canonical ``dim``, of weight norms with an ``eps``, which the
-    eager backend computes otherwise than those without. Norms are not clamped."""
+    """:func:`norm_except_dim` for a canonical ``dim``, of weight norms with an ``eps``: on the
+    eager backend they are computed otherwise than those without. Norms are not clamped."""
     if has_torch_function((v,)):
         return handle_torch_function(norms_for, (v,), v, dim, eps)
     if is_compiling() or not _has_kernels_norms(v):
@@ -203,25 +208,48 @@ def _composed_norms(v: Tensor, dim: int) -> Tensor:
 
 def _on_python_backend(problems: Problems, backend: PythonBackend) -> list[Tensor]:
     tensors = *problems.v, *problems.g
-    is_traced = torch._C._is_tracing() or _autograd.is_transformed(tensors)
-    if is_traced or not (backend.is_traceable or _autograd.have_addresses(tensors)):
+    can_run = backend.is_traceable or _autograd.have_addresses(tensors)
+    if _autograd.is_transformed(tensors) or not can_run:
         return [composed.weight_norm(p) for p in problems]
     return _autograd.weight_norms(problems, backend)
 
 
 def _traced(p: Problem) -> Tensor:
-    """What a compiler sees: one operator if there are kernels of ours behind it."""
+    """What a compiler sees: one operator if there are kernels of ours behind it. What an exporter
+    sees: the plain formula."""
+    if exporting.is_exporting():
+        return composed.plain_weight_norm(p, p.divisor_dtype)
     if not (_is_distributed(p.v) or _is_distributed(p.g)) and _has_operators(p.v):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
     return composed.weight_norm(p)
 
 
 def _traced_list(problems: Sequence[Problem], out_dtype: torch.dtype | None) -> list[Tensor]:
+    if exporting.is_exporting():
+        return [composed.plain_weight_norm(p, p.divisor_dtype) for p in problems]
     if not _has_operators(problems[0].v):
         return [composed.weight_norm(p) for p in problems]
     columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
     v, g, dim, eps = (list(column) for column in columns)
     return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
+
+
+def _in_torchscript(
+    v: Sequence[Tensor],
+    g: Sequence[Tensor],
+    dim: Sequence[int | None],
+    eps: Sequence[float],
+    out_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """What the TorchScript tracer sees: the plain formula, and nothing of what is asked before."""
+    with exporting.tracer_paused():
+        problems = check_forward(v, g, dim, eps, out_dtype)
+        dtypes = [p.divisor_dtype for p in problems]
+    reduce_l2 = exporting.is_torchscript_onnx()
+    return [
+        composed.plain_weight_norm(p, dtype, reduce_l2=reduce_l2)
+        for p, dtype in zip(problems, dtypes, strict=True)
+    ]
 
 
 def _has_operators(v: Tensor) -> bool:
@@ -235,7 +263,7 @@ def _has_operators(v: Tensor) -> bool:
 
 def _is_distributed(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor, which has rules for torch's own operators only."""
-    if type(t) in PLAIN:
+    if type(t) in (Tensor, Parameter):  # torch 2.6 and 2.7 cannot trace `in` of a frozenset
         return False
     module = sys.modules.get("torch.distributed.tensor")  # there if anybody made a DTensor
     return module is not None and isinstance(t, module.DTensor)

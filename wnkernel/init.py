@@ -1,8 +1,8 @@
-"""Data-dependent initialisation, section 3 of Salimans & Kingma 2016."""
+"""Initialisation of one weight, and of g and bias from data (Salimans & Kingma 2016)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +11,57 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .checkpoint import legacy_hooks, legacy_keys, split_weight
 from .grouping.batch import sharding_modules
-from .parametrization import OURS, WeightNorm, check_module, weight_norm_kind
+from .layers import folded_weight
+from .module_class import forget_cached
+from .parametrization import OURS, TORCH_HOOK, WeightNorm, check_module, weight_norm_kind
 from .problem import accumulation_dtype, canonical_dim
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NAME = "weight"
+
+
+def init_weight_(module: nn.Module, fn: Callable[[Tensor], Any], name: str = "weight") -> nn.Module:
+    """Initialise the weight of a weight-normed layer in place, as ``fn`` would a plain one.
+
+    ::
+
+        wnkernel.init_weight_(layer, nn.init.kaiming_normal_)
+        model.apply(lambda m: wnkernel.init_weight_(m, lambda w: w.normal_(0, 0.01)) if ... else m)
+
+    ``nn.init.kaiming_normal_(layer.weight)`` would change a temporary. g and v stay the Parameters
+    that they are: g becomes the norms of what ``fn`` wrote, v becomes that itself.
+
+    Args:
+        module: a layer with weight norm on ``name``, of any of the three kinds.
+        fn: gets the weight as a plain tensor without gradient and writes to it; what it returns is
+            not looked at.
+        name: which parameter of the layer.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is no module.
+        ValueError: ``name`` has no weight norm.
+    """
+    check_module("module", module)
+    kind = weight_norm_kind(module, name)
+    if kind is None:
+        raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
+    with torch.no_grad():
+        weight = folded_weight(module, name).detach()
+        fn(weight)
+        if kind == TORCH_HOOK:
+            g, v = (getattr(module, key) for key in legacy_keys(name))
+            new_g, _ = split_weight(weight, legacy_hooks(module)[name][1].dim)
+            g.copy_(new_g)
+            v.copy_(weight)
+        else:
+            setattr(module, name, weight)
+    return module
 
 
 def data_dependent_init_(model: nn.Module, batch: Any) -> list[str]:
@@ -139,7 +183,7 @@ class _Layer:
             new = torch.as_tensor(value, device=parameter.device, dtype=parameter.dtype)
             parameter.copy_(new.view_as(parameter) if new.ndim else new)
         # What remembers values within a forward does not expect them to change there.
-        parametrize._cache.pop((id(self.module), NAME), None)
+        forget_cached(self.module, NAME)
         torch.clear_autocast_cache()
 
     def restore(self) -> None:

@@ -1,5 +1,6 @@
 """``weight_g`` and ``weight_v`` on layers with parametrizations: what code for torch's legacy hook
-reads and writes (``layer.weight_g.data.fill_(1)``, ``layer.weight_g.requires_grad = False``)."""
+reads and writes (``layer.weight_g.data.fill_(1)``, ``layer.weight_g.requires_grad = False``,
+``prune.l1_unstructured(layer, "weight_v", 0.5)``)."""
 
 from __future__ import annotations
 
@@ -11,26 +12,50 @@ from torch.nn.utils import parametrize
 from .checkpoint import legacy_keys
 from .checkpoint.loading import G, V
 
+PRUNED = "_orig"
+"""What :mod:`torch.nn.utils.prune` appends to the name of a parameter that it takes over."""
 
-class _LegacyName(property):
+
+class LegacyName(property):
     """An original of a weight norm, under its legacy name. The name is nobody's once the weight
     norm is gone, however that happened."""
 
-    def __init__(self, name: str, original: str) -> None:
-        def get(module: nn.Module) -> Tensor:
-            if not parametrize.is_parametrized(module, name):
-                raise AttributeError  # nn.Module.__getattr__ is asked next
-            return getattr(module.parametrizations[name], original)
-
-        def delete(module: nn.Module) -> None:
-            raise AttributeError(
-                f"{name}: expected both g and v to go, or neither; "
-                f"wnkernel.remove_weight_norm(layer, {name!r}) takes them away"
-            )
-
-        super().__init__(get, fdel=delete)
+    def __init__(self, key: str, name: str, original: str) -> None:
+        super().__init__(self._get, self._set, self._delete)
+        self.key = key
         self.name = name
         self.original = original
+
+    def weights(self, module: nn.Module) -> parametrize.ParametrizationList | None:
+        """The list that the original is in; None once the weight norm is gone."""
+        if not parametrize.is_parametrized(module, self.name):
+            return None
+        return module.parametrizations[self.name]
+
+    def _get(self, module: nn.Module) -> Tensor:
+        weights = self.weights(module)
+        if weights is None:
+            raise AttributeError  # nn.Module.__getattr__ is asked next
+        return getattr(weights, self.original)
+
+    def _set(self, module: nn.Module, value: Any) -> None:
+        weights = self.weights(module)
+        if weights is None:
+            raise AttributeError(f"{type(module).__name__} has no weight norm on {self.name!r}")
+        try:
+            setattr(weights, self.original, value)
+        except TypeError as error:  # torch's, of what is no Parameter
+            raise TypeError(str(error).replace(self.original, self.key)) from None
+
+    def _delete(self, module: nn.Module) -> None:
+        weights = self.weights(module)
+        if weights is None:
+            raise AttributeError(f"{type(module).__name__} has no {self.key!r}")
+        if vars(weights).pop(self.original, None) is None:
+            raise AttributeError(
+                f"{self.name}: expected both g and v to go, or neither; "
+                f"wnkernel.remove_weight_norm(layer, {self.name!r}) takes them away"
+            )
 
 
 def answer_to_legacy_names(module: nn.Module, name: str) -> None:
@@ -38,20 +63,53 @@ def answer_to_legacy_names(module: nn.Module, name: str) -> None:
 
     The module's class has to be its own.
     """
-    cls = type(module)
     for key, original in zip(legacy_keys(name), (G, V), strict=True):
-        setattr(cls, key, _LegacyName(name, original))
-    inherited = cls.__setattr__
+        setattr(type(module), key, LegacyName(key, name, original))
 
-    # nn.Module registers a Parameter without looking for a property.
-    def set_attribute(self: nn.Module, key: str, value: Any) -> None:
-        alias = getattr(type(self), key, None)
-        if isinstance(alias, _LegacyName) and parametrize.is_parametrized(self, alias.name):
-            try:
-                setattr(self.parametrizations[alias.name], alias.original, value)
-            except TypeError as error:  # torch's, of what is no Parameter
-                raise TypeError(str(error).replace(alias.original, key)) from None
-        else:
-            inherited(self, key, value)
 
-    cls.__setattr__ = set_attribute
+def forget_legacy_names(module: nn.Module, name: str) -> None:
+    """Undo :func:`answer_to_legacy_names`, if it was done and the module has a class of its own."""
+    for key in legacy_keys(name):
+        if isinstance(vars(type(module)).get(key), LegacyName):
+            delattr(type(module), key)
+
+
+def has_legacy_names(module: nn.Module, name: str) -> bool:
+    """Whether a module answers to the legacy names of a weight norm."""
+    return _alias(module, legacy_keys(name)[0]) is not None
+
+
+def pruned_original(module: nn.Module, name: str) -> str | None:
+    """The legacy name of g or v, if :mod:`torch.nn.utils.prune` computes it from a mask."""
+    for key in legacy_keys(name):
+        if key + PRUNED in module._parameters and key not in module._parameters:
+            return key
+    return None
+
+
+def register_by_legacy_name(module: nn.Module, key: str, parameter: nn.Parameter | None) -> bool:
+    """Do what ``module.register_parameter`` is asked for if that concerns a legacy name.
+
+    Returns:
+        Whether it is done. After False the module still has to register the parameter.
+    """
+    alias = _alias(module, key)
+    if alias is not None and alias.weights(module) is not None:
+        alias.fset(module, parameter)
+        return True
+    pruned = _alias(module, key.removesuffix(PRUNED)) if key.endswith(PRUNED) else None
+    weights = None if pruned is None else pruned.weights(module)
+    if (
+        weights is not None
+        and parameter is not None
+        and weights._parameters.get(pruned.original) is parameter
+    ):
+        # Pruning keeps the parameter under another name, deletes this entry of the module's own
+        # parameters, and assigns a masked tensor to the legacy name before every forward.
+        module._parameters[pruned.key] = weights._parameters.pop(pruned.original)
+    return False
+
+
+def _alias(module: nn.Module, key: str) -> LegacyName | None:
+    found = getattr(type(module), key, None)
+    return found if isinstance(found, LegacyName) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,24 +18,17 @@ from .checkpoint.loading import G, V, loads_for
 from .grouping import scopes
 from .grouping.batch import sharding_modules
 from .grouping.group import WeightNormGroup
-from .legacy_names import answer_to_legacy_names
-from .parametrization import (
-    TORCH_HOOK,
-    WeightNorm,
-    check_module,
-    folded_weight,
-    make_ours,
-    make_plain,
-    own_class,
-    register,
-    weight_norm_kinds,
-)
+from .layers import folded_weight, make_ours, make_plain, register
+from .legacy_names import answer_to_legacy_names, pruned_original
+from .module_class import own_class
+from .parametrization import TORCH_HOOK, WeightNorm, check_module, weight_norm_kinds
 from .problem import check
 
 EXACT = (WeightNorm, TorchWeightNorm, LegacyHook)
 """What is known to compute ``g * v / norm(v)``; subclasses may compute something else."""
 
 
+@torch.inference_mode(False)
 def convert(model: nn.Module) -> list[str]:
     """Make torch's weight norms ours, in place: those of :func:`torch.nn.utils.weight_norm` (the
     legacy hook) and of :func:`torch.nn.utils.parametrizations.weight_norm`.
@@ -69,6 +61,7 @@ def convert(model: nn.Module) -> list[str]:
     return [e.path for e in found]
 
 
+@torch.inference_mode(False)
 def fold(model: nn.Module) -> list[str]:
     """Fold all weight norms of a model into plain parameters, in place: this package's, torch's
     parametrization and torch's legacy hook.
@@ -179,6 +172,8 @@ def _check(model: nn.Module, found: Iterable[Entry]) -> None:
                     )
         elif e.module.parametrizations[e.name][0] is not e.norm:
             _refuse(e, "on top of another parametrization")
+        elif key := pruned_original(e.module, e.name):
+            _refuse(e, f"of which {key!r} is pruned; call torch.nn.utils.prune.remove before")
         if type(e.norm) in EXACT:
             g, v = e.originals()
             try:
@@ -210,7 +205,7 @@ def _all_or_nothing(changed: Iterable[nn.Module]) -> Iterator[None]:
     before = []
     for module in modules.values():
         state = vars(module)
-        containers = [c for c in state.values() if type(c) in (dict, OrderedDict, set, list)]
+        containers = [c for c in state.values() if isinstance(c, (dict, set, list))]
         before.append((module, type(module), dict(state), [(c, copy.copy(c)) for c in containers]))
     try:
         yield

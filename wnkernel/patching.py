@@ -14,10 +14,11 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import remove_weight_norm as torchs_remove_legacy
 from torch.nn.utils import weight_norm as torchs_legacy
 
-from . import parametrization
+from . import layers
 from .checkpoint import unregister_load_hook
 from .legacy_names import answer_to_legacy_names
-from .parametrization import TORCH_HOOK, own_class, weight_norm_kind
+from .module_class import own_class
+from .parametrization import TORCH_HOOK, weight_norm_kind
 
 torchs = parametrizations.weight_norm
 torchs_remove = parametrize.remove_parametrizations
@@ -25,29 +26,32 @@ torchs_remove = parametrize.remove_parametrizations
 
 def _legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
     """:func:`torch.nn.utils.weight_norm`; the layer answers to ``weight_g`` and ``weight_v``."""
-    parametrization.weight_norm(module, name, dim)
+    layers.weight_norm(module, name, dim)
     answer_to_legacy_names(module, name)
     return module
 
 
 def _weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
     """:func:`torch.nn.utils.parametrizations.weight_norm`."""
-    return parametrization.weight_norm(module, name, dim)
+    return layers.weight_norm(module, name, dim)
 
 
 def _remove_legacy(module: nn.Module, name: str = "weight") -> nn.Module:
     """:func:`torch.nn.utils.remove_weight_norm`, for all three kinds."""
-    return parametrization.remove_weight_norm(module, name)
+    return layers.remove_weight_norm(module, name)
 
 
-def _remove(module: nn.Module, tensor_name: str, leave_parametrized: bool = True) -> nn.Module:
+def _remove(
+    module: nn.Module, tensor_name: str = "weight", leave_parametrized: bool = True
+) -> nn.Module:
     """:func:`torch.nn.utils.parametrize.remove_parametrizations`, without leftovers where it
-    removes a weight norm."""
+    removes a weight norm, and with a default: packages call it in the place of the legacy remover,
+    which has one."""
     normed = isinstance(module, nn.Module) and weight_norm_kind(module, tensor_name)
     if not normed or normed == TORCH_HOOK or not leave_parametrized:
         return torchs_remove(module, tensor_name, leave_parametrized)
     if len(module.parametrizations[tensor_name]) == 1:
-        return parametrization.remove_weight_norm(module, tensor_name)
+        return layers.remove_weight_norm(module, tensor_name)
     own_class(module)
     torchs_remove(module, tensor_name)
     unregister_load_hook(module, tensor_name)

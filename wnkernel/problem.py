@@ -83,10 +83,20 @@ def canonical_dim(dim: int | None, ndim: int) -> int:
 
 
 def norm_shape(shape: torch.Size, dim: int) -> tuple[int, ...]:
-    """Shape of ``norm`` and ``g`` for a canonical ``dim``: () or ones around ``shape[dim]``."""
+    """Shape of ``norm`` and ``g`` for a canonical ``dim``: () or ones around ``shape[dim]``.
+
+    In the place of () there may be (1,), see :func:`is_norm_shape`.
+    """
     if dim == WHOLE_TENSOR:
         return ()
     return tuple([n if k == dim else 1 for k, n in enumerate(shape)])
+
+
+def is_norm_shape(got: torch.Size, shape: torch.Size, dim: int) -> bool:
+    """Whether a ``g`` may have a shape, for ``v`` of ``shape`` and a canonical ``dim``: that of
+    :func:`norm_shape`, or (1,) for the whole tensor, because fully_shard refuses 0-dimensional
+    parameters. Norms and gradients have the shape that g has."""
+    return got == norm_shape(shape, dim) or (dim == WHOLE_TENSOR and got == (1,))
 
 
 def is_dense(t: Tensor) -> bool:
@@ -156,8 +166,7 @@ def check(
         ValueError: a wrong shape, device, dim or eps.
     """
     dim = check_v(v, dim)
-    _check_tensor("g", g)
-    _check_norm_like("g", g, v, dim)
+    _check_g(g, v, dim)
     eps = check_eps(eps)
     if out_dtype is None:
         out_dtype = v.dtype
@@ -241,13 +250,14 @@ def _check_device(name: str, t: Tensor, v: Tensor) -> None:
         raise ValueError(f"{name}: expected device {v.device} (that of v), got {t.device}")
 
 
-def _check_norm_like(name: str, t: Tensor, v: Tensor, dim: int) -> None:
-    _check_device(name, t, v)
-    expected = norm_shape(v.shape, dim)
-    if t.shape != expected:
+def _check_g(g: Tensor, v: Tensor, dim: int) -> None:
+    _check_tensor("g", g)
+    _check_device("g", g, v)
+    if not is_norm_shape(g.shape, v.shape, dim):
+        expected = "[] or [1]" if dim == WHOLE_TENSOR else str(list(norm_shape(v.shape, dim)))
         raise ValueError(
-            f"{name}: expected shape {list(expected)} for v of shape {list(v.shape)} and dim "
-            f"{dim}, got {list(t.shape)}"
+            f"g: expected shape {expected} for v of shape {list(v.shape)} and dim {dim}, got "
+            f"{list(g.shape)}"
         )
 
 
@@ -262,6 +272,10 @@ def _check_grad_w(grad_w: Tensor, p: Problem) -> None:
 
 def _check_norm(norm: Tensor, p: Problem) -> None:
     _check_tensor("norm", norm)
-    _check_norm_like("norm", norm, p.v, p.dim)
+    _check_device("norm", norm, p.v)
+    if norm.shape != p.g.shape:
+        raise ValueError(
+            f"norm: expected shape {list(p.g.shape)} (that of g), got {list(norm.shape)}"
+        )
     if norm.dtype != p.acc_dtype:
         raise TypeError(f"norm: expected dtype {p.acc_dtype}, got {norm.dtype}")

@@ -28,6 +28,7 @@ NO_GPU_NEEDED = (
     "test_triton_offline.py",
     "test_triton_plan.py",
     "test_triton_variants.py",
+    "test_with_*.py",
 )
 """Tests that are the same on every machine, and take their time: CI runs them."""
 

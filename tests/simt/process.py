@@ -13,12 +13,9 @@ from typing import Any
 
 import pytest
 
-from ..processes import ROOT
+from ..processes import PATIENCE_S, ROOT
 from .build import PAIRS, library, runtimes
 from .protocol import read, write
-
-SECONDS = 300
-"""For an answer."""
 
 
 class Worker:
@@ -42,7 +39,7 @@ class Worker:
                     self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                     cwd=ROOT / "tests", env=self._environment,
                 )  # fmt: skip
-        watchdog = threading.Timer(SECONDS, self._process.kill)
+        watchdog = threading.Timer(PATIENCE_S, self._process.kill)
         watchdog.start()
         try:
             write(request, self._process.stdin)

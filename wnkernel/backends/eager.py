@@ -80,8 +80,8 @@ def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
         w, norm = torch._weight_norm_interface(p.v, p.g, p.dim)
         return w.to(p.out_dtype), norm
     acc = p.acc_dtype
-    norm = composed.norm_except_dim(p.v.to(acc), p.dim)
-    w = p.v.to(acc) * (p.g.to(acc) / composed.norm_held(p, norm).clamp_min(p.eps))
+    norm = composed.norm_except_dim(p.v.to(acc), p.dim).reshape(p.g.shape)
+    w = p.v.to(acc) * (p.g.to(acc) / composed.norm_held(norm, p.divisor_dtype).clamp_min(p.eps))
     return w.to(p.out_dtype), norm
 
 

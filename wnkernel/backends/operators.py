@@ -1,6 +1,5 @@
 """``torch.ops.wnkernel`` on GPUs that ``wnkernel._C`` has no kernels for: Triton's, behind the same
-schemas and the same autograd in C++. That is what torch.compile and torch.export put into their
-graphs there."""
+schemas and the same autograd in C++. That is what torch.compile puts into its graphs there."""
 
 from __future__ import annotations
 

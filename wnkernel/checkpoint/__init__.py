@@ -8,7 +8,7 @@ that keep torch's weight norm), ``normed`` (what is under weight norm, of a dict
 
 from .accept import LayoutHandle, accept_any_layout
 from .convert import convert_state_dict
-from .layouts import legacy_hooks, legacy_keys, split_weight
+from .layouts import legacy_hooks, legacy_keys, own_parametrizations, split_weight
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "convert_state_dict",
     "legacy_hooks",
     "legacy_keys",
+    "own_parametrizations",
     "register_load_hook",
     "split_weight",
     "unregister_load_hook",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
-from .layouts import legacy_hooks
+from .layouts import legacy_hooks, own_parametrizations
 from .legacy import replace_loading, restore_loading
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
 
@@ -69,11 +69,9 @@ def accept_any_layout(model: nn.Module) -> LayoutHandle:
 
 
 def _torch_parametrized(module: nn.Module) -> list[str]:
-    if not parametrize.is_parametrized(module):
-        return []
     return [
         name
-        for name, weights in module.parametrizations.items()
+        for name, weights in own_parametrizations(module).items()
         if type(weights) is parametrize.ParametrizationList
         and isinstance(weights[0], TorchWeightNorm)
     ]

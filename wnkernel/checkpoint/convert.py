@@ -136,7 +136,7 @@ class _Conversion:
             self.changes[first] = {weight.key: self._fold(g, v, weight)}
         else:
             new_g, new_v = weight_keys(weight.key, self.to)
-            self.changes |= {g_key: {new_g: g}, v_key: {new_v: v}}
+            self.changes |= {g_key: {new_g: self._shaped(g, weight.key)}, v_key: {new_v: v}}
 
     def split(self, weight: NormedWeight) -> None:
         w = self.state_dict[weight.key]
@@ -155,7 +155,8 @@ class _Conversion:
         def norms() -> Tensor:
             return _as_in(w, split(w.detach())[0], w.requires_grad)
 
-        g = self._once((_identity(w), split.func, *split.keywords.values()), norms)
+        key = (_identity(w), split.func, *split.keywords.values())
+        g = self._shaped(self._once(key, norms), weight.key)
         new_g, new_v = weight_keys(weight.key, self.to)
         self.changes[weight.key] = {new_g: g, new_v: w}
 
@@ -188,12 +189,23 @@ class _Conversion:
 
         def compute() -> Tensor:
             norms = g.detach().to(v.device)
-            if weight.dim == WHOLE_TENSOR:
+            if weight.dim == WHOLE_TENSOR:  # (1, 1, ...) too
                 norms = norms.reshape(())
             w = functional.weight_norm(v.detach(), norms, weight.dim, eps=eps)
             return _as_in(v, w, g.requires_grad or v.requires_grad)
 
         return self._once((_identity(g), _identity(v), eps), compute)
+
+    def _shaped(self, g: Tensor, key: str) -> Tensor:
+        """A g of one norm over the whole tensor, which may be 0-dimensional or of shape (1,), as it
+        is in ``like``."""
+        known = self.like.weights.get(key)
+        either = ((), (1,))
+        if known is None or g.shape not in either or known.g_shape not in either:
+            return g
+        if g.shape == known.g_shape:
+            return g
+        return _as_in(g, g.detach().reshape(known.g_shape), g.requires_grad)
 
     def _eps_of(self, weight: NormedWeight) -> float:
         return self.eps or self.like.eps.get(weight.key, 0.0)

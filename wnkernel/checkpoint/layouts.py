@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
 from ..backends.eager import torch_has_kernel
 from ..problem import WHOLE_TENSOR, check_v, norm_shape
+from ..removal import RemovalHook
 
 PARAMETRIZED, LEGACY, FOLDED = "parametrized", "legacy", "folded"
 LAYOUTS = (PARAMETRIZED, LEGACY, FOLDED)
@@ -48,8 +50,16 @@ def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
     return {
         hook.name: (key, hook)
         for key, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, LegacyHook)
+        if isinstance(hook, LegacyHook) and type(hook) is not RemovalHook
     }
+
+
+def own_parametrizations(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrizations of a module itself, by the names of the parameters. Wrappers (that of
+    ``torch.compile``, PEFT's, FSDP's) answer for the module that they hold when they are asked
+    for ``parametrizations``, and have none."""
+    lists = module._modules.get("parametrizations")
+    return dict(lists.items()) if isinstance(lists, nn.ModuleDict) else {}
 
 
 def infer_dim(g: torch.Size, v: torch.Size) -> int | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
@@ -65,6 +66,19 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def right_inverse(self, value: Tensor) -> None:
+        """As torch's, for a weight that is assigned to the layer, but for two things. A g of shape
+        (1,) stays that, and a row of zeros, of which the norm and no direction is known (a layer
+        fused with a batch norm that is 0 there), does not become NaN."""
+        shape = self.original0.shape
+        super().right_inverse(value)
+        g, v = self.original0, self.original1
+        with torch.no_grad():
+            if not g.is_meta and (zero := g == 0).any():
+                v.set_(torch.where(zero, 1.0, v))
+            if shape == (1,) and g.shape == ():
+                g.set_(g.reshape(1))
 
     def has_parameters(self) -> bool:
         """Whether g and v are there to be loaded; in the views of FSDP's first version they are

@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from ..problem import FLOAT_DTYPES
-from .layouts import LAYOUTS, PARAMETRIZED, infer_dim, legacy_hooks, weight_keys
+from .layouts import (
+    LAYOUTS,
+    PARAMETRIZED,
+    infer_dim,
+    legacy_hooks,
+    own_parametrizations,
+    weight_keys,
+)
 
 _PARAMETRIZED_KEY = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)", re.DOTALL)
 
@@ -27,6 +33,7 @@ class NormedWeight:
     """That of the folded weight."""
     dim: int
     shape: torch.Size
+    g_shape: torch.Size
     pairs: tuple[tuple[str, str], ...] = ()
     """The keys of g and v in the layouts that the dict has, parametrized first."""
     by_torch: bool = False
@@ -51,7 +58,8 @@ def find_normed_weights(
     weights = []
     for key, spelled in pairs.items():
         g, v = (state_dict[k] for k in spelled[0])
-        weights.append(NormedWeight(key, infer_dim(g.shape, v.shape), v.shape, tuple(spelled)))
+        dim = infer_dim(g.shape, v.shape)
+        weights.append(NormedWeight(key, dim, v.shape, g.shape, tuple(spelled)))
     return weights
 
 
@@ -149,8 +157,7 @@ def weights_of(like: nn.Module | Mapping[str, Any] | None) -> Like:
         prefix = f"{path}." if path else ""
         for name, (_, hook) in legacy_hooks(module).items():
             (legacy if type(hook) is LegacyHook else others).add(prefix + name)
-        lists = module.parametrizations if parametrize.is_parametrized(module) else {}
-        for name, norms in lists.items():
+        for name, norms in own_parametrizations(module).items():
             (norm, *stacked), key = norms, prefix + name
             if stacked or (isinstance(norm, TorchWeightNorm) and type(norm) is not TorchWeightNorm):
                 others.add(key)

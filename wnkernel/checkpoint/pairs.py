@@ -114,8 +114,8 @@ def _check_pair(
         _check_kind(layer, key, state_dict[key])
     g, v = (list(state_dict[key].shape) for key in pair)
     expected_g, expected_v = list(target.g.shape), list(target.v.shape)
-    # torch loads shape [1] into a scalar as well
-    if v != expected_v or (g != expected_g and (g != [1] or expected_g)):
+    either = ([], [1])  # of one norm over the whole tensor
+    if v != expected_v or not (g == expected_g or (g in either and expected_g in either)):
         raise LayoutError(
             f"size mismatch for {layer}: expected g of shape {expected_g} and v of shape "
             f'{expected_v}, got {g} ("{pair[0]}") and {v} ("{pair[1]}")'
@@ -153,6 +153,7 @@ def _check_kind(layer: str, key: str, t: Any) -> None:
         )
 
 
+@torch.inference_mode(False)  # what it returns may become a parameter
 @torch.no_grad()
 def _split(
     layer: str, key: str, weight: Tensor, target: Target, assign: bool
@@ -197,7 +198,10 @@ def load_weight(
     except LayoutError as error:
         error_msgs.append(str(error))
     else:
-        _load_pair(owner, names, pair, prefix, local_metadata, error_msgs)
+        g, v = pair
+        if target.g.shape == (1,):  # torch only loads [1] into a scalar
+            g = g.detach().reshape(1)
+        _load_pair(owner, names, (g, v), prefix, local_metadata, error_msgs)
 
 
 def _load_pair(

@@ -17,7 +17,8 @@ ENDING = tuple(
 class Signals:
     """Raises :class:`Interrupted` in a ``with`` block, once: a second signal must not stop the
     cleaning up. It is raised again at the end of the block, for libraries that call back into
-    Python may turn the first into an error of theirs.
+    Python may turn the first into an error of theirs. One that comes while the handlers are set or
+    restored waits until all of them are.
 
     Args:
         note: what to tell besides.
@@ -27,16 +28,22 @@ class Signals:
         self._note = note
         self._received: int | None = None
         self._ignored = False
+        self._inside = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in ENDING:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                # nohup has some ignored; a handler that is not Python's could not be restored
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._previous[number] = signal.signal(number, self._handle)
+        self._inside = True
+        if self._received is not None:
+            self.__exit__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._inside = False
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self.check()
@@ -53,4 +60,5 @@ class Signals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._received is None and not self._ignored:
             self._received = number
-            raise Interrupted(number, self._note)
+            if self._inside:
+                raise Interrupted(number, self._note)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .. import functional
-from ..parametrization import WeightNorm
 from .slots import PythonSlot, slots
 
 if TYPE_CHECKING:
@@ -61,15 +60,15 @@ def launch(
         weights = None if member is None else member.weights()
         if weights is None:
             continue
-        parameters, norm = weights._parameters, weights._modules.get("0")
+        parameters = weights._parameters
         v, g = parameters.get("original1"), parameters.get("original0")
-        if type(norm) is not WeightNorm or not can_be_launched(v, g):
+        if not weights.is_as_made() or not can_be_launched(v, g):
             continue
         if member.bucket != bucket.number or v.device != bucket.device:
             continue
         if not simple and bucket_of(member, v, sharding) != bucket:
             continue
-        slot = present[index]
+        norm, slot = weights._modules["0"], present[index]
         if slot is not None and slot.is_current(v, g):
             continue
         chosen.append(index)

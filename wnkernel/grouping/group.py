@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -105,6 +105,16 @@ class WeightNormGroup:
             if module is not None:
                 scopes.detach(module)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The model comes first: pickling a container (see pickling.py) expects it to be begun.
+        model = None if self._root is None else self._root.module()
+        return {"model": model, "root": self._root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._root = state["root"]
+        of_nobody = Roster(nn.Module(), "forward", False)  # as after remove()
+        self._roster = of_nobody if self._root is None else self._root.roster
+
     def __repr__(self) -> str:
         return f"WeightNormGroup({len(self.layers)} weights, reuse={self._roster.reuse!r})"
 
@@ -154,6 +164,8 @@ def fuse(
     group = WeightNormGroup(roster)
     try:
         for (name, weights, around), bucket in zip(found, buckets, strict=True):
+            if weights.owner is not None:
+                weights.owner.end()
             weights.owner = Member(roster, weights, name, bucket, around)
         index = {id(weights): k for k, (_, weights, _) in enumerate(found)}
         for module in model.modules():
@@ -208,7 +220,7 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
             if not isinstance(weights, WeightNormList) or len(weights) > 1:
                 others.add(kind if weights is None else f"{kind} {_why_not(weights)}")
                 continue
-            if weights.owner is not None:
+            if isinstance(weights.owner, Member):
                 raise RuntimeError(
                     f"model: expected layers outside any group, got {full_name!r}, which is in one "
                     "already; remove() that group first"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,9 +61,13 @@ class Roster:
         if (done := memo.get(id(self))) is not None:
             return done
         new = memo[id(self)] = Roster(new_root, self.reuse, self.autocast)
-        new.members = [_nobody] * len(self.members)
-        new.containers = [_nobody] * len(self.containers)
+        new.reserve(len(self.members), len(self.containers))
         return new
+
+    def reserve(self, members: int, containers: int) -> None:
+        """Make places for the members and containers of a copy, which keep their indices."""
+        self.members = [_nobody] * members
+        self.containers = [_nobody] * containers
 
     def copy_with_root(self, memo: dict[int, Any]) -> Roster | None:
         """The roster of a copy that is being made, or None if the root is not part of it."""
@@ -100,17 +104,18 @@ class Member:
 
     def innermost(self, kinds: tuple[type[nn.Module], ...]) -> int | None:
         """Identity of the innermost module of some kinds around the weight."""
-        return next((id(m) for m in self._modules_around() if isinstance(m, kinds)), None)
+        return next((id(m) for m in self.modules_around() if isinstance(m, kinds)), None)
 
-    def _modules_around(self) -> Iterator[nn.Module]:
-        return (module for ref in self._around if (module := ref()) is not None)
+    def modules_around(self) -> list[nn.Module]:
+        """The modules around the weight that still exist, innermost first."""
+        return [module for ref in self._around if (module := ref()) is not None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Member | None:
         roster = self.roster.copy_with_root(memo)
         weights = memo.get(id(self.weights()))
         if roster is None or weights is None:
             return None
-        around = [memo[id(m)] for m in self._modules_around() if id(m) in memo]
+        around = [memo[id(m)] for m in self.modules_around() if id(m) in memo]
         return Member(roster, weights, self.name, self.bucket, around, self.index)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .. import _ops
 from ..problem import version_of
@@ -80,9 +82,10 @@ def _python_launch_mode() -> int:
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or _calls_are_watched()
     ):
         return ALONE
-    mode = torch._C._len_torch_function_stack()
+    mode = 0
     for bit in (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -92,10 +95,19 @@ def _python_launch_mode() -> int:
     return mode
 
 
+def _calls_are_watched() -> bool:
+    """Whether a ``__torch_function__`` mode wants to see every call. The one of
+    ``torch.set_default_device`` does not: it looks at functions that make tensors."""
+    return torch._C._len_torch_function_stack() > 0 and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    )
+
+
 slots = _python_slots if _ops.native_slots is None else _ops.native_slots
 """``slots(ws, vs, gs)``: a slot for each weight of a launch."""
 
 launch_mode = _python_launch_mode if _ops.native_launch_mode is None else _ops.native_launch_mode
 """What a weight depends on besides its parameters, as one number: grad mode, inference mode, the
-deterministic setting, the depth of ``__torch_function__`` modes. :data:`ALONE` under function
-transforms, ``__torch_dispatch__`` modes and tracers, whose tensors must not outlive them."""
+deterministic setting. :data:`ALONE` under function transforms, ``__torch_dispatch__`` modes and
+tracers, whose tensors must not outlive them, and under ``__torch_function__`` modes, which are to
+see every call."""

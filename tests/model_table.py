@@ -1,0 +1,189 @@
+"""Published models and what works on them: the table in docs/models.md.
+
+``python -m tests.model_table`` makes the page anew; tests/test_model_table.py checks every cell.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import wnkernel
+
+from . import small_models
+from .small_models import MODELS
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+YES, NONE, BROKEN, NEITHER = "yes", "has none", "fails with torch's", "fails folded too"
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    """Up to the rounding of layers that follow each other, relative to the largest output."""
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * want.abs().max().item())
+
+
+def ours(name: str) -> nn.Module:
+    """The model with random weights, converted."""
+    torch.manual_seed(0)
+    model = small_models.build(name, "legacy")
+    wnkernel.convert(model)
+    return model
+
+
+def converts(name: str) -> str:
+    """``convert`` finds every weight, and the outputs are those with torch's weight norm."""
+    torch.manual_seed(0)
+    model = small_models.build(name, "legacy")
+    want = small_models.run(model, name)
+    assert len(wnkernel.convert(model)) == MODELS[name].layers
+    same(small_models.run(model, name), want)
+    return YES
+
+
+def loads(name: str) -> str:
+    """A converted model loads what torch's model saved, under either set of keys and folded."""
+    source = small_models.build(name, "legacy")
+    want = small_models.run(source, name)
+    for layout in ("parametrized", "legacy", "folded"):
+        model = ours(name)
+        model.load_state_dict(wnkernel.convert_state_dict(source.state_dict(), to=layout))
+        same(small_models.run(model, name), want)
+    return YES
+
+
+def fuses(name: str) -> str:
+    """A fused model gives the same bits."""
+    model = ours(name)
+    want = small_models.run(model, name)
+    wnkernel.fuse(model)
+    assert torch.equal(small_models.run(model, name), want)
+    return YES
+
+
+def folds(name: str) -> str:
+    """A folded model gives the same bits, and has no weight norm."""
+    model = ours(name)
+    want = small_models.run(model, name)
+    assert len(wnkernel.fold(model)) == MODELS[name].layers
+    assert torch.equal(small_models.run(model, name), want)
+    return YES
+
+
+def own_remover(name: str) -> str:
+    """The model's own ``remove_weight_norm`` removes ours."""
+
+    def remove(model: nn.Module) -> None:
+        next(m for m in model.modules() if hasattr(m, "remove_weight_norm")).remove_weight_norm()
+
+    try:
+        remove(small_models.build(name, "legacy"))
+    except StopIteration:
+        return NONE
+    except AttributeError:
+        return BROKEN
+    model = ours(name)
+    want = small_models.run(model, name)
+    remove(model)
+    assert not any("original0" in key for key in model.state_dict())
+    assert torch.equal(small_models.run(model, name), want)
+    return YES
+
+
+def compiles(name: str) -> str:
+    """``torch.compile`` gives the same outputs, with the graph breaks that the model has itself."""
+    model = ours(name)
+    want = small_models.run(model, name)
+    torch.compiler.reset()
+    compiled = torch.compile(_Runs(model, name), backend="eager")
+    same(compiled(small_models.ramp(*MODELS[name].input_shape)), want)
+    return YES
+
+
+def exports(name: str) -> str:
+    """``torch.export`` takes the model as it is; no operator of ours is in the program."""
+    model = ours(name)
+    plain = copy.deepcopy(model)
+    wnkernel.fold(plain)
+    try:
+        export(plain, name)
+    except Exception:
+        return NEITHER
+    program = export(model, name)
+    assert "wnkernel" not in program.graph_module.code
+    return YES
+
+
+class _Runs(nn.Module):
+    """A model with the call that tests make of it, as a forward of one tensor."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.call = MODELS[name].forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.model, x)
+
+
+def export(model: nn.Module, name: str) -> torch.export.ExportedProgram:
+    """The exported program, after a comparison of its output."""
+    x = small_models.ramp(*MODELS[name].input_shape)
+    runs = _Runs(model, name)
+    program = torch.export.export(runs, (x,), strict=False)
+    same(program.module()(x), runs(x))
+    return program
+
+
+COLUMNS: dict[str, Callable[[str], str]] = {
+    "`convert`": converts,
+    "loads all three layouts": loads,
+    "`fuse`": fuses,
+    "`fold`": folds,
+    "its own remover": own_remover,
+    "`torch.compile`": compiles,
+    "`torch.export`": exports,
+}
+
+
+def rows(text: str) -> dict[str, dict[str, str]]:
+    """The cells of the page, by model and column."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    header, _, *body = lines
+    return {name: dict(zip(header[2:], cells, strict=True)) for name, _, *cells in body}
+
+
+def page() -> str:
+    """docs/models.md."""
+    header = ["model", "weights", *COLUMNS]
+    lines = [header, ["---"] * len(header)]
+    for name, small in MODELS.items():
+        lines.append([name, str(small.layers), *(check(name) for check in COLUMNS.values())])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{_BEFORE}\n{table}\n{_AFTER}"
+
+
+_BEFORE = """# Your model
+
+Published models that were tried, built with torch's legacy weight norm and few channels, on a CPU.
+Every cell is a test (`tests/test_model_table.py`); `python -m tests.model_table` writes this page.
+"""
+_AFTER = f"""
+- "its own remover": the model's `remove_weight_norm()` after `wnkernel.convert(model)`, with$
+  nothing patched. "{BROKEN}": VITS's raises with torch's weight norm too.
+- "`torch.compile`": the same outputs; a model that breaks its own graphs breaks them here as well.
+- "`torch.export`": of the model as it is, unfolded. "{NEITHER}": the model's own code, also without
+  any weight norm. ONNX, AOTInductor and TorchScript start from the same formula
+  ([export.md](export.md)).
+
+ChatTTS's heads are in `tests/test_checkpoint_models.py`: they load whichever keys a file has. Other
+packages call the same two functions of torch: `wnkernel.convert(model)` says what it found.
+"""
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    PAGE.write_text(page())

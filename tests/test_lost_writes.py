@@ -1,0 +1,232 @@
+"""Writes to ``layer.weight`` of a new layer, which change a temporary, and the line that works."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import wnkernel
+
+LOST = "wnkernel.init_weight_"
+
+
+def layer() -> nn.Module:
+    return wnkernel.weight_norm(nn.Conv1d(2, 3, 5))
+
+
+def forward(module: nn.Module) -> None:
+    module(torch.randn(1, 2, 7))
+
+
+def fill(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.weight.fill_(0.1)
+
+
+def replace_data(module: nn.Module) -> None:
+    module.weight.data = torch.ones(3, 2, 5)
+
+
+WRITES = {
+    "init": lambda m: nn.init.normal_(m.weight),
+    "data": lambda m: m.weight.data.normal_(0, 0.01),
+    "no_grad": fill,
+    "other data": replace_data,
+    "reset": lambda m: m.reset_parameters(),
+    "numpy": lambda m: m.weight.detach().numpy().fill(2.0),
+}
+
+
+def written_to_and_run(write, module: nn.Module) -> None:
+    write(module)
+    forward(module)
+
+
+NEXT = {
+    "forward": forward,
+    "read": lambda m: m.weight,
+    "fold": wnkernel.fold,
+    "fuse": wnkernel.fuse,
+    "remove": wnkernel.remove_weight_norm,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_is_noticed_when_the_layer_runs(write):
+    module = layer()
+    before = module.parametrizations.weight.original1.clone()
+    with pytest.warns(UserWarning, match=LOST):
+        written_to_and_run(WRITES[write], module)
+    assert torch.equal(module.parametrizations.weight.original1, before)
+
+
+@pytest.mark.parametrize("then", NEXT)
+def test_whatever_comes_next(then):
+    module = layer()
+    nn.init.ones_(module.weight)
+    with pytest.warns(UserWarning, match=LOST):
+        NEXT[then](module)
+
+
+def test_in_a_whole_model_and_after_conversion():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv1d(2, 2, 3)), layer())
+    wnkernel.convert(model)
+    model.apply(lambda m: isinstance(m, nn.Conv1d) and nn.init.normal_(m.weight))
+    with pytest.warns(UserWarning, match=LOST) as seen:
+        forward(model)
+    assert len(seen) == 2
+
+
+def looked_at(module: nn.Module) -> None:
+    module.weight.sum()
+
+
+def trained(module: nn.Module) -> None:
+    module.weight  # noqa: B018
+    with torch.no_grad():
+        module.parametrizations.weight.original0.mul_(2)
+        module.parametrizations.weight.original1.data.mul_(-1)
+
+
+def loaded(module: nn.Module) -> None:
+    module.weight  # noqa: B018
+    module.load_state_dict(layer().state_dict())
+
+
+def assigned(module: nn.Module) -> None:
+    module.weight = module.weight * 2
+
+
+def computed(module: nn.Module) -> None:
+    module.weight.mul(2).fill_(3)
+
+
+@pytest.mark.parametrize("use", [looked_at, trained, loaded, assigned, computed, forward])
+def test_what_is_no_write_to_the_weight_is_not_warned_of(use):
+    module = layer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            use(module)
+            forward(module)
+
+
+def test_a_layer_that_has_run_is_not_watched():
+    module = layer()
+    weights = module.parametrizations.weight
+    assert weights.owner is not None
+    forward(module)
+    assert weights.owner is None
+
+
+def test_reads_without_a_forward_are_watched_a_few_times_only():
+    module = layer()
+    reads = 0
+    while module.parametrizations.weight.owner is not None and reads < 100:
+        module.weight  # noqa: B018
+        reads += 1
+    assert 2 <= reads < 10
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad(context):
+    module = layer()
+    with context(), pytest.warns(UserWarning, match=LOST):
+        written_to_and_run(WRITES["init"], module)
+
+
+def test_a_copy_is_new_too_and_copies_no_weight():
+    module = layer()
+    nn.init.normal_(module.weight)
+    copied = copy.deepcopy(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward(copied)
+    with pytest.warns(UserWarning, match=LOST):
+        forward(module)
+
+
+def test_under_transforms_and_on_meta_nothing_is_kept():
+    module = layer()
+    v, g = (module.parametrizations.weight.original1, module.parametrizations.weight.original0)
+
+    def loss(v, g):
+        parameters = {
+            "parametrizations.weight.original1": v,
+            "parametrizations.weight.original0": g,
+        }
+        return torch.func.functional_call(_Reader(module), parameters, ()).sum()
+
+    torch.func.grad(loss)(v.detach(), g.detach())
+    module.to("meta").weight.fill_(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.to_empty(device="cpu")
+        forward(module)
+
+
+class _Reader(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.parametrizations = nn.ModuleDict({"weight": module.parametrizations.weight})
+        self._read = [module]
+
+    def forward(self):
+        return self._read[0].weight
+
+
+KINDS = {
+    "ours": wnkernel.weight_norm,
+    "torch": nn.utils.parametrizations.weight_norm,
+    "legacy": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_weight_does_what_init_does_to_a_plain_layer(kind, dim):
+    module, plain = KINDS[kind](nn.Conv1d(2, 3, 5), dim=dim), nn.Conv1d(2, 3, 5)
+    parameters = dict(module.named_parameters())
+    for target in (module, plain):
+        torch.manual_seed(1)
+        if target is module:
+            assert wnkernel.init_weight_(module, nn.init.kaiming_normal_) is module
+        else:
+            nn.init.kaiming_normal_(plain.weight)
+    assert all(p is parameters[key] for key, p in module.named_parameters())
+    plain.bias = module.bias
+    x = torch.randn(1, 2, 7)
+    torch.testing.assert_close(module(x), plain(x))
+    module(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_init_weight_gets_the_weight_as_it_is():
+    module = layer()
+    w = module.weight.detach().clone()
+    wnkernel.init_weight_(module, lambda t: t.mul_(0.5))
+    torch.testing.assert_close(module.weight, 0.5 * w)
+
+
+def test_init_weight_of_what_has_none():
+    with pytest.raises(ValueError, match=r"^name: expected a weight-normed parameter, got 'bias'"):
+        wnkernel.init_weight_(layer(), nn.init.zeros_, "bias")
+    with pytest.raises(TypeError, match=r"^module: expected a torch\.nn\.Module, got str"):
+        wnkernel.init_weight_("layer", nn.init.zeros_)
+
+
+def test_what_fails_leaves_the_layer_as_it_was():
+    module = layer()
+    before = {key: t.clone() for key, t in module.state_dict().items()}
+
+    def half(w):
+        w[0].fill_(1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        wnkernel.init_weight_(module, half)
+    assert all(torch.equal(t, before[key]) for key, t in module.state_dict().items())

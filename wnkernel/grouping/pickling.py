@@ -1,0 +1,86 @@
+"""Groups in pickles of whole models: ``torch.save(model)``, multiprocessing, joblib.
+
+The container of a group's root is pickled as the whole group. All else that modules hold of a group
+is pickled as nothing, and is made anew where the root comes back; a part that is pickled alone
+comes back without a group, as with deepcopy. Importing this file registers that with ``copyreg``.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..parametrization import WeightNormList
+from . import scopes
+from .members import Container, Member, Roster
+from .optimizers import steps
+
+
+class _PickledMember(NamedTuple):
+    index: int
+    weights: WeightNormList
+    name: str
+    bucket: int
+    around: list[nn.Module]
+
+
+class _PickledGroup(NamedTuple):
+    reuse: str
+    autocast: bool
+    root: int
+    """The index of its container."""
+    counts: tuple[int, int]
+    """How many members and containers there were, with those that are no more."""
+    members: list[_PickledMember]
+    containers: list[tuple[int, nn.Module, list[int]]]
+
+
+def _reduce_member(member: Member) -> tuple[Any, ...]:
+    return _nothing, ()
+
+
+def _reduce_container(container: Container) -> tuple[Any, ...]:
+    roster, root = container.roster, container.module()
+    if root is None or roster.root() is not root:
+        return _nothing, ()
+    members = [
+        _PickledMember(m.index, weights, m.name, m.bucket, m.modules_around())
+        for ref in roster.members
+        if (m := ref()) is not None and (weights := m.weights()) is not None
+    ]
+    containers = [
+        (c.index, module, sorted(c.members))
+        for ref in roster.containers
+        if (c := ref()) is not None and (module := c.module()) is not None
+    ]
+    counts = len(roster.members), len(roster.containers)
+    group = _PickledGroup(
+        roster.reuse, roster.autocast, container.index, counts, members, containers
+    )
+    # The state comes after the object: by then whoever refers to the root finds it begun.
+    return Container.__new__, (Container,), group, None, None, _restore
+
+
+def _restore(container: Container, group: _PickledGroup) -> None:
+    """Make a group anew, around the container of its root."""
+    modules = {index: module for index, module, _ in group.containers}
+    roster = Roster(modules[group.root], group.reuse, group.autocast)
+    roster.reserve(*group.counts)
+    for m in group.members:
+        m.weights.owner = Member(roster, m.weights, m.name, m.bucket, m.around, m.index)
+    for index, module, members in group.containers:
+        if index == group.root:
+            container.__init__(roster, module, members, index)
+        else:
+            setattr(module, scopes.ATTRIBUTE, Container(roster, module, members, index))
+    steps.watch()
+
+
+def _nothing() -> None:
+    """What a part of a group is without its root."""
+
+
+copyreg.pickle(Member, _reduce_member)
+copyreg.pickle(Container, _reduce_container)

@@ -1,0 +1,198 @@
+"""The drop-in layer API: ``weight_norm(module)`` and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import remove_parametrizations
+
+from .checkpoint import (
+    WeightNormOriginals,
+    legacy_hooks,
+    legacy_keys,
+    register_load_hook,
+    unregister_load_hook,
+)
+from .legacy_names import forget_legacy_names, pruned_original
+from .lost_writes import FirstReads, stop_watching
+from .module_class import adopt_class, own_class
+from .parametrization import (
+    TORCH_HOOK,
+    WeightNorm,
+    WeightNormList,
+    check_module,
+    weight_norm_kind,
+)
+from .problem import check_eps, check_v
+from .removal import RemovalHook, add_removal_hook, take_removal_hook
+
+
+@torch.inference_mode(False)
+def weight_norm(
+    module: nn.Module, name: str = "weight", dim: int | None = 0, *, eps: float = 0.0
+) -> nn.Module:
+    """Weight-normalise a parameter of ``module``: ``w = g * v / ||v||``.
+
+    A drop-in for :func:`torch.nn.utils.parametrizations.weight_norm`: the same keys
+    (``parametrizations.<name>.original0`` for g, ``.original1`` for v), the same values and the
+    same tools (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``).
+    Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with a plain ``<name>``, load
+    too (docs/checkpoints.md).
+
+    Args:
+        module: the layer, changed in place.
+        name: which of its parameters.
+        dim: the dimension that keeps its norms apart (0: one per output channel of a convolution or
+            linear layer). ``None`` and -1 mean one norm over the whole tensor.
+        eps: lower bound of the norm, as in :func:`torch.nn.functional.normalize`; 0 as in torch.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is no module, or the parameter is not a dense floating-point tensor.
+        ValueError: no such parameter, an uninitialised one, or a wrong ``dim`` or ``eps``.
+        RuntimeError: the parameter is already weight-normed, by any of the three kinds.
+    """
+    check_module("module", module)
+    if kind := weight_norm_kind(module, name):
+        raise RuntimeError(
+            f"name: expected a parameter without weight norm, got {name!r}, which has {kind}: "
+            "cannot register two weight_norm hooks on the same parameter"
+        )
+    if parametrize.is_parametrized(module, name):
+        raise RuntimeError(
+            f"name: expected a parameter without parametrizations, got {name!r}; weight norm has "
+            "to come first, others may be registered on top of it"
+        )
+    if module._parameters.get(name) is None:
+        known = ", ".join(module._parameters) or "none"
+        raise ValueError(
+            f"name: expected a parameter of {type(module).__name__} (it has: {known}), got {name!r}"
+        )
+    weight = getattr(module, name)
+    if isinstance(weight, UninitializedParameter):
+        raise ValueError(
+            f"name: expected an initialised parameter, got {name!r}: a normed module can't "
+            "have uninitialized parameters; run it once before applying weight norm"
+        )
+    check_v(weight, dim)
+    register(module, name, WeightNorm(dim, eps=check_eps(eps)))
+    if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
+        _update_flat_weights(module, name)
+    return module
+
+
+def register(module: nn.Module, name: str, norm: WeightNorm) -> None:
+    """Put a weight norm on a plain parameter."""
+    if parametrize.is_parametrized(module):
+        own_class(module)
+    parametrize.register_parametrization(module, name, norm, unsafe=True)
+    make_ours(module, name)
+
+
+def _update_flat_weights(rnn: nn.RNNBase, name: str) -> None:
+    """Let an RNN know its weight before the first forward, which would do the same."""
+    with torch.no_grad():
+        w = nn.Module.__call__(rnn.parametrizations[name])  # a read would be watched for writes
+    rnn._flat_weights[rnn._flat_weights_names.index(name)] = w
+
+
+def make_ours(module: nn.Module, name: str) -> None:
+    """What is ours in a parametrized module, besides the weight norm itself."""
+    weights = module.parametrizations[name]
+    if type(weights) in (parametrize.ParametrizationList, WeightNormOriginals):
+        weights.__class__ = WeightNormList
+        adopt_class(module, name)
+        weights.owner = FirstReads(weights)
+    register_load_hook(module, name)
+    add_removal_hook(module, RemovalHook(name, weights[0].dim, remove_weight_norm))
+
+
+@torch.inference_mode(False)
+def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
+    """Fold ``w`` back into a plain parameter ``module.<name>``; the way back from any of the three
+    kinds: this package's, torch's parametrization, torch's legacy hook.
+
+    The new Parameter requires grad if g or v did. Optimizers that held g and v do not know it.
+
+    Args:
+        module: a layer with weight norm on ``name``, changed in place.
+        name: which of its parameters.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is no module.
+        ValueError: ``name`` has no weight norm.
+        RuntimeError: other parametrizations are stacked on the weight norm, or g or v is pruned.
+    """
+    check_module("module", module)
+    kind = weight_norm_kind(module, name)
+    if kind is None:
+        raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
+    if kind != TORCH_HOOK and len(module.parametrizations[name]) > 1:
+        stacked = ", ".join(type(p).__name__ for p in module.parametrizations[name])
+        raise RuntimeError(
+            f"name: expected weight norm alone on {name!r}, got {stacked}; "
+            "parametrize.remove_parametrizations folds them all"
+        )
+    if pruned := pruned_original(module, name):
+        raise RuntimeError(
+            f"name: expected weight norm alone on {name!r}, got one of which {pruned!r} is pruned; "
+            f"call torch.nn.utils.prune.remove(layer, {pruned!r}) before"
+        )
+    make_plain(module, name, folded_weight(module, name))
+    return module
+
+
+def folded_weight(module: nn.Module, name: str) -> nn.Parameter:
+    """What a weight-normed parameter is when it is plain, with whatever else is stacked on the
+    weight norm. The module stays as it is."""
+    if weight_norm_kind(module, name) == TORCH_HOOK:
+        sources = [getattr(module, key) for key in legacy_keys(name)]
+        with torch.no_grad():
+            w = legacy_hooks(module)[name][1].compute_weight(module)
+    else:
+        weights = module.parametrizations[name]
+        sources = list(weights.parameters())
+        with torch.no_grad(), _eval_mode(weights):  # spectral norm would iterate
+            w = nn.Module.__call__(weights)  # what a group computes is the group's
+    return nn.Parameter(w, requires_grad=any(p.requires_grad for p in sources))
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def make_plain(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Put a plain parameter in the place of a weight-normed one."""
+    if weight_norm_kind(module, name) == TORCH_HOOK:
+        del module._forward_pre_hooks[legacy_hooks(module)[name][0]]
+        for attribute in legacy_keys(name):
+            delattr(module, attribute)
+        vars(module).pop(name, None)  # w of the last forward
+    else:
+        weights = module.parametrizations[name]
+        stop_watching(weights)
+        weights.owner = None
+        weights.eval()  # torch computes it once more
+        own_class(module)
+        forget_legacy_names(module, name)
+        remove_parametrizations(module, name)
+    unregister_load_hook(module, name)
+    take_removal_hook(module, name)
+    setattr(module, name, weight)

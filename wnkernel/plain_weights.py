@@ -1,0 +1,101 @@
+"""Libraries that write to the weight of a layer, and what they ask the layer before they do.
+
+The weight of a weight-normed layer is computed from g and v whenever it is read. Adapters that are
+merged into it (PEFT) write to ``base_layer.weight.data``: with torch's weight norm the write is
+lost without a word. Tensor parallelism replaces some parameters of a layer and then fails on the
+others. Neither passes by anything of ours on its way, but for a question: whether there is a
+``layer.base_layer``, or a ``layer._distribute_module_applied``. So these two attributes, which
+weight-normed layers do not have, look at who asks for them, and raise an error that says what to do
+where the weight is about to be written. Nothing is added to reading a weight.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+WRITERS = frozenset(
+    (
+        "merge",
+        "unmerge",
+        "get_param",
+        "set_base_weight",
+        "corda_init",
+        "loftq_init",
+        "lora_ga_init",
+        "olora_init",
+        "pissa_init",
+        "_truncate_base_weight",
+    )
+)
+"""Methods of PEFT's adapters that write to the weight beneath them, or, with ``target_parameters``,
+expect a parameter where g and v are."""
+
+DEPTH = 3
+"""Calls from such a method to ``get_base_layer``, at most."""
+
+
+class Question:
+    """An attribute that weight-normed layers do not have.
+
+    Args:
+        name: what it is called.
+        writer: who is about to write to the weight, given the frame that asks for it; None where
+            it is just a question.
+    """
+
+    def __init__(self, name: str, writer: Callable[[FrameType], str | None]) -> None:
+        self._name = name
+        self._writer = writer
+
+    def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> Question:
+        if module is None:
+            return self
+        if not is_dynamo_compiling() and (writer := self._writer(sys._getframe(1))):
+            raise RuntimeError(
+                f"{writer}: expected a layer with a plain weight, got a {cls.__name__} with weight "
+                "norm, whose weight is computed from g and v, so that what is written to it would "
+                "be lost: call wnkernel.fold(model) before"
+            )
+        raise AttributeError(self._name)  # nn.Module.__getattr__ is asked next
+
+
+def _merging(frame: FrameType) -> str | None:
+    if frame.f_code.co_name != "get_base_layer":
+        return None
+    library = _library(frame)
+    for _ in range(DEPTH):
+        frame = frame.f_back
+        if frame is None or _library(frame) != library:
+            return None
+        if frame.f_code.co_name in WRITERS:
+            return frame.f_code.co_name
+    return None
+
+
+def _library(frame: FrameType) -> str:
+    return _module(frame).partition(".")[0]
+
+
+def _parallelizing(frame: FrameType) -> str | None:
+    style = frame.f_back
+    if frame.f_code.co_name != "distribute_module" or style is None:
+        return None
+    if _module(style) != "torch.distributed.tensor.parallel.style":
+        return None
+    return type(style.f_locals.get("self")).__name__
+
+
+def _module(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")
+
+
+QUESTIONS = {
+    "base_layer": Question("base_layer", _merging),
+    "_distribute_module_applied": Question("_distribute_module_applied", _parallelizing),
+}
+"""By name, for the classes of weight-normed modules."""
