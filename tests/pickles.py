@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+try:
+    import cloudpickle
+    import joblib  # sets environment variables
+except ImportError:
+    cloudpickle = joblib = None
+
 Way = Callable[[Any], Any]
 
 
@@ -28,12 +34,14 @@ def by_torch_save(**options: Any) -> Way:
 
 
 def by_cloudpickle(module: Any) -> Any:
-    cloudpickle = pytest.importorskip("cloudpickle", reason="cloudpickle is not installed")
+    if cloudpickle is None:
+        pytest.skip("cloudpickle is not installed")
     return pickle.loads(cloudpickle.dumps(module))
 
 
 def by_joblib(module: Any) -> Any:
-    joblib = pytest.importorskip("joblib", reason="joblib is not installed")
+    if joblib is None:
+        pytest.skip("joblib is not installed")
     file = io.BytesIO()
     joblib.dump(module, file)
     file.seek(0)

@@ -253,7 +253,7 @@ def test_norms_as_g_give_v(kernels, pair, view):
 @pytest.mark.parametrize("g_dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("inner", [60, 2052, 14_000, 1 << 15])
 def test_one_norm_of_halves_divides_as_g_holds_it(kernels, inner, g_dtype):
-    """So w = v, if g is the norm that the kernel has computed; of several draws one would be off."""
+    """So w = v, if g is the norm that the kernel computed; of several draws, one would not."""
     cases = [case((1, 1, inner), PAIRS["bf16"], g_dtype=g_dtype) for _ in range(6)]
     results = run_list(kernels, cases).results
     as_g = [c._replace(g=r.norm.to(g_dtype)) for c, r in zip(cases, results, strict=True)]

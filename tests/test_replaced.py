@@ -28,8 +28,8 @@ grouped_or_not = pytest.mark.parametrize("reuse", [None, "forward", "version"])
 class Reader(nn.Sequential):
     """Returns the weights of its layers."""
 
-    def forward(self) -> list[Tensor]:
-        return [layer.weight for layer in self]
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(layer.weight for layer in self)
 
 
 def build(reuse: str | None) -> Reader:
@@ -173,6 +173,7 @@ OBSERVERS: dict[str, Callable[[WeightNormList, WeightNorm, Callable], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @grouped_or_not
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_hooks_that_observe_are_called(reuse: str | None, name: str) -> None:

@@ -54,7 +54,7 @@ def adopt_class(module: nn.Module, name: str) -> None:
     cls.register_buffer = _register_buffer
     for attribute, question in QUESTIONS.items():
         setattr(cls, attribute, question)
-    cls.__new__ = _new
+    cls.__new__ = staticmethod(_new)
     cls.__reduce_ex__ = _reduce
     cls.__deepcopy__ = _deepcopy_by(cls.__deepcopy__)
 
@@ -110,12 +110,12 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
         if not param.requires_grad:
             self.parametrizations[name].requires_grad_(False)
         return
-    _next(self, "register_parameter", _register_parameter)(name, param)
+    _next(self, "register_parameter")(name, param)
     _forget(self, name)
 
 
 def _register_buffer(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
-    _next(self, "register_buffer", _register_buffer)(name, *args, **kwargs)
+    _next(self, "register_buffer")(name, *args, **kwargs)
     _forget(self, name)
 
 
@@ -166,22 +166,22 @@ def _forget(module: nn.Module, name: str) -> None:
         forget_legacy_names(module, name)
 
 
-def _beneath(module: nn.Module, method: str, ours: Callable[..., Any]) -> type[nn.Module]:
-    """The last of the module's classes in which a method is ours; the next one has another's."""
-    return [c for c in type(module).__mro__ if vars(c).get(method) is ours][-1]
+def _last_of_ours(cls: type[nn.Module]) -> type[nn.Module]:
+    """The last class in the order of resolution that :func:`adopt_class` changed."""
+    ours = (c for c in cls.__mro__ if vars(c).get("register_parameter") is _register_parameter)
+    return list(ours)[-1]
 
 
-def _next(module: nn.Module, method: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+def _next(module: nn.Module, method: str) -> Callable[..., Any]:
     """The method that ours stands before."""
-    return getattr(super(_beneath(module, method, ours), module), method)
+    return getattr(super(_last_of_ours(type(module)), module), method)
 
 
-@staticmethod
 def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """A plain module for ``type(module)(4, 2, 1)``. One of this class would have no weight norm
     either, but a property in the place of its weight, which torch.compile stumbles over. Copies are
     made of an empty one, for which there are no arguments."""
-    base = [c for c in cls.__mro__ if vars(c).get("__new__") is _new][-1].__bases__[0]
+    base = _last_of_ours(cls).__bases__[0]
     return base(*args, **kwargs) if args or kwargs else base.__new__(cls)
 
 
@@ -208,7 +208,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """How a module is pickled: its class, which nobody can import, as what it is made from."""
     if vars(type(self)).get("__reduce_ex__") is not _reduce:  # others changed its class after us
         return object.__reduce_ex__(self, protocol)
-    ours = _beneath(self, "__reduce_ex__", _reduce)
+    ours = _last_of_ours(type(self))
     getstate = getattr(super(ours, self), "__getstate__", None)  # object has one since Python 3.11
     state = dict(vars(self)) if getstate is None else getstate()
     if isinstance(self, nn.RNNBase):  # weights of its last forward, with their history
