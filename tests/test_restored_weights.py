@@ -180,6 +180,9 @@ def test_folded_weights_in_torchs_layers(kind, shape, dim, dtype):
         split = wnkernel.convert_state_dict({"weight": weight}, layout, like=other)
         other.load_state_dict(split)
         assert_restored(other, weight)
+    if kind == "legacy":  # torch's parametrization assigns by itself
+        wnkernel.init_weight_(layer, lambda w: w.copy_(weight.flip(0)))
+        assert_restored(layer, weight.flip(0))
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30, 0.0])
@@ -213,7 +216,9 @@ def test_fake_tensors(dim, dtype):
         layer = wnkernel.weight_norm(nn.Conv1d(4, 6, 3, dtype=dtype), dim=dim)
         layer(torch.empty(2, 4, 9, dtype=dtype)).sum().backward()
         layer.weight = torch.empty(6, 4, 3, dtype=dtype)
-        layer.load_state_dict({"weight": torch.empty(6, 4, 3, dtype=dtype), "bias": layer.bias})
+        weight = {"weight": torch.empty(6, 4, 3, dtype=dtype), "bias": layer.bias}
+        layer.load_state_dict(weight)
+        layer.load_state_dict(weight | layer.state_dict())
         g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
         assert g.fake_mode is mode
         assert (g.dtype, v.shape, g.grad.shape) == (dtype, (6, 4, 3), g.shape)

@@ -44,7 +44,9 @@ def weight_norm(
     .. math:: w = g \, \frac{v}{\max(\lVert v \rVert_2, \epsilon)}
 
     with one norm for each index along ``dim``. Differentiable in ``v`` and ``g`` to any order; the
-    backward may run more than once.
+    backward may run more than once. Where one norm spans the whole tensor and v and g have half
+    types, the norm is first rounded to g's (if that gives a normal number), as in torch;
+    derivatives are those of the formula.
 
     Args:
         v: direction, any shape with at least one dimension; float16, bfloat16, float32 or float64,

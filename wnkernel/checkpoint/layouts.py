@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
@@ -103,16 +104,21 @@ def split_for_torch(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.where((of_torch > 0) & of_torch.isfinite(), of_torch, g), weight
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether there is anything to compare: not on the meta device, nor in a fake tensor."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same to the last bit, NaN included.
 
-    Tensors on the meta device have no bits: there the shape and the dtype decide.
+    Tensors without values have no bits: there the shape and the dtype decide.
     """
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if a.is_meta or b.is_meta:
+    if not (has_values(a) and has_values(b)):
         return True
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return torch.equal(a.detach().view(bits), b.detach().to(a.device).view(bits))
@@ -122,7 +128,7 @@ def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
     """Whether two weights could be one, computed by two kernels, or rounded to a narrower dtype."""
     if a.shape != b.shape:
         return False
-    if a.is_meta or b.is_meta:
+    if not (has_values(a) and has_values(b)):
         return True
     rtol = max(_rounding(a.dtype), _rounding(b.dtype))
     # float8 has no promotion
