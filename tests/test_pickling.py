@@ -69,6 +69,24 @@ class Copied(nn.Linear):
         return new
 
 
+class Delegating(nn.Module):
+    """Answers for the module that it holds, once it holds one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = nn.Linear(5, 4)
+        self.own = nn.Parameter(torch.ones(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held(x) * self.own.sum()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.held, name)
+
+
 def legacy_names() -> nn.Module:
     with wnkernel.patch_torch():
         return nn.utils.weight_norm(nn.Linear(5, 4))
@@ -124,6 +142,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "parametrized bias": with_parametrized_bias,
     "its own state": lambda: norm(Kept()),
     "its own copies": lambda: norm(Copied(5, 4)),
+    "delegating": lambda: norm(Delegating(), "own"),
     "twice normed class": lambda: norm(type(norm(nn.Linear(5, 4)))(5, 4)),
 }
 

@@ -230,9 +230,10 @@ def _unpickled(
     if names:
         parametrize._inject_new_class(module)
     for name in names:
-        parametrize._inject_property(module, name)
-    for name in normed:
-        adopt_class(module, name)
+        if name in normed:
+            adopt_class(module, name)
+        else:
+            parametrize._inject_property(module, name)
     for name in legacy:
         answer_to_legacy_names(module, name)
     return module
