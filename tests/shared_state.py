@@ -22,6 +22,11 @@ def _environment() -> set[tuple[str, str]]:
     return {item for item in os.environ.items() if item[0] != "PYTEST_CURRENT_TEST"}
 
 
+def _search_path() -> list[str]:
+    """Without folders that installed packages add when they are imported, as setuptools does."""
+    return [path for path in sys.path if "site-packages" not in path]
+
+
 def _module_hooks() -> list[int]:
     """Their numbers, for modules of all kinds."""
     return [
@@ -59,8 +64,7 @@ SHARED: dict[str, Callable[[], object]] = {
     "hooks of modules": _module_hooks,
     "hooks of optimizers": _optimizer_hooks,
     "inference mode": torch.is_inference_mode_enabled,
-    "limit of recursion": sys.getrecursionlimit,
-    "search path": lambda: list(sys.path),
+    "search path": _search_path,
     "threads": torch.get_num_threads,
 }
 

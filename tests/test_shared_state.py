@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -42,10 +41,6 @@ def handle_interrupts(handler: Any) -> None:
     signal.signal(signal.SIGINT, handler)
 
 
-def one_more(get: Callable[[], int], setter: Callable[[int], object]) -> AbstractContextManager:
-    return set_to(setter, get() + 1, get())
-
-
 CHANGES: dict[str, Callable[[], AbstractContextManager]] = {
     "backend": lambda: wnkernel.use_backend("eager"),
     "current folder": lambda: patched(lambda patch: patch.chdir("/")),
@@ -63,9 +58,10 @@ CHANGES: dict[str, Callable[[], AbstractContextManager]] = {
     "hooks of modules": lambda: register_module_forward_hook(lambda *_: None),
     "hooks of optimizers": lambda: register_optimizer_step_post_hook(lambda *_: None),
     "inference mode": torch.inference_mode,
-    "limit of recursion": lambda: one_more(sys.getrecursionlimit, sys.setrecursionlimit),
     "search path": lambda: patched(lambda patch: patch.syspath_prepend("/")),
-    "threads": lambda: one_more(torch.get_num_threads, torch.set_num_threads),
+    "threads": lambda: set_to(
+        torch.set_num_threads, torch.get_num_threads() + 1, torch.get_num_threads()
+    ),
 }
 
 

@@ -31,8 +31,10 @@ def run(tests: dict[str, list[str]], arguments: list[str], *, ours: bool) -> dic
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         for ours_alone in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):
             environment.pop(ours_alone, None)  # set where our own tests run
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "others_plugin", "-p"]
-        command += ["no:cacheprovider", "--continue-on-collection-errors", *arguments, "--", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "others_plugin"]
+        # In one order both times: a test that ends the process takes those after it along.
+        command += ["-p", "no:randomly", "-p", "no:cacheprovider"]
+        command += ["--continue-on-collection-errors", *arguments, "--", *tests]
         # What pytest says goes where it does not mix with the table.
         code = subprocess.call(command, cwd=folder, env=environment, stdout=sys.stderr)
         if not report.exists():
