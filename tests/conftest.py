@@ -17,8 +17,9 @@ from wnkernel.backends.compiled import CompiledBackend
 from .compiled import fresh_compiler, launched
 from .groups import computed, python_slots
 from .shared_state import left_behind, shared_state
+from .vocoders import fresh_accelerate
 
-__all__ = ["computed", "fresh_compiler", "launched", "python_slots"]
+__all__ = ["computed", "fresh_accelerate", "fresh_compiler", "launched", "python_slots"]
 
 COMPILED = [
     name

@@ -74,3 +74,15 @@ def assert_same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for key in a:
         assert a[key].dtype == b[key].dtype, key
         assert torch.equal(a[key], b[key]), key
+
+
+def assert_state_as_torchs(ours: dict[str, Tensor], torchs: dict[str, Tensor]) -> None:
+    """The same up to the last bits of g: each has the norms that its own kernels divide by, and
+    float64's are tests/test_restored_weights.py's to compare with."""
+    assert list(ours) == list(torchs)
+    for key, t in ours.items():
+        assert t.dtype == torchs[key].dtype, key
+        if key.endswith("original0"):
+            torch.testing.assert_close(t, torchs[key], msg=lambda text, key=key: f"{key}: {text}")
+        else:
+            assert torch.equal(t, torchs[key]), key

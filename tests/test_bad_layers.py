@@ -3,6 +3,8 @@ is as it was. The checks here are Python's for every backend."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -133,3 +135,21 @@ def test_remove_beneath_another_parametrization():
     with pytest.raises(RuntimeError, match=message("name", "weight norm alone", "_SpectralNorm")):
         wnkernel.remove_weight_norm(module)
     assert snapshot(module) == before
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_two_weight_norms_can_mean_is_a_norm_of_v(fused):
+    """Twice on one parameter is refused; the second can be on v, with a dim of its own."""
+    module = wnkernel.weight_norm(nn.Linear(4, 3))
+    w = module.weight.detach().clone()
+    wnkernel.weight_norm(module.parametrizations.weight, "original1", dim=1)
+    model = nn.Sequential(module)
+    if fused:
+        wnkernel.fuse(model)
+    torch.testing.assert_close(module.weight, w)
+    model(torch.randn(2, 4)).square().sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.state_dict())
+    wnkernel.fold(copied)
+    torch.testing.assert_close(copied[0].weight.detach(), w)

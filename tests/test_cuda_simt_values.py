@@ -21,6 +21,7 @@ from .simt.cases import (
     differences,
     plan_of,
     run,
+    run_forward,
     run_list,
 )
 from .simt.process import Worker, worker
@@ -238,3 +239,31 @@ def test_only_one_gradient_wanted(kernels, view, dtype):
     assert only_v.grad_g is only_g.grad_v is None
     assert differences(only_v, both[0]) == ["grad_g"]
     assert differences(only_g, both[1]) == ["grad_v"]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("pair", ["f32", "f64"])
+def test_norms_as_g_give_v(kernels, pair, view):
+    c = case(VIEWS[view], PAIRS[pair])
+    c = c._replace(g=run(kernels, c).norm)
+    (again,) = run_forward(kernels, [c]).results
+    assert torch.equal(again.w, c.v)
+
+
+@pytest.mark.parametrize("g_dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("inner", [60, 2052, 14_000, 1 << 15])
+def test_one_norm_of_halves_divides_as_g_holds_it(kernels, inner, g_dtype):
+    """So w = v, if g is the norm that the kernel computed; of several draws, one would not."""
+    cases = [case((1, 1, inner), PAIRS["bf16"], g_dtype=g_dtype) for _ in range(6)]
+    results = run_list(kernels, cases).results
+    as_g = [c._replace(g=r.norm.to(g_dtype)) for c, r in zip(cases, results, strict=True)]
+    for c, r in zip(as_g, run_forward(kernels, as_g).results, strict=True):
+        assert torch.equal(r.w, c.v)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e5])
+def test_one_norm_that_float16_cannot_hold(kernels, size):
+    """w divides by the norm as it is."""
+    c = case((1, 1, 60), PAIRS["bf16"], g_dtype=torch.float16)
+    c.v.mul_(size)
+    assert_right(c, run(kernels, c))

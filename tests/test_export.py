@@ -19,6 +19,7 @@ from .cases import randn, randn_g
 from .exports import batch, folded, model, of_ours, operators
 from .layers import legacy_weight_norm
 from .messages import message
+from .processes import PATIENCE_S
 
 PLAIN = ["mul.Tensor", "sum.dim_IntList", "sqrt.default", "div.Tensor", "mul.Tensor"]
 """One weight norm."""
@@ -241,12 +242,12 @@ def test_other_threads_compute_as_ever():
     class Slow(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             exporting.set()
-            assert done.wait(60)
+            assert done.wait(PATIENCE_S)
             return x
 
     def read() -> None:
         try:
-            assert exporting.wait(60)
+            assert exporting.wait(PATIENCE_S)
             seen.append((m.head.weight, m.head.weight.grad_fn.name()))
         finally:
             done.set()

@@ -13,14 +13,23 @@ import wnkernel
 from wnkernel import functional as F
 
 from . import reference
-from .layers import LAYERS, all_dims, all_layers, assert_same_state, originals, run, twins
+from .layers import (
+    LAYERS,
+    all_dims,
+    all_layers,
+    assert_same_state,
+    assert_state_as_torchs,
+    originals,
+    run,
+    twins,
+)
 
 
 @all_dims
 @all_layers
 def test_same_state_dict(layer, dim):
     ours, torchs = twins(layer, dim, "ours", "torch")
-    assert_same_state(ours.state_dict(), torchs.state_dict())
+    assert_state_as_torchs(ours.state_dict(), torchs.state_dict())
     assert [k for k, _ in ours.named_parameters()] == [k for k, _ in torchs.named_parameters()]
 
 
@@ -115,14 +124,14 @@ def test_assigning_the_weight(layer, dim):
     for module in (ours, torchs):
         setattr(module, name, new)
     assert [id(p) for p in ours.parameters()] == before
-    assert_same_state(ours.state_dict(), torchs.state_dict())
+    assert_state_as_torchs(ours.state_dict(), torchs.state_dict())
     torch.testing.assert_close(getattr(ours, name), new)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_to_dtype(route, dtype):
     ours, torchs = twins("Linear", 0, "ours", "torch")
-    assert_same_state(ours.to(dtype).state_dict(), torchs.to(dtype).state_dict())
+    assert_state_as_torchs(ours.to(dtype).state_dict(), torchs.to(dtype).state_dict())
     assert ours.weight.dtype == dtype
     g, v = originals(ours)
     reference.assert_close("w", ours.weight, reference.forward(v, g, 0))

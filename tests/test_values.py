@@ -180,24 +180,3 @@ def test_other_rows_survive_a_bad_one(route, dim, bad, dtype):
     w = check(v, g, dim)
     for row in (0, 1, 3):
         assert torch.equal(w.select(dim, row), clean.select(dim, row))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dim"), shape_dims(SHAPES | EMPTY_SHAPES))
-def test_norm_except_dim(shape, dim, dtype):
-    v = randn(shape, dtype)
-    norm = F.norm_except_dim(v, dim)
-    assert norm.dtype == dtype
-    want = reference.norm(v, dim)
-    length = max(v.numel() // max(want.numel(), 1), 1)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    reference.assert_close("norm", norm, reference.Expected(want, want, length, acc))
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2, None])
-def test_norm_except_dim_range(dim):
-    for size in (1e30, 1e-30):
-        v = randn((4, 5, 6)) * size
-        want = reference.norm(v, dim)
-        expected = reference.Expected(want, want, 120, torch.float32)
-        reference.assert_close("norm", F.norm_except_dim(v, dim), expected)

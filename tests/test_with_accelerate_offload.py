@@ -21,8 +21,11 @@ from .vocoders import FORMS, LAYERS, NAME, all_forms, build, spectrogram, vocode
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
 
-# The maps here name buffers of the root too.
-pytestmark = pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
+    # The maps here name buffers of the root too.
+    pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning"),
+]
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@ their checkpoints come back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,9 @@ safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is no
 
 
 @pytest.fixture
-def accelerator() -> Iterator[Callable[..., Any]]:
-    """Makes an Accelerator; what a process keeps of it is reset afterwards."""
-    yield partial(accelerate.Accelerator, cpu=True)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+def accelerator(fresh_accelerate: None) -> Callable[..., Any]:
+    """Makes an Accelerator."""
+    return partial(accelerate.Accelerator, cpu=True)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

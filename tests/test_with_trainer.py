@@ -19,6 +19,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="the Trainer needs Accelerate, which is not installed")
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 NAME = "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original0"
 
 
@@ -59,7 +61,7 @@ def trainer(
     return cls(model, arguments, train_dataset=data())
 
 
-@pytest.mark.parametrize(("form", "bf16"), zip(FORMS, (False, True, False), strict=True))
+@pytest.mark.parametrize(("form", "bf16"), [*zip(FORMS, (False, True, False), strict=True)])
 def test_training(tmp_path: Path, form: str, bf16: bool) -> None:
     """Alone or fused to the last bit, with torch's weight norm up to rounding."""
     models = converted(form), converted("alone"), of_torch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -70,3 +70,17 @@ def assert_same_parameters(got: nn.Module, want: nn.Module) -> None:
     """The same bits, by position, since the names of legacy layers differ."""
     for a, b in zip(got.parameters(), want.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate without what it keeps for a process: its first Accelerator decides for all."""
+    state = pytest.importorskip("accelerate.state", reason="Accelerate is not installed")
+
+    def reset() -> None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+    reset()
+    yield
+    reset()

@@ -13,7 +13,7 @@ from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _ops, composed, exporting, forms
-from .backends import choice, choose, gpu_operators
+from .backends import choice, choose, gpu_operators, has_choice
 from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
 from .forms import Problems
@@ -44,7 +44,9 @@ def weight_norm(
     .. math:: w = g \, \frac{v}{\max(\lVert v \rVert_2, \epsilon)}
 
     with one norm for each index along ``dim``. Differentiable in ``v`` and ``g`` to any order; the
-    backward may run more than once.
+    backward may run more than once. Where one norm spans the whole tensor and v and g have half
+    types, the norm is first rounded to g's (if that gives a normal number), as in torch;
+    derivatives are those of the formula.
 
     Args:
         v: direction, any shape with at least one dimension; float16, bfloat16, float32 or float64,
@@ -146,8 +148,8 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
     """The norms that ``weight_norm(v, g, dim)`` divides by: with them as g, w is v.
 
     To the last bit, as far as v's dtype holds them. Where function transforms, forward-mode AD,
-    compilers or tracers are at work, and on DTensors, they come from another formula, whose last
-    bits may differ.
+    compilers or tracers are at work, on DTensors, and where the backend that was asked for cannot
+    take v, they come from another formula, whose last bits may differ.
 
     Differentiable to any order; the gradient of a zero row is 0. Rows whose squares leave v's range
     are right as long as their norm is in it.
@@ -165,21 +167,37 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
     """
     if has_torch_function((v,)):
         return handle_torch_function(norm_except_dim, (v,), v, dim=dim)
-    dim = check_v(v, dim)
-    if is_compiling() or _is_distributed(v) or not _autograd.is_untouched([v]) or v.numel() == 0:
+    return norms_for(v, check_v(v, dim), 0.0)
+
+
+def norms_for(v: Tensor, dim: int, eps: float) -> Tensor:
+    """:func:`norm_except_dim` for a canonical ``dim``, of weight norms with an ``eps``: on the
+    eager backend they are computed otherwise than those without. Norms are not clamped."""
+    if has_torch_function((v,)):
+        return handle_torch_function(norms_for, (v,), v, dim, eps)
+    if is_compiling() or not _has_kernels_norms(v):
         return _composed_norms(v, dim)
+    norms = partial(_norms, dim=dim, eps=eps)
     if torch.is_grad_enabled() and v.requires_grad:
-        return _autograd.norms(v, partial(_norms, dim=dim), partial(weight_norm, dim=dim))
-    return _norms(v, dim).to(v.dtype)
+        return _autograd.norms(v, norms, partial(weight_norm, dim=dim))
+    return norms(v).to(v.dtype)
 
 
-def _norms(v: Tensor, dim: int) -> Tensor:
+def _has_kernels_norms(v: Tensor) -> bool:
+    """Whether there is a kernel to ask for norms. A layer may be built where the backend that was
+    asked for cannot run, and moved afterwards."""
+    return (
+        v.numel() > 0 and not _is_distributed(v) and _autograd.is_untouched([v]) and has_choice(v)
+    )
+
+
+def _norms(v: Tensor, dim: int, eps: float) -> Tensor:
     """What the kernels for v divide by, in the dtype of norms."""
     acc = accumulation_dtype(v.dtype)
     g, backend = v.new_ones(norm_shape(v.shape, dim), dtype=acc), choose(v)
     if isinstance(backend, CompiledBackend):
-        return torch.ops.wnkernel.forward([v], [g], [dim], [0.0])[1][0]
-    norm = backend.forward(forms.known(v, g, dim, 0.0, None))[1][0]
+        return torch.ops.wnkernel.forward([v], [g], [dim], [eps])[1][0]
+    norm = backend.forward(forms.known(v, g, dim, eps, None))[1][0]
     if backend.name == "eager":  # torch's kernels lose rows whose squares leave the float range
         is_right = (norm > 0) & norm.isfinite()
         return torch.where(is_right, norm, composed.norm_except_dim(v.to(acc), dim))

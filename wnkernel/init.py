@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checkpoint import legacy_hooks, legacy_keys, split_weight
+from .checkpoint import legacy_hooks, legacy_keys, split_for_torch
 from .grouping.batch import sharding_modules
 from .layers import folded_weight
 from .module_class import forget_cached
@@ -56,7 +56,7 @@ def init_weight_(module: nn.Module, fn: Callable[[Tensor], Any], name: str = "we
         fn(weight)
         if kind == TORCH_HOOK:
             g, v = (getattr(module, key) for key in legacy_keys(name))
-            new_g, _ = split_weight(weight, legacy_hooks(module)[name][1].dim)
+            new_g, _ = split_for_torch(weight, legacy_hooks(module)[name][1].dim)
             g.copy_(new_g)
             v.copy_(weight)
         else:

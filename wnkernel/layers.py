@@ -39,8 +39,9 @@ def weight_norm(
     """Weight-normalise a parameter of ``module``: ``w = g * v / ||v||``.
 
     A drop-in for :func:`torch.nn.utils.parametrizations.weight_norm`: the same keys
-    (``parametrizations.<name>.original0`` for g, ``.original1`` for v), the same values and the
-    same tools (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``).
+    (``parametrizations.<name>.original0`` for g, ``.original1`` for v) and the same tools
+    (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``). The weight stays
+    what it was: g is the norm that the kernel divides by, so its last bits may not be torch's.
     Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with a plain ``<name>``, load
     too (docs/checkpoints.md).
 

@@ -50,7 +50,7 @@ class WeightNorm(nn.Module):
         """``(g, v)`` that give ``weight``."""
         if weight.is_inference() and not is_inference_mode_enabled():
             weight = weight.clone()  # what an inference tensor is shared with cannot be trained
-        return split_weight(weight, self.dim)
+        return split_weight(weight, self.dim, self.eps)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + (f", eps={self.eps}" if self.eps else "")
@@ -121,13 +121,21 @@ _NORM_FORWARD, _LIST_FORWARD = WeightNorm.forward, WeightNormList.forward
 def _is_untouched(module: nn.Module) -> bool:
     """Whether a module has neither hooks nor a forward of its own."""
     return not (
-        "forward" in module.__dict__
+        ("forward" in module.__dict__ and not _has_that_of_its_class(module))
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl
     )
+
+
+def _has_that_of_its_class(module: nn.Module) -> bool:
+    """Whether the forward of an instance is its own method, which is what remains of Accelerate's
+    hooks when they are removed."""
+    forward = module.__dict__["forward"]
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return own and forward.__self__ is module
 
 
 OURS = "wnkernel.weight_norm"

@@ -79,6 +79,12 @@ def _forced() -> str | None:
     return choice.forced
 
 
+def has_choice(v: Tensor) -> bool:
+    """Whether :func:`choose` has a backend for ``v``: none was asked for that cannot take it."""
+    forced = _forced()
+    return forced is None or not BACKENDS[forced].reasons(v)
+
+
 def choose(v: Tensor) -> Backend:
     """The backend for one checked problem.
 

@@ -8,7 +8,13 @@ that keep torch's weight norm), ``normed`` (what is under weight norm, of a dict
 
 from .accept import LayoutHandle, accept_any_layout
 from .convert import convert_state_dict
-from .layouts import legacy_hooks, legacy_keys, own_parametrizations, split_weight
+from .layouts import (
+    legacy_hooks,
+    legacy_keys,
+    own_parametrizations,
+    split_for_torch,
+    split_weight,
+)
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "legacy_keys",
     "own_parametrizations",
     "register_load_hook",
+    "split_for_torch",
     "split_weight",
     "unregister_load_hook",
 ]

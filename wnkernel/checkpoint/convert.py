@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -146,12 +147,16 @@ class _Conversion:
                 f"{list(weight.shape)} (that in like), got {got}"
             )
 
-        split = split_for_torch if weight.by_torch else split_weight
+        if weight.by_torch:
+            split = partial(split_for_torch, dim=weight.dim)
+        else:
+            split = partial(split_weight, dim=weight.dim, eps=self._eps_of(weight))
 
         def norms() -> Tensor:
-            return _as_in(w, split(w.detach(), weight.dim)[0], w.requires_grad)
+            return _as_in(w, split(w.detach())[0], w.requires_grad)
 
-        g = self._shaped(self._once((_identity(w), weight.dim, split), norms), weight.key)
+        key = (_identity(w), split.func, *split.keywords.values())
+        g = self._shaped(self._once(key, norms), weight.key)
         new_g, new_v = weight_keys(weight.key, self.to)
         self.changes[weight.key] = {new_g: g, new_v: w}
 
@@ -180,7 +185,7 @@ class _Conversion:
                 )
 
     def _fold(self, g: Tensor, v: Tensor, weight: NormedWeight) -> Tensor:
-        eps = self.eps or self.like.eps.get(weight.key, 0.0)
+        eps = self._eps_of(weight)
 
         def compute() -> Tensor:
             norms = g.detach().to(v.device)
@@ -201,6 +206,9 @@ class _Conversion:
         if g.shape == known.g_shape:
             return g
         return _as_in(g, g.detach().reshape(known.g_shape), g.requires_grad)
+
+    def _eps_of(self, weight: NormedWeight) -> float:
+        return self.eps or self.like.eps.get(weight.key, 0.0)
 
     def _once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self.computed:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
 from ..backends.eager import torch_has_kernel
-from ..problem import WHOLE_TENSOR, norm_shape
+from ..problem import WHOLE_TENSOR, check_v, norm_shape
 from ..removal import RemovalHook
 
 PARAMETRIZED, LEGACY, FOLDED = "parametrized", "legacy", "folded"
@@ -77,9 +78,12 @@ def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
     return WHOLE_TENSOR if one_element and len(v) else None
 
 
-def split_weight(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v."""
-    return functional.norm_except_dim(weight, dim), weight
+def split_weight(weight: Tensor, dim: int, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v.
+
+    Rows shorter than ``eps`` get their norm too, and so come out shorter than they are.
+    """
+    return functional.norms_for(weight, check_v(weight, dim), eps), weight
 
 
 def split_for_torch(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -100,16 +104,21 @@ def split_for_torch(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.where((of_torch > 0) & of_torch.isfinite(), of_torch, g), weight
 
 
+def has_values(t: Tensor) -> bool:
+    """Whether there is anything to compare: not on the meta device, nor in a fake tensor."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same to the last bit, NaN included.
 
-    Tensors on the meta device have no bits: there the shape and the dtype decide.
+    Tensors without values have no bits: there the shape and the dtype decide.
     """
     if a is b:
         return True
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if a.is_meta or b.is_meta:
+    if not (has_values(a) and has_values(b)):
         return True
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return torch.equal(a.detach().view(bits), b.detach().to(a.device).view(bits))
@@ -119,7 +128,7 @@ def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
     """Whether two weights could be one, computed by two kernels, or rounded to a narrower dtype."""
     if a.shape != b.shape:
         return False
-    if a.is_meta or b.is_meta:
+    if not (has_values(a) and has_values(b)):
         return True
     rtol = max(_rounding(a.dtype), _rounding(b.dtype))
     # float8 has no promotion

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
-from .layouts import legacy_hooks, legacy_keys, split_for_torch
+from .layouts import has_values, legacy_hooks, legacy_keys, split_for_torch
 from .legacy import restore_loading
 from .pairs import Source, Target, forget, load_weight, source
 
@@ -75,7 +75,7 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         super().right_inverse(value)
         g, v = self.original0, self.original1
         with torch.no_grad():
-            if not g.is_meta and (zero := g == 0).any():
+            if has_values(g) and (zero := g == 0).any():
                 v.set_(torch.where(zero, 1.0, v))
             if shape == (1,) and g.shape == ():
                 g.set_(g.reshape(1))
