@@ -262,13 +262,6 @@ def test_saved_and_loaded(moment, reuse):
         assert_same_models(model, new)
 
 
-@both_modes
-def test_pickling_a_whole_model_fails_in_torchs_words(reuse):
-    for module in twins(reuse)[:2]:
-        with pytest.raises(RuntimeError, match=r"only\s+supported through state_dict"):
-            torch.save(module, io.BytesIO())
-
-
 # Replicas
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -222,6 +223,35 @@ def test_a_forward_does_not_notice_the_hook(
     [hook] = layer._forward_pre_hooks.values()
     monkeypatch.setattr(type(hook), "__call__", lambda *_: pytest.fail("it was called"))
     layer(ramp(1, 5))
+
+
+def test_hooks_are_seen_however_they_come_and_go() -> None:
+    hooks = wnkernel.weight_norm(nn.Linear(5, 4))._forward_pre_hooks
+    [(ours, hook)] = hooks.items()
+    other = {ours + 1: print}
+    for add, take in (
+        (lambda: hooks.__setitem__(ours + 1, print), lambda: hooks.__delitem__(ours + 1)),
+        (lambda: hooks.setdefault(ours + 1, print), lambda: hooks.pop(ours + 1)),
+        (lambda: hooks.update(other), lambda: hooks.pop(ours + 1, None)),
+        (lambda: hooks.update(other), hooks.popitem),
+        (lambda: hooks.__ior__(other), lambda: (hooks.clear(), hooks.update({ours: hook}))),
+    ):
+        assert not hooks
+        add()
+        assert hooks
+        hooks.move_to_end(ours + 1, last=False)
+        hooks.move_to_end(ours + 1)
+        for copied in (copy.copy(hooks), copy.deepcopy(hooks), pickle.loads(pickle.dumps(hooks))):
+            assert copied
+            del copied[ours + 1]
+            assert not copied
+            assert len(copied) == 1
+        take()
+    assert not hooks
+    assert hooks.pop(ours) is hook
+    assert len(hooks) == 0
+    hooks.update(other)  # whoever cleared them adds others
+    assert hooks
 
 
 @pytest.mark.parametrize("hooked", [False, True])

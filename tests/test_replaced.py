@@ -300,7 +300,7 @@ def test_a_default_device_keeps_the_group(
     if not native:
         request.getfixturevalue("python_slots")
     model = build("forward")
-    before = torch.get_default_device()
+    before = torch.empty(0).device
     torch.set_default_device(before)
     try:
         with torch.device(before):

@@ -65,8 +65,39 @@ class HiddenHooks(OrderedDict[int, Callable[..., Any]]):
     ``nn.Module.__call__`` takes a shorter way if its dictionaries of hooks are false.
     """
 
+    shows = False
+    """Whether there are others: an attribute, because Dynamo of torch 2.4 knows no methods of such
+    dictionaries."""
+
     def __bool__(self) -> bool:
-        return any(type(hook) is not RemovalHook for hook in self.values())
+        return self.shows
+
+    def __setitem__(self, key: int, hook: Callable[..., Any]) -> None:
+        super().__setitem__(key, hook)
+        self._look()
+
+    def __delitem__(self, key: int) -> None:
+        super().__delitem__(key)
+        self._look()
+
+    def pop(self, *args: Any) -> Any:
+        try:
+            return super().pop(*args)
+        finally:
+            self._look()
+
+    def popitem(self, last: bool = True) -> tuple[int, Callable[..., Any]]:
+        try:
+            return super().popitem(last)
+        finally:
+            self._look()
+
+    def clear(self) -> None:
+        super().clear()
+        self._look()
+
+    def _look(self) -> None:
+        self.shows = any(type(hook) is not RemovalHook for hook in self.values())
 
 
 def add_removal_hook(module: nn.Module, hook: RemovalHook) -> None:
