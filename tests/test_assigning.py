@@ -56,6 +56,7 @@ def test_a_weight_that_is_assigned(
     build, name, dim, shape = CASES[case]
     layer = make(build(), name, dim)
     parameters, hooks = dict(layer.named_parameters()), len(layer._forward_pre_hooks)
+    addresses = [p.data_ptr() for p in layer.parameters()]
     group = wnkernel.fuse(layer, reuse=reuse) if reuse else None
     new = ramp(*getattr(layer, name).shape)
     if group:
@@ -70,6 +71,7 @@ def test_a_weight_that_is_assigned(
     now = dict(layer.named_parameters())
     assert list(now) == list(parameters)
     assert all(now[key] is p for key, p in parameters.items())  # optimizers go on
+    assert [p.data_ptr() for p in layer.parameters()] == addresses  # and what knows their memory
     assert all(p.requires_grad for p in now.values())
     assert len(layer._forward_pre_hooks) == hooks
     twin, x = build(), ramp(*shape)
@@ -88,6 +90,14 @@ def test_what_is_assigned_is_not_shared(value: Callable) -> None:
         layers[0].parametrizations.weight.original1.zero_().add_(1)
     assert torch.equal(new, ramp(4, 5))
     torch.testing.assert_close(layers[1].weight, ramp(4, 5))
+
+
+def test_v_and_g_of_different_dtypes() -> None:
+    layer = wnkernel.weight_norm(nn.Linear(5, 4, dtype=torch.bfloat16))
+    layer.parametrizations.weight.original0 = nn.Parameter(torch.ones(4, 1))
+    layer.weight = ramp(4, 5).bfloat16()
+    assert [p.dtype for p in g_and_v(layer)] == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(layer.weight, ramp(4, 5).bfloat16())
 
 
 def test_a_frozen_parameter_freezes() -> None:
@@ -171,6 +181,21 @@ def test_a_convolution_takes_in_its_batch_norm() -> None:
     fused = fuse_conv_bn_eval(conv, norm)
     torch.testing.assert_close(fused(ramp(1, 3, 5, 5)), model(ramp(1, 3, 5, 5)))
     assert weight_norm_kinds(fused)
+
+
+class Halved(nn.Module):
+    """A parametrization without a way back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_what_has_no_way_back_is_torchs_error() -> None:
+    layer = parametrize.register_parametrization(
+        wnkernel.weight_norm(nn.Linear(5, 4)), "weight", Halved()
+    )
+    with pytest.raises(RuntimeError, match="Halved does not implement right_inverse"):
+        layer.weight = ramp(4, 5)
 
 
 def test_what_is_stacked_is_asked_too() -> None:

@@ -137,7 +137,7 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
             f"{_words(expected)}, got {_words(got)}; one of another kind can take its place after "
             "wnkernel.remove_weight_norm(layer)"
         )
-    weights.right_inverse(value.detach().clone())
+    weights.right_inverse(value.detach())
 
 
 def _words(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:

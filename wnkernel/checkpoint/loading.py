@@ -67,18 +67,32 @@ class WeightNormOriginals(parametrize.ParametrizationList):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The g and v of a weight, through all that is stacked on the weight norm."""
+        for parametrization in reversed(self):
+            if type(parametrization) is TorchWeightNorm:
+                weight = split_for_torch(weight, parametrization.dim)
+            else:
+                weight = parametrization.right_inverse(weight)
+        return weight
+
+    @torch.no_grad()
     def right_inverse(self, value: Tensor) -> None:
-        """As torch's, for a weight that is assigned to the layer, but for two things. A g of shape
-        (1,) stays that, and a row of zeros, of which the norm and no direction is known (a layer
-        fused with a batch norm that is 0 there), does not become NaN."""
-        shape = self.original0.shape
-        super().right_inverse(value)
-        g, v = self.original0, self.original1
-        with torch.no_grad():
-            if has_values(g) and (zero := g == 0).any():
-                v.set_(torch.where(zero, 1.0, v))
-            if shape == (1,) and g.shape == ():
-                g.set_(g.reshape(1))
+        """Write the g and v of a weight that is assigned to the layer into the memory that they
+        have: CUDA graphs, flat buffers and other processes may know it. (torch's gives them other
+        memory; that is left for a weight of another shape.) A row of zeros, of which the norm and
+        no direction is known (a layer fused with a batch norm that is 0 there), does not become
+        NaN."""
+        if not all(hasattr(parametrization, "right_inverse") for parametrization in self):
+            super().right_inverse(value)  # says which has none
+        g, v = self.split(value)
+        if g.numel() != self.original0.numel() or v.shape != self.original1.shape:
+            super().right_inverse(value)
+            return
+        if has_values(g) and (zero := g == 0).any():
+            v = torch.where(zero, 1.0, v)
+        self.original0.copy_(g)
+        self.original1.copy_(v)
 
     def has_parameters(self) -> bool:
         """Whether g and v are there to be loaded; in the views of FSDP's first version they are
@@ -129,16 +143,8 @@ def _load(
     local_metadata: dict[str, Any],
     error_msgs: list[str],
 ) -> None:
-    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-        for parametrization in reversed(weights):
-            if type(parametrization) is TorchWeightNorm:
-                weight = split_for_torch(weight, parametrization.dim)
-            else:
-                weight = parametrization.right_inverse(weight)
-        return weight
-
     compose = weights[0].forward if len(weights) == 1 else None
-    target = Target(weights.original0, weights.original1, split, compose)
+    target = Target(weights.original0, weights.original1, weights.split, compose)
     load_weight(where, target, weights, (G, V), prefix, local_metadata, error_msgs)
 
 
