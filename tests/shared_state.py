@@ -17,9 +17,12 @@ from wnkernel.backends import choice
 from wnkernel.cli.signals import ENDING
 from wnkernel.grouping.optimizers import steps
 
+LIBRARIES = ("_TORCH", "TORCH", "KMP_", "PYTEST_", "LOKY_", "JOBLIB_", "ACCELERATE_", "PL_")
+"""How variables begin that libraries set for themselves, some when they are first used."""
+
 
 def _environment() -> set[tuple[str, str]]:
-    return {item for item in os.environ.items() if item[0] != "PYTEST_CURRENT_TEST"}
+    return {item for item in os.environ.items() if not item[0].startswith(LIBRARIES)}
 
 
 def _search_path() -> list[str]:

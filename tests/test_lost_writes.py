@@ -27,15 +27,10 @@ def fill(module: nn.Module) -> None:
         module.weight.fill_(0.1)
 
 
-def replace_data(module: nn.Module) -> None:
-    module.weight.data = torch.ones(3, 2, 5)
-
-
 WRITES = {
     "init": lambda m: nn.init.normal_(m.weight),
     "data": lambda m: m.weight.data.normal_(0, 0.01),
     "no_grad": fill,
-    "other data": replace_data,
     "reset": lambda m: m.reset_parameters(),
     "numpy": lambda m: m.weight.detach().numpy().fill(2.0),
 }

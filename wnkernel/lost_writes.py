@@ -35,7 +35,7 @@ class FirstReads:
         self._weights = weakref.ref(weights)
         self._reads = 0
         self._last: tuple[Tensor, Tensor] | None = None
-        """``w`` of the last read, and the sum of its bits."""
+        """``w`` of the last read, without its history, and the sum of its bits."""
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """``w``, with a warning if the one that was read before has been written to."""
@@ -44,8 +44,9 @@ class FirstReads:
         self._reads += 1
         if self._reads > READS or _is_in_forward(sys._getframe(1)):
             self.end()
-        elif not w.is_meta and launch_mode() != ALONE:
-            self._last = w, _sum_of_bits(w)
+        elif type(w) is Tensor and not w.is_meta and launch_mode() != ALONE:
+            # Not w itself: its history holds on to v and g, which others may want to swap.
+            self._last = w.detach(), _sum_of_bits(w)
         return w
 
     def _check(self) -> None:
