@@ -31,6 +31,8 @@ calling the layer is not to pay for the watch forever."""
 class FirstReads:
     """What a new ``WeightNormList`` asks when it is read, until its layer has run."""
 
+    is_group = False
+
     def __init__(self, weights: WeightNormList) -> None:
         self._weights = weakref.ref(weights)
         self._reads = 0

@@ -23,6 +23,8 @@ class Owner(Protocol):
     """What a weight is asked of: a group (wnkernel/grouping) or, while a layer is new,
     wnkernel/lost_writes.py."""
 
+    is_group: bool
+
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """``w``, as fresh as :func:`wnkernel.functional.weight_norm` would give it."""
 

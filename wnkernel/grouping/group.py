@@ -220,7 +220,7 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
             if not isinstance(weights, WeightNormList) or len(weights) > 1:
                 others.add(kind if weights is None else f"{kind} {_why_not(weights)}")
                 continue
-            if isinstance(weights.owner, Member):
+            if weights.owner is not None and weights.owner.is_group:
                 raise RuntimeError(
                     f"model: expected layers outside any group, got {full_name!r}, which is in one "
                     "already; remove() that group first"

@@ -77,6 +77,8 @@ class Roster:
 class Member:
     """One weight of a group; what its ``WeightNormList`` asks when it is read."""
 
+    is_group = True
+
     def __init__(
         self,
         roster: Roster,
