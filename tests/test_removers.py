@@ -73,7 +73,7 @@ all_removers = pytest.mark.parametrize("remove", REMOVERS.values(), ids=REMOVERS
 def assert_plain(module: nn.Module, twin: nn.Module) -> None:
     """As if it had never been normed."""
     assert type(module) is type(twin)
-    assert len(module._forward_pre_hooks) == 0
+    assert [*module._forward_pre_hooks] == []
     assert len(module._load_state_dict_pre_hooks) == 0
     assert list(module._modules) == list(twin._modules)
     assert {*module.state_dict()} == {*twin.state_dict()}
@@ -141,7 +141,7 @@ def test_one_of_several_weights(make: Callable, remove: Callable) -> None:
     for k, name in enumerate(names):
         remove(lstm, name)
         assert {*weight_norm_kinds(lstm)} == {*names[k + 1 :]}
-        assert len(lstm._forward_pre_hooks) == len(lstm._load_state_dict_pre_hooks) == 2 - k
+        assert len([*lstm._forward_pre_hooks]) == len(lstm._load_state_dict_pre_hooks) == 2 - k
         assert not hasattr(lstm, f"{name}_g")
         torch.testing.assert_close(lstm(x)[0], want)
         setattr(lstm, f"{name}_g", "free again")
@@ -166,7 +166,7 @@ def test_other_hooks_stay(remove: Callable) -> None:
     wnkernel.weight_norm(layer)
     after.remove(), layer(ramp(1, 5))
     assert calls[5:] == []
-    assert len(layer._forward_pre_hooks) == 1
+    assert len([*layer._forward_pre_hooks]) == 1
     last = layer.register_forward_pre_hook(lambda *_: calls.append("last"))
     layer(ramp(1, 5)), remove(layer), layer(ramp(1, 5)), last.remove(), layer(ramp(1, 5))
     assert calls[5:] == ["last", "last"]
@@ -217,12 +217,34 @@ def test_a_forward_does_not_notice_the_hook(
     make: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = make(nn.Linear(5, 4))
-    assert len(layer._forward_pre_hooks) == 1
+    assert len(layer._forward_pre_hooks) == 0
     assert not layer._forward_pre_hooks
     assert not copy.deepcopy(layer)._forward_pre_hooks
     [hook] = layer._forward_pre_hooks.values()
     monkeypatch.setattr(type(hook), "__call__", lambda *_: pytest.fail("it was called"))
     layer(ramp(1, 5))
+
+
+def test_a_transformer_goes_on_taking_its_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    wnkernel.weight_norm(encoder.linear1)
+    calls, fast = [], torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(
+        torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or fast(*args)
+    )
+    with torch.no_grad():
+        got = encoder(ramp(1, 3, 8))
+    assert calls
+    torch.testing.assert_close(got, encoder(ramp(1, 3, 8)))
+
+
+@pytest.mark.parametrize("take", ["popitem", "clear"])
+def test_a_hook_that_was_taken_out_still_removes(take: str) -> None:
+    layer = wnkernel.weight_norm(nn.Linear(5, 4))
+    [hook] = layer._forward_pre_hooks.values()
+    getattr(layer._forward_pre_hooks, take)()
+    hook.remove(layer)
+    assert_plain(layer, nn.Linear(5, 4))
 
 
 def test_hooks_are_seen_however_they_come_and_go() -> None:
@@ -242,14 +264,14 @@ def test_hooks_are_seen_however_they_come_and_go() -> None:
         hooks.move_to_end(ours + 1, last=False)
         hooks.move_to_end(ours + 1)
         for copied in (copy.copy(hooks), copy.deepcopy(hooks), pickle.loads(pickle.dumps(hooks))):
-            assert copied
+            assert len(copied) == 1
             del copied[ours + 1]
             assert not copied
-            assert len(copied) == 1
+            assert [*copied] == [ours]
         take()
     assert not hooks
     assert hooks.pop(ours) is hook
-    assert len(hooks) == 0
+    assert [*hooks] == []
     hooks.update(other)  # whoever cleared them adds others
     assert hooks
 

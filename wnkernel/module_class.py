@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .assigning import assign, refuse
 from .checkpoint import WeightNormOriginals, unregister_load_hook
 from .checkpoint.loading import loads_for
 from .legacy_names import (
@@ -29,15 +30,16 @@ from .legacy_names import (
     has_legacy_names,
     register_by_legacy_name,
 )
-from .plain_weights import QUESTIONS
 from .removal import take_removal_hook
+from .write_guards import WRITE_GUARDS
 
 
 def own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
+    """Give a parametrized module a class of its own, before that is changed.
 
     Copies made by deepcopy share the class that parametrize made, and (un)parametrizing one more
-    parameter changes properties of that class: the copies would lose their weights.
+    parameter changes properties of that class: the copies would lose their weights. As long as
+    nothing changes they go on sharing it, since compilers compile code once for a class.
     """
     cls = type(module)
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
@@ -47,16 +49,22 @@ def own_class(module: nn.Module) -> None:
 def adopt_class(module: nn.Module, name: str) -> None:
     """Change the class of a parametrized module, for a weight norm on one of its parameters."""
     cls = type(module)
-    setattr(cls, name, property(_reader(name), _writer(name)))
+    _add_property(cls, name)
     if vars(cls).get("register_parameter") is _register_parameter:
         return
     cls.register_parameter = _register_parameter
     cls.register_buffer = _register_buffer
-    for attribute, question in QUESTIONS.items():
-        setattr(cls, attribute, question)
+    cls.__delattr__ = _delattr
+    for attribute, guard in WRITE_GUARDS.items():
+        if not hasattr(cls, attribute):
+            setattr(cls, attribute, guard)
     cls.__new__ = staticmethod(_new)
     cls.__reduce_ex__ = _reduce
     cls.__deepcopy__ = _deepcopy_by(cls.__deepcopy__)
+
+
+def _add_property(cls: type[nn.Module], name: str) -> None:
+    setattr(cls, name, property(_reader(name), _writer(name)))
 
 
 def _reader(name: str) -> Callable[[nn.Module], Tensor]:
@@ -77,7 +85,7 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
 
 def _writer(name: str) -> Callable[[nn.Module, Tensor], None]:
     def write(self: nn.Module, value: Tensor) -> None:
-        _assign(self, name, value)
+        assign(self, name, value)
 
     return write
 
@@ -102,13 +110,11 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
     if register_by_legacy_name(self, name, param):
         return
     if isinstance(name, str) and name.startswith("parametrizations."):
-        _refuse(self, name, param)
+        refuse(self, name, param)
     if param is not None and parametrize.is_parametrized(self, name):
         if type(param) is not nn.Parameter:
-            _refuse(self, name, param)
-        _assign(self, name, param)
-        if not param.requires_grad:
-            self.parametrizations[name].requires_grad_(False)
+            refuse(self, name, param)
+        assign(self, name, param)
         return
     _next(self, "register_parameter")(name, param)
     _forget(self, name)
@@ -119,51 +125,28 @@ def _register_buffer(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> N
     _forget(self, name)
 
 
-@torch.inference_mode(False)
-def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """What ``module.weight = value`` means: g and v that give this weight. They stay the Parameters
-    that they are, so optimizers go on. A frozen Parameter freezes them."""
-    weights = module.parametrizations[name]
-    if not isinstance(weights, WeightNormOriginals):  # spectral norm alone, say
-        weights.right_inverse(value)
-        return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    v = weights.original1
-    expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (v, value))
-    if expected != got and len(weights) == 1:  # what is stacked may change the shape
-        raise ValueError(
-            f"{name}: expected a weight like the one of this {type(module).__name__}, "
-            f"{_words(expected)}, got {_words(got)}; one of another kind can take its place after "
-            "wnkernel.remove_weight_norm(layer)"
-        )
-    weights.right_inverse(value.detach())
-
-
-def _words(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
-    shape, dtype, device = facts
-    return f"{dtype} of shape {shape} on {device}"
-
-
-def _refuse(module: nn.Module, name: str, parameter: object) -> None:
-    kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
-    raise RuntimeError(
-        f"{name}: expected a plain torch.nn.Parameter for a {type(module).__name__} with weight "
-        f"norm, got one of type {kind}; sharding, quantization and the like need plain weights: "
-        "call wnkernel.fold(model) before"
-    )
-
-
 def _forget(module: nn.Module, name: str) -> None:
     """Take away what a weight norm leaves behind that torch's ``remove_parametrizations`` removed:
-    the last thing that this does is to register the plain weight."""
+    the last thing that this does is to register the plain weight. Before that it deleted the
+    property, but the class may be that of copies too."""
     hooks = module.__dict__.get("_load_state_dict_pre_hooks")
     if not hooks or parametrize.is_parametrized(module, name):
         return
     if any(loads_for(wrapped.hook) == name for wrapped in hooks.values()):
+        cls = type(module)
+        own_class(module)
+        _add_property(cls, name)
         unregister_load_hook(module, name)
         take_removal_hook(module, name)
         forget_legacy_names(module, name)
+
+
+def _delattr(self: nn.Module, name: str) -> None:
+    """Where a parameter is deleted, a parametrization may be about to take its place, which changes
+    the class."""
+    if name in self._parameters or name in self._buffers:
+        own_class(self)
+    _next(self, "__delattr__")(name)
 
 
 def _last_of_ours(cls: type[nn.Module]) -> type[nn.Module]:
@@ -188,18 +171,14 @@ def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
 def _deepcopy_by(
     of_torch: Callable[[nn.Module, dict[int, Any]], nn.Module],
 ) -> Callable[[nn.Module, dict[int, Any]], nn.Module]:
-    """As parametrize's or the module's own, but the copy has a class of its own, and an RNN may
-    have run: it holds the weights of its last forward, and deepcopy refuses tensors with a
-    history."""
+    """As parametrize's or the module's own, but an RNN may have run: it holds the weights of its
+    last forward, and deepcopy refuses tensors with a history."""
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for w in getattr(self, "_flat_weights", ()):
             if isinstance(w, Tensor) and not w.is_leaf:
                 memo[id(w)] = w.detach().clone()
-        copied = of_torch(self, memo)
-        if type(copied) is type(self):
-            own_class(copied)
-        return copied
+        return of_torch(self, memo)
 
     return deepcopy
 
@@ -209,6 +188,9 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     if vars(type(self)).get("__reduce_ex__") is not _reduce:  # others changed its class after us
         return object.__reduce_ex__(self, protocol)
     ours = _last_of_ours(type(self))
+    base = ours.__bases__[0]
+    if (base.__reduce_ex__, base.__reduce__) != (object.__reduce_ex__, object.__reduce__):
+        return super(ours, self).__reduce_ex__(protocol)  # it has a way of its own
     getstate = getattr(super(ours, self), "__getstate__", None)  # object has one since Python 3.11
     state = dict(vars(self)) if getstate is None else getstate()
     if isinstance(self, nn.RNNBase):  # weights of its last forward, with their history
@@ -219,7 +201,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     lists = self.parametrizations if parametrize.is_parametrized(self) else {}
     normed = [name for name in lists if isinstance(lists[name], WeightNormOriginals)]
     legacy = [name for name in lists if has_legacy_names(self, name)]
-    return _unpickled, (ours.__bases__[0], list(lists), normed, legacy), state
+    return _unpickled, (base, list(lists), normed, legacy), state
 
 
 def _unpickled(

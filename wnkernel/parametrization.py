@@ -76,11 +76,12 @@ class WeightNormList(WeightNormOriginals):
 
     def __call__(self) -> Tensor:
         parameters = self._parameters
-        norm = self._modules.get("0")
         if "original0" in parameters and "original1" in parameters and self.is_as_made():
-            v, g = parameters["original1"], parameters["original0"]
-            if not is_dynamo_compiling() and self.owner is not None:
-                return self.owner.read(v, g, norm.dim, norm.eps)
+            v, g, norm = parameters["original1"], parameters["original0"], self._modules["0"]
+            # Read once: a first forward in another thread may take it away.
+            owner = None if is_dynamo_compiling() else self.owner
+            if owner is not None:
+                return owner.read(v, g, norm.dim, norm.eps)
             return functional.weight_norm(v, g, norm.dim, eps=norm.eps)
         return super().__call__()
 
@@ -121,14 +122,17 @@ _NORM_FORWARD, _LIST_FORWARD = WeightNorm.forward, WeightNormList.forward
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether a module has neither hooks nor a forward of its own."""
+    """Whether a module has neither hooks nor a forward of its own. Every read of a weight asks it
+    twice. (The hooks would be found faster in the dictionary, but there Dynamo guards them.)"""
+    state = module.__dict__
     return not (
-        ("forward" in module.__dict__ and not _has_that_of_its_class(module))
-        or module._forward_hooks
+        module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or module._compiled_call_impl
+        or "_compiled_call_impl" in state
+        or "_call_impl" in state
+        or ("forward" in state and not _has_that_of_its_class(module))
     )
 
 

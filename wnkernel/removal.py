@@ -9,7 +9,15 @@ nothing in a forward, and a module does not even notice it: see :class:`HiddenHo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    MutableMapping,
+    ValuesView,
+)
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,12 +32,12 @@ class RemovalHook(LegacyHook):
     Args:
         name: which parameter of the module.
         dim: that of the weight norm.
-        way_back: ``way_back(module, name)`` removes the weight norm, and this hook with it.
+        remove: ``remove(module, name)`` removes the weight norm, and this hook with it.
     """
 
-    def __init__(self, name: str, dim: int, way_back: Callable[[nn.Module, str], Any]) -> None:
+    def __init__(self, name: str, dim: int, remove: Callable[[nn.Module, str], Any]) -> None:
         super().__init__(name, dim)
-        self._way_back = way_back
+        self._remove = remove
 
     def compute_weight(self, module: nn.Module) -> Tensor:
         """``w``, as of torch's hook."""
@@ -39,15 +47,15 @@ class RemovalHook(LegacyHook):
         """Remove the weight norm. Whoever calls this takes the hook away afterwards."""
         if not parametrize.is_parametrized(module, self.name):
             raise ValueError(f"weight_norm of '{self.name}' not found in {module}")
-        key = next(k for k, hook in module._forward_pre_hooks.items() if hook is self)
-        self._way_back(module, self.name)
-        module._forward_pre_hooks[key] = self
+        keys = [k for k, hook in module._forward_pre_hooks.items() if hook is self]
+        self._remove(module, self.name)
+        module._forward_pre_hooks.update(dict.fromkeys(keys, self))
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Nothing: ``module.weight`` is computed when it is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self.name, self.dim, self._way_back)
+        return _unpickled, (self.name, self.dim, self._remove)
 
 
 # Some packages compare these names, because their own `weight_norm` hides the module of the class.
@@ -55,57 +63,71 @@ RemovalHook.__module__ = LegacyHook.__module__
 RemovalHook.__name__ = RemovalHook.__qualname__ = LegacyHook.__name__
 
 
-def _unpickled(name: str, dim: int, way_back: Callable[[nn.Module, str], Any]) -> RemovalHook:
-    return RemovalHook(name, dim, way_back)
+def _unpickled(name: str, dim: int, remove: Callable[[nn.Module, str], Any]) -> RemovalHook:
+    return RemovalHook(name, dim, remove)
 
 
 class HiddenHooks(OrderedDict[int, Callable[..., Any]]):
-    """Hooks of a module that count as none where all of them are removal hooks.
+    """Hooks of a module, and its removal hooks, which only those find who look through them all.
 
-    ``nn.Module.__call__`` takes a shorter way if its dictionaries of hooks are false.
+    What it holds as a dictionary are the other hooks. So it is false and has no length where there
+    are none, for ``nn.Module.__call__``, which takes a shorter way then, for compilers, and for
+    CUDA graphs and fast paths of torch that do not take modules with hooks.
     """
 
-    shows = False
-    """Whether there are others: an attribute, because Dynamo of torch 2.4 knows no methods of such
-    dictionaries."""
+    def __init__(self, hooks: Iterable[tuple[int, Callable[..., Any]]] = ()) -> None:
+        self.hidden: dict[int, RemovalHook] = {}
+        super().__init__(hooks)
 
-    def __bool__(self) -> bool:
-        return self.shows
+    def _all(self) -> dict[int, Callable[..., Any]]:
+        return {**self.hidden, **dict(super().items())}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._all())
+
+    def keys(self) -> KeysView[int]:
+        return self._all().keys()
+
+    def values(self) -> ValuesView[Callable[..., Any]]:
+        return self._all().values()
+
+    def items(self) -> ItemsView[int, Callable[..., Any]]:
+        return self._all().items()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._all()
+
+    def __getitem__(self, key: int) -> Callable[..., Any]:
+        return self._all()[key]
 
     def __setitem__(self, key: int, hook: Callable[..., Any]) -> None:
-        super().__setitem__(key, hook)
-        self._look()
+        if type(hook) is RemovalHook:
+            self.hidden[key] = hook
+        else:
+            super().__setitem__(key, hook)
 
     def __delitem__(self, key: int) -> None:
-        super().__delitem__(key)
-        self._look()
-
-    def pop(self, *args: Any) -> Any:
-        try:
-            return super().pop(*args)
-        finally:
-            self._look()
+        if self.hidden.pop(key, None) is None:
+            super().__delitem__(key)
 
     def popitem(self, last: bool = True) -> tuple[int, Callable[..., Any]]:
-        try:
-            return super().popitem(last)
-        finally:
-            self._look()
+        for key in reversed([*self]) if last else self:
+            return key, self.pop(key)
+        raise KeyError("dictionary is empty")
 
-    def clear(self) -> None:
-        super().clear()
-        self._look()
+    get, setdefault = MutableMapping.get, MutableMapping.setdefault
+    pop, clear = MutableMapping.pop, MutableMapping.clear
 
-    def _look(self) -> None:
-        self.shows = any(type(hook) is not RemovalHook for hook in self.values())
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HiddenHooks, (list(self.items()),)
 
 
 def add_removal_hook(module: nn.Module, hook: RemovalHook) -> None:
     """Let torch's removers find a weight norm of this package."""
     take_removal_hook(module, hook.name)
-    if len(module._forward_pre_hooks) == 0:  # else handles of other hooks hold on to the dictionary
-        module._forward_pre_hooks = HiddenHooks()
     hooks = module._forward_pre_hooks
+    if len(hooks) == 0 and type(hooks) is not HiddenHooks:  # handles of hooks hold on to theirs
+        hooks = module._forward_pre_hooks = HiddenHooks()
     hooks[RemovableHandle(hooks).id] = hook
 
 

@@ -1,12 +1,12 @@
-"""Libraries that write to the weight of a layer, and what they ask the layer before they do.
+"""Guards against writes to the weight of a weight-normed layer that other libraries make.
 
-The weight of a weight-normed layer is computed from g and v whenever it is read. Adapters that are
-merged into it (PEFT) write to ``base_layer.weight.data``: with torch's weight norm the write is
-lost without a word. Tensor parallelism replaces some parameters of a layer and then fails on the
-others. Neither passes by anything of ours on its way, but for a question: whether there is a
-``layer.base_layer``, or a ``layer._distribute_module_applied``. So these two attributes, which
-weight-normed layers do not have, look at who asks for them, and raise an error that says what to do
-where the weight is about to be written. Nothing is added to reading a weight.
+The weight is computed from g and v whenever it is read. Adapters that are merged into it (PEFT)
+write to ``base_layer.weight.data``: with torch's weight norm the write is lost without a word.
+Tensor parallelism replaces some parameters of a layer and then fails on the others. Both first look
+for an attribute of the layer: PEFT for ``base_layer``, tensor parallelism for
+``_distribute_module_applied``. Weight-normed layers have neither; their classes get a guard under
+each of these names. It looks at who asks, and where the weight is about to be written raises an
+error that says what to do. Nothing is added to reading a weight.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ DEPTH = 3
 """Calls from such a method to ``get_base_layer``, at most."""
 
 
-class Question:
-    """An attribute that weight-normed layers do not have.
+class WriteGuard:
+    """Stands for an attribute that weight-normed layers do not have, and looks at who asks for it.
 
     Args:
         name: what it is called.
@@ -52,7 +52,7 @@ class Question:
         self._name = name
         self._writer = writer
 
-    def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> Question:
+    def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> WriteGuard:
         if module is None:
             return self
         if not is_dynamo_compiling() and (writer := self._writer(sys._getframe(1))):
@@ -94,8 +94,8 @@ def _module(frame: FrameType) -> str:
     return frame.f_globals.get("__name__", "")
 
 
-QUESTIONS = {
-    "base_layer": Question("base_layer", _merging),
-    "_distribute_module_applied": Question("_distribute_module_applied", _parallelizing),
+WRITE_GUARDS = {
+    "base_layer": WriteGuard("base_layer", _merging),
+    "_distribute_module_applied": WriteGuard("_distribute_module_applied", _parallelizing),
 }
 """By name, for the classes of weight-normed modules."""

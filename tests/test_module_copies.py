@@ -1,0 +1,130 @@
+"""Copies of weight-normed modules share a class until one of them is changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn.utils import parametrize, prune
+
+import wnkernel
+
+from .small_models import ramp
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = wnkernel.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu()
+
+
+def test_a_stack_of_copies_is_compiled_once() -> None:
+    torch.compiler.reset()
+    block, graphs = Block(), CompileCounter()
+    y = ramp(1, 4).requires_grad_()
+    for copied in [copy.deepcopy(block) for _ in range(12)]:
+        copied.compile(backend=graphs, fullgraph=True)
+        y = copied(y)
+    assert graphs.frame_count == 1
+
+
+def test_an_ensemble_of_copies() -> None:
+    layer = wnkernel.weight_norm(nn.Linear(4, 4))
+    layers = [copy.deepcopy(layer) for _ in range(3)]
+    for layer, bias in zip(layers, ramp(3, 4), strict=True):
+        layer.bias = nn.Parameter(bias)
+    parameters, buffers = torch.func.stack_module_state(layers)
+
+    def call(*state: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layers[0], state, (ramp(2, 4),))
+
+    got = torch.vmap(call)(parameters, buffers)
+    torch.testing.assert_close(got, torch.stack([layer(ramp(2, 4)) for layer in layers]))
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "torch removes it": lambda m: nn.utils.remove_weight_norm(m),
+    "parametrize removes it": lambda m: parametrize.remove_parametrizations(m, "weight"),
+    "ours removes it": lambda m: wnkernel.remove_weight_norm(m),
+    "fold": lambda m: wnkernel.fold(m),
+    "fuse": lambda m: wnkernel.fuse(m),
+    "another weight norm": lambda m: wnkernel.weight_norm(m, "other", dim=1),
+    "torch's weight norm": lambda m: nn.utils.parametrizations.weight_norm(m, "other"),
+    "spectral norm": lambda m: nn.utils.parametrizations.spectral_norm(m, "other"),
+    "pruning of a normed weight": lambda m: prune.l1_unstructured(
+        m.parametrizations.weight, "original1", 0.5
+    ),
+}
+
+
+class TwoWeights(nn.Linear):
+    """A layer with a second weight, which may be normed too."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.other = nn.Parameter(ramp(4, 4) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.other
+
+
+CASES = [(change, "weight") for change in CHANGES] + [
+    (change, "weight and other") for change in CHANGES if "norm" not in change
+]
+
+
+@pytest.mark.parametrize(("change", "normed"), CASES)
+def test_a_change_of_one_copy_is_not_one_of_the_others(change: str, normed: str) -> None:
+    torch.compiler.reset()
+    first, names = TwoWeights().eval(), normed.split(" and ")
+    for name in names:
+        wnkernel.weight_norm(first, name)
+    second, third = copy.deepcopy(first), copy.deepcopy(first)
+    x, want = ramp(2, 5), first(ramp(2, 5)).detach()
+    CHANGES[change](second)
+    for layer in (first, third):
+        assert [*layer.parametrizations] == names
+        torch.testing.assert_close(layer(x), want)
+    if "pruning" not in change and "spectral" not in change:
+        torch.testing.assert_close(second(x), want)
+    compiled = torch.compile(second, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), second(x))
+    wnkernel.remove_weight_norm(first)
+    torch.testing.assert_close(third(x), want)
+
+
+class Adapter(nn.Linear):
+    """A layer with names that other libraries ask for."""
+
+    base_layer = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.args = args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Adapter, self.args, {"bias": self.bias}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.bias = state["bias"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.base_layer is None else self.base_layer(x)
+
+
+def test_what_a_class_has_itself_stays() -> None:
+    layer = wnkernel.weight_norm(Adapter(4, 3))
+    assert layer.base_layer is None
+    layer(ramp(1, 4))
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert type(loaded) is Adapter
+    assert torch.equal(loaded.bias, layer.bias)

@@ -1,0 +1,47 @@
+"""What ``layer.weight = w`` means for a weight-normed layer, and what cannot take the place of a
+weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import WeightNormOriginals
+
+
+@torch.inference_mode(False)
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """What ``module.weight = value`` means: g and v that give this weight. They stay the Parameters
+    that they are, so optimizers go on. A frozen Parameter freezes them, and one that is not frozen
+    lets them be trained if both were frozen. Another shape is taken, as by a plain layer."""
+    weights = module.parametrizations[name]
+    if not isinstance(weights, WeightNormOriginals):  # spectral norm alone, say
+        weights.right_inverse(value)
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    originals = weights.original0, weights.original1
+    expected, got = ((t.dtype, t.device) for t in (originals[1], value))
+    if expected != got:
+        raise ValueError(
+            f"{name}: expected a weight like the one of this {type(module).__name__}, of "
+            f"{expected[0]} on {expected[1]}, got {got[0]} on {got[1]}; one of another kind can "
+            "take its place after wnkernel.remove_weight_norm(layer)"
+        )
+    other_shape = value.shape != originals[1].shape  # torch lets g and v share its memory then
+    weights.right_inverse(value.detach().clone() if other_shape else value.detach())
+    if isinstance(value, nn.Parameter) and (
+        not value.requires_grad or not any(p.requires_grad for p in originals)
+    ):
+        for p in originals:
+            p.requires_grad_(value.requires_grad)
+
+
+def refuse(module: nn.Module, name: str, parameter: object) -> None:
+    """Raise for what would take the place of a weight, or of g or v, and is no plain Parameter."""
+    kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
+    raise RuntimeError(
+        f"{name}: expected a plain torch.nn.Parameter for a {type(module).__name__} with weight "
+        f"norm, got one of type {kind}; sharding, quantization and the like need plain weights: "
+        "call wnkernel.fold(model) before"
+    )
