@@ -19,7 +19,7 @@ PAGES = sorted(
 EXAMPLES = {
     "README.md": 2,
     "docs/checkpoints.md": 5,
-    "docs/convert.md": 1,
+    "docs/convert.md": 2,
     "docs/export.md": 2,
     "docs/recipes.md": 8,
 }
