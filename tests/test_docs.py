@@ -61,8 +61,8 @@ def text_of(page: str) -> str:
 
 @pytest.mark.parametrize("page", EXAMPLES)
 def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other, as a reader would type them. Those whose libraries are not there are left
-    out, and the test says so when the others have run."""
+    """One after the other, as a reader would type them. Those whose libraries are not there are
+    left out, and the test says so when the others have run."""
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)
     assert len(examples) == EXAMPLES[page]
