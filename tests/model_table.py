@@ -191,10 +191,11 @@ _AFTER = f"""
 - "its own remover": the model's `remove_weight_norm()` after `wnkernel.convert(model)`, with
   nothing patched. "{BROKEN}": VITS's raises with torch's weight norm too.
 - "`torch.compile`": the same outputs. A model that breaks its own graphs breaks them here as well,
-  and then weight norm adds to them: a layer that is called between two breaks is compiled by itself,
+  and then weight norm adds to them: a layer that is called between two breaks is compiled alone,
   once for each class, and every normed layer has a class of its own. Past Dynamo's limit of
-  recompilations such layers run uncompiled. VitsModel reaches it: it becomes 15 graphs converted and
-  7 folded (`python -m tests.model_table VitsModel`, torch 2.13.0). Fold what is compiled to serve.
+  recompilations such layers run uncompiled. VitsModel reaches it: it becomes 15 graphs converted
+  and 7 folded (`python -m tests.model_table VitsModel`, torch 2.13.0). Fold what is compiled to
+  serve.
 - "`torch.export`": of the model as it is, unfolded. "{NEITHER}": the model's own code, also without
   any weight norm. ONNX, AOTInductor and TorchScript start from the same formula
   ([export.md](export.md)).
