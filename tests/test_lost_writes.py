@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import wnkernel
+from wnkernel.parametrization import WeightNormList
 
 LOST = "wnkernel.init_weight_"
 
@@ -65,6 +66,27 @@ def test_whatever_comes_next(then):
     nn.init.ones_(module.weight)
     with pytest.warns(UserWarning, match=LOST):
         NEXT[then](module)
+
+
+@pytest.mark.parametrize("change", [wnkernel.fold, wnkernel.fuse])
+def test_warnings_that_are_errors_leave_a_model_as_it_was(change):
+    model = nn.Sequential(layer(), wnkernel.weight_norm(nn.Linear(4, 4)), nn.GRU(4, 3), layer())
+    wnkernel.weight_norm(model[2], "weight_ih_l0")
+    for module in (model[1], model[3]):
+        nn.init.ones_(module.weight)
+    keys, owners = list(model.state_dict()), _owners(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=LOST):
+            change(model)
+        assert list(model.state_dict()) == keys
+        assert _owners(model) == owners  # every layer is watched on
+        change(model)  # both writes have been told
+    assert not set(_owners(model)) & set(owners)
+
+
+def _owners(model: nn.Module) -> list[object]:
+    return [m.owner for m in model.modules() if isinstance(m, WeightNormList)]
 
 
 def test_in_a_whole_model_and_after_conversion():

@@ -84,8 +84,7 @@ def weight_norm(
         )
     check_v(weight, dim)
     register(module, name, WeightNorm(dim, eps=check_eps(eps)))
-    if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
-        _update_flat_weights(module, name)
+    update_flat_weights(module, name)
     return module
 
 
@@ -97,11 +96,14 @@ def register(module: nn.Module, name: str, norm: WeightNorm) -> None:
     make_ours(module, name)
 
 
-def _update_flat_weights(rnn: nn.RNNBase, name: str) -> None:
-    """Let an RNN know its weight before the first forward, which would do the same."""
+def update_flat_weights(module: nn.Module, name: str) -> None:
+    """Let an RNN know its weight before the first forward, which would do the same. Parameters that
+    a subclass adds are none of its weights."""
+    if not isinstance(module, nn.RNNBase) or name not in module._flat_weights_names:
+        return
     with torch.no_grad():
-        w = nn.Module.__call__(rnn.parametrizations[name])  # a read would be watched for writes
-    rnn._flat_weights[rnn._flat_weights_names.index(name)] = w
+        w = nn.Module.__call__(module.parametrizations[name])  # a read would be watched for writes
+    module._flat_weights[module._flat_weights_names.index(name)] = w
 
 
 def make_ours(module: nn.Module, name: str) -> None:

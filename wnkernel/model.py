@@ -18,10 +18,18 @@ from .checkpoint.loading import G, V, loads_for
 from .grouping import scopes
 from .grouping.batch import sharding_modules
 from .grouping.group import WeightNormGroup
-from .layers import folded_weight, make_ours, make_plain, register
+from .grouping.watches import end_watches
+from .layers import folded_weight, make_ours, make_plain, register, update_flat_weights
 from .legacy_names import answer_to_legacy_names, pruned_original
 from .module_class import own_class
-from .parametrization import TORCH_HOOK, WeightNorm, check_module, weight_norm_kinds
+from .parametrization import (
+    OURS,
+    TORCH_HOOK,
+    WeightNorm,
+    WeightNormList,
+    check_module,
+    weight_norm_kinds,
+)
 from .problem import check
 
 EXACT = (WeightNorm, TorchWeightNorm, LegacyHook)
@@ -100,6 +108,8 @@ def fold(model: nn.Module) -> list[str]:
     for e, source in zip(found, sources, strict=True):
         if source not in plain:
             plain[source] = folded_weight(e.module, e.name)
+    lists = (e.module.parametrizations[e.name] for e in found if e.kind == OURS)
+    end_watches(weights for weights in lists if isinstance(weights, WeightNormList))
     _ungroup(model)
     for e, source in zip(found, sources, strict=True):
         make_plain(e.module, e.name, plain[source])
@@ -263,9 +273,7 @@ def _convert_hook(module: nn.Module, name: str) -> None:
         _to_front(module.parametrizations._modules, name)
     else:
         _to_front(module._modules, "parametrizations")
-    if isinstance(module, nn.RNNBase):
-        with torch.no_grad():
-            module._flat_weights[module._flat_weights_names.index(name)] = getattr(module, name)
+    update_flat_weights(module, name)
 
 
 def _to_front(modules: dict[str, nn.Module | None], first: str) -> None:

@@ -15,6 +15,7 @@ from ..parametrization import OURS, WeightNormList, weight_norm_kinds
 from . import scopes
 from .members import Container, Member, Roster, drop_all
 from .optimizers import steps
+from .watches import end_watches
 
 REUSE = ("forward", "version")
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
@@ -158,14 +159,13 @@ def fuse(
     """
     _check(model, reuse, bucket_cap_mb, autocast)
     found = _weights(model)
+    end_watches(weights for _, weights, _ in found)
     steps.watch()
     roster = Roster(model, reuse, autocast)
     buckets = _buckets([weights for _, weights, _ in found], bucket_cap_mb)
     group = WeightNormGroup(roster)
     try:
         for (name, weights, around), bucket in zip(found, buckets, strict=True):
-            if weights.owner is not None:
-                weights.owner.end()
             weights.owner = Member(roster, weights, name, bucket, around)
         index = {id(weights): k for k, (_, weights, _) in enumerate(found)}
         for module in model.modules():
