@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checkpoint import legacy_hooks, legacy_keys, split_for_torch
+from .checkpoint import legacy_hooks, legacy_keys, split_for_torch, stacked_in
 from .grouping.batch import sharding_modules
 from .layers import folded_weight
 from .module_class import forget_cached
@@ -204,7 +204,7 @@ def _layers(model: nn.Module, initialised: list[_Layer]) -> list[_Layer]:
         weights = module.parametrizations[NAME]
         transposed = isinstance(module, TRANSPOSED)
         if (
-            len(weights) == 1
+            len(stacked_in(weights)) == 1
             and type(weights[0]) is WeightNorm
             and canonical_dim(weights[0].dim, weights.original1.ndim) == int(transposed)
             and not (transposed and module.groups > 1)

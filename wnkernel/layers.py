@@ -16,6 +16,7 @@ from .checkpoint import (
     legacy_hooks,
     legacy_keys,
     register_load_hook,
+    stacked_in,
     unregister_load_hook,
 )
 from .legacy_names import forget_legacy_names, pruned_original
@@ -109,8 +110,14 @@ def update_flat_weights(module: nn.Module, name: str) -> None:
 def make_ours(module: nn.Module, name: str) -> None:
     """What is ours in a parametrized module, besides the weight norm itself."""
     weights = module.parametrizations[name]
-    if type(weights) in (parametrize.ParametrizationList, WeightNormOriginals):
-        weights.__class__ = WeightNormList
+    of_torch, cls = (parametrize.ParametrizationList, WeightNormOriginals), type(weights)
+    is_plain = cls in of_torch
+    if is_plain or (parametrize.is_parametrized(weights) and cls.__base__ in of_torch):
+        if is_plain:
+            weights.__class__ = WeightNormList
+        else:  # g or v is parametrized itself, and the list has a class of its own
+            own_class(weights)
+            type(weights).__bases__ = (WeightNormList,)
         adopt_class(module, name)
         weights.owner = FirstReads(weights)
     register_load_hook(module, name)
@@ -140,10 +147,11 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
     kind = weight_norm_kind(module, name)
     if kind is None:
         raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
-    if kind != TORCH_HOOK and len(module.parametrizations[name]) > 1:
-        stacked = ", ".join(type(p).__name__ for p in module.parametrizations[name])
+    stacked = [] if kind == TORCH_HOOK else stacked_in(module.parametrizations[name])
+    if len(stacked) > 1:
+        got = ", ".join(type(p).__name__ for p in stacked)
         raise RuntimeError(
-            f"name: expected weight norm alone on {name!r}, got {stacked}; "
+            f"name: expected weight norm alone on {name!r}, got {got}; "
             "parametrize.remove_parametrizations folds them all"
         )
     if pruned := pruned_original(module, name):

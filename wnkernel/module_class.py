@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checkpoint import WeightNormOriginals, unregister_load_hook
+from .checkpoint import WeightNormOriginals, stacked_in, unregister_load_hook
 from .checkpoint.loading import loads_for
 from .legacy_names import (
     answer_to_legacy_names,
@@ -131,7 +131,7 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     v = weights.original1
     expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (v, value))
-    if expected != got and len(weights) == 1:  # what is stacked may change the shape
+    if expected != got and len(stacked_in(weights)) == 1:  # what is stacked may change the shape
         raise ValueError(
             f"{name}: expected a weight like the one of this {type(module).__name__}, "
             f"{_words(expected)}, got {_words(got)}; one of another kind can take its place after "

@@ -63,6 +63,12 @@ def own_parametrizations(module: nn.Module) -> dict[str, parametrize.Parametriza
     return dict(lists.items()) if isinstance(lists, nn.ModuleDict) else {}
 
 
+def stacked_in(weights: parametrize.ParametrizationList) -> list[nn.Module]:
+    """The parametrizations of a list, in the order in which they are computed. ``len`` and ``iter``
+    count ``weights.parametrizations`` too, which is there where g or v is parametrized itself."""
+    return [module for key, module in weights._modules.items() if key.isdigit()]
+
+
 def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
     """The canonical dim of a weight norm with a g and a v of these shapes; None if no dim fits.
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .. import _ops
+from ..checkpoint import own_parametrizations, stacked_in
 from ..parametrization import OURS, WeightNormList, weight_norm_kinds
 from . import scopes
 from .members import Container, Member, Roster, drop_all
@@ -217,7 +218,7 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
         for name, kind in weight_norm_kinds(module).items():
             full_name = f"{path}.{name}" if path else name
             weights = module.parametrizations[name] if kind == OURS else None
-            if not isinstance(weights, WeightNormList) or len(weights) > 1:
+            if not isinstance(weights, WeightNormList) or _is_computed_otherwise(weights):
                 others.add(kind if weights is None else f"{kind} {_why_not(weights)}")
                 continue
             if weights.owner is not None and weights.owner.is_group:
@@ -234,10 +235,17 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
     return found
 
 
+def _is_computed_otherwise(weights: parametrize.ParametrizationList) -> bool:
+    """Whether a weight is not computed from a g and a v by a weight norm alone."""
+    return len(stacked_in(weights)) > 1 or bool(own_parametrizations(weights))
+
+
 def _why_not(weights: parametrize.ParametrizationList) -> str:
     """Why a weight norm of this package cannot be in a group."""
-    if len(weights) > 1:
+    if len(stacked_in(weights)) > 1:
         return "under other parametrizations"
+    if own_parametrizations(weights):
+        return "on top of other parametrizations"
     return "registered as a parametrization by hand"
 
 
