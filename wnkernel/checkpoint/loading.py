@@ -164,9 +164,8 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
     """Write the g and v of a weight into the memory that they have: CUDA graphs, flat buffers and
     other processes may know it. A g or v that has a weight norm itself is assigned to in turn.
 
-    A row of zeros, of which the norm and no direction is known (a layer fused with a batch norm
-    that is 0 there), does not become NaN. A weight of another shape goes torch's way: v then *is*
-    the tensor that was given, with its memory, and g has new memory.
+    Rows of zeros get the directions of :func:`nonzero_directions`. A weight of another shape goes
+    torch's way: v takes over the memory of the tensor that was given, and g has new memory.
 
     Args:
         weights: the parametrizations of one parameter, a weight norm first.
@@ -174,9 +173,8 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
     """
     for parametrization in stacked_in(weights):
         if not hasattr(parametrization, "right_inverse"):
-            raise RuntimeError(
-                f"parametrization {type(parametrization).__name__} does not implement right_inverse."
-            )
+            kind = type(parametrization).__name__
+            raise RuntimeError(f"parametrization {kind} does not implement right_inverse.")
     g, v = _split(weights, value)
     expected, got = weights.original1.shape, v.shape
     if got != expected or g.numel() != weights.original0.numel():
@@ -184,13 +182,19 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
             raise ValueError(f"v: expected shape {tuple(expected)}, got {tuple(got)}")
         parametrize.ParametrizationList.right_inverse(weights, value)
         return
-    if has_values(g) and (zero := g == 0).any():
-        v = torch.where(zero, 1.0, v)
-    for owner, name, t in _places(weights, (g, v)):
+    for owner, name, t in _places(weights, nonzero_directions(g, v)):
         if name in own_parametrizations(owner):  # not of ours
             setattr(owner, name, t)
         else:
             getattr(owner, name).copy_(t)
+
+
+def nonzero_directions(g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``(g, v)`` with ones in the rows of v whose norm is 0. Of a row of zeros the norm is known
+    and no direction (a layer fused with a batch norm that is 0 there): it is not to become NaN."""
+    if has_values(g) and (zero := g == 0).any():
+        v = torch.where(zero, 1.0, v)
+    return g, v
 
 
 def _places(
