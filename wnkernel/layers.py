@@ -42,9 +42,9 @@ def weight_norm(
     A drop-in for :func:`torch.nn.utils.parametrizations.weight_norm`: the same keys
     (``parametrizations.<name>.original0`` for g, ``.original1`` for v) and the same tools
     (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``). The weight stays
-    what it was: g is the norm that the kernel divides by, so its last bits may not be torch's.
-    Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with a plain ``<name>``, load
-    too (docs/checkpoints.md).
+    what it was: g is what the kernel divides by, ``max(norm, eps)``, so its last bits may not be
+    torch's. Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with a plain
+    ``<name>``, load too (docs/checkpoints.md).
 
     Args:
         module: the layer, changed in place.

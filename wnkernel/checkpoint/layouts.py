@@ -85,10 +85,8 @@ def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
 
 
 def split_weight(weight: Tensor, dim: int, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v.
-
-    Rows shorter than ``eps`` get their norm too, and so come out shorter than they are.
-    """
+    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v. Of a row
+    shorter than ``eps`` that is ``eps``."""
     return functional.norms_for(weight, check_v(weight, dim), eps), weight
 
 
