@@ -48,9 +48,10 @@ __device__ inline float divisor(float norm, DType type) {
 }
 __device__ inline double divisor(double norm, DType) { return norm; }
 
-// g / max(norm, eps), with the norm rounded as divisor_type holds it and clamped then, in two factors, to multiply v with
-// one after the other: the ratio and 1, unless that leaves the range of normal numbers. Then 1 /
-// max(norm, eps) and g, or, where not even norms are normal, unit and what is left.
+// g / max(norm, eps), with the norm rounded as divisor_type holds it and bounded then, in two
+// factors, to multiply v with one after the other: the ratio and 1, unless that leaves the range of
+// normal numbers. Then 1 / max(norm, eps) and g, or, where not even norms are normal, unit and what
+// is left.
 template <class Sum>
 struct Forwards {
   Sum norm, a, b;
