@@ -8,26 +8,24 @@
 namespace wnkernel::composed {
 namespace {
 
-// norm as its type holds it; norm itself where that is no normal number. A constant is added, so
-// that derivatives are those of norm.
+// norm as a half type holds it; norm itself where that is no normal number.
 at::Tensor held(const at::Tensor& norm, at::ScalarType type) {
-  if (type == norm.scalar_type()) return norm;
   const auto [smallest, largest] =
       type == at::kHalf ? std::pair(0x1p-14, 65504.0) : std::pair(0x1p-126, 0x1.fep127);
-  const at::Tensor n = norm.detach(), rounded = n.to(type).to(n.scalar_type());
-  const at::Tensor is_normal = (rounded >= smallest).logical_and(rounded <= largest);
-  return norm + (rounded - n).masked_fill(is_normal.logical_not(), 0.0);
+  const at::Tensor rounded = norm.to(type).to(norm.scalar_type());
+  return at::where((rounded >= smallest).logical_and(rounded <= largest), rounded, norm);
 }
 
 // One weight norm in the accumulation dtype: v and g cast, norms clamped.
 struct Terms {
   std::vector<int64_t> dims;  // that a norm sums over
+  double eps;
   at::ScalarType acc;
   at::Tensor v, g, divisor;  // divisor: max(norm, eps)
   at::Tensor clamped;        // norm < eps; undefined with eps 0
 
   Terms(const at::Tensor& v_, const at::Tensor& g_, int64_t dim, double eps)
-      : acc(accumulation_dtype(v_.scalar_type())), v(v_.to(acc)), g(g_.to(acc)) {
+      : eps(eps), acc(accumulation_dtype(v_.scalar_type())), v(v_.to(acc)), g(g_.to(acc)) {
     dim = canonical_dim(dim, v.dim());
     for (int64_t k = 0; k < v.dim(); ++k)
       if (k != dim) dims.push_back(k);
@@ -43,9 +41,14 @@ struct Terms {
 
   at::Tensor inverse() const { return divisor.reciprocal(); }
 
+  // The divisor with norms as type holds them, clamped then. A constant is added, so that
+  // derivatives are those of the divisor.
   at::Tensor divisor_as(at::ScalarType type) const {
-    const at::Tensor n = held(divisor, type);
-    return clamped.defined() ? at::where(clamped, divisor, n) : n;
+    if (type == acc) return divisor;
+    const at::Tensor exact = divisor.detach();
+    at::Tensor n = held(clamped.defined() ? norm(v.detach()) : exact, type);
+    if (clamped.defined()) n = n.clamp_min(eps);
+    return divisor + (n - exact).masked_fill(n == exact, 0.0);
   }
 
   at::Tensor row_sum(const at::Tensor& x) const {

@@ -81,7 +81,7 @@ class Pool final : public c10::Allocator {
     std::vector<Buffer*> freed;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (all) {  // nor does what was used before count from here on
+      if (all) {  // Forget past peaks, so that they keep no buffers from here on.
         peak_ = last_peak_ = used_;
         served_ = 0;
       }

@@ -46,7 +46,7 @@ void check_length(const char* name, size_t got, size_t expected) {
                     got);
 }
 
-// One norm over the whole tensor may be [1] too: fully_shard refuses 0-dimensional parameters.
+// One norm over the whole tensor may be [1] too; is_norm_shape in wnkernel/problem.py says why.
 void check_g(const at::Tensor& g, const at::Tensor& v, int64_t dim) {
   check_tensor("g", g);
   check_device("g", g, v);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,6 +72,21 @@ def layout_dims(names: list[str] | None = None) -> list:
         for name in names or LAYOUTS
         for dim in (None, *range(len(LAYOUTS[name])))
     ]
+
+
+def rounded_past_eps(
+    shape: Sequence[int], dtype: torch.dtype, side: str
+) -> tuple[torch.Tensor, float]:
+    """A v of half type, and an eps between its norm and what the norm is when that is rounded:
+    "below" eps, or "above" it."""
+    while True:
+        v = randn(shape, dtype)
+        norm = v.double().norm()
+        rounded = norm.to(dtype).double()
+        if abs(rounded - norm) > 0.2 * torch.finfo(dtype).eps * norm and (rounded < norm) == (
+            side == "below"
+        ):
+            return v, float((norm + rounded) / 2)
 
 
 def g_shape(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:

@@ -215,6 +215,15 @@ def test_what_has_no_way_back_is_torchs_error() -> None:
         layer.weight = ramp(4, 5)
 
 
+def test_a_list_takes_a_weight_of_another_shape_as_torchs_does() -> None:
+    weights = wnkernel.weight_norm(nn.Linear(5, 4)).parametrizations.weight
+    parameters = list(weights.parameters())
+    weights.right_inverse(w := ramp(6, 5))
+    assert weights.original1.data_ptr() == w.data_ptr()
+    assert all(a is b for a, b in zip(weights.parameters(), parameters, strict=True))
+    torch.testing.assert_close(weights(), w)
+
+
 def test_what_is_stacked_is_asked_too() -> None:
     layer = nn.utils.parametrizations.spectral_norm(wnkernel.weight_norm(nn.Linear(5, 4))).eval()
     layer.weight = ramp(4, 5)

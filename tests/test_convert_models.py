@@ -205,3 +205,31 @@ def test_one_of_an_rnns_weights():
     assert TORCH not in weight_norm_kinds(module).values()
     module(torch.randn(2, 1, 3))[0].sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+class Projecting(nn.LSTM):
+    """An RNN with a parameter of its own, which is not among those that its kernel gets."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.proj = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0] @ self.proj.T
+
+
+@pytest.mark.parametrize("kind", ["ours", "legacy", "torch"])
+def test_a_parameter_that_a_subclass_of_an_rnn_adds(kind):
+    module = APPLY[kind](Projecting(), "proj")
+    x = torch.randn(5, 2, 3)
+    y = module(x)
+    assert wnkernel.convert(module) == ([] if kind == "ours" else ["proj"])
+    torch.testing.assert_close(module(x), y)
+    assert wnkernel.fold(module) == ["proj"]
+    torch.testing.assert_close(module(x), y)
+
+
+def test_conversion_of_an_rnn_takes_nothing_from_the_watch_on_it():
+    module = APPLY["legacy"](nn.LSTM(3, 4), "weight_hh_l0")
+    wnkernel.convert(module)
+    assert module.parametrizations.weight_hh_l0.owner._reads == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from . import reference
-from .cases import DTYPES
+from .cases import DTYPES, rounded_past_eps
 from .simt.build import missing
 from .simt.cases import (
     PAIRS,
@@ -267,3 +267,14 @@ def test_one_norm_that_float16_cannot_hold(kernels, size):
     c = case((1, 1, 60), PAIRS["bf16"], g_dtype=torch.float16)
     c.v.mul_(size)
     assert_right(c, run(kernels, c))
+
+
+@pytest.mark.parametrize("side", ["below", "above"])
+@pytest.mark.parametrize("view", [(1, 1, 60), (1, 1, 4100)], ids=str)
+def test_a_bound_between_one_norm_and_what_it_is_rounded_to(kernels, view, side):
+    """The bits are those of a formula that rounds first and bounds then."""
+    c = case(view, PAIRS["bf16"])
+    v, eps = rounded_past_eps(view, torch.bfloat16, side)
+    c = c._replace(v=v, eps=eps)
+    n = v.double().norm().bfloat16().float().clamp_min(eps)
+    assert torch.equal(run(kernels, c).w, (v.float() * (c.g.float() / n)).bfloat16())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import textwrap
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import wnkernel
+from wnkernel.parametrization import WeightNormList
 
 LOST = "wnkernel.init_weight_"
 
@@ -65,6 +69,27 @@ def test_whatever_comes_next(then):
     nn.init.ones_(module.weight)
     with pytest.warns(UserWarning, match=LOST):
         NEXT[then](module)
+
+
+@pytest.mark.parametrize("change", [wnkernel.fold, wnkernel.fuse])
+def test_warnings_that_are_errors_leave_a_model_as_it_was(change):
+    model = nn.Sequential(layer(), wnkernel.weight_norm(nn.Linear(4, 4)), nn.GRU(4, 3), layer())
+    wnkernel.weight_norm(model[2], "weight_ih_l0")
+    for module in (model[1], model[3]):
+        nn.init.ones_(module.weight)
+    keys, owners = list(model.state_dict()), _owners(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=LOST):
+            change(model)
+        assert list(model.state_dict()) == keys
+        assert _owners(model) == owners  # every layer is watched on
+        change(model)  # both writes have been told
+    assert not set(_owners(model)) & set(owners)
+
+
+def _owners(model: nn.Module) -> list[object]:
+    return [m.owner for m in model.modules() if isinstance(m, WeightNormList)]
 
 
 def test_in_a_whole_model_and_after_conversion():
@@ -198,6 +223,54 @@ def test_init_weight_does_what_init_does_to_a_plain_layer(kind, dim):
     torch.testing.assert_close(module(x), plain(x))
     module(x).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+def zero_first(w: torch.Tensor) -> None:
+    nn.init.normal_(w)
+    w[0] = 0
+
+
+ZEROS = {"all": nn.init.zeros_, "some": zero_first}
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("kind", [*KINDS, "by hand"])
+def test_init_weight_with_zeros(kind, zeros, dim):
+    """Rows of zeros come out as zeros, and can be trained."""
+    if kind == "by hand":
+        module = nn.Conv1d(2, 3, 5)
+        parametrize.register_parametrization(module, "weight", wnkernel.WeightNorm(dim))
+    else:
+        module = KINDS[kind](nn.Conv1d(2, 3, 5), dim=dim)
+    written = []
+    wnkernel.init_weight_(module, lambda w: written.append((ZEROS[zeros](w), w.clone())))
+    w = written[0][1]
+    torch.testing.assert_close(module.weight.detach(), w)  # at once
+    forward(module)
+    torch.testing.assert_close(module.weight.detach(), w)
+    module(torch.randn(1, 2, 7)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_rnn_knows_what_init_weight_wrote(kind):
+    module = KINDS[kind](nn.GRU(4, 3), "weight_hh_l0")
+    wnkernel.init_weight_(module, nn.init.zeros_, "weight_hh_l0")
+    index = module._flat_weights_names.index("weight_hh_l0")
+    assert torch.equal(module._flat_weights[index], torch.zeros(9, 3))
+
+
+def test_init_weight_of_a_model_as_its_docstring_shows_it():
+    model = nn.Sequential(
+        *(norm(nn.Conv1d(2, 2, 5)) for norm in KINDS.values()), nn.ReLU(), nn.Conv1d(2, 2, 5)
+    )
+    before = model[-1].weight.clone()
+    example = inspect.getdoc(wnkernel.init_weight_).split("::")[1].split("\n``nn.init")[0]
+    code = textwrap.dedent(example)
+    exec(code, {"wnkernel": wnkernel, "torch": torch, "nn": nn, "layer": layer(), "model": model})
+    assert all(m.weight.abs().max() < 0.1 for m in model[:3])
+    assert torch.equal(model[-1].weight, before)
 
 
 def test_init_weight_gets_the_weight_as_it_is():

@@ -245,3 +245,56 @@ def test_meta_tensors(backend, dim):
     assert loaded(layer)[0].is_meta
     layer.to_empty(device="cpu").load_state_dict(nn.Conv1d(4, 6, 3).state_dict())
     assert layer.weight.isfinite().all()
+
+
+def assigned(layer: nn.Module, weight: Tensor) -> None:
+    layer.weight = weight
+
+
+PUT_INTO = {
+    "assigned": assigned,
+    "loaded": lambda layer, weight: layer.load_state_dict({"weight": weight}),
+    "init": lambda layer, weight: wnkernel.init_weight_(layer, lambda w: w.copy_(weight)),
+}
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_rows_shorter_than_eps(backend, dim, dtype, eps):
+    """g is eps there, and a row of zeros stays one."""
+    weight = randn((6, 40), dtype)
+    weight[0] *= 1e-4
+    weight[1] = 0
+    weight[:, 0] = 0
+    if dim is None:
+        weight = weight * (eps / 40)
+    ulps = 1 if dtype in HALVES else 0
+    layer = wnkernel.weight_norm(Layer(weight), dim=dim, eps=eps)
+    assert_restored(layer, weight, ulps)
+    assert computed(layer)[1].eq(0).all()
+    for put in PUT_INTO.values():
+        layer = wnkernel.weight_norm(Layer(randn((6, 40), dtype)), dim=dim, eps=eps)
+        put(layer, weight)
+        assert_restored(layer, weight, ulps)
+        assert computed(layer)[1].eq(0).all()
+    layer(torch.ones((), dtype=dtype)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    split = wnkernel.convert_state_dict({"weight": weight}, like=layer)
+    for got, p in zip(split.values(), layer.parameters(), strict=True):
+        torch.testing.assert_close(got, p.detach())
+
+
+def test_a_tiny_layer_with_eps():
+    layer = nn.Linear(4, 4)
+    layer.weight.data.mul_(1e-6)
+    weight = layer.weight.detach().clone()
+    assert torch.equal(wnkernel.weight_norm(layer, eps=1e-3).weight, weight)
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_public_norms_are_not_bounded(route, dim):
+    v = randn((4, 5)) * 1e-6
+    torch.testing.assert_close(
+        wnkernel.functional.norm_except_dim(v, dim).double(), reference.norm(v, dim)
+    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.func import jvp, vmap
 
+from wnkernel import _ops
 from wnkernel import functional as F
 
 from . import reference
@@ -18,6 +20,7 @@ from .cases import (
     layout_dims,
     randn,
     randn_g,
+    rounded_past_eps,
     shape_dims,
 )
 
@@ -180,3 +183,24 @@ def test_other_rows_survive_a_bad_one(route, dim, bad, dtype):
     w = check(v, g, dim)
     for row in (0, 1, 3):
         assert torch.equal(w.select(dim, row), clean.select(dim, row))
+
+
+@pytest.mark.parametrize("side", ["below", "above"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_bound_between_one_norm_and_what_it_is_rounded_to(route, dtype, side):
+    """The norm is rounded first, then bounded, by all backends and formulas."""
+    v, eps = rounded_past_eps((20, 20), dtype, side)
+    g = torch.ones((), dtype=dtype)
+    options = {"eps": eps, "out_dtype": torch.float32}
+    want = reference.forward(v, g, None, eps)
+    reference.assert_close("w", F.weight_norm(v, g, None, **options), want)
+    (w,) = vmap(lambda v: F.weight_norm(v, g, None, **options))(v[None])
+    reference.assert_close("w", w, want)
+    if _ops.loaded():
+        native = torch.ops.wnkernel.weight_norm
+        w, tangent = jvp(lambda v: native(v, g, -1, eps, torch.float32), (v,), (v,))
+        reference.assert_close("w", w, want)
+        # w does not change with the length of v, or, where eps counts, as v does.
+        is_bounded = reference.norm(v, None) < eps
+        error = (tangent - (w if is_bounded else 0)).abs().max()
+        assert error < torch.finfo(dtype).eps * w.abs().max()

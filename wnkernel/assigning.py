@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import WeightNormOriginals
+from .checkpoint import WeightNormOriginals, stacked_in
 
 
 @torch.inference_mode(False)
@@ -22,7 +22,7 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     originals = weights.original0, weights.original1
     expected, got = ((t.dtype, t.device) for t in (originals[1], value))
-    if expected != got:
+    if expected != got and len(stacked_in(weights)) == 1:  # what is stacked may change them
         raise ValueError(
             f"{name}: expected a weight like the one of this {type(module).__name__}, of "
             f"{expected[0]} on {expected[1]}, got {got[0]} on {got[1]}; one of another kind can "

@@ -22,7 +22,7 @@ def norm_except_dim(v: Tensor, dim: int) -> Tensor:
     v is divided by its largest element first (a constant to the derivative: norms are homogeneous),
     so that no square leaves the float range. The squares are added up by ``sum``, which adds in
     pairs: ``vector_norm`` adds one after the other on the CPU, and is off by 6e-4 for 16 million of
-    them. The root is taken of 1 in place of 0, so that zero rows have the gradient 0.
+    them in float32. The root is taken of 1 in place of 0, so that zero rows have the gradient 0.
     """
     dims = tuple(k for k in range(v.ndim) if k != dim)
     if not dims:
@@ -41,10 +41,18 @@ def norm_except_dim(v: Tensor, dim: int) -> Tensor:
 def weight_norm(p: Problem) -> Tensor:
     """``g * v / max(norm(v), eps)`` in differentiable operators; keeps v's memory format."""
     v = p.v.to(p.acc_dtype)
+    return (v * (p.g.to(p.acc_dtype) / _divisor(p, v))).to(p.out_dtype)
+
+
+def _divisor(p: Problem, v: Tensor) -> Tensor:
+    """``max(norm, eps)`` with norms as :attr:`Problem.divisor_dtype` holds them, clamped then. A
+    constant is added, so that derivatives are those of norms that are not rounded."""
     norm, clamped = _clamped_norm(p, v)
-    held = norm_held(norm, p.divisor_dtype)
-    n = held if clamped is None else torch.where(clamped, norm, held)
-    return (v * (p.g.to(p.acc_dtype) / n)).to(p.out_dtype)
+    if clamped is None or p.divisor_dtype == p.acc_dtype:
+        return norm_held(norm, p.divisor_dtype)
+    exact = norm.detach()
+    n = norm_held(norm_except_dim(v.detach(), p.dim), p.divisor_dtype).clamp_min(p.eps)
+    return norm + torch.where(n == exact, 0.0, n - exact)
 
 
 def norm_held(norm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,8 +84,8 @@ def plain_weight_norm(p: Problem, divisor_dtype: torch.dtype, *, reduce_l2: bool
 
 
 def _plain_norm(p: Problem, v: Tensor, reduce_l2: bool) -> Tensor:
-    """``vector_norm`` adds up in order: over 16 million elements of float32 it errs by 6e-4 on a
-    CPU. So it is given a dimension at a time, or not used: sums are pairwise."""
+    """Norms by ``vector_norm``, given a dimension at a time because it errs where sums are long
+    (see :func:`norm_except_dim`), or by pairwise sums."""
     if not p.norm_dims:
         return v.abs()
     if reduce_l2:

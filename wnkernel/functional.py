@@ -45,8 +45,8 @@ def weight_norm(
 
     with one norm for each index along ``dim``. Differentiable in ``v`` and ``g`` to any order; the
     backward may run more than once. Where one norm spans the whole tensor and v and g have half
-    types, the norm is first rounded to g's (if that gives a normal number), as in torch;
-    derivatives are those of the formula.
+    types, the norm is first rounded to g's (if that gives a normal number), as in torch, and
+    ``eps`` bounds what comes out; derivatives are those of the formula.
 
     Args:
         v: direction, any shape with at least one dimension; float16, bfloat16, float32 or float64,
@@ -171,16 +171,20 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
 
 
 def norms_for(v: Tensor, dim: int, eps: float) -> Tensor:
-    """:func:`norm_except_dim` for a canonical ``dim``, of weight norms with an ``eps``: on the
-    eager backend they are computed otherwise than those without. Norms are not clamped."""
+    """What weight norms with a canonical ``dim`` and an ``eps`` divide by, ``max(norm, eps)``: as g
+    it gives w = v. Without ``eps`` that is :func:`norm_except_dim`."""
     if has_torch_function((v,)):
         return handle_torch_function(norms_for, (v,), v, dim, eps)
     if is_compiling() or not _has_kernels_norms(v):
-        return _composed_norms(v, dim)
+        return _clamped(_composed_norms(v, dim), eps).to(v.dtype)
     norms = partial(_norms, dim=dim, eps=eps)
     if torch.is_grad_enabled() and v.requires_grad:
-        return _autograd.norms(v, norms, partial(weight_norm, dim=dim))
-    return norms(v).to(v.dtype)
+        return _clamped(_autograd.norms(v, norms, partial(weight_norm, dim=dim)), eps)
+    return _clamped(norms(v), eps).to(v.dtype)
+
+
+def _clamped(norm: Tensor, eps: float) -> Tensor:
+    return norm.clamp_min(eps) if eps else norm
 
 
 def _has_kernels_norms(v: Tensor) -> bool:
@@ -192,7 +196,8 @@ def _has_kernels_norms(v: Tensor) -> bool:
 
 
 def _norms(v: Tensor, dim: int, eps: float) -> Tensor:
-    """What the kernels for v divide by, in the dtype of norms."""
+    """The norms that the kernels for v compute, in the dtype of norms and not clamped. On the eager
+    backend those with an ``eps`` come from other operators than those without."""
     acc = accumulation_dtype(v.dtype)
     g, backend = v.new_ones(norm_shape(v.shape, dim), dtype=acc), choose(v)
     if isinstance(backend, CompiledBackend):
@@ -205,7 +210,7 @@ def _norms(v: Tensor, dim: int, eps: float) -> Tensor:
 
 
 def _composed_norms(v: Tensor, dim: int) -> Tensor:
-    return composed.norm_except_dim(v.to(accumulation_dtype(v.dtype)), dim).to(v.dtype)
+    return composed.norm_except_dim(v.to(accumulation_dtype(v.dtype)), dim)
 
 
 def _on_python_backend(problems: Problems, backend: PythonBackend) -> list[Tensor]:

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checkpoint import legacy_hooks, legacy_keys, split_for_torch
+from .checkpoint import (
+    WeightNormOriginals,
+    legacy_hooks,
+    legacy_keys,
+    split_for_torch,
+    stacked_in,
+)
+from .checkpoint.loading import assign_weight, nonzero_directions
 from .grouping.batch import sharding_modules
-from .layers import folded_weight
+from .layers import folded_weight, update_flat_weights
 from .module_class import forget_cached
 from .parametrization import OURS, TORCH_HOOK, WeightNorm, check_module, weight_norm_kind
 from .problem import accumulation_dtype, canonical_dim
@@ -29,10 +36,17 @@ def init_weight_(module: nn.Module, fn: Callable[[Tensor], Any], name: str = "we
     ::
 
         wnkernel.init_weight_(layer, nn.init.kaiming_normal_)
-        model.apply(lambda m: wnkernel.init_weight_(m, lambda w: w.normal_(0, 0.01)) if ... else m)
+
+        def init(m):
+            if hasattr(m, "weight_g") or torch.nn.utils.parametrize.is_parametrized(m, "weight"):
+                wnkernel.init_weight_(m, lambda w: w.normal_(0, 0.01))
+
+        model.apply(init)
 
     ``nn.init.kaiming_normal_(layer.weight)`` would change a temporary. g and v stay the Parameters
-    that they are: g becomes the norms of what ``fn`` wrote, v becomes that itself.
+    that they are: g becomes the norms of what ``fn`` wrote, v becomes that itself. Where ``fn``
+    wrote a row of zeros, g is 0 and v becomes ones, since zeros have no direction: the weight is 0
+    and can be trained. (With an ``eps`` v may be 0, and g is ``eps``.)
 
     Args:
         module: a layer with weight norm on ``name``, of any of the three kinds.
@@ -55,12 +69,17 @@ def init_weight_(module: nn.Module, fn: Callable[[Tensor], Any], name: str = "we
         weight = folded_weight(module, name).detach()
         fn(weight)
         if kind == TORCH_HOOK:
-            g, v = (getattr(module, key) for key in legacy_keys(name))
-            new_g, _ = split_for_torch(weight, legacy_hooks(module)[name][1].dim)
-            g.copy_(new_g)
-            v.copy_(weight)
-        else:
+            hook = legacy_hooks(module)[name][1]
+            pair = nonzero_directions(*split_for_torch(weight, hook.dim))
+            for key, t in zip(legacy_keys(name), pair, strict=True):
+                getattr(module, key).copy_(t)
+        elif isinstance(module.parametrizations[name], WeightNormOriginals):
             setattr(module, name, weight)
+        else:  # torch's own list would leave rows of zeros without a direction
+            assign_weight(module.parametrizations[name], weight)
+            update_flat_weights(module, name)
+    if kind == TORCH_HOOK:  # else it is that of the last forward until the next one
+        setattr(module, name, hook.compute_weight(module))
     return module
 
 
@@ -204,7 +223,7 @@ def _layers(model: nn.Module, initialised: list[_Layer]) -> list[_Layer]:
         weights = module.parametrizations[NAME]
         transposed = isinstance(module, TRANSPOSED)
         if (
-            len(weights) == 1
+            len(stacked_in(weights)) == 1
             and type(weights[0]) is WeightNorm
             and canonical_dim(weights[0].dim, weights.original1.ndim) == int(transposed)
             and not (transposed and module.groups > 1)

@@ -16,6 +16,7 @@ from .checkpoint import (
     legacy_hooks,
     legacy_keys,
     register_load_hook,
+    stacked_in,
     unregister_load_hook,
 )
 from .legacy_names import forget_legacy_names, pruned_original
@@ -41,9 +42,9 @@ def weight_norm(
     A drop-in for :func:`torch.nn.utils.parametrizations.weight_norm`: the same keys
     (``parametrizations.<name>.original0`` for g, ``.original1`` for v) and the same tools
     (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``). The weight stays
-    what it was: g is the norm that the kernel divides by, so its last bits may not be torch's.
-    Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with a plain ``<name>``, load
-    too (docs/checkpoints.md).
+    what it was: g is what the kernel divides by, ``max(norm, eps)``, so its last bits may not be
+    torch's. Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with a plain
+    ``<name>``, load too (docs/checkpoints.md).
 
     Args:
         module: the layer, changed in place.
@@ -84,8 +85,7 @@ def weight_norm(
         )
     check_v(weight, dim)
     register(module, name, WeightNorm(dim, eps=check_eps(eps)))
-    if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
-        _update_flat_weights(module, name)
+    update_flat_weights(module, name)
     return module
 
 
@@ -97,18 +97,27 @@ def register(module: nn.Module, name: str, norm: WeightNorm) -> None:
     make_ours(module, name)
 
 
-def _update_flat_weights(rnn: nn.RNNBase, name: str) -> None:
-    """Let an RNN know its weight before the first forward, which would do the same."""
+def update_flat_weights(module: nn.Module, name: str) -> None:
+    """Let an RNN know its weight before the first forward, which would do the same. Parameters that
+    a subclass adds are none of its weights."""
+    if not isinstance(module, nn.RNNBase) or name not in module._flat_weights_names:
+        return
     with torch.no_grad():
-        w = nn.Module.__call__(rnn.parametrizations[name])  # a read would be watched for writes
-    rnn._flat_weights[rnn._flat_weights_names.index(name)] = w
+        w = nn.Module.__call__(module.parametrizations[name])  # a read would be watched for writes
+    module._flat_weights[module._flat_weights_names.index(name)] = w
 
 
 def make_ours(module: nn.Module, name: str) -> None:
     """What is ours in a parametrized module, besides the weight norm itself."""
     weights = module.parametrizations[name]
-    if type(weights) in (parametrize.ParametrizationList, WeightNormOriginals):
-        weights.__class__ = WeightNormList
+    of_torch, cls = (parametrize.ParametrizationList, WeightNormOriginals), type(weights)
+    is_plain = cls in of_torch
+    if is_plain or (parametrize.is_parametrized(weights) and cls.__base__ in of_torch):
+        if is_plain:
+            weights.__class__ = WeightNormList
+        else:  # g or v is parametrized itself, and the list has a class of its own
+            own_class(weights)
+            type(weights).__bases__ = (WeightNormList,)
         adopt_class(module, name)
         weights.owner = FirstReads(weights, f"{name} of a {type(module).__name__}")
     register_load_hook(module, name)
@@ -138,10 +147,11 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
     kind = weight_norm_kind(module, name)
     if kind is None:
         raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
-    if kind != TORCH_HOOK and len(module.parametrizations[name]) > 1:
-        stacked = ", ".join(type(p).__name__ for p in module.parametrizations[name])
+    stacked = [] if kind == TORCH_HOOK else stacked_in(module.parametrizations[name])
+    if len(stacked) > 1:
+        got = ", ".join(type(p).__name__ for p in stacked)
         raise RuntimeError(
-            f"name: expected weight norm alone on {name!r}, got {stacked}; "
+            f"name: expected weight norm alone on {name!r}, got {got}; "
             "parametrize.remove_parametrizations folds them all"
         )
     if pruned := pruned_original(module, name):

@@ -13,15 +13,29 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
-from .checkpoint import legacy_hooks, legacy_keys, unregister_load_hook
+from .checkpoint import (
+    legacy_hooks,
+    legacy_keys,
+    own_parametrizations,
+    stacked_in,
+    unregister_load_hook,
+)
 from .checkpoint.loading import G, V, loads_for
 from .grouping import scopes
 from .grouping.batch import sharding_modules
 from .grouping.group import WeightNormGroup
-from .layers import folded_weight, make_ours, make_plain, register
+from .grouping.watches import end_watches
+from .layers import folded_weight, make_ours, make_plain, register, update_flat_weights
 from .legacy_names import answer_to_legacy_names, pruned_original
 from .module_class import own_class
-from .parametrization import TORCH_HOOK, WeightNorm, check_module, weight_norm_kinds
+from .parametrization import (
+    OURS,
+    TORCH_HOOK,
+    WeightNorm,
+    WeightNormList,
+    check_module,
+    weight_norm_kinds,
+)
 from .problem import check
 
 EXACT = (WeightNorm, TorchWeightNorm, LegacyHook)
@@ -86,7 +100,7 @@ def fold(model: nn.Module) -> list[str]:
             weight norm raises.
     """
     check_module("model", model)
-    found = entries(model)
+    found = _outermost(entries(model))
     _check(model, found)
     _refuse_within(
         model,
@@ -100,6 +114,8 @@ def fold(model: nn.Module) -> list[str]:
     for e, source in zip(found, sources, strict=True):
         if source not in plain:
             plain[source] = folded_weight(e.module, e.name)
+    lists = (e.module.parametrizations[e.name] for e in found if e.kind == OURS)
+    end_watches(weights for weights in lists if isinstance(weights, WeightNormList))
     _ungroup(model)
     for e, source in zip(found, sources, strict=True):
         make_plain(e.module, e.name, plain[source])
@@ -137,8 +153,11 @@ class Entry:
     def source(self) -> Hashable:
         """What its weight is computed from: the same for two entries that share g and v."""
         norm = self.norm
-        stacked = self.kind != TORCH_HOOK and len(self.module.parametrizations[self.name]) > 1
-        if stacked or type(norm) not in EXACT:
+        if self.kind != TORCH_HOOK:
+            weights = self.module.parametrizations[self.name]
+            if len(stacked_in(weights)) > 1 or own_parametrizations(weights):
+                return id(self.module), self.name
+        if type(norm) not in EXACT:
             return id(self.module), self.name
         g, v = self.originals()
         return id(g), id(v), self.kind, norm.dim, getattr(norm, "eps", 0.0)
@@ -151,6 +170,12 @@ def entries(model: nn.Module) -> list[Entry]:
         for path, module in model.named_modules()
         for name, kind in weight_norm_kinds(module).items()
     ]
+
+
+def _outermost(found: list[Entry]) -> list[Entry]:
+    """Those without the weight norms of a g or a v, which go with that of the weight."""
+    lists = {id(e.module.parametrizations[e.name]) for e in found if e.kind != TORCH_HOOK}
+    return [e for e in found if id(e.module) not in lists]
 
 
 def _check(model: nn.Module, found: Iterable[Entry]) -> None:
@@ -263,9 +288,7 @@ def _convert_hook(module: nn.Module, name: str) -> None:
         _to_front(module.parametrizations._modules, name)
     else:
         _to_front(module._modules, "parametrizations")
-    if isinstance(module, nn.RNNBase):
-        with torch.no_grad():
-            module._flat_weights[module._flat_weights_names.index(name)] = getattr(module, name)
+    update_flat_weights(module, name)
 
 
 def _to_front(modules: dict[str, nn.Module | None], first: str) -> None:

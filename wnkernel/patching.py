@@ -15,7 +15,7 @@ from torch.nn.utils import remove_weight_norm as torchs_remove_legacy
 from torch.nn.utils import weight_norm as torchs_legacy
 
 from . import layers
-from .checkpoint import unregister_load_hook
+from .checkpoint import stacked_in, unregister_load_hook
 from .legacy_names import answer_to_legacy_names
 from .module_class import own_class
 from .parametrization import TORCH_HOOK, weight_norm_kind
@@ -50,7 +50,7 @@ def _remove(
     normed = isinstance(module, nn.Module) and weight_norm_kind(module, tensor_name)
     if not normed or normed == TORCH_HOOK or not leave_parametrized:
         return torchs_remove(module, tensor_name, leave_parametrized)
-    if len(module.parametrizations[tensor_name]) == 1:
+    if len(stacked_in(module.parametrizations[tensor_name])) == 1:
         return layers.remove_weight_norm(module, tensor_name)
     own_class(module)
     torchs_remove(module, tensor_name)

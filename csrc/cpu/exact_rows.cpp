@@ -91,7 +91,8 @@ void exact_row(const Forward& p, int64_t row) {
   const double norm = norm_of(v, p.view, row);
   const double whole = std::ldexp(norm, v.exponent), held = rounded_to(p.divisor_type, whole);
   const double n = held == whole ? norm : std::ldexp(held, -v.exponent);
-  const double divisor = std::max(n, std::ldexp(p.eps, -v.exponent));
+  const double eps = rounded_to(accumulation(p.v_type), p.eps);
+  const double divisor = std::max(n, std::ldexp(eps, -v.exponent));
   const double g = element(p.g, p.g_type, row);
   set_element(p.norm, accumulation(p.v_type), row, whole);
   for_row(p.view, row, [&](int64_t k) { set_element(p.w, p.w_type, k, g * (v[k] / divisor)); });
@@ -99,7 +100,8 @@ void exact_row(const Forward& p, int64_t row) {
 
 void exact_row(const Backward& p, int64_t row) {
   const ScaledRow v(p.v, p.v_type, p.view, row), grad_w(p.grad_w, p.w_type, p.view, row);
-  const double norm = norm_of(v, p.view, row), eps = std::ldexp(p.eps, -v.exponent);
+  const double norm = norm_of(v, p.view, row);
+  const double eps = std::ldexp(rounded_to(accumulation(p.v_type), p.eps), -v.exponent);
   const double divisor = std::max(norm, eps), g = element(p.g, p.g_type, row);
   const bool clamped = norm < eps;
   double projection = 0;

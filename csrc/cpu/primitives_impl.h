@@ -226,6 +226,7 @@ struct FinishOf {
     const G* __restrict g = static_cast<const G*>(g_);
     A* __restrict norm = static_cast<A*>(norm_);
     A* __restrict a = static_cast<A*>(a_);
+    eps = rounded<A>(eps);  // as norms are: a g equal to eps gives w = v
     WNKERNEL_NO_ALIAS
     for (int64_t r = 0; r < rows; ++r) {
       const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]), d = rounded<Divisor>(n);
@@ -247,6 +248,7 @@ struct FinishOf {
     G* __restrict grad_g = static_cast<G*>(grad_g_);
     A* __restrict a = static_cast<A*>(a_);
     A* __restrict b = static_cast<A*>(b_);
+    eps = rounded<A>(eps);
     const double eps_is_safe = eps >= Range::kNormMin ? 1.0 : 0.0;
     WNKERNEL_NO_ALIAS
     for (int64_t r = 0; r < rows; ++r) {

@@ -48,9 +48,10 @@ __device__ inline float divisor(float norm, DType type) {
 }
 __device__ inline double divisor(double norm, DType) { return norm; }
 
-// g / max(norm, eps), with the norm as divisor_type holds it, in two factors, to multiply v with
-// one after the other: the ratio and 1, unless that leaves the range of normal numbers. Then 1 /
-// max(norm, eps) and g, or, where not even norms are normal, unit and what is left.
+// g / max(norm, eps), with the norm rounded as divisor_type holds it and bounded then, in two
+// factors, to multiply v with one after the other: the ratio and 1, unless that leaves the range of
+// normal numbers. Then 1 / max(norm, eps) and g, or, where not even norms are normal, unit and what
+// is left.
 template <class Sum>
 struct Forwards {
   Sum norm, a, b;
@@ -60,7 +61,7 @@ struct Forwards {
     const Sum scaled = root(squares);
     const Sum norm = unit == 1 ? scaled : scaled / unit;
     const bool clamped = norm < eps;
-    const Sum n = clamped ? eps : divisor(norm, divisor_type), ratio = g / n;
+    const Sum held = divisor(norm, divisor_type), n = held < eps ? eps : held, ratio = g / n;
     if (is_normal(n)) {
       if (is_normal(ratio)) return {norm, ratio, 1};
       if (is_normal(1 / n)) return {norm, 1 / n, g};

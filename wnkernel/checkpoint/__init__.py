@@ -14,6 +14,7 @@ from .layouts import (
     own_parametrizations,
     split_for_torch,
     split_weight,
+    stacked_in,
 )
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
 
@@ -28,5 +29,6 @@ __all__ = [
     "register_load_hook",
     "split_for_torch",
     "split_weight",
+    "stacked_in",
     "unregister_load_hook",
 ]

@@ -63,6 +63,12 @@ def own_parametrizations(module: nn.Module) -> dict[str, parametrize.Parametriza
     return dict(lists.items()) if isinstance(lists, nn.ModuleDict) else {}
 
 
+def stacked_in(weights: parametrize.ParametrizationList) -> list[nn.Module]:
+    """The parametrizations of a list, in the order in which they are computed. ``len`` and ``iter``
+    count ``weights.parametrizations`` too, which is there where g or v is parametrized itself."""
+    return [module for key, module in weights._modules.items() if key.isdigit()]
+
+
 def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
     """The canonical dim of a weight norm with a g and a v of these shapes; None if no dim fits.
 
@@ -79,10 +85,8 @@ def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
 
 
 def split_weight(weight: Tensor, dim: int, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v.
-
-    Rows shorter than ``eps`` get their norm too, and so come out shorter than they are.
-    """
+    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v. Of a row
+    shorter than ``eps`` that is ``eps``."""
     return functional.norms_for(weight, check_v(weight, dim), eps), weight
 
 

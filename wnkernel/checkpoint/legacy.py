@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
 from .layouts import legacy_hooks, legacy_keys, split_for_torch
-from .pairs import Target, forget, load_weight, source
+from .pairs import Place, Target, forget, load_weight, source
 
 _BEFORE = "_load_before_any_layout"
 """A module's own way of loading that :func:`replace_loading` replaced."""
@@ -62,7 +62,8 @@ def _load_from_state_dict(
         where, names = source(state_dict, prefix, name), legacy_keys(name)
         if keys := where.keys():
             target = _target(self, names, hook)
-            load_weight(where, target, self, names, prefix, local_metadata, error_msgs)
+            places = partial(_places, self, names)
+            load_weight(where, target, places, prefix, local_metadata, error_msgs)
             used += keys
             current |= {prefix + n: getattr(self, n) for n in names}
     errors = len(error_msgs)
@@ -72,6 +73,10 @@ def _load_from_state_dict(
     forget(used, unexpected_keys)
     # What could not be swapped cannot be swapped with itself either.
     error_msgs[errors:] = [text for text in error_msgs[errors:] if text not in error_msgs[:errors]]
+
+
+def _places(module: nn.Module, names: tuple[str, str], pair: tuple[Tensor, Tensor]) -> list[Place]:
+    return [(module, name, t) for name, t in zip(names, pair, strict=True)]
 
 
 def _target(module: nn.Module, names: tuple[str, str], hook: LegacyHook) -> Target:

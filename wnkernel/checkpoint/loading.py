@@ -9,8 +9,9 @@ parametrizations below the layer; the list, when its turn comes, leaves them as 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
-from .layouts import has_values, legacy_hooks, legacy_keys, split_for_torch
+from .layouts import (
+    has_values,
+    legacy_hooks,
+    legacy_keys,
+    own_parametrizations,
+    split_for_torch,
+    stacked_in,
+)
 from .legacy import restore_loading
 from .pairs import Source, Target, forget, load_weight, source
 
@@ -50,6 +58,7 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         error_msgs: list[str],
     ) -> None:
         visit: _Visit | None = self.__dict__.pop("_visit", None)
+        takes_both = self.takes_both(state_dict, prefix)
         if visit and visit.error_msgs is error_msgs:
             forget(visit.keys, unexpected_keys)
             missing_keys = []
@@ -57,10 +66,12 @@ class WeightNormOriginals(parametrize.ParametrizationList):
             where = Source(
                 state_dict, prefix.removesuffix(".") or "weight", ((prefix + G, prefix + V),)
             )
-            if where.keys() and self.has_parameters():
+            if where.keys() and takes_both:
                 _load(where, self, prefix, local_metadata, error_msgs)
+                self.tell(error_msgs, [])
+                del self._visit  # that is now
                 missing_keys = []
-        if self.has_parameters():
+        if takes_both:
             both = (prefix + G, prefix + V)
             state_dict = {key: t for key, t in state_dict.items() if key not in both}
         super()._load_from_state_dict(
@@ -69,35 +80,38 @@ class WeightNormOriginals(parametrize.ParametrizationList):
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The g and v of a weight, through all that is stacked on the weight norm."""
-        for parametrization in reversed(self):
-            if type(parametrization) is TorchWeightNorm:
-                weight = split_for_torch(weight, parametrization.dim)
-            else:
-                weight = parametrization.right_inverse(weight)
-        return weight
+        return _split(self, weight)
 
-    @torch.no_grad()
     def right_inverse(self, value: Tensor) -> None:
-        """Write the g and v of a weight that is assigned to the layer into the memory that they
-        have: CUDA graphs, flat buffers and other processes may know it. (torch's gives them other
-        memory; that is left for a weight of another shape.) A row of zeros, of which the norm and
-        no direction is known (a layer fused with a batch norm that is 0 there), does not become
-        NaN."""
-        if not all(hasattr(parametrization, "right_inverse") for parametrization in self):
-            super().right_inverse(value)  # says which has none
-        g, v = self.split(value)
-        if g.numel() != self.original0.numel() or v.shape != self.original1.shape:
-            super().right_inverse(value)
-            return
-        if has_values(g) and (zero := g == 0).any():
-            v = torch.where(zero, 1.0, v)
-        self.original0.copy_(g)
-        self.original1.copy_(v)
+        """What assigning a weight to the layer means; see :func:`assign_weight`."""
+        assign_weight(self, value)
 
-    def has_parameters(self) -> bool:
-        """Whether g and v are there to be loaded; in the views of FSDP's first version they are
-        not, and what to do is left to torch."""
-        return all(name in self._parameters or name in self._buffers for name in (G, V))
+    def takes_both(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether g and v are to be loaded together from a dict. What to do is left to torch where
+        they are not there to be loaded, as in the views of FSDP's first version, and where the dict
+        has keys of what one of them is computed from."""
+        within = prefix + "parametrizations."
+        return self._has_both() and not (
+            own_parametrizations(self) and any(key.startswith(within) for key in state_dict)
+        )
+
+    def _has_both(self) -> bool:
+        for name in (G, V):
+            inner = own_parametrizations(self).get(name)
+            if inner is None:
+                there = name in self._parameters or name in self._buffers
+            else:
+                there = isinstance(inner, WeightNormOriginals) and inner._has_both()
+            if not there:
+                return False
+        return True
+
+    def tell(self, error_msgs: list[str], keys: list[str]) -> None:
+        """Say that g and v have been loaded, to the lists that they are computed by too."""
+        self._visit = _Visit(error_msgs, keys)
+        for inner in own_parametrizations(self).values():
+            if isinstance(inner, WeightNormOriginals):
+                inner.tell(error_msgs, [])
 
 
 class LoadHook:
@@ -124,16 +138,76 @@ class LoadHook:
         if not parametrize.is_parametrized(module, self.name):
             return
         weights = module.parametrizations[self.name]
-        if not isinstance(weights, WeightNormOriginals) or not weights.has_parameters():
+        below = f"{prefix}parametrizations.{self.name}."
+        if not (isinstance(weights, WeightNormOriginals) and weights.takes_both(state_dict, below)):
             return
         own = module._parameters.keys() | module._buffers.keys()
         has_own = bool(own & set(legacy_keys(self.name)))
         where = source(state_dict, prefix, self.name, legacy=not has_own)
         if not (keys := where.keys()):
             return
-        below = f"{prefix}parametrizations.{self.name}."
         _load(where, weights, below, local_metadata, error_msgs)
-        weights._visit = _Visit(error_msgs, keys)
+        weights.tell(error_msgs, keys)
+
+
+def _split(weights: parametrize.ParametrizationList, weight: Tensor) -> tuple[Tensor, Tensor]:
+    for parametrization in reversed(stacked_in(weights)):
+        if type(parametrization) is TorchWeightNorm:
+            weight = split_for_torch(weight, parametrization.dim)
+        else:
+            weight = parametrization.right_inverse(weight)
+    return weight
+
+
+@torch.no_grad()
+def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> None:
+    """Write the g and v of a weight into the memory that they have: CUDA graphs, flat buffers and
+    other processes may know it. A g or v that has a weight norm itself is assigned to in turn.
+
+    Rows of zeros get the directions of :func:`nonzero_directions`. A weight of another shape goes
+    torch's way: v takes over the memory of the tensor that was given, and g has new memory.
+
+    Args:
+        weights: the parametrizations of one parameter, a weight norm first.
+        value: what the parameter is to be.
+    """
+    for parametrization in stacked_in(weights):
+        if not hasattr(parametrization, "right_inverse"):
+            kind = type(parametrization).__name__
+            raise RuntimeError(f"parametrization {kind} does not implement right_inverse.")
+    g, v = _split(weights, value)
+    expected, got = weights.original1.shape, v.shape
+    if got != expected or g.numel() != weights.original0.numel():
+        if own_parametrizations(weights):
+            raise ValueError(f"v: expected shape {tuple(expected)}, got {tuple(got)}")
+        parametrize.ParametrizationList.right_inverse(weights, value)
+        return
+    for owner, name, t in _places(weights, nonzero_directions(g, v)):
+        if name in own_parametrizations(owner):  # not of ours
+            setattr(owner, name, t)
+        else:
+            getattr(owner, name).copy_(t)
+
+
+def nonzero_directions(g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``(g, v)`` with ones in the rows of v whose norm is 0. Of a row of zeros the norm is known
+    and no direction (a layer fused with a batch norm that is 0 there): it is not to become NaN."""
+    if has_values(g) and (zero := g == 0).any():
+        v = torch.where(zero, 1.0, v)
+    return g, v
+
+
+def _places(
+    weights: parametrize.ParametrizationList, pair: tuple[Tensor, Tensor]
+) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Where a g and a v are kept: the module, the name there, and what belongs there. One that has
+    a weight norm of ours is kept as a g and a v itself."""
+    for name, t in zip((G, V), pair, strict=True):
+        inner = own_parametrizations(weights).get(name)
+        if isinstance(inner, WeightNormOriginals):
+            yield from _places(inner, inner.split(t.to(getattr(weights, name).dtype)))
+        else:
+            yield weights, name, t
 
 
 def _load(
@@ -143,9 +217,9 @@ def _load(
     local_metadata: dict[str, Any],
     error_msgs: list[str],
 ) -> None:
-    compose = weights[0].forward if len(weights) == 1 else None
+    compose = weights[0].forward if len(stacked_in(weights)) == 1 else None
     target = Target(weights.original0, weights.original1, weights.split, compose)
-    load_weight(where, target, weights, (G, V), prefix, local_metadata, error_msgs)
+    load_weight(where, target, partial(_places, weights), prefix, local_metadata, error_msgs)
 
 
 def register_load_hook(module: nn.Module, name: str) -> dict[int, Any]:

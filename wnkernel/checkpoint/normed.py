@@ -19,6 +19,7 @@ from .layouts import (
     infer_dim,
     legacy_hooks,
     own_parametrizations,
+    stacked_in,
     weight_keys,
 )
 
@@ -158,8 +159,13 @@ def weights_of(like: nn.Module | Mapping[str, Any] | None) -> Like:
         for name, (_, hook) in legacy_hooks(module).items():
             (legacy if type(hook) is LegacyHook else others).add(prefix + name)
         for name, norms in own_parametrizations(module).items():
-            (norm, *stacked), key = norms, prefix + name
-            if stacked or (isinstance(norm, TorchWeightNorm) and type(norm) is not TorchWeightNorm):
+            (norm, *stacked), key = stacked_in(norms), prefix + name
+            is_nested = bool(own_parametrizations(norms))  # g or v is parametrized itself
+            if (
+                stacked
+                or is_nested
+                or (isinstance(norm, TorchWeightNorm) and type(norm) is not TorchWeightNorm)
+            ):
                 others.add(key)
             else:
                 eps[key] = getattr(norm, "eps", 0.0)

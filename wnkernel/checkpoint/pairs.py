@@ -3,7 +3,7 @@ both or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ class LayoutError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"{message}; the layer is unchanged")
+
+
+Place = tuple[nn.Module, str, Tensor]
+"""A module, the name of a parameter or buffer of it, and what is to be loaded there."""
 
 
 @dataclass(frozen=True)
@@ -184,46 +188,47 @@ def _is_weight_of(weight: Tensor, g: Tensor, v: Tensor, target: Target) -> bool:
 def load_weight(
     where: Source,
     target: Target,
-    owner: nn.Module,
-    names: tuple[str, str],
+    places: Callable[[tuple[Tensor, Tensor]], Iterable[Place]],
     prefix: str,
     local_metadata: dict[str, Any],
     error_msgs: list[str],
 ) -> None:
-    """Load g and v from the dict into the parameters ``names`` of ``owner``, whose keys begin with
-    ``prefix``; what is wrong goes into ``error_msgs``, as with torch."""
+    """Load g and v from the dict into their ``places``, whose keys begin with ``prefix``; what is
+    wrong goes into ``error_msgs``, as with torch."""
     assign = local_metadata.get("assign_to_params_buffers", False)
     try:
         pair = choose(where, target, assign=assign)
     except LayoutError as error:
         error_msgs.append(str(error))
     else:
-        g, v = pair
-        if target.g.shape == (1,):  # torch only loads [1] into a scalar
-            g = g.detach().reshape(1)
-        _load_pair(owner, names, (g, v), prefix, local_metadata, error_msgs)
+        with torch.inference_mode(False), torch.no_grad():  # parts of them may be split in turn
+            found = list(places(pair))
+        _load_all(found, prefix, local_metadata, error_msgs)
 
 
-def _load_pair(
-    owner: nn.Module,
-    names: tuple[str, str],
-    pair: Iterable[Tensor],
+def _load_all(
+    places: Sequence[Place],
     prefix: str,
     local_metadata: dict[str, Any],
     error_msgs: list[str],
 ) -> None:
     """Load g and v, or, if torch cannot load one of them, neither."""
-    g = getattr(owner, names[0])
-    content = g.detach().clone()
-    for name, t in zip(names, pair, strict=True):
+    before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+    for owner, name, t in places:
+        own = getattr(owner, name)
+        content = own if len(before) == len(places) - 1 else own.detach().clone()
+        if own.shape == (1,) and t.numel() == 1:  # torch only loads [1] into a scalar
+            t = t.detach().reshape(1)
         if not _load(owner, name, t, prefix, local_metadata, error_msgs):
             break
+        before.append((owner, name, own, content))
     else:
         return
-    if getattr(owner, names[0]) is not g:
-        setattr(owner, names[0], g)
-    with torch.no_grad():
-        g.copy_(content)
+    for owner, name, own, content in before:
+        if getattr(owner, name) is not own:
+            setattr(owner, name, own)
+        with torch.no_grad():
+            own.copy_(content)
 
 
 def _load(

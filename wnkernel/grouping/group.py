@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .. import _ops
+from ..checkpoint import own_parametrizations, stacked_in
 from ..parametrization import OURS, WeightNormList, weight_norm_kinds
 from . import scopes
 from .members import Container, Member, Roster, drop_all
 from .optimizers import steps
+from .watches import end_watches
 
 REUSE = ("forward", "version")
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
@@ -158,14 +160,13 @@ def fuse(
     """
     _check(model, reuse, bucket_cap_mb, autocast)
     found = _weights(model)
+    end_watches(weights for _, weights, _ in found)
     steps.watch()
     roster = Roster(model, reuse, autocast)
     buckets = _buckets([weights for _, weights, _ in found], bucket_cap_mb)
     group = WeightNormGroup(roster)
     try:
         for (name, weights, around), bucket in zip(found, buckets, strict=True):
-            if weights.owner is not None:
-                weights.owner.end()
             weights.owner = Member(roster, weights, name, bucket, around)
         index = {id(weights): k for k, (_, weights, _) in enumerate(found)}
         for module in model.modules():
@@ -217,7 +218,7 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
         for name, kind in weight_norm_kinds(module).items():
             full_name = f"{path}.{name}" if path else name
             weights = module.parametrizations[name] if kind == OURS else None
-            if not isinstance(weights, WeightNormList) or len(weights) > 1:
+            if not isinstance(weights, WeightNormList) or _is_computed_otherwise(weights):
                 others.add(kind if weights is None else f"{kind} {_why_not(weights)}")
                 continue
             if weights.owner is not None and weights.owner.is_group:
@@ -234,10 +235,17 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
     return found
 
 
+def _is_computed_otherwise(weights: parametrize.ParametrizationList) -> bool:
+    """Whether a weight is not computed from a g and a v by a weight norm alone."""
+    return len(stacked_in(weights)) > 1 or bool(own_parametrizations(weights))
+
+
 def _why_not(weights: parametrize.ParametrizationList) -> str:
     """Why a weight norm of this package cannot be in a group."""
-    if len(weights) > 1:
+    if len(stacked_in(weights)) > 1:
         return "under other parametrizations"
+    if own_parametrizations(weights):
+        return "on top of other parametrizations"
     return "registered as a parametrization by hand"
 
 

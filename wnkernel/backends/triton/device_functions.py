@@ -95,7 +95,8 @@ def _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr,
     tl.store(p, true_norm, mask=mask)
     eps = _float(eps_bits, norm.dtype)
     clamped = true_norm < eps
-    n = tl.where(clamped, eps, _divisor(true_norm, rows, V, G))
+    held = _divisor(true_norm, rows, V, G)
+    n = tl.where(held < eps, eps, held)
     # Divisions on GPUs need not be rounded to the nearest, and w has to be v if g is the norm.
     ratio, inverse = tl.where(scale == n, 1.0, scale / n), 1.0 / n
     has_ratio = _is_normal(n) & _is_normal(ratio)
