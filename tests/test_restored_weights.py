@@ -107,15 +107,23 @@ def test_extreme_rows(backend, dim, size):
         assert torch.equal(layer.weight, weight)
 
 
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_zero_rows(backend, dim):
-    """w is 0 / 0 there as in torch, unless there is an eps."""
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_zero_rows_stay_and_can_be_trained(backend, dim, eps):
+    """torch computes 0 / 0 there."""
     weight = randn((4, 5, 6))
-    weight.select(dim, 1).zero_()
-    layer = wnkernel.weight_norm(Layer(weight), dim=dim)
-    assert loaded(layer)[0].select(dim, 1).eq(0).all()
-    assert layer.weight.select(dim, 1).isnan().all()
-    assert torch.equal(wnkernel.weight_norm(Layer(weight), dim=dim, eps=1e-6).weight, weight)
+    (weight if dim is None else weight.select(dim, 1)).zero_()
+    layer = wnkernel.weight_norm(Layer(weight), dim=dim, eps=eps)
+    other = wnkernel.weight_norm(Layer(torch.ones_like(weight)), dim=dim, eps=eps)
+    other.load_state_dict({"weight": weight})
+    legacy = wnkernel.convert_state_dict({"weight": weight}, "legacy", like=layer)
+    third = wnkernel.weight_norm(Layer(torch.ones_like(weight)), dim=dim, eps=eps)
+    third.load_state_dict(legacy)
+    for each in (layer, other, third):
+        assert torch.equal(each.weight, weight)
+        each.weight.sum().backward()
+        assert all(p.grad.isfinite().all() for p in each.parameters())
+        assert eps or each.parametrizations.weight.original0.grad.any()
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 4), (3, 0, 2)], ids=str)

@@ -18,7 +18,7 @@ from .checkpoint import (
     split_for_torch,
     stacked_in,
 )
-from .checkpoint.loading import assign_weight, nonzero_directions
+from .checkpoint.loading import assign_weight
 from .grouping.batch import sharding_modules
 from .layers import folded_weight, update_flat_weights
 from .module_class import forget_cached
@@ -70,7 +70,7 @@ def init_weight_(module: nn.Module, fn: Callable[[Tensor], Any], name: str = "we
         fn(weight)
         if kind == TORCH_HOOK:
             hook = legacy_hooks(module)[name][1]
-            pair = nonzero_directions(*split_for_torch(weight, hook.dim))
+            pair = split_for_torch(weight, hook.dim)
             for key, t in zip(legacy_keys(name), pair, strict=True):
                 getattr(module, key).copy_(t)
         elif isinstance(module.parametrizations[name], WeightNormOriginals):

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -24,6 +24,8 @@ from .layouts import (
     weight_keys,
 )
 from .normed import Like, NormedWeight, find_normed_weights, is_float, weights_of
+
+T = TypeVar("T")
 
 
 def convert_state_dict(
@@ -152,13 +154,16 @@ class _Conversion:
         else:
             split = partial(split_weight, dim=weight.dim, eps=self._eps_of(weight))
 
-        def norms() -> Tensor:
-            return _as_in(w, split(w.detach())[0], w.requires_grad)
+        def pair() -> tuple[Tensor, Tensor]:
+            plain = w.detach()
+            g, v = split(plain)
+            own_v = w if v is plain else _as_in(w, v, w.requires_grad)
+            return _as_in(w, g, w.requires_grad), own_v
 
         key = (_identity(w), split.func, *split.keywords.values())
-        g = self._shaped(self._once(key, norms), weight.key)
+        g, v = self._once(key, pair)
         new_g, new_v = weight_keys(weight.key, self.to)
-        self.changes[weight.key] = {new_g: g, new_v: w}
+        self.changes[weight.key] = {new_g: self._shaped(g, weight.key), new_v: v}
 
     def result(self) -> dict[str, Any]:
         ordered = isinstance(self.state_dict, OrderedDict)
@@ -210,7 +215,7 @@ class _Conversion:
     def _eps_of(self, weight: NormedWeight) -> float:
         return self.eps or self.like.eps.get(weight.key, 0.0)
 
-    def _once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+    def _once(self, key: Any, compute: Callable[[], T]) -> T:
         if key not in self.computed:
             self.computed[key] = compute()
         return self.computed[key]

@@ -20,7 +20,6 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
 from .layouts import (
-    has_values,
     legacy_hooks,
     legacy_keys,
     own_parametrizations,
@@ -164,8 +163,8 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
     """Write the g and v of a weight into the memory that they have: CUDA graphs, flat buffers and
     other processes may know it. A g or v that has a weight norm itself is assigned to in turn.
 
-    Rows of zeros get the directions of :func:`nonzero_directions`. A weight of another shape goes
-    torch's way: v takes over the memory of the tensor that was given, and g has new memory.
+    A weight of another shape goes torch's way: v takes over the memory of what was given,
+    and g has new memory.
 
     Args:
         weights: the parametrizations of one parameter, a weight norm first.
@@ -182,19 +181,11 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
             raise ValueError(f"v: expected shape {tuple(expected)}, got {tuple(got)}")
         parametrize.ParametrizationList.right_inverse(weights, value)
         return
-    for owner, name, t in _places(weights, nonzero_directions(g, v)):
+    for owner, name, t in _places(weights, (g, v)):
         if name in own_parametrizations(owner):  # not of ours
             setattr(owner, name, t)
         else:
             getattr(owner, name).copy_(t)
-
-
-def nonzero_directions(g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` with ones in the rows of v whose norm is 0. Of a row of zeros the norm is known
-    and no direction (a layer fused with a batch norm that is 0 there): it is not to become NaN."""
-    if has_values(g) and (zero := g == 0).any():
-        v = torch.where(zero, 1.0, v)
-    return g, v
 
 
 def _places(
