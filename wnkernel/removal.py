@@ -76,39 +76,48 @@ class HiddenHooks(OrderedDict[int, Callable[..., Any]]):
     """
 
     def __init__(self, hooks: Iterable[tuple[int, Callable[..., Any]]] = ()) -> None:
-        self.hidden: dict[int, RemovalHook] = {}
+        self.every: dict[int, Callable[..., Any]] = {}
+        """All hooks, in the order in which they are called."""
+        self.shows = False
+        """Whether there are others. It and ``every`` are attributes because Dynamo of torch 2.4
+        does not follow ``super()`` into dictionaries."""
         super().__init__(hooks)
 
-    def _all(self) -> dict[int, Callable[..., Any]]:
-        return {**self.hidden, **dict(super().items())}
+    def __bool__(self) -> bool:
+        return self.shows
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._all())
+        return iter(self.every)
 
     def keys(self) -> KeysView[int]:
-        return self._all().keys()
+        return self.every.keys()
 
     def values(self) -> ValuesView[Callable[..., Any]]:
-        return self._all().values()
+        return self.every.values()
 
     def items(self) -> ItemsView[int, Callable[..., Any]]:
-        return self._all().items()
+        return self.every.items()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._all()
+        return key in self.every
 
     def __getitem__(self, key: int) -> Callable[..., Any]:
-        return self._all()[key]
+        return self.every[key]
 
     def __setitem__(self, key: int, hook: Callable[..., Any]) -> None:
-        if type(hook) is RemovalHook:
-            self.hidden[key] = hook
-        else:
+        self.every[key] = hook
+        if type(hook) is not RemovalHook:
             super().__setitem__(key, hook)
+            self.shows = True
 
     def __delitem__(self, key: int) -> None:
-        if self.hidden.pop(key, None) is None:
+        if type(self.every.pop(key)) is not RemovalHook:
             super().__delitem__(key)
+            self.shows = len(self) > 0
+
+    def move_to_end(self, key: int, last: bool = True) -> None:
+        moved = {key: self.every.pop(key)}
+        self.every = {**self.every, **moved} if last else {**moved, **self.every}
 
     def popitem(self, last: bool = True) -> tuple[int, Callable[..., Any]]:
         for key in reversed([*self]) if last else self:
