@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +105,38 @@ def test_a_change_of_one_copy_is_not_one_of_the_others(change: str, normed: str)
     torch.testing.assert_close(compiled(x), second(x))
     wnkernel.remove_weight_norm(first)
     torch.testing.assert_close(third(x), want)
+
+
+def test_copies_have_weights_of_their_own_in_the_cache() -> None:
+    layer = wnkernel.weight_norm(nn.Linear(5, 4))
+    with parametrize.cached():
+        first: Tensor = layer.weight
+        assert layer.weight is first
+        for factor in (2, 3, 4):  # each copy goes before the next one comes
+            other = copy.deepcopy(layer)
+            with torch.no_grad():
+                other.parametrizations.weight.original0.mul_(factor)
+            torch.testing.assert_close(other.weight, factor * first)
+            assert other.weight is other.weight
+            del other
+        assert layer.weight is first
+    assert layer.weight is not first
+
+
+def test_a_layer_needs_no_garbage_collector() -> None:
+    layer = wnkernel.weight_norm(nn.Linear(5, 4))
+    dead = [weakref.ref(module) for module in (layer, copy.deepcopy(layer))]
+    kept = copy.deepcopy(layer)
+    gc.disable()
+    try:
+        layer(ramp(1, 5))
+        alive = weakref.ref(layer)
+        del layer
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert [ref() for ref in dead] == [None, None]
+    assert kept.weight.shape == (4, 5)
 
 
 class Adapter(nn.Linear):
