@@ -176,7 +176,7 @@ def test_errors_leave_the_mode_as_it_was() -> None:
             for call in (
                 lambda: wnkernel.weight_norm(nn.Linear(5, 4), "nothing"),
                 lambda: wnkernel.remove_weight_norm(nn.Linear(5, 4)),
-                lambda: setattr(wnkernel.weight_norm(nn.Linear(5, 4)), "weight", torch.ones(1)),
+                lambda: setattr(wnkernel.weight_norm(nn.Linear(5, 4)), "weight", torch.ones(4, 5).half()),
             ):
                 with pytest.raises(ValueError, match="expected"):
                     call()
