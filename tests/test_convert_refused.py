@@ -66,6 +66,10 @@ def pruned(layer: nn.Module) -> None:
     prune.l1_unstructured(legacy_weight_norm(layer), "weight_v", 1)
 
 
+def spectral_norm_of_v(layer: nn.Module) -> None:
+    nn.utils.spectral_norm(legacy_weight_norm(layer), "weight_v")
+
+
 def on_top(layer: nn.Module) -> None:
     """torch lets it be registered, and fails in the forward."""
     APPLY["torch"](parametrizations.orthogonal(layer))
@@ -76,6 +80,7 @@ REFUSED: list[tuple[Callable[[nn.Module], None], str]] = [
     (wrong_shape_parametrized, r"g: expected shape \[3, 1\].*got \[2, 1\]"),
     (wrong_dtype, r"v: expected dtype .*complex64"),
     (pruned, "without a parameter 'weight_v'; undo .* prune.remove"),
+    (spectral_norm_of_v, "without a parameter 'weight_v'; undo .* nn.utils.remove_spectral_norm"),
     (on_top, "on top of another parametrization"),
 ]
 
@@ -169,6 +174,15 @@ def test_legacy_names_of_a_converted_layer_say_what_is_wrong():
     wnkernel.remove_weight_norm(layer)
     with pytest.raises(AttributeError, match="no attribute 'weight_g'"):
         del layer.weight_g
+
+
+def test_spectral_norm_of_the_v_of_a_converted_layer_is_refused_by_torch():
+    layer = legacy_weight_norm(nn.Linear(5, 4))
+    wnkernel.convert(layer)
+    before = state(layer)
+    with pytest.raises(KeyError, match="weight_v"):
+        nn.utils.spectral_norm(layer, "weight_v")
+    assert state(layer) == before
 
 
 # Left alone

@@ -110,7 +110,7 @@ def make_ours(module: nn.Module, name: str) -> None:
     if type(weights) in (parametrize.ParametrizationList, WeightNormOriginals):
         weights.__class__ = WeightNormList
         adopt_class(module, name)
-        weights.owner = FirstReads(weights)
+        weights.owner = FirstReads(weights, f"{name} of a {type(module).__name__}")
     register_load_hook(module, name)
     add_removal_hook(module, RemovalHook(name, weights[0].dim, remove_weight_norm))
 

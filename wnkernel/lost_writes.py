@@ -29,12 +29,18 @@ calling the layer is not to pay for the watch forever."""
 
 
 class FirstReads:
-    """What a new ``WeightNormList`` asks when it is read, until its layer has run."""
+    """What a new ``WeightNormList`` asks when it is read, until its layer has run.
+
+    Args:
+        weights: the list.
+        place: which weight that is, for the warning.
+    """
 
     is_group = False
 
-    def __init__(self, weights: WeightNormList) -> None:
+    def __init__(self, weights: WeightNormList, place: str) -> None:
         self._weights = weakref.ref(weights)
+        self._place = place
         self._reads = 0
         self._last: tuple[Tensor, Tensor] | None = None
         """``w`` of the last read, without its history, and the sum of its bits."""
@@ -46,7 +52,7 @@ class FirstReads:
         self._reads += 1
         if self._reads > READS or _is_in_forward(sys._getframe(1)):
             self.end()
-        elif type(w) is Tensor and not w.is_meta and launch_mode() != ALONE:
+        elif type(w) is Tensor and _has_values_now(w):
             # Not w itself: its history holds on to v and g, which others may want to swap.
             self._last = w.detach(), _sum_of_bits(w)
         return w
@@ -54,15 +60,15 @@ class FirstReads:
     def _check(self) -> None:
         """Warn if the weight that was read last has been written to, and forget it."""
         last, self._last = self._last, None  # at once: other threads may read too
-        if last is None or launch_mode() == ALONE:
+        if last is None:
             return
         w, before = last
-        if not is_capturing(w.device) and not torch.equal(_sum_of_bits(w), before):
+        if _has_values_now(w) and not torch.equal(_sum_of_bits(w), before):
             warnings.warn(
-                "A write to the weight of a weight-normed layer was lost: layer.weight is computed "
-                "from g and v whenever it is read. Write wnkernel.init_weight_(layer, "
-                "nn.init.normal_) for nn.init.normal_(layer.weight), and layer.weight = w for "
-                "layer.weight.copy_(w).",
+                f"A write to the weight of a weight-normed layer was lost ({self._place}): "
+                "layer.weight is computed from g and v whenever it is read. Write "
+                "wnkernel.init_weight_(layer, nn.init.normal_) for nn.init.normal_(layer.weight), "
+                "and layer.weight = w for layer.weight.copy_(w).",
                 stacklevel=1,
             )
 
@@ -75,7 +81,7 @@ class FirstReads:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstReads | None:
         weights = memo.get(id(self._weights()))
-        return None if weights is None else FirstReads(weights)
+        return None if weights is None else FirstReads(weights, self._place)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
@@ -100,6 +106,11 @@ def _is_in_forward(frame: FrameType | None, depth: int = 6) -> bool:
             return True
         frame, depth = frame.f_back, depth - 1
     return False
+
+
+def _has_values_now(w: Tensor) -> bool:
+    """Whether a tensor can be looked at: not while transforms run, or a CUDA graph is captured."""
+    return not w.is_meta and launch_mode() != ALONE and not is_capturing(w.device)
 
 
 @torch.no_grad()
