@@ -155,6 +155,14 @@ def test_changes_of_our_layers(mode: Callable, change: Callable) -> None:
     assert_trainable(model)
 
 
+@without_gradients
+def test_a_weight_of_another_shape(mode: Callable) -> None:
+    layer = wnkernel.weight_norm(nn.Linear(5, 4, bias=False))
+    with mode():
+        layer.weight = ramp(6, 5)
+    assert_trainable(layer)
+
+
 SOURCES: dict[str, Callable[[nn.Module], nn.Module]] = {
     **APPLY,
     "plain": lambda layer: layer,

@@ -50,7 +50,7 @@ def test_shapes(route, shape, dtype):
 
 
 @pytest.mark.parametrize(("shape", "dim"), shape_dims(EMPTY_SHAPES))
-def test_nothing(route, shape, dim):
+def test_norms_of_no_elements_are_zero(route, shape, dim):
     v = randn(shape).requires_grad_()
     norm = F.norm_except_dim(v, dim)
     assert norm.shape == g_shape(shape, dim)
@@ -169,7 +169,7 @@ def test_zero_rows_have_no_gradient(route, dim):
         assert slope.ne(0).any()
 
 
-def test_zeros(route):
+def test_one_norm_of_zeros_has_a_gradient_of_zeros(route):
     v = torch.zeros(SHAPE, requires_grad=True)
     norm = F.norm_except_dim(v, None)
     norm.backward()
@@ -319,7 +319,7 @@ def test_subclasses_stay_what_they_are(route):
 
 
 @pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error() or "wnkernel._C is loaded")
-def test_twins():
+def test_the_compiled_module_rounds_one_norm_of_halves_as_python_does():
     """The compiled module has the rule on halves in C++ as well, and composes in C++."""
     for dtype in HALVES:
         v = randn((4, 16, 16), dtype)

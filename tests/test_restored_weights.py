@@ -119,7 +119,7 @@ def test_zero_rows(backend, dim):
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 4), (3, 0, 2)], ids=str)
-def test_nothing(backend, shape):
+def test_weights_without_elements(backend, shape):
     for dim in (None, *range(len(shape))):
         layer = wnkernel.weight_norm(Layer(torch.empty(shape)), dim=dim)
         assert loaded(layer)[0].eq(0).all()
@@ -230,7 +230,7 @@ class Tagged(torch.Tensor):
     """A subclass as most are: torch's own code runs, and results are of it."""
 
 
-def test_subclasses(backend):
+def test_subclasses_of_tensors_are_restored(backend):
     weight = randn((4, 5)).as_subclass(Tagged)
     layer = Layer(weight)
     layer.weight = nn.Parameter(weight)
