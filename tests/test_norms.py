@@ -44,6 +44,9 @@ def assert_right(v, dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(route, shape, dtype):
+    interpreted = route == "triton" and not torch.cuda.is_available()
+    if interpreted and dtype in (torch.bfloat16, torch.float64):
+        pytest.skip("one half and one full type are enough for the slow interpreter of Triton")
     for dim in (None, *range(len(SHAPES[shape]))):
         if (shape, dim) != ("long_rows", 1):  # which takes the interpreter of Triton seconds
             assert_right(randn(SHAPES[shape], dtype), dim)
