@@ -47,10 +47,9 @@ LAYOUTS: dict[str, tuple[int, ...]] = {
 DENSE_LAYOUTS = ["transposed", "rotated", "channels_last", "channels_last_3d", "unaligned"]
 
 
-def dims(shape: tuple[int, ...]) -> list[int | None]:
-    """Every legal ``dim``: None, -1 (the whole tensor too), and all others both ways."""
-    n = len(shape)
-    return [None, -1, *range(n), *range(-n, -1)]
+COUNTED_FROM_THE_END = ("odd", "no_inner")
+"""Shapes that are tested with negative dims, too: all that is done with those is done by a check at
+the door. -1 is the whole tensor."""
 
 
 def shape_dims(shapes: dict[str, tuple[int, ...]]) -> list:
@@ -60,7 +59,10 @@ def shape_dims(shapes: dict[str, tuple[int, ...]]) -> list:
     return [
         pytest.param(shape, dim, id=f"{name}-{dim}")
         for name, shape in shapes.items()
-        for dim in dims(shape)
+        for dim in (
+            None,
+            *range(-len(shape) if name in COUNTED_FROM_THE_END else 0, len(shape)),
+        )
         if (name, dim) != ("long_rows", 1)
     ]
 
@@ -87,6 +89,19 @@ def rounded_past_eps(
             side == "below"
         ):
             return v, float((norm + rounded) / 2)
+
+
+def mixed_dtypes(out_dtypes: list[torch.dtype | None]) -> list:
+    """``(v_dtype, g_dtype, out_dtype, dim)`` parameters: all three dtypes with each other, each two
+    of them and of a dtype and a dim, of three-dimensional tensors."""
+    every_dim = [0, 1, 2, None]
+    return [
+        pytest.param(v, g, out, dim, id=f"{dim}-{v}-{g}-{out}")
+        for a, v in enumerate(DTYPES)
+        for b, g in enumerate(DTYPES)
+        for c, out in enumerate(out_dtypes)
+        for dim in [every_dim[(a + b + c) % 4]]
+    ]
 
 
 def g_shape(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 import wnkernel
@@ -57,6 +58,15 @@ def step(run: Callable, module: nn.Module, x: Tensor) -> list[Tensor]:
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
     assert len(got) == len(want)
     assert all(map(torch.equal, got, want))
+
+
+def by_inductor(module: nn.Module) -> Callable:
+    """Compiled with the default backend, without its vectors, whose headers take a while to
+    compile: what they compute is not ours."""
+    quick = {"cpp.vec_isa_ok": False}
+    known = torch._inductor.config.get_config_copy()
+    options = {key: value for key, value in quick.items() if key in known}
+    return torch.compile(module, fullgraph=True, options=options or None)
 
 
 def change(*modules: nn.Module) -> None:

@@ -183,7 +183,7 @@ def build(name: str, kind: str = "torch") -> nn.Module:
 
 
 def of_transformers(name: str, kind: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     transformers.logging.set_verbosity_error()
     small = MODELS[name]
     package = transformers

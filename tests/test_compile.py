@@ -1,4 +1,4 @@
-"""torch.compile without graph breaks or recompilation, and torch.export."""
+"""torch.compile without graph breaks or recompilation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import wnkernel
 from wnkernel import functional as F
 
 from .cases import randn, randn_g
+from .compiled import by_inductor
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_training_step(route, dim):
 
 def test_inductor(backend):
     module = model()
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = by_inductor(module)
     x = torch.randn(2, 2, 8)
     torch.testing.assert_close(
         step(compiled, module, x), step(module, module, x), rtol=1e-4, atol=1e-5
@@ -91,8 +92,12 @@ def test_dtypes(route, dtype):
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("options", [{"eps": 4.0}, {"out_dtype": torch.bfloat16}], ids=str)
-@pytest.mark.parametrize("dim", [0, 1, 2, None])
+EPS, OUT_DTYPE = {"eps": 4.0}, {"out_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("dim", "options"), [(0, EPS), (1, OUT_DTYPE), (2, EPS), (None, OUT_DTYPE), (None, EPS)]
+)
 def test_options(route, dim, options):
     v, g = randn((4, 5, 6)), randn_g((4, 5, 6), dim)
     f = torch.compile(
@@ -145,15 +150,6 @@ def test_parametrization_alone(route):
     v, g = randn((4, 5)), randn_g((4, 5), 0)
     f = torch.compile(norm, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(f(g, v), norm(g, v))
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(route, strict):
-    module = model().eval()
-    x = torch.randn(2, 2, 8)
-    program = torch.export.export(module, (x,), strict=strict)
-    torch.testing.assert_close(program.module()(x), module(x))
-    assert set(program.state_dict) == set(module.state_dict())
 
 
 def test_deepcopy_after_compile(route):

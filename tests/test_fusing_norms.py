@@ -166,7 +166,7 @@ all_nets = pytest.mark.parametrize("how", ["one by one", "fused"])
 @pytest.mark.parametrize(
     "fuse", [fuse_fx, lambda m: fuse_modules(m, [["conv", "norm"], ["linear", "last"]])]
 )
-def test_models(fuse, how):
+def test_torchs_fusing_of_a_model_keeps_what_it_computes(fuse, how):
     model, want = net(how)
     before = copy.deepcopy(model.state_dict())
     fused = fuse(model)

@@ -16,6 +16,7 @@ import wnkernel
 from .compiled import (
     Net,
     assert_same,
+    by_inductor,
     change,
     model,
     open_scopes,
@@ -177,7 +178,7 @@ def test_inductor_makes_the_same_of_a_fused_model():
     results = []
     for module in (twin, m):
         torch.compiler.reset()
-        results.append(step(torch.compile(module, fullgraph=True), module, x))
+        results.append(step(by_inductor(module), module, x))
     assert_same(*results)
 
 

@@ -44,13 +44,16 @@ def assert_right(v, dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(route, shape, dtype):
+    interpreted = route == "triton" and not torch.cuda.is_available()
+    if interpreted and dtype in (torch.bfloat16, torch.float64):
+        pytest.skip("one half and one full type are enough for the slow interpreter of Triton")
     for dim in (None, *range(len(SHAPES[shape]))):
         if (shape, dim) != ("long_rows", 1):  # which takes the interpreter of Triton seconds
             assert_right(randn(SHAPES[shape], dtype), dim)
 
 
 @pytest.mark.parametrize(("shape", "dim"), shape_dims(EMPTY_SHAPES))
-def test_nothing(route, shape, dim):
+def test_norms_of_no_elements_are_zero(route, shape, dim):
     v = randn(shape).requires_grad_()
     norm = F.norm_except_dim(v, dim)
     assert norm.shape == g_shape(shape, dim)
@@ -169,7 +172,7 @@ def test_zero_rows_have_no_gradient(route, dim):
         assert slope.ne(0).any()
 
 
-def test_zeros(route):
+def test_one_norm_of_zeros_has_a_gradient_of_zeros(route):
     v = torch.zeros(SHAPE, requires_grad=True)
     norm = F.norm_except_dim(v, None)
     norm.backward()
@@ -319,7 +322,7 @@ def test_subclasses_stay_what_they_are(route):
 
 
 @pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error() or "wnkernel._C is loaded")
-def test_twins():
+def test_the_compiled_module_rounds_one_norm_of_halves_as_python_does():
     """The compiled module has the rule on halves in C++ as well, and composes in C++."""
     for dtype in HALVES:
         v = randn((4, 16, 16), dtype)

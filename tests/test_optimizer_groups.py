@@ -14,7 +14,7 @@ from wnkernel.model import entries
 
 from . import small_models
 from .small_models import all_models
-from .vocoders import FORMS, all_forms, assert_same_parameters, batch, loss_of, of_torch, vocoder
+from .vocoders import FORMS, all_forms, assert_same_parameters, batch, loss_of, vocoder
 
 G_NAMES = ("original0", "weight_g")
 """How the name of a g ends, with torch's two weight norms and ours."""
@@ -40,11 +40,6 @@ def test_names_find_g_and_nothing_else(name: str, kind: str) -> None:
     assert ids(by_name(model)[0]) == expected
     wnkernel.convert(model)
     assert ids(by_name(model)[0]) == expected
-
-
-def test_shapes_do_not_find_g() -> None:
-    """``p.ndim <= 1``, which finds biases and the scales of other norms, takes g for a matrix."""
-    assert all(p.ndim > 1 for p in by_name(vocoder())[0])
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -126,10 +121,3 @@ def test_muon(muon: type[torch.optim.Optimizer], form: str) -> None:
     train(theirs, muon)
     for a, b in zip(model.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)  # it rounds to bfloat16
-
-
-def test_muon_refuses_convolutions(muon: type[torch.optim.Optimizer]) -> None:
-    """As it does without weight norm."""
-    for model in (vocoder(), of_torch()):
-        with pytest.raises(ValueError, match="only supports 2D"):
-            muon(by_name(model)[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that do not import whatever plugins of pytest are installed here."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
+@pytest.mark.usefixtures("quick")
 def test_both_runs(checkout, capfd):
     assert main([str(checkout), "--library=", "--json"]) == 1
     rows = {row["test"].partition("/")[2]: row for row in json.loads(capfd.readouterr().out)}
@@ -167,10 +175,11 @@ def test_both_runs(checkout, capfd):
     assert rows["test_weight_norm"]["ours"]["outcome"] == "crashed"
 
 
+@pytest.mark.usefixtures("quick")
 def test_arguments_for_pytest(checkout):
     """Workers of pytest-xdist report once, and are patched too."""
     tests = {str(checkout / "tests" / "test_legacy.py"): ["test_same_output", "test_skipped"]}
-    results = run(tests, ["-n", "1"], ours=True)
+    results = run(tests, ["-p", "xdist", "-n", "1"], ours=True)
     assert {test.rpartition("::")[2]: result for test, result in results.items()} == {
         "test_same_output": {"outcome": "passed", "error": "", "built": 1},
         "test_skipped": {"outcome": "skipped", "error": "", "built": 0},
@@ -211,8 +220,15 @@ failed only with ours: e
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["empty"], ["one", "--", "-k", "nothing"]])
-def test_no_tests(tmp_path, arguments, capfd):
-    """Is no success."""
+def test_a_run_without_tests_is_no_success(tmp_path, arguments, capfd, monkeypatch):
+    commands = []
+    no_tests = pytest.ExitCode.NO_TESTS_COLLECTED
+
+    def call(command, **_):
+        commands.append(command)
+        return no_tests
+
+    monkeypatch.setattr(subprocess, "call", call)
     for folder in ("empty", "one"):
         (tmp_path / folder).mkdir()
     (tmp_path / "one" / "test_one.py").write_text("def test_weight_norm(): ...\n")
@@ -220,6 +236,9 @@ def test_no_tests(tmp_path, arguments, capfd):
         main([str(tmp_path / arguments[0]), "--library=", *arguments[1:]])
     assert ended.value.code == 2
     assert capfd.readouterr().out == ""
+    for command in commands:
+        assert command[command.index("--") - 2 : command.index("--")] == ["-k", "nothing"]
+    assert len(commands) == (arguments[0] == "one")
 
 
 def test_selection(tmp_path, monkeypatch):

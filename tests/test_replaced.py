@@ -50,8 +50,8 @@ def doubled(of: Callable[..., Tensor], kind: type = object) -> Callable[..., Ten
     return call
 
 
-def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Any:
-    return mock.patch.object(module, "forward", forward)
+def replaced(module: nn.Module, forward: Callable[..., Tensor], name: str = "forward") -> Any:
+    return mock.patch.object(module, name, forward)
 
 
 class DoubledNorm(WeightNorm):
@@ -92,6 +92,14 @@ def as_accelerate_does(module: nn.Module) -> Any:
     return replaced(module, wrapped)
 
 
+def forward_of_another(weights: WeightNormList) -> Any:
+    """A method of the right class, bound to an instance whose g is twice as large."""
+    layer = wnkernel.weight_norm(nn.Linear(5, 4))
+    other = layer.parametrizations.weight
+    other.load_state_dict({"original0": 2 * weights.original0, "original1": weights.original1})
+    return replaced(weights, other.forward)
+
+
 def twice(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return 2 * output
 
@@ -113,6 +121,13 @@ ONE: dict[str, Callable[[WeightNormList, WeightNorm], Any]] = {
     "forward of the norm": lambda weights, norm: replaced(norm, doubled(norm.forward)),
     "partial on the list": lambda weights, norm: as_accelerate_does(weights),
     "partial on the norm": lambda weights, norm: as_accelerate_does(norm),
+    "forward of another list": lambda weights, norm: forward_of_another(weights),
+    "call of the list": lambda weights, norm: replaced(
+        weights, doubled(weights._call_impl), "_call_impl"
+    ),
+    "call of the norm": lambda weights, norm: replaced(
+        norm, doubled(norm._call_impl), "_call_impl"
+    ),
     "class of the list": lambda weights, norm: of_class(weights, DoubledList),
     "class of the norm": lambda weights, norm: of_class(norm, DoubledNorm),
     "hook of the list": lambda weights, norm: removed(weights.register_forward_hook(twice)),

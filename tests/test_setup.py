@@ -19,7 +19,7 @@ import torch
 
 from .processes import PATIENCE_S, ROOT
 
-pytest.importorskip("torch.utils.cpp_extension")  # needs setuptools
+pytest.importorskip("torch.utils.cpp_extension", reason="building needs setuptools")
 needs_scripts = pytest.mark.skipif(os.name == "nt", reason="nvcc is a shell script here")
 
 OF_TORCH = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"

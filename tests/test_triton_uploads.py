@@ -20,7 +20,7 @@ pytestmark = needs_triton
 @pytest.fixture
 def uploads(monkeypatch):
     """Uploads without a GPU: any memory counts as pinned, and copies go to the meta device."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton")
     from wnkernel.backends.triton import device
 
     empty, numbered = torch.empty, itertools.count()

@@ -18,6 +18,7 @@ from .cases import (
     SHAPES,
     g_shape,
     layout_dims,
+    mixed_dtypes,
     randn,
     randn_g,
     rounded_past_eps,
@@ -71,10 +72,7 @@ def test_result_is_dense_and_its_own(route, layout, dim):
     assert w.untyped_storage().data_ptr() != v.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("g_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("v_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [0, 1, 2, None])
+@pytest.mark.parametrize(("v_dtype", "g_dtype", "out_dtype", "dim"), mixed_dtypes(DTYPES))
 def test_mixed_dtypes(route, dim, v_dtype, g_dtype, out_dtype):
     v, g = randn((5, 6, 7), v_dtype), randn_g((5, 6, 7), dim, g_dtype)
     check(v, g, dim)

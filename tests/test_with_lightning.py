@@ -31,7 +31,9 @@ from .vocoders import (
 )
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
-callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+callbacks = pytest.importorskip(
+    "lightning.pytorch.callbacks", reason="this Lightning has no callbacks of PyTorch's"
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

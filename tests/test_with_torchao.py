@@ -16,7 +16,7 @@ from .layers import APPLY
 from .small_models import embed_of_chat_tts, ramp
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed (pip install torchao)")
-quantization = pytest.importorskip("torchao.quantization")
+quantization = pytest.importorskip("torchao.quantization", reason="this torchao cannot quantize")
 
 WEIGHT_ONLY = ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"]
 DYNAMIC = ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"]
@@ -120,13 +120,17 @@ def test_other_layers_of_a_model_are_quantized():
 
 
 def aware(model: nn.Module) -> None:
-    qat = pytest.importorskip("torchao.quantization.qat")
+    qat = pytest.importorskip(
+        "torchao.quantization.qat", reason="this torchao has no quantization-aware training"
+    )
     base = quantization.Int8DynamicActivationIntxWeightConfig()
     quantization.quantize_(model, qat.QATConfig(base, step="prepare"))
 
 
 def float8(model: nn.Module) -> None:
-    pytest.importorskip("torchao.float8").convert_to_float8_training(
+    pytest.importorskip(
+        "torchao.float8", reason="this torchao has no float8 training"
+    ).convert_to_float8_training(
         model, module_filter_fn=lambda m, _: isinstance(m, nn.Linear) and m.out_features == 64
     )
 
