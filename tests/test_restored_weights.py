@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import wnkernel
 
 from . import reference
-from .cases import DENSE_LAYOUTS, LAYOUTS, randn
+from .cases import DENSE_LAYOUTS, DTYPES, LAYOUTS, randn
 from .checkpoints import KINDS, loaded
 from .layers import APPLY, legacy_weight_norm
 
