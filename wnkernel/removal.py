@@ -77,7 +77,8 @@ class HiddenHooks(OrderedDict[int, Callable[..., Any]]):
 
     def __init__(self, hooks: Iterable[tuple[int, Callable[..., Any]]] = ()) -> None:
         self.every: dict[int, Callable[..., Any]] = {}
-        """All hooks, in the order in which they are called."""
+        """All hooks, in the order in which they are called. Never changed but replaced: packages
+        remove weight norms while they go through the hooks."""
         self.shows = False
         """Whether there are others. It and ``every`` are attributes because Dynamo of torch 2.4
         does not follow ``super()`` into dictionaries."""
@@ -105,19 +106,22 @@ class HiddenHooks(OrderedDict[int, Callable[..., Any]]):
         return self.every[key]
 
     def __setitem__(self, key: int, hook: Callable[..., Any]) -> None:
-        self.every[key] = hook
+        self.every = {**self.every, key: hook}
         if type(hook) is not RemovalHook:
             super().__setitem__(key, hook)
             self.shows = True
 
     def __delitem__(self, key: int) -> None:
-        if type(self.every.pop(key)) is not RemovalHook:
+        gone = self.every[key]
+        self.every = {k: hook for k, hook in self.every.items() if k != key}
+        if type(gone) is not RemovalHook:
             super().__delitem__(key)
             self.shows = len(self) > 0
 
     def move_to_end(self, key: int, last: bool = True) -> None:
-        moved = {key: self.every.pop(key)}
-        self.every = {**self.every, **moved} if last else {**moved, **self.every}
+        moved = {key: self.every[key]}
+        others = {k: hook for k, hook in self.every.items() if k != key}
+        self.every = {**others, **moved} if last else {**moved, **others}
 
     def popitem(self, last: bool = True) -> tuple[int, Callable[..., Any]]:
         for key in reversed([*self]) if last else self:
