@@ -32,10 +32,11 @@ bool is_plain(PyObject* object) {
 
 int64_t as_dim(PyObject* object) {
   if (object == Py_None) return kWholeTensor;
-  TORCH_CHECK_TYPE(PyLong_Check(object) && !PyBool_Check(object),
+  TORCH_CHECK_TYPE(PyIndex_Check(object) && !PyBool_Check(object),
                    "dim: expected an int or None, got ", type_name(object));
   int overflow = 0;
   const long long dim = PyLong_AsLongLongAndOverflow(object, &overflow);
+  if (dim == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
   TORCH_CHECK_VALUE(!overflow, "dim: expected an int within the dimensions of v, got a huge one");
   return dim;
 }

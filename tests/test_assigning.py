@@ -213,6 +213,35 @@ def test_what_has_no_way_back_is_torchs_error() -> None:
         layer.weight = ramp(4, 5)
 
 
+class NoLargeValues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        if x.sum() > 100:
+            raise ValueError("too much")
+        return x
+
+
+def test_a_value_that_v_refuses_leaves_g_as_it_is() -> None:
+    layer = wnkernel.weight_norm(nn.Linear(5, 4))
+    weights = layer.parametrizations.weight
+    parametrize.register_parametrization(weights, "original1", NoLargeValues())
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="too much"):
+        layer.weight = torch.full((4, 5), 9.0)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("view", [torch.t, lambda v: v])
+def test_what_has_the_memory_of_v_is_assigned(view: Callable[[Tensor], Tensor]) -> None:
+    layer = wnkernel.weight_norm(nn.Linear(4, 4))
+    _, v = g_and_v(layer)
+    want = view(v.detach()).clone()
+    layer.weight = view(v)
+    torch.testing.assert_close(layer.weight, want)
+
+
 def test_a_list_takes_a_weight_of_another_shape_as_torchs_does() -> None:
     weights = wnkernel.weight_norm(nn.Linear(5, 4)).parametrizations.weight
     parameters = list(weights.parameters())

@@ -121,11 +121,39 @@ def assigned(module: nn.Module) -> None:
     module.weight = module.weight * 2
 
 
+def scaled(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.weight *= 2  # written to, and assigned
+
+
+def written_and_assigned(module: nn.Module) -> None:
+    w = module.weight.detach()
+    nn.init.normal_(w)
+    module.weight = w
+
+
+def freed(module: nn.Module) -> None:
+    module.weight.untyped_storage().resize_(0)
+
+
 def computed(module: nn.Module) -> None:
     module.weight.mul(2).fill_(3)
 
 
-@pytest.mark.parametrize("use", [looked_at, trained, loaded, assigned, computed, forward])
+USES = [
+    looked_at,
+    trained,
+    loaded,
+    assigned,
+    scaled,
+    written_and_assigned,
+    freed,
+    computed,
+    forward,
+]
+
+
+@pytest.mark.parametrize("use", USES)
 def test_what_is_no_write_to_the_weight_is_not_warned_of(use):
     module = layer()
     with warnings.catch_warnings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 from collections.abc import Callable
@@ -165,3 +166,33 @@ def test_what_a_class_has_itself_stays() -> None:
     loaded = pickle.loads(pickle.dumps(layer))
     assert type(loaded) is Adapter
     assert torch.equal(loaded.bias, layer.bias)
+
+
+def test_registries_see_a_class_once() -> None:
+    """As with torch's weight norm, whose classes they see too."""
+    names = []
+
+    class Registered(nn.Linear):
+        def __init_subclass__(cls) -> None:
+            names.append(cls.__name__)
+
+    class Layer(Registered):
+        pass
+
+    def normed() -> nn.Module:
+        layer = wnkernel.weight_norm(Layer(4, 3))
+        layer.other = nn.Parameter(ramp(2, 3))
+        return wnkernel.weight_norm(layer, "other")
+
+    parametrize.remove_parametrizations(normed(), "weight")
+    nn.utils.remove_weight_norm(normed())
+    wnkernel.fold(normed())
+    assert names == ["Layer", *3 * ["ParametrizedLayer"]]
+
+
+def test_a_class_has_the_signature_of_its_plain_layers() -> None:
+    layer = wnkernel.weight_norm(nn.Conv1d(4, 3, 2))
+    layer.also = nn.Parameter(ramp(2, 3))
+    wnkernel.weight_norm(layer, "also")
+    assert inspect.signature(type(layer)) == inspect.signature(nn.Conv1d)
+    assert inspect.signature(layer) == inspect.signature(nn.Conv1d(4, 3, 2))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import wnkernel
 from wnkernel import _ops
 from wnkernel.problem import (
     WHOLE_TENSOR,
@@ -140,3 +142,24 @@ def test_accumulation_dtype():
     assert accumulation_dtype(torch.float64) == torch.float64
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert accumulation_dtype(dtype) == torch.float32
+
+
+@pytest.mark.parametrize("dim", [np.int64(1), np.int32(-2), np.uint8(0), torch.tensor(1)])
+def test_integers_of_other_kinds(route, dim):
+    v, g = torch.ones(3, 4), torch.ones(norm_shape((3, 4), int(dim) % 2))
+    torch.testing.assert_close(
+        wnkernel.functional.weight_norm(v, g, dim),
+        wnkernel.functional.weight_norm(v, g, int(dim)),
+    )
+    layer = wnkernel.weight_norm(torch.nn.Linear(4, 3), dim=dim)
+    assert type(layer.parametrizations.weight[0].dim) is int
+    layer(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("dim", [np.float32(1), np.bool_(True), torch.tensor(1.0), "0", True])
+def test_what_is_no_integer(route, dim):
+    v, g = torch.ones(3, 4), torch.ones(1, 4)
+    with pytest.raises(TypeError):
+        wnkernel.functional.weight_norm(v, g, dim)
+    with pytest.raises(TypeError):
+        wnkernel.weight_norm(torch.nn.Linear(4, 3), dim=dim)

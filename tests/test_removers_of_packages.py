@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wnkernel
 from wnkernel.parametrization import weight_norm_kinds
@@ -104,6 +106,31 @@ def test_loops_of_packages(kind: str, loop: Callable, fused: bool) -> None:
     assert torch.equal(model(ramp(1, 3, 8)), want)
     model.load_state_dict(Vocoder(lambda layer: layer).state_dict())
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
+
+
+def test_what_packages_do_before_they_copy() -> None:
+    """https://github.com/pytorch/pytorch/issues/28594: torch's legacy hook keeps a weight with a
+    history, which deepcopy refuses. So the weight is deleted, and the hook computes it anew."""
+    model = Vocoder(wnkernel.weight_norm)
+    want = model(ramp(1, 3, 8))
+
+    def hooks() -> list[tuple[nn.Module, LegacyHook]]:
+        pairs = [(m, hook) for m in model.modules() for hook in m._forward_pre_hooks.values()]
+        return [(m, hook) for m, hook in pairs if isinstance(hook, LegacyHook)]
+
+    assert len(hooks()) > 2
+    for module, hook in hooks():
+        delattr(module, hook.name)
+    copied = copy.deepcopy(model)
+    for module, hook in hooks():
+        hook(module, None)
+    for got in (model, copied):
+        assert torch.equal(got(ramp(1, 3, 8)), want)
+    wnkernel.fold(copied)
+    plain = copied.conv_pre
+    del plain.weight
+    with pytest.raises(AttributeError):
+        del plain.weight
 
 
 OF_TRANSFORMERS = [

@@ -114,5 +114,27 @@ def test_functions_of_others_that_are_called_so_get_an_answer(name):
     scope: dict[str, object] = {}
     exec(f"def {name}(layer): return hasattr(layer, 'base_layer')", scope)
     assert scope[name](layer) is False
+    assert not hasattr(type(layer), "base_layer")
     layer.base_layer = nn.Linear(3, 2)
     assert scope[name](layer) is True
+
+
+def test_adapters_of_others_may_write_as_they_like():
+    """They may know that a weight is to be assigned."""
+
+    class Adapter:
+        def __init__(self, layer: nn.Module) -> None:
+            self.layer = layer
+
+        def get_base_layer(self) -> nn.Module:
+            assert not hasattr(self.layer, "base_layer")
+            return self.layer
+
+        def merge(self) -> None:
+            layer = self.get_base_layer()
+            layer.weight = layer.weight.detach() + 1
+
+    layer = wnkernel.weight_norm(nn.Linear(3, 2))
+    want = layer.weight + 1
+    Adapter(layer).merge()
+    close(layer.weight, want)

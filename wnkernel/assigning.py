@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import WeightNormOriginals, stacked_in
+from .lost_writes import forget_writes
 
 
 @torch.inference_mode(False)
@@ -28,8 +29,12 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
             f"{expected[0]} on {expected[1]}, got {got[0]} on {got[1]}; one of another kind can "
             "take its place after wnkernel.remove_weight_norm(layer)"
         )
-    other_shape = value.shape != originals[1].shape  # torch lets g and v share its memory then
-    weights.right_inverse(value.detach().clone() if other_shape else value.detach())
+    value_is_kept = value.shape != originals[1].shape  # as v, see assign_weight
+    w = value.detach()
+    if value_is_kept or torch._C._is_alias_of(w, originals[1]):
+        w = w.clone()
+    weights.right_inverse(w)
+    forget_writes(weights)
     if isinstance(value, nn.Parameter) and (
         not value.requires_grad or not any(p.requires_grad for p in originals)
     ):

@@ -51,6 +51,7 @@ class LegacyName(property):
         weights = self.weights(module)
         if weights is None:
             raise AttributeError(f"{type(module).__name__} has no {self.key!r}")
+        # What pruning has put there, see below: prune.remove deletes it, then gives back g or v.
         if vars(weights).pop(self.original, None) is None:
             raise AttributeError(
                 f"{self.name}: expected both g and v to go, or neither; "

@@ -72,6 +72,10 @@ class FirstReads:
                 stacklevel=1,
             )
 
+    def forget(self) -> None:
+        """Take what was read last for no lost write, whatever happens to it."""
+        self._last = None
+
     def end(self) -> None:
         """Warn if there is a reason to, and watch no longer."""
         self._check()
@@ -93,6 +97,12 @@ def stop_watching(weights: nn.Module) -> None:
         weights.owner.end()
 
 
+def forget_writes(weights: nn.Module) -> None:
+    """Warn of no write to a weight that was read until now: another one is assigned."""
+    if isinstance(weights, WeightNormList) and isinstance(weights.owner, FirstReads):
+        weights.owner.forget()
+
+
 def _nothing() -> None:
     """What comes back of a watch from a pickle."""
 
@@ -109,8 +119,14 @@ def _is_in_forward(frame: FrameType | None, depth: int = 6) -> bool:
 
 
 def _has_values_now(w: Tensor) -> bool:
-    """Whether a tensor can be looked at: not while transforms run, or a CUDA graph is captured."""
-    return not w.is_meta and launch_mode() != ALONE and not is_capturing(w.device)
+    """Whether a tensor can be looked at: not while transforms run, or a CUDA graph is captured, or
+    if others have taken its memory away."""
+    return (
+        not w.is_meta
+        and launch_mode() != ALONE
+        and not is_capturing(w.device)
+        and w.untyped_storage().nbytes() >= w.nbytes
+    )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ parametrized tensor. This file changes what such a class does:
 - ``module.weight`` is read without the detours of ``nn.Module.__getattr__``;
 - ``module.weight = w`` sets g and v for a tensor and for a Parameter, and ``module.weight_v`` is
   known where a layer answers to legacy names;
-- ``type(module)(...)`` makes a plain module;
+- ``type(module)(...)`` makes a plain module, and shows the signature of one;
 - modules can be pickled, and RNNs copied after a forward.
 
 A class may stand on another of these: that of what ``type(module)(...)`` made and was normed again.
@@ -14,6 +14,7 @@ A class may stand on another of these: that of what ``type(module)(...)`` made a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn.utils import parametrize
 from .assigning import assign, refuse
 from .checkpoint import WeightNormOriginals, unregister_load_hook
 from .checkpoint.loading import loads_for
+from .hook_ids import count_on_from, last_hook_id
 from .legacy_names import (
     answer_to_legacy_names,
     forget_legacy_names,
@@ -39,18 +41,31 @@ def own_class(module: nn.Module) -> None:
 
     Copies made by deepcopy share the class that parametrize made, and (un)parametrizing one more
     parameter changes properties of that class: the copies would lose their weights. As long as
-    nothing changes they go on sharing it, since compilers compile code once for a class.
+    nothing changes they go on sharing it, since compilers compile code once for a class. One of
+    which no copy is known is left as it is: registries of subclasses see each that is made.
     """
     cls = type(module)
-    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    if is_ours(cls) and _COPIED not in vars(cls):
+        return
+    left_out = ("__dict__", "__weakref__", _COPIED)
+    members = {k: v for k, v in vars(cls).items() if k not in left_out}
     module.__class__ = type(cls)(cls.__name__, cls.__bases__, members)
+
+
+_COPIED = "_weight_norm_copied"
+"""Marks a class that may be that of several modules."""
+
+
+def is_ours(cls: type[nn.Module]) -> bool:
+    """Whether a class is one that :func:`adopt_class` has changed."""
+    return vars(cls).get("register_parameter") is _register_parameter
 
 
 def adopt_class(module: nn.Module, name: str) -> None:
     """Change the class of a parametrized module, for a weight norm on one of its parameters."""
     cls = type(module)
     _add_property(cls, name)
-    if vars(cls).get("register_parameter") is _register_parameter:
+    if is_ours(cls):
         return
     cls.register_parameter = _register_parameter
     cls.register_buffer = _register_buffer
@@ -59,12 +74,13 @@ def adopt_class(module: nn.Module, name: str) -> None:
         if not hasattr(cls, attribute):
             setattr(cls, attribute, guard)
     cls.__new__ = staticmethod(_new)
+    cls.__signature__ = _Signature()
     cls.__reduce_ex__ = _reduce
     cls.__deepcopy__ = _deepcopy_by(cls.__deepcopy__)
 
 
 def _add_property(cls: type[nn.Module], name: str) -> None:
-    setattr(cls, name, property(_reader(name), _writer(name)))
+    setattr(cls, name, property(_reader(name), _writer(name), _deleter(name)))
 
 
 def _reader(name: str) -> Callable[[nn.Module], Tensor]:
@@ -88,6 +104,17 @@ def _writer(name: str) -> Callable[[nn.Module, Tensor], None]:
         assign(self, name, value)
 
     return write
+
+
+def _deleter(name: str) -> Callable[[nn.Module], None]:
+    """What ``del module.weight`` does: nothing, as the weight is not kept. With torch's legacy hook
+    it deletes the one of the last forward, and code does that before it copies a layer."""
+
+    def delete(self: nn.Module) -> None:
+        if not parametrize.is_parametrized(self, name):
+            raise AttributeError(name)
+
+    return delete
 
 
 def _read_cached(module: nn.Module, name: str) -> Tensor:
@@ -135,7 +162,8 @@ def _forget(module: nn.Module, name: str) -> None:
     if any(loads_for(wrapped.hook) == name for wrapped in hooks.values()):
         cls = type(module)
         own_class(module)
-        _add_property(cls, name)
+        if type(module) is not cls:
+            _add_property(cls, name)
         unregister_load_hook(module, name)
         take_removal_hook(module, name)
         forget_legacy_names(module, name)
@@ -151,8 +179,7 @@ def _delattr(self: nn.Module, name: str) -> None:
 
 def _last_of_ours(cls: type[nn.Module]) -> type[nn.Module]:
     """The last class in the order of resolution that :func:`adopt_class` changed."""
-    ours = (c for c in cls.__mro__ if vars(c).get("register_parameter") is _register_parameter)
-    return list(ours)[-1]
+    return [c for c in cls.__mro__ if is_ours(c)][-1]
 
 
 def _next(module: nn.Module, method: str) -> Callable[..., Any]:
@@ -165,7 +192,20 @@ def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     either, but a property in the place of its weight, which torch.compile stumbles over. Copies are
     made of an empty one, for which there are no arguments."""
     base = _last_of_ours(cls).__bases__[0]
-    return base(*args, **kwargs) if args or kwargs else base.__new__(cls)
+    if args or kwargs:
+        return base(*args, **kwargs)
+    if _COPIED not in vars(cls):
+        setattr(cls, _COPIED, True)
+    return base.__new__(cls)
+
+
+class _Signature:
+    """``inspect.signature(type(module))``: that of a plain module."""
+
+    def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> inspect.Signature:
+        if module is not None:
+            raise AttributeError("__signature__")  # that of calling a module is another
+        return inspect.signature(_last_of_ours(cls).__bases__[0])
 
 
 def _deepcopy_by(
@@ -201,13 +241,19 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     lists = self.parametrizations if parametrize.is_parametrized(self) else {}
     normed = [name for name in lists if isinstance(lists[name], WeightNormOriginals)]
     legacy = [name for name in lists if has_legacy_names(self, name)]
-    return _unpickled, (base, list(lists), normed, legacy), state
+    last = last_hook_id([self, *lists.values()])
+    return _unpickled, (base, list(lists), normed, legacy, last), state
 
 
 def _unpickled(
-    base: type[nn.Module], names: Sequence[str], normed: Sequence[str], legacy: Sequence[str]
+    base: type[nn.Module],
+    names: Sequence[str],
+    normed: Sequence[str],
+    legacy: Sequence[str],
+    last_hook: int,
 ) -> nn.Module:
     """A module without a state, of a class as that of the one that was pickled."""
+    count_on_from(last_hook)
     module = base.__new__(base)
     if names:
         parametrize._inject_new_class(module)

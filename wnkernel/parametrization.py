@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
 from . import functional
 from .checkpoint import WeightNormOriginals, legacy_hooks, own_parametrizations, split_weight
-from .problem import WHOLE_TENSOR
+from .problem import WHOLE_TENSOR, int_of
 
 
 class Owner(Protocol):
@@ -24,6 +24,7 @@ class Owner(Protocol):
     wnkernel/lost_writes.py."""
 
     is_group: bool
+    """Whether it computes the weight with those of other layers."""
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """``w``, as fresh as :func:`wnkernel.functional.weight_norm` would give it."""
@@ -42,7 +43,7 @@ class WeightNorm(nn.Module):
 
     def __init__(self, dim: int | None = 0, *, eps: float = 0.0) -> None:
         super().__init__()
-        self.dim = WHOLE_TENSOR if dim is None else dim
+        self.dim = WHOLE_TENSOR if dim is None else int_of(dim)
         self.eps = eps
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:

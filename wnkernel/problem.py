@@ -7,8 +7,10 @@ the compiled operators, and tests/test_problem.py holds the two together.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -76,10 +78,21 @@ def canonical_dim(dim: int | None, ndim: int) -> int:
     if dim is None:
         return WHOLE_TENSOR
     if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim: expected an int or None, got {type(dim).__name__}")
+        dim = int_of(dim)
     if not -ndim <= dim < ndim:
         raise ValueError(f"dim: expected -{ndim} <= dim < {ndim} or None, got {dim}")
     return dim if dim >= WHOLE_TENSOR else dim + ndim
+
+
+def int_of(dim: SupportsIndex) -> int:
+    """A ``dim`` as an int: numpy's integers are taken too.
+
+    Raises:
+        TypeError: it is no integer.
+    """
+    if isinstance(dim, bool) or not hasattr(dim, "__index__"):
+        raise TypeError(f"dim: expected an int or None, got {type(dim).__name__}")
+    return operator.index(dim)
 
 
 def norm_shape(shape: torch.Size, dim: int) -> tuple[int, ...]:

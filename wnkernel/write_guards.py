@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
@@ -33,7 +34,8 @@ WRITERS = frozenset(
     )
 )
 """Methods of PEFT's adapters that write to the weight beneath them, or, with ``target_parameters``,
-expect a parameter where g and v are."""
+expect a parameter where g and v are. Others may have methods of these names that assign the weight,
+which is right: PEFT's are told by the name of their module."""
 
 DEPTH = 3
 """Calls from such a method to ``get_base_layer``, at most."""
@@ -52,10 +54,9 @@ class WriteGuard:
         self._name = name
         self._writer = writer
 
-    def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> WriteGuard:
-        if module is None:
-            return self
-        if not is_dynamo_compiling() and (writer := self._writer(sys._getframe(1))):
+    def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> NoReturn:
+        is_asked = module is not None and not is_dynamo_compiling()
+        if is_asked and (writer := self._writer(sys._getframe(1))):
             raise RuntimeError(
                 f"{writer}: expected a layer with a plain weight, got a {cls.__name__} with weight "
                 "norm, whose weight is computed from g and v, so that what is written to it would "
@@ -67,18 +68,13 @@ class WriteGuard:
 def _merging(frame: FrameType) -> str | None:
     if frame.f_code.co_name != "get_base_layer":
         return None
-    library = _library(frame)
     for _ in range(DEPTH):
         frame = frame.f_back
-        if frame is None or _library(frame) != library:
+        if frame is None or "peft" not in _module(frame).split("."):
             return None
         if frame.f_code.co_name in WRITERS:
             return frame.f_code.co_name
     return None
-
-
-def _library(frame: FrameType) -> str:
-    return _module(frame).partition(".")[0]
 
 
 def _parallelizing(frame: FrameType) -> str | None:

@@ -2,15 +2,20 @@
 
 torch loads a tree of modules from its root, each with the part of the dict below its prefix, and
 others walk the tree with one dict for all, which may be the caller's. So nothing is renamed in it:
-a hook on the layer, which sees the keys of all layouts, loads g and v into the list of
-parametrizations below the layer; the list, when its turn comes, leaves them as they are.
+a hook on the layer, which sees the keys of all layouts, hands the dict to the list of
+parametrizations below the layer; the list, when its turn comes, loads g and v from there. By then
+all hooks of others have seen the dict, and what they changed counts. Only where the list has no key
+of its own, and no such hooks follow, the hook loads at once: some callers leave out modules without
+keys.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,11 +39,17 @@ G, V = "original0", "original1"
 
 @dataclass(frozen=True)
 class _Visit:
-    """What the hook of a layer did, for the list of parametrizations, which torch visits later."""
+    """What a list of parametrizations is told before its turn in a call of ``load_state_dict``."""
 
     error_msgs: list[str]
-    """The list that a call of ``load_state_dict`` passes to all modules: it tells calls apart."""
-    keys: list[str]
+    """The list that such a call passes to all modules: it tells calls apart."""
+    where: Source | None
+    """What there is to load; None: g and v have been loaded."""
+    keys: Collection[str] = ()
+    """From which keys they have been loaded."""
+
+    def is_loaded_in(self, error_msgs: list[str]) -> bool:
+        return self.where is None and self.error_msgs is error_msgs
 
 
 class WeightNormOriginals(parametrize.ParametrizationList):
@@ -56,26 +67,42 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        visit: _Visit | None = self.__dict__.pop("_visit", None)
-        takes_both = self.takes_both(state_dict, prefix)
-        if visit and visit.error_msgs is error_msgs:
-            forget(visit.keys, unexpected_keys)
-            missing_keys = []
-        else:  # loaded without the layer above
-            where = Source(
-                state_dict, prefix.removesuffix(".") or "weight", ((prefix + G, prefix + V),)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
             )
-            if where.keys() and takes_both:
-                _load(where, self, prefix, local_metadata, error_msgs)
-                self.tell(error_msgs, [])
-                del self._visit  # that is now
-                missing_keys = []
-        if takes_both:
+        visit: _Visit | None = self.__dict__.pop("_visit", None)
+        if visit is not None and visit.error_msgs is not error_msgs:  # of a call that failed
+            visit = None
+        is_loaded = visit is not None and visit.where is None
+        keys = visit.keys if is_loaded else ()
+        if self.takes_both(state_dict, prefix):
+            if not is_loaded:
+                where = _where(visit and visit.where, state_dict, prefix)
+                if keys := where.keys():
+                    self.load(where, prefix, local_metadata, error_msgs)
+                    is_loaded = True
             both = (prefix + G, prefix + V)
             state_dict = {key: t for key, t in state_dict.items() if key not in both}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        if is_loaded:
+            forget(keys, unexpected_keys)
+            missing_keys = []
+        with _without_load_hooks(self):  # they have been called
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The g and v of a weight, through all that is stacked on the weight norm."""
@@ -105,16 +132,59 @@ class WeightNormOriginals(parametrize.ParametrizationList):
                 return False
         return True
 
-    def tell(self, error_msgs: list[str], keys: list[str]) -> None:
-        """Say that g and v have been loaded, to the lists that they are computed by too."""
-        self._visit = _Visit(error_msgs, keys)
+    def tell(self, error_msgs: list[str], where: Source) -> None:
+        """Say, before its turn, what there is to load."""
+        if self._visit is None or not self._visit.is_loaded_in(error_msgs):
+            self._visit = _Visit(error_msgs, where)
+
+    def tell_loaded(self, error_msgs: list[str], keys: Collection[str] = ()) -> None:
+        """Say, before its turn, that g and v have been loaded."""
+        self._visit = _Visit(error_msgs, None, keys)
+
+    def load(
+        self,
+        where: Source,
+        prefix: str,
+        local_metadata: dict[str, Any],
+        error_msgs: list[str],
+    ) -> None:
+        """Load g and v, and say so to the lists that compute them, if there are any."""
+        compose = self[0].forward if len(stacked_in(self)) == 1 else None
+        target = Target(self.original0, self.original1, self.split, compose)
+        load_weight(where, target, partial(_places, self), prefix, local_metadata, error_msgs)
+        self._tell_inner(error_msgs)
+
+    def _tell_inner(self, error_msgs: list[str]) -> None:
         for inner in own_parametrizations(self).values():
             if isinstance(inner, WeightNormOriginals):
-                inner.tell(error_msgs, [])
+                inner.tell_loaded(error_msgs)
+                inner._tell_inner(error_msgs)
+
+
+@contextmanager
+def _without_load_hooks(module: nn.Module) -> Iterator[None]:
+    hooks = module._load_state_dict_pre_hooks
+    module._load_state_dict_pre_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        module._load_state_dict_pre_hooks = hooks
+
+
+def _where(told: Source | None, state_dict: Mapping[str, Any], prefix: str) -> Source:
+    """Where g and v of a list are to be found. The dict that the list sees knows best about the
+    keys below ``prefix``, and what it was told about those in other layouts."""
+    pair = (prefix + G, prefix + V)
+    if told is None:  # loaded without the layer above
+        return Source(state_dict, prefix.removesuffix(".") or "weight", (pair,))
+    keys = told.keys()
+    entries = {key: told.state_dict[key] for key in keys if key not in pair}
+    entries.update({key: state_dict[key] for key in pair if key in state_dict})
+    return replace(told, state_dict=entries)
 
 
 class LoadHook:
-    """Loads a layer's g and v from whichever layout its keys are in.
+    """Has a layer's g and v loaded from whichever layout its keys are in.
 
     It asks the module whether the weight norm is still there: ``parametrize`` can remove that
     without knowing of this hook, and a layer that is plain again must see the keys as they are.
@@ -137,16 +207,23 @@ class LoadHook:
         if not parametrize.is_parametrized(module, self.name):
             return
         weights = module.parametrizations[self.name]
-        below = f"{prefix}parametrizations.{self.name}."
-        if not (isinstance(weights, WeightNormOriginals) and weights.takes_both(state_dict, below)):
+        if not isinstance(weights, WeightNormOriginals):
             return
         own = module._parameters.keys() | module._buffers.keys()
         has_own = bool(own & set(legacy_keys(self.name)))
         where = source(state_dict, prefix, self.name, legacy=not has_own)
-        if not (keys := where.keys()):
-            return
-        _load(where, weights, below, local_metadata, error_msgs)
-        weights.tell(error_msgs, keys)
+        below = f"{prefix}parametrizations.{self.name}."
+        keys = where.keys()
+        if any(key.startswith(below) for key in keys) or not self._is_last_of(module):
+            weights.tell(error_msgs, where)
+        elif keys and weights.takes_both(state_dict, below):
+            weights.load(where, below, local_metadata, error_msgs)
+            weights.tell_loaded(error_msgs, keys)
+
+    def _is_last_of(self, module: nn.Module) -> bool:
+        """Whether no hook of others comes after this one, which might change the dict."""
+        hooks = [wrapped.hook for wrapped in module._load_state_dict_pre_hooks.values()]
+        return all(isinstance(hook, LoadHook) for hook in hooks[hooks.index(self) :])
 
 
 def _split(weights: parametrize.ParametrizationList, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +258,8 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
             raise ValueError(f"v: expected shape {tuple(expected)}, got {tuple(got)}")
         parametrize.ParametrizationList.right_inverse(weights, value)
         return
-    for owner, name, t in _places(weights, (g, v)):
+    # v first, which may refuse: then nothing has been written.
+    for owner, name, t in reversed([*_places(weights, (g, v))]):
         if name in own_parametrizations(owner):  # not of ours
             setattr(owner, name, t)
         else:
@@ -199,18 +277,6 @@ def _places(
             yield from _places(inner, inner.split(t.to(getattr(weights, name).dtype)))
         else:
             yield weights, name, t
-
-
-def _load(
-    where: Source,
-    weights: WeightNormOriginals,
-    prefix: str,
-    local_metadata: dict[str, Any],
-    error_msgs: list[str],
-) -> None:
-    compose = weights[0].forward if len(stacked_in(weights)) == 1 else None
-    target = Target(weights.original0, weights.original1, weights.split, compose)
-    load_weight(where, target, partial(_places, weights), prefix, local_metadata, error_msgs)
 
 
 def register_load_hook(module: nn.Module, name: str) -> dict[int, Any]:

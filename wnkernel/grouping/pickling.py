@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..hook_ids import count_on_from, last_hook_id
 from ..parametrization import WeightNormList
 from . import scopes
 from .members import Container, Member, Roster
@@ -35,6 +36,8 @@ class _PickledGroup(NamedTuple):
     """How many members and containers there were, with those that are no more."""
     members: list[_PickledMember]
     containers: list[tuple[int, nn.Module, list[int]]]
+    last_hook: int
+    """See wnkernel/hook_ids.py."""
 
 
 def _reduce_member(member: Member) -> tuple[Any, ...]:
@@ -57,7 +60,13 @@ def _reduce_container(container: Container) -> tuple[Any, ...]:
     ]
     counts = len(roster.members), len(roster.containers)
     group = _PickledGroup(
-        roster.reuse, roster.autocast, container.index, counts, members, containers
+        roster.reuse,
+        roster.autocast,
+        container.index,
+        counts,
+        members,
+        containers,
+        last_hook_id(module for _, module, _ in containers),
     )
     # The state comes after the object: by then whoever refers to the root finds it begun.
     return Container.__new__, (Container,), group, None, None, _restore
@@ -65,6 +74,7 @@ def _reduce_container(container: Container) -> tuple[Any, ...]:
 
 def _restore(container: Container, group: _PickledGroup) -> None:
     """Make a group anew, around the container of its root."""
+    count_on_from(group.last_hook)
     modules = {index: module for index, module, _ in group.containers}
     roster = Roster(modules[group.root], group.reuse, group.autocast)
     roster.reserve(*group.counts)

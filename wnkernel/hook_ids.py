@@ -1,0 +1,29 @@
+"""The numbers of hooks, in modules that come from another process.
+
+A module keeps each of its hooks under a number, and every process counts from zero. A hook that is
+registered on an unpickled module could get the number of one that came with it, and take its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def last_hook_id(modules: Iterable[nn.Module]) -> int:
+    """The highest number that a hook of these modules has; -1 if there is none."""
+    return max((id for module in modules for id in _hook_ids(vars(module))), default=-1)
+
+
+def _hook_ids(state: dict[str, Any]) -> Iterable[int]:
+    for attribute, hooks in state.items():
+        if attribute.endswith("_hooks") and isinstance(hooks, dict):
+            yield from hooks
+
+
+def count_on_from(last: int) -> None:
+    """Let hooks that are registered from now on have higher numbers than ``last``."""
+    RemovableHandle.next_id = max(RemovableHandle.next_id, last + 1)
