@@ -119,12 +119,13 @@ def _is_in_forward(frame: FrameType | None, depth: int = 6) -> bool:
 
 
 def _has_values_now(w: Tensor) -> bool:
-    """Whether a tensor can be looked at: not while transforms run, or a CUDA graph is captured, or
-    if others have taken its memory away."""
+    """Whether a tensor can be looked at: not while transforms run, or a CUDA graph is captured, and
+    not without memory, which some devices do not show and others may have taken away."""
     return (
         not w.is_meta
         and launch_mode() != ALONE
         and not is_capturing(w.device)
+        and torch._C._has_storage(w)
         and w.untyped_storage().nbytes() >= w.nbytes
     )
 
