@@ -72,6 +72,16 @@ def test_scopes_of_groups(in_a_new_process):
     assert scopes._leave in got._forward_hooks.values()
 
 
+def test_attributes_of_the_user_are_no_hooks(in_a_new_process):
+    def with_hooks() -> nn.Module:
+        layer = wnkernel.weight_norm(nn.Linear(5, 4))
+        layer.user_hooks = {"before": nothing, 10**9: nothing}
+        return layer
+
+    assert in_a_new_process(with_hooks).user_hooks["before"] is nothing
+    assert RemovableHandle.next_id < 10**9
+
+
 def test_a_higher_number_stays(monkeypatch):
     pickled = pickle.dumps(model())
     monkeypatch.setattr(RemovableHandle, "next_id", high := RemovableHandle.next_id + 10**6)

@@ -7,21 +7,19 @@ registered on an unpickled module could get the number of one that came with it,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+_KEPT_IN = [attribute for attribute in vars(nn.Module()) if attribute.endswith("_hooks")]
+"""The attributes of a module that are dicts of hooks."""
+
 
 def last_hook_id(modules: Iterable[nn.Module]) -> int:
     """The highest number that a hook of these modules has; -1 if there is none."""
-    return max((id for module in modules for id in _hook_ids(vars(module))), default=-1)
-
-
-def _hook_ids(state: dict[str, Any]) -> Iterable[int]:
-    for attribute, hooks in state.items():
-        if attribute.endswith("_hooks") and isinstance(hooks, dict):
-            yield from hooks
+    return max(
+        (n for module in modules for hooks in _KEPT_IN for n in getattr(module, hooks)), default=-1
+    )
 
 
 def count_on_from(last: int) -> None:
