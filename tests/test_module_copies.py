@@ -124,6 +124,25 @@ def test_copies_have_weights_of_their_own_in_the_cache() -> None:
     assert layer.weight is not first
 
 
+class Equal(nn.Linear):
+    """Equal to every layer of the same size."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equal) and self.in_features == other.in_features
+
+    def __hash__(self) -> int:
+        return self.in_features
+
+
+def test_layers_that_are_equal_have_weights_of_their_own_in_the_cache() -> None:
+    layers = [wnkernel.weight_norm(Equal(4, 3)) for _ in range(2)]
+    want = [layer.weight.clone() for layer in layers]
+    with parametrize.cached():
+        for _ in range(2):
+            for layer, w in zip(layers, want, strict=True):
+                assert torch.equal(layer.weight, w)
+
+
 def test_a_layer_needs_no_garbage_collector() -> None:
     layer = wnkernel.weight_norm(nn.Linear(5, 4))
     dead = [weakref.ref(module) for module in (layer, copy.deepcopy(layer))]

@@ -93,7 +93,7 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
         except KeyError:  # type(module)(...) is being made, or a removal is under way
             raise AttributeError(name) from None
         if parametrize._cache_enabled:
-            return _read_cached(self, name)
+            return _read_cached(weights)
         return weights()
 
     return read
@@ -117,20 +117,20 @@ def _deleter(name: str) -> Callable[[nn.Module], None]:
     return delete
 
 
-def _read_cached(module: nn.Module, name: str) -> Tensor:
+def _read_cached(weights: parametrize.ParametrizationList) -> Tensor:
     """Within ``parametrize.cached()``. torch's keys are made of the identities of modules, and a
-    copy that was deleted leaves its identity to the next one."""
+    copy that was deleted leaves its identity to the next one. Here they are the lists themselves;
+    modules will not do, which may have an equality of their own."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")  # as torch does
-    key = (module, name)
-    if key not in parametrize._cache:
-        parametrize._cache[key] = module.parametrizations[name]()
-    return parametrize._cache[key]
+    if weights not in parametrize._cache:
+        parametrize._cache[weights] = weights()
+    return parametrize._cache[weights]
 
 
 def forget_cached(module: nn.Module, name: str) -> None:
     """Let the next read within ``parametrize.cached()`` compute the weight anew."""
-    parametrize._cache.pop((module, name), None)
+    parametrize._cache.pop(module.parametrizations[name], None)
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
