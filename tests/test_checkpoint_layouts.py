@@ -257,8 +257,7 @@ def test_a_layer_that_is_called_directly_leaves_the_dict_alone(layout):
     checkpoint, target = saved(linear(), layout), ours(linear())
     with unchanged(checkpoint):
         target._load_from_state_dict(checkpoint, "", {}, True, [], [], [])
-    if layout != "parametrized":  # that is loaded by the list of parametrizations, as torch's is
-        assert_loaded(target, checkpoint, layout)
+    assert_loaded(target, checkpoint, layout)
     # What the call left behind means nothing to others.
     assert set(target.load_state_dict({}, strict=False).missing_keys) == {"bias", *g_and_v()}
 

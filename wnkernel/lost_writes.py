@@ -93,14 +93,19 @@ class FirstReads:
 
 def stop_watching(weights: nn.Module) -> None:
     """End the watch on a list of parametrizations, if there is one."""
-    if isinstance(weights, WeightNormList) and isinstance(weights.owner, FirstReads):
-        weights.owner.end()
+    if (watch := _watch_on(weights)) is not None:
+        watch.end()
 
 
 def forget_writes(weights: nn.Module) -> None:
     """Warn of no write to a weight that was read until now: another one is assigned."""
-    if isinstance(weights, WeightNormList) and isinstance(weights.owner, FirstReads):
-        weights.owner.forget()
+    if (watch := _watch_on(weights)) is not None:
+        watch.forget()
+
+
+def _watch_on(weights: nn.Module) -> FirstReads | None:
+    owner = weights.owner if isinstance(weights, WeightNormList) else None
+    return owner if isinstance(owner, FirstReads) else None
 
 
 def _nothing() -> None:

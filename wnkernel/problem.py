@@ -77,7 +77,7 @@ def canonical_dim(dim: int | None, ndim: int) -> int:
     """
     if dim is None:
         return WHOLE_TENSOR
-    if not isinstance(dim, int) or isinstance(dim, bool):
+    if type(dim) is not int:
         dim = int_of(dim)
     if not -ndim <= dim < ndim:
         raise ValueError(f"dim: expected -{ndim} <= dim < {ndim} or None, got {dim}")

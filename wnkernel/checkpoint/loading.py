@@ -2,11 +2,9 @@
 
 torch loads a tree of modules from its root, each with the part of the dict below its prefix, and
 others walk the tree with one dict for all, which may be the caller's. So nothing is renamed in it:
-a hook on the layer, which sees the keys of all layouts, hands the dict to the list of
-parametrizations below the layer; the list, when its turn comes, loads g and v from there. By then
-all hooks of others have seen the dict, and what they changed counts. Only where the list has no key
-of its own, and no such hooks follow, the hook loads at once: some callers leave out modules without
-keys.
+a hook on the layer, which sees the keys of all layouts, loads g and v into the list of
+parametrizations below the layer; the list, when its turn comes, leaves them as they are. Where
+hooks of others come between the two, which may change the dict, the list loads instead.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,16 +66,9 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        lists = missing_keys, unexpected_keys, error_msgs
         for hook in self._load_state_dict_pre_hooks.values():
-            hook(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+            hook(state_dict, prefix, local_metadata, strict, *lists)
         visit: _Visit | None = self.__dict__.pop("_visit", None)
         if visit is not None and visit.error_msgs is not error_msgs:  # of a call that failed
             visit = None
@@ -92,17 +84,9 @@ class WeightNormOriginals(parametrize.ParametrizationList):
             state_dict = {key: t for key, t in state_dict.items() if key not in both}
         if is_loaded:
             forget(keys, unexpected_keys)
-            missing_keys = []
+            lists = [], unexpected_keys, error_msgs
         with _without_load_hooks(self):  # they have been called
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The g and v of a weight, through all that is stacked on the weight norm."""
@@ -213,17 +197,20 @@ class LoadHook:
         has_own = bool(own & set(legacy_keys(self.name)))
         where = source(state_dict, prefix, self.name, legacy=not has_own)
         below = f"{prefix}parametrizations.{self.name}."
-        keys = where.keys()
-        if any(key.startswith(below) for key in keys) or not self._is_last_of(module):
+        if self._is_followed(module, weights):
             weights.tell(error_msgs, where)
-        elif keys and weights.takes_both(state_dict, below):
+        elif (keys := where.keys()) and weights.takes_both(state_dict, below):
             weights.load(where, below, local_metadata, error_msgs)
             weights.tell_loaded(error_msgs, keys)
 
-    def _is_last_of(self, module: nn.Module) -> bool:
-        """Whether no hook of others comes after this one, which might change the dict."""
-        hooks = [wrapped.hook for wrapped in module._load_state_dict_pre_hooks.values()]
-        return all(isinstance(hook, LoadHook) for hook in hooks[hooks.index(self) :])
+    def _is_followed(self, module: nn.Module, weights: nn.Module) -> bool:
+        """Whether a hook of others is called after this one and before the list loads."""
+        hooks, *later = (
+            [wrapped.hook for wrapped in m._load_state_dict_pre_hooks.values()]
+            for m in (module, module.parametrizations, weights)
+        )
+        after = chain(hooks[hooks.index(self) :], *later)
+        return not all(isinstance(hook, LoadHook) for hook in after)
 
 
 def _split(weights: parametrize.ParametrizationList, weight: Tensor) -> tuple[Tensor, Tensor]:
