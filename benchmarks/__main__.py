@@ -26,6 +26,7 @@ from . import (
     report,
     summary,
 )
+from .blame import ContenderError
 from .environment import Environment, environment
 from .plan import Job, Plan
 from .results import Result, write_csv
@@ -91,7 +92,7 @@ def main(
     jobs = _jobs(set(only or Case), size, where, compile_model, notes)
     try:
         results = _run(console, jobs, size.limit_s, notes)
-    except VerificationError as error:
+    except (VerificationError, ContenderError) as error:
         console.print(f"Verification failed. {error}", style="bold red", markup=False)
         raise typer.Exit(1) from None
 

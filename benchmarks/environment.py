@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,10 @@ from pathlib import Path
 import torch
 
 from wnkernel.backends import choose
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("csrc", "wnkernel", "benchmarks")
+SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,7 @@ class Environment:
     triton: str
     """Version; empty if it is not installed."""
     commit: str
-    """Short hash, with ``+`` for a tree with changes. Outside a git checkout, what the environment
-    variable ``WNKERNEL_COMMIT`` says, or nothing."""
+    """See :func:`commit`."""
     threads: int
     backend: str
     """The backend of wnkernel that the automatic choice takes first."""
@@ -61,8 +65,8 @@ def environment(device: str, threads: int | None) -> Environment:
         device=chosen,
         device_name=_device_name(chosen),
         torch=torch.__version__,
-        triton=_version("triton", "pytorch-triton", "pytorch-triton-rocm"),
-        commit=_commit(),
+        triton=version_of("triton", "pytorch-triton", "pytorch-triton-rocm"),
+        commit=commit(),
         threads=torch.get_num_threads(),
         backend=backend,
     )
@@ -81,8 +85,8 @@ def _device_name(device: torch.device) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _version(*distributions: str) -> str:
-    """Of the first that is installed."""
+def version_of(*distributions: str) -> str:
+    """Of the first of these packages that is installed; empty if none is."""
     for name in distributions:
         try:
             return importlib.metadata.version(name)
@@ -91,14 +95,28 @@ def _version(*distributions: str) -> str:
     return ""
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Short hash, with ``+`` for a tree with changes. Outside a git checkout, what the environment
+    variable ``WNKERNEL_COMMIT`` says, or else ``sources`` and :func:`sources_hash`."""
+
     def git(*args: str) -> str:
-        where = Path(__file__).parent
-        done = subprocess.run(["git", *args], cwd=where, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("WNKERNEL_COMMIT", "")
+        return os.environ.get("WNKERNEL_COMMIT") or f"sources {sources_hash(ROOT)}"
+
+
+def sources_hash(root: Path) -> str:
+    """Of the sources of kernels, package and benchmarks below a folder: the same in a copy without
+    git as in a checkout of the commit that it was made of."""
+    digest = hashlib.sha256()
+    files = (p for folder in SOURCES for p in (root / folder).rglob("*") if p.suffix in SUFFIXES)
+    for path in sorted(files):
+        if path.name != "_build_info.py":  # written by the build
+            name, text = path.relative_to(root).as_posix().encode(), path.read_bytes()
+            digest.update(b"%d %s %d " % (len(name), name, len(text)) + text)
+    return digest.hexdigest()[:12]

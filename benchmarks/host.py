@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 from torch import nn
 
 import wnkernel
 
 from . import kinds, verify
+from .blame import blamed
 from .environment import Environment
 from .layers import select, subject, tensors
 from .plan import Job, Plan
@@ -44,23 +48,49 @@ def layer(case: LayerCase, device: torch.device) -> nn.Module:
     return kind(*channels, *([tuple(kernel)] if kernel else []), bias=False, device=device)
 
 
-def run(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:
-    """Time a read under grad, graph and all; the three kinds and a group side by side. (The legacy
-    kind recomputes in a hook before the forward, so that hook is called.)"""
-    normed = {kind: kinds.apply(kind, layer(case, where.device), case.dim) for kind in kinds.APPLY}
-    members = [kinds.apply(OURS, layer(case, where.device), case.dim) for _ in range(GROUP_MEMBERS)]
-    model = nn.ModuleList(member.module for member in members)
-    group = wnkernel.fuse(model, reuse="version")
-    normed[UNCHANGED] = members[0]
+def run(
+    case: LayerCase, plan: Plan, where: Environment, without: Collection[str] = ()
+) -> list[Result]:
+    """Time a read under grad, graph and all; the three kinds and a group side by side, but for
+    those that are to be left out. (The legacy kind recomputes in a hook before the forward, so that
+    hook is called.)
+
+    Raises:
+        ContenderError: one of them gives wrong numbers, or fails.
+    """
     inputs = tensors(case, torch.float32, where.device)
     want = verify.reference(inputs.v, inputs.g, case.dim, inputs.grad_w).w
-    for n in normed.values():
-        with torch.no_grad():
-            n.v.copy_(inputs.v)
-            n.g.copy_(inputs.g)
-    with group.scope():  # as within a forward; the first read computes, the others find it
+    normed: dict[str, kinds.NormedLayer] = {}
+    scope: AbstractContextManager[None] = nullcontext()
+    for kind in (k for k in (*kinds.APPLY, UNCHANGED) if k not in without):
+        with blamed(kind):
+            if kind == UNCHANGED:
+                normed[kind], scope = _member_of_a_group(case, where.device)
+            else:
+                normed[kind] = kinds.apply(kind, layer(case, where.device), case.dim)
+            with torch.no_grad():
+                normed[kind].v.copy_(inputs.v)
+                normed[kind].g.copy_(inputs.g)
+    with scope:  # as within a forward; the first read computes, the others find it
         for kind, n in normed.items():
-            verify.check_same(f"{kind}, {shape_text(case.shape)}", n.weight(), want, L2)
+            with blamed(kind):
+                verify.check_same(f"{kind}, {shape_text(case.shape)}", n.weight(), want, L2)
         contenders = {kind: n.weight for kind, n in normed.items()}
         stats = measure(contenders, host_sampler(where.device), plan.host_budget_s)
     return rows(subject(case, torch.float32, "host", "weight access"), where, stats)
+
+
+def _member_of_a_group(
+    case: LayerCase, device: torch.device
+) -> tuple[kinds.NormedLayer, AbstractContextManager[None]]:
+    """A layer of a group, and what a forward is to it."""
+    members = [kinds.apply(OURS, layer(case, device), case.dim) for _ in range(GROUP_MEMBERS)]
+    model = nn.ModuleList(member.module for member in members)
+    return members[0], _scope_of(model)
+
+
+@contextmanager
+def _scope_of(model: nn.Module) -> Iterator[None]:
+    """Of a group, which lives as long as its model."""
+    with wnkernel.fuse(model, reuse="version").scope():
+        yield

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
@@ -194,11 +198,47 @@ def write_csv(results: Iterable[Result], folder: Path) -> list[Path]:
     for case, part in cases.items():
         path = folder / f"{case}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(f.name for f in fields(Result))
-            writer.writerows(map(_text, astuple(r)) for r in part)
+            file.write(csv_header())
+            file.writelines(map(csv_line, part))
         paths.append(path)
     return paths
+
+
+def append_csv(results: Iterable[Result], path: Path) -> None:
+    """Add rows to a file, which gets its header with the first ones, and bring them to the disk.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        text = "".join((csv_header() if before == 0 else "", *map(csv_line, results)))
+        data = text.encode()
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:  # half a row would make the next ones unreadable
+            with suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+def csv_header() -> str:
+    """The first line of a file."""
+    return _line([f.name for f in fields(Result)])
+
+
+def csv_line(result: Result) -> str:
+    """A row of a file."""
+    return _line(map(_text, astuple(result)))
+
+
+def _line(cells: Iterable[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
 
 
 def read_csv(path: Path) -> list[Result]:

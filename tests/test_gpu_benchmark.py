@@ -20,14 +20,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import results
+from benchmarks.environment import environment
 from benchmarks.gpu import __main__ as benchmark
-from benchmarks.gpu import aims, flaggems, raw, sanitized, single, summary, traffic
-from benchmarks.gpu.plan import KEY, LARGE_BYTES, REAL, TINY
+from benchmarks.gpu import aims, cases, flaggems, launches, raw, smoke, summary, traffic
+from benchmarks.gpu.cases import Began, Ended, Finished, Request, Section
+from benchmarks.gpu.plan import FIRST, KEY, LARGE_BYTES, REAL, TINY, Part
 from benchmarks.gpu.traffic import BACKWARD, FORWARD
-from benchmarks.plan import Job
 from benchmarks.results import COPY, FUSED, OURS, TORCH, Result
 from benchmarks.timing import Stats
-from benchmarks.verify import VerificationError
 from wnkernel.backends import BACKENDS
 from wnkernel.problem import check
 
@@ -74,47 +74,71 @@ def test_a_backend_may_say_itself_what_stays_on_the_chip():
 
 def test_the_launches_of_a_model(monkeypatch):
     """The second ones are for rows that are split, which no listed model has."""
-    assert {traffic.model_launches(name, "triton") for name in REAL.models} == {2}
+    names = [name for models in REAL.models.values() for name in models]
+    assert {traffic.model_launches(name, "triton") for name in names} == {2}
     assert traffic.model_launches("DAC", "another") == 4  # at most
-    models = {"split": REAL.weights[: len(KEY)]}
+    models = {Part.KEY: {"split": REAL.weights[Part.KEY][: len(KEY)]}}
     monkeypatch.setattr(traffic, "REAL", dataclasses.replace(REAL, models=models))
     assert traffic.model_launches("split", "triton") == 4
 
 
 def test_the_real_plan_begins_with_what_the_aims_name():
-    assert tuple((c.shape, c.dim) for c in REAL.weights[: len(KEY)]) == KEY
-    keys = [(c.shape, c.dim) for c in REAL.weights]
-    assert len(keys) == len(set(keys))
+    first = REAL.weights[Part.KEY]
+    assert tuple((c.shape, c.dim) for c in first) == FIRST
+    assert FIRST[: len(KEY)] == KEY
+    every = [*first, *REAL.weights[Part.REST]]
+    assert len({(c.shape, c.dim) for c in every}) == len(every)
     for size in (2, 4):  # bfloat16, float32
-        large = [c for c in REAL.weights if size * c.numel >= LARGE_BYTES]
+        large = [c for c in every if size * c.numel >= LARGE_BYTES]
         assert {"first", "last", "middle", "whole"} == {c.kind for c in large}
-    assert {"HiFi-GAN-V1", "DAC", "UnivNet", "VITS"} <= set(REAL.models)
-    assert all(REAL.models.values())
+    assert set(REAL.models[Part.KEY]) == {"HiFi-GAN-V1", "DAC"}
+    assert {"UnivNet", "VITS"} <= set(REAL.models[Part.REST])
+    assert all(cases for models in REAL.models.values() for cases in models.values())
     assert min(REAL.copy_bytes) >= 2**30
 
 
-def invoke(folder, *arguments):
-    patient = ("--limit-s", "1e6")  # or a busy machine would leave cases out
-    arguments = ("--device", "cpu", "--tiny", *patient, "--out", str(folder), *arguments)
-    return CliRunner().invoke(benchmark.app, arguments)
+class Sink(list):
+    """The other side of the process of a benchmark, in this one."""
+
+    send = list.append
+
+
+def measured(folder, *sections: Section, backend: str = "") -> tuple[Sink, list[str]]:
+    """Measures in this process; what it said to the other side, and what of ours failed."""
+    said = Sink()
+    for part in Part:
+        chosen = sections or tuple(Section)
+        cases.work(said, Request("cpu", backend, part, chosen, True, folder, math.inf))
+    return said, [failure for news in said if isinstance(news, Ended) for failure in news.failures]
+
+
+@pytest.fixture(autouse=True)
+def _interruptible(monkeypatch):
+    """A process of a benchmark leaves interrupts to its parent; this one does not."""
+    monkeypatch.setattr(cases.signal, "signal", lambda number, handler: None)
 
 
 def test_a_dry_run_measures_every_section(tmp_path):
-    result = invoke(tmp_path)
-    assert result.exit_code == 0, result.output
+    said, failures = measured(tmp_path)
+    assert failures == []
+    assert [news.left_out for news in said if isinstance(news, Finished)] == ["", ""]
     rows: dict[str, list[Result]] = {}
     for r in summary.read(tmp_path):
         rows.setdefault(r.case, []).append(r)
     assert {"copy", "single", "whole", "host"} <= set(rows)
-    names = raw.backends(torch.empty(1))
-    expected = {COPY, TORCH, *map(raw.ours, names)}
+    assert rows["copy"][0].phase == "launch"
+    here = environment("cpu", None)
+    expected = {COPY, TORCH, *raw.makers(torch.empty(1), here.backend)}
     by_phase = itertools.groupby(rows["single"], key=lambda r: (r.dtype, r.shape, r.dim, r.phase))
-    measured = {key: {r.contender for r in group} for key, group in by_phase}
-    assert len(measured) == 2 * 2 * len(TINY.weights)
-    assert all(contenders == expected for contenders in measured.values())
-    assert {r.backend for r in rows["single"] if r.contender != TORCH} >= set(names)
+    contenders = {key: {r.contender for r in group} for key, group in by_phase}
+    weights = [c for part in Part for c in TINY.weights[part]]
+    assert len(contenders) == 2 * 2 * len(weights)
+    assert all(found == expected for found in contenders.values())
     assert {r.contender for r in rows["whole"]} == {TORCH, OURS, FUSED, COPY}
-    assert all(r.median_ms > 0 and r.rounds > 0 and r.commit is not None for r in rows["single"])
+    assert {(r.device, r.commit, r.backend) for group in rows.values() for r in group} == {
+        (here.device_name, here.commit, here.backend)
+    }
+    assert all(r.median_ms > 0 and r.rounds > 0 for r in rows["single"])
     forward, backward = (
         next(
             r
@@ -134,27 +158,40 @@ def test_a_dry_run_measures_every_section(tmp_path):
     }
 
 
+def test_the_command_line_measures_in_other_processes_and_sums_up(tmp_path):
+    patient = ("--device", "cpu", "--tiny", "--limit-s", "1e6", "--out", str(tmp_path))
+    result = CliRunner().invoke(benchmark.app, [*patient, "--only", "copy"])
+    assert result.exit_code == 0, result.output
+    assert "Copy " in result.output
+    assert "2 rows, 0 failures." in result.output
+    result = CliRunner().invoke(benchmark.app, [*patient, "--device", "nonsense"])
+    assert result.exit_code == 2
+    assert "nonsense" in result.output
+    result = CliRunner().invoke(benchmark.app, [*patient, "--backend", "nonsense"])
+    assert result.exit_code == 2
+    assert "expected one of cpu, cuda, triton, eager" in " ".join(result.output.split())
+
+
 @pytest.fixture
 def eager_is_ours(monkeypatch):
-    """The eager backend in the part of the only one with kernels."""
+    """The eager backend in the part of one with kernels of ours."""
     monkeypatch.setattr(raw, "FALLBACK", "")
-    backend = BACKENDS["eager"]
-    monkeypatch.setattr(raw, "backends", lambda v: ["eager"])
-    monkeypatch.setattr(single, "backends", lambda v: ["eager"])
-    return backend
+    return BACKENDS["eager"]
 
 
-def test_without_kernels_of_ours_the_reasons_are_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(raw, "backends", lambda v: [])
-    monkeypatch.setattr(single, "backends", lambda v: [])
-    result = invoke(tmp_path, "--only", "single")
-    assert result.exit_code == 0, result.output
-    assert "No backend with kernels of ours runs here" in result.output
-    assert "No kernels of ours were measured" in result.output
+def test_without_kernels_of_ours_the_reasons_are_told(tmp_path, capsys):
+    measured(tmp_path, Section.SINGLE, backend="cuda")
+    assert "No kernels of ours are measured: cuda: " in capsys.readouterr().out
     assert {r.contender for r in summary.read(tmp_path)} == {TORCH, COPY}
+    out = io.StringIO()
+    summary.print_summary(Console(file=out), summary.read(tmp_path))
+    assert "No kernels of ours were measured" in out.getvalue()
 
 
-def test_a_wrong_kernel_fails_its_cases_and_no_other(monkeypatch, eager_is_ours, tmp_path):
+def test_a_wrong_kernel_fails_its_cases_and_nobody_else(
+    monkeypatch, eager_is_ours, tmp_path, capsys
+):
+    """The others of its cases are measured, and its other cases."""
     right = type(eager_is_ours).backward
 
     def wrong(self, problems, *rest):
@@ -162,29 +199,26 @@ def test_a_wrong_kernel_fails_its_cases_and_no_other(monkeypatch, eager_is_ours,
         return [1.01 * t if problems[0].dim == 1 else t for t in grad_v], grad_g
 
     monkeypatch.setattr(type(eager_is_ours), "backward", wrong)
-    result = invoke(tmp_path, "--only", "copy", "--only", "single")
-    assert result.exit_code == 1
-    assert "FAILED: float32 16x24x3 dim 1: VerificationError: wnkernel eager" in result.output
-    assert "2 of 10 cases failed" in result.output
-    shapes = {r.shape for r in summary.read(tmp_path) if r.case == "single"}
-    assert shapes == {"96x8x16", "64x256", "32x33"}
+    said, failures = measured(tmp_path, Section.COPY, Section.SINGLE, backend="eager")
+    assert failures == [f"{t} 16x24x3 dim 1, wnkernel eager" for t in ("float32", "bfloat16")]
+    told = capsys.readouterr().out
+    assert "FAILED: float32 16x24x3 dim 1: ContenderError: wnkernel eager: Verification" in told
+    rows = [r for r in summary.read(tmp_path) if r.case == "single"]
+    by_shape = {s: {r.contender for r in rows if r.shape == s} for s in {r.shape for r in rows}}
+    assert by_shape.pop("16x24x3") == {TORCH, COPY}
+    assert len(by_shape) == 3
+    assert all(found == {TORCH, COPY, "wnkernel eager"} for found in by_shape.values())
+    tries = [news.without for news in said if isinstance(news, Began) and "16x24x3" in news.title]
+    assert tries == [(), ("wnkernel eager",)] * 2
 
 
 def test_the_raw_calls_of_every_backend_give_the_same(eager_is_ours):
-    t = raw.inputs(TINY.weights[2], torch.float32, CPU, 0)
+    t = raw.inputs(TINY.weights[Part.REST][1], torch.float32, CPU, 0)
     torchs = raw.of_torch(t, 1)
     for name in [n for n in BACKENDS if not BACKENDS[n].reasons(t.v)]:
         mine = raw._of_backend(name)(t, 1)
         torch.testing.assert_close(mine.forward()[0], torchs.forward()[0])
         torch.testing.assert_close(list(mine.backward()), list(torchs.backward()))
-
-
-def test_cases_after_the_deadline_are_left_out_and_counted(tmp_path):
-    out = io.StringIO()
-    jobs = [Job("one", lambda: []), Job("two", lambda: [])]
-    rows, failures = benchmark.run_jobs(jobs, 0.0, CPU, tmp_path, Console(file=out))
-    assert (rows, failures) == ([], [])
-    assert "Left out 2 of 2 cases, from 'one' on" in out.getvalue()
 
 
 def fake_flag_gems(monkeypatch, **members):
@@ -195,54 +229,90 @@ def fake_flag_gems(monkeypatch, **members):
     monkeypatch.setitem(sys.modules, flaggems.PACKAGE, package)
 
 
-def test_flaggems_is_measured_beside_ours(monkeypatch, tmp_path):
+def test_flaggems_is_measured_beside_ours(monkeypatch, tmp_path, capsys):
     fake_flag_gems(
         monkeypatch,
         weight_norm_interface=torch._weight_norm_interface,
         weight_norm_interface_backward=torch.ops.aten._weight_norm_interface_backward,
     )
     monkeypatch.setattr(flaggems, "SHAPES", (((64, 256), 0),))
-    result = invoke(tmp_path, "--only", "flaggems")
-    assert result.exit_code == 0, result.output
-    assert flaggems.NAME in {r.contender for r in summary.read(tmp_path)}
-    assert f"times {flaggems.NAME}, 64x256 dim 0" in " ".join(result.output.split())
+    assert measured(tmp_path, Section.FLAGGEMS)[1] == []
+    found = summary.read(tmp_path)
+    assert flaggems.NAME in {r.contender for r in found}
+    (forward, _) = aims.rival_lines(found, flaggems.NAME, flaggems.CASE)
+    assert f"times {flaggems.NAME}, 64x256 dim 0" in forward.title
 
 
-def test_another_flaggems_is_left_out_with_a_plain_line(monkeypatch, tmp_path):
+def test_another_flaggems_is_left_out_with_a_plain_line(monkeypatch, tmp_path, capsys):
     fake_flag_gems(monkeypatch)
-    result = invoke(tmp_path, "--only", "flaggems")
-    assert result.exit_code == 0
-    assert "FlagGems left out: AttributeError" in result.output
-    assert "Traceback" not in result.output
+    assert measured(tmp_path, Section.FLAGGEMS)[1] == []
+    told = capsys.readouterr().out
+    assert "FlagGems left out: AttributeError" in told
+    assert "Traceback" not in told
 
 
-def test_a_flaggems_that_fails_does_not_take_ours_with_it(monkeypatch, tmp_path):
+def test_a_flaggems_that_fails_does_not_take_ours_with_it(monkeypatch, tmp_path, capsys):
     def broken(*args):
         raise RuntimeError("no such kernel\nin some file")
 
     fake_flag_gems(monkeypatch, weight_norm_interface=broken, weight_norm_interface_backward=broken)
     monkeypatch.setattr(flaggems, "SHAPES", (((64, 256), 0),))
-    result = invoke(tmp_path, "--only", "flaggems")
-    assert result.exit_code == 0, result.output
-    assert "FlagGems left out, float32 64x256 dim 0: no such kernel" in result.output
+    assert measured(tmp_path, Section.FLAGGEMS)[1] == []  # it is not ours
+    told = "FAILED: FlagGems 64x256 dim 0: ContenderError: FlagGems: RuntimeError: no such kernel"
+    assert told in capsys.readouterr().out
     assert TORCH in {r.contender for r in summary.read(tmp_path)}
 
 
-def test_what_the_sanitizer_watches_is_checked(monkeypatch, eager_is_ours, capsys):
-    monkeypatch.setattr(sanitized, "DEVICE", "cpu")
-    monkeypatch.setattr(sanitized, "backends", lambda v: ["eager"])
-    monkeypatch.setattr(sanitized, "SHAPES", (((6, 5, 3), (0, 1, 2, None)),))
-    monkeypatch.setattr(sanitized, "DTYPES", (torch.float32,))
-    sanitized.main()
-    assert capsys.readouterr().out == "8 weight norms on eager are right\n"
+def small_smoke(monkeypatch):
+    monkeypatch.setattr(smoke, "SHAPES", (((6, 5, 3), (0, 1, 2, None)),))
+    monkeypatch.setattr(smoke, "backends", lambda v: ["eager"])
+    arguments = ["--device", "cpu", "--backend", "eager", "--dtype", "float32"]
+    return CliRunner().invoke(smoke.app, arguments)
+
+
+def test_every_case_of_the_smoke_test_is_right_or_not(monkeypatch, eager_is_ours):
+    result = small_smoke(monkeypatch)
+    assert result.exit_code == 0
+    assert result.output.count("OK   eager float32") == 5
+    assert "5 weight norms on eager are right, 0 wrong" in result.output
     right = type(eager_is_ours).forward
-    monkeypatch.setattr(
-        type(eager_is_ours),
-        "forward",
-        lambda self, p: ([1.01 * w for w in right(self, p)[0]], right(self, p)[1]),
-    )
-    with pytest.raises(VerificationError):
-        sanitized.main()
+
+    def wrong(self, problems):
+        w, norms = right(self, problems)
+        return [1.01 * x if p.dim == 1 else x for x, p in zip(w, problems, strict=True)], norms
+
+    monkeypatch.setattr(type(eager_is_ours), "forward", wrong)
+    result = small_smoke(monkeypatch)
+    assert result.exit_code == 1
+    assert "FAIL eager float32 [6, 5, 3] dim 1: VerificationError" in result.output
+    assert "OK   eager float32 [6, 5, 3] dim None" in result.output  # it goes on
+    assert "3 weight norms on eager are right, 2 wrong" in result.output
+
+
+def test_a_smoke_test_on_a_device_that_fails_ends(monkeypatch, eager_is_ours):
+    def fault(self, problems):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(type(eager_is_ours), "forward", fault)
+    monkeypatch.setattr(smoke, "is_usable", lambda device: False)
+    result = small_smoke(monkeypatch)
+    assert result.exit_code == 1
+    assert "illegal memory access" in result.output
+    assert "0 weight norms on eager are right, 1 wrong" in result.output
+
+
+def test_a_smoke_test_without_kernels_says_so():
+    arguments = ["--device", "cpu", "--backend", "cuda", "--dtype", "float32"]
+    result = CliRunner().invoke(smoke.app, arguments)
+    assert result.exit_code == 2
+    assert "cuda was asked for" in result.output
+
+
+def test_what_a_profiler_looks_at_runs(monkeypatch, capsys):
+    small = {c.shape: c for c in launches.LISTS[2]}
+    monkeypatch.setattr(launches, "LISTS", ([TINY.weights[Part.KEY][0]], list(small.values())[:2]))
+    launches.main("cpu")
+    assert capsys.readouterr().out == "3 weight norms, forward and backward\n"
 
 
 def row(where, contender, ms, *, shape="768x48x128", dim="2", phase=FORWARD, case="single", **more):
@@ -259,7 +329,7 @@ def row(where, contender, ms, *, shape="768x48x128", dim="2", phase=FORWARD, cas
 
 @pytest.fixture
 def where():
-    return benchmark.environment("cpu", None)
+    return environment("cpu", None)
 
 
 def beside_torch(rows: list[Result]) -> list[Result]:
@@ -291,7 +361,7 @@ def test_the_summary_holds_figures_against_aims(where, tmp_path):
     for phase, times in (("wall time", (9.0, 3.0, 1.0)), (aims.whole.STREAM, (0.1, 0.06, 0.05))):
         for who, ms in zip((TORCH, OURS, FUSED), times, strict=True):
             rows.append(row(where, who, ms, phase=phase, **whole))
-    results.write_csv(beside_torch(rows), tmp_path)
+    results.append_csv(beside_torch(rows), tmp_path / cases.RESULTS)
     found = summary.read(tmp_path)
 
     speed = aims.copy_speed(found)
@@ -301,6 +371,8 @@ def test_the_summary_holds_figures_against_aims(where, tmp_path):
     assert share.met  # 2.147 TB/s of 2.147
     assert share.figure.startswith("1.00")
     assert not lines["share of copy bandwidth, 64 MB and more, backward, float32"].met  # 0.75
+    least = lines["share of copy bandwidth, 64 MB and more, backward, float32, of 3 arrays"]
+    assert (least.met, least.figure) == (None, "0.75, least 0.75")
     key = lines["times torch, 768x48x128 dim 2, float32"]
     assert (key.met, key.figure) == (True, "10.0 (forward 10.0, backward 10.0)")
     assert lines["times torch, 1 MB and more, float32, forward"].met
@@ -312,6 +384,7 @@ def test_the_summary_holds_figures_against_aims(where, tmp_path):
     assert not device.met
     assert wall.met  # 9 times torch, which waits for the host: 9 ms against 0.1
     assert "bound by the host" in wall.title
+    assert wall.aim == ">= 2"
     assert wall.figure.startswith("9.00")
 
     out = io.StringIO()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from itertools import pairwise
+import zlib
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,8 @@ pytest.importorskip("rich", reason="the tables of gpu-check need rich")
 from typer.testing import CliRunner
 
 from benchmarks import gpu_check
-from benchmarks.gpu import __main__ as benchmark
 from benchmarks.gpu import check, checks, steps
+from benchmarks.gpu.log import MOST_LINES, Log
 from benchmarks.gpu.steps import Step, run_steps
 
 from .processes import PATIENCE_S
@@ -43,43 +43,56 @@ def no_gpu(monkeypatch):
 def short_limits(monkeypatch):
     """Steps may take less than a useful time."""
     monkeypatch.setattr(steps, "LEAST_S", 0.0)
-    monkeypatch.setattr(steps, "GRACE_S", 1.0)
 
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-@pytest.fixture
-def time_begins_with_a_word(monkeypatch, tmp_path):
-    """The time of a step is counted from its first word on: what it does before, a busy machine may
-    take any time for."""
+def clock_from(path: Path):
+    """Time begins when a file is there: what comes before, a busy machine may take any time for."""
 
-    class Process(subprocess.Popen):
-        def wait(self, timeout=None):
-            deadline = time.monotonic() + PATIENCE_S
-            while not self.said() and self.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            return super().wait(timeout)
+    def clock() -> float:
+        if not hasattr(clock, "start") and path.exists():
+            clock.start = time.monotonic()
+        return time.monotonic() - clock.start if hasattr(clock, "start") else 0.0
 
-        def said(self):
-            """What the log has after the line with the command."""
-            return (tmp_path / "log").read_text().rpartition(" ".join(self.args))[2].strip()
-
-    monkeypatch.setattr(subprocess, "Popen", Process)
+    return clock
 
 
 def run(
-    tmp_path: Path, *chosen: Step, limit_s: float = PATIENCE_S
+    tmp_path: Path, *chosen: Step, limit_s: float = PATIENCE_S, clock=time.monotonic
 ) -> tuple[list[steps.Outcome], str]:
     """The outcomes, and what was said."""
     said: list[str] = []
-    outcomes = run_steps(chosen, tmp_path, tmp_path / "log", limit_s, said.append)
+    log = Log(tmp_path / "log.gz", said.append)
+    outcomes = run_steps(chosen, tmp_path, log, clock() + limit_s, said.append, clock=clock)
+    log.close()
     return outcomes, "\n".join(said)
+
+
+def logged(tmp_path: Path) -> str:
+    """What is on the disk, also while it is being written."""
+    data = (tmp_path / "log.gz").read_bytes()
+    return zlib.decompressobj(wbits=31).decompress(data).decode()
 
 
 def invoke(*arguments: str):
     return CliRunner().invoke(check.app, arguments)
+
+
+@pytest.fixture
+def visit(monkeypatch, tmp_path):
+    """Runs the command line with other steps, on a GPU that is not there."""
+    monkeypatch.setattr(check, "no_gpu", lambda: "")
+    monkeypatch.setattr(checks, "versions", lambda: Step("versions", python("pass"), PATIENCE_S))
+
+    def visit(*known: Step, arguments: tuple[str, ...] = ()):
+        monkeypatch.setattr(checks, "steps", lambda out, facts, device="cuda": list(known))
+        patient = ("--limit-s", str(10 * PATIENCE_S))
+        return invoke("--out", str(tmp_path), *patient, *arguments)
+
+    return visit
 
 
 def test_without_a_gpu_one_line_says_so(no_gpu, tmp_path):
@@ -103,61 +116,90 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == "gpu-check: not installed, and needed: typer\n"
 
 
-def test_the_flow_goes_on_after_steps_that_fail(monkeypatch, short_limits, tmp_path):
-    known = [
+def test_the_flow_goes_on_after_steps_that_fail(visit, tmp_path):
+    stale = tmp_path / "results.csv"
+    stale.write_text("of an earlier run")
+    result = visit(
         Step("first", python("print('one'); print('first is done')"), PATIENCE_S),
         Step("broken", python("print('about to fail'); raise SystemExit(7)"), PATIENCE_S),
         Step("absent", ["no-such-tool"], PATIENCE_S, absent="no-such-tool was not found"),
         Step("not there", ["no-such-tool"], PATIENCE_S),
         Step("crash", python("import os; os.abort()"), PATIENCE_S),
         Step("last", python("print('last is done')"), PATIENCE_S),
-    ]
-    monkeypatch.setattr(check, "no_gpu", lambda: "")
-    monkeypatch.setattr(check, "steps", lambda out: known)
-    stale = tmp_path / "single.csv"
-    stale.write_text("of an earlier run")
-    result = invoke("--out", str(tmp_path))
+    )
     assert result.exit_code == 1
     for text in ("first is done", "no-such-tool was not found", "killed by signal", "last is done"):
         assert text in result.output
     assert "At least one step failed" in result.output
     assert not stale.exists()
-    log = (tmp_path / check.LOG).read_text()
-    assert "one\nfirst is done" in log
+    log = gzip.decompress((tmp_path / check.LOG).read_bytes()).decode()
+    assert re.search(r"^\[ *\d+\.\d first\] one\n\[ *\d+\.\d first\] first is done$", log, re.M)
     assert "about to fail" in log
-    assert "At least one step failed" in log  # the tables at the end are in the log, too
+    summary = (tmp_path / check.SUMMARY).read_text()
+    assert "about to fail" in summary
+    assert "last is done" in summary
 
 
-def test_when_all_is_well_the_status_is_zero(monkeypatch, tmp_path):
+def test_when_all_is_well_the_status_is_zero(visit):
     fails = Step("fails", python("raise SystemExit(1)"), PATIENCE_S)
-    known = [Step("passes", python("print('fine')"), PATIENCE_S), fails]
-    monkeypatch.setattr(check, "no_gpu", lambda: "")
-    monkeypatch.setattr(check, "steps", lambda out: known)
-    result = invoke("--out", str(tmp_path), "--skip", "fails")
+    passes = Step("passes", python("print('fine')"), PATIENCE_S)
+    result = visit(passes, fails, arguments=("--skip", "fails"))
     assert result.exit_code == 0, result.output
     assert "All is well" in result.output
 
 
-def test_an_unknown_step_to_skip_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(check, "no_gpu", lambda: "")
-    result = invoke("--out", str(tmp_path), "--skip", "nonsense")
+def test_an_unknown_step_to_skip_is_refused(visit):
+    result = visit(arguments=("--skip", "nonsense"))
     assert result.exit_code == 2
     assert "nonsense" in result.output
 
 
-@pytest.mark.usefixtures("short_limits", "time_begins_with_a_word")
+def test_nothing_comes_after_a_build_that_fails(visit):
+    """There is something to mend, and another visit to save the time for."""
+    says = "print('error: expected a )'); raise SystemExit(1)"
+    build = Step("build", python(says), PATIENCE_S, decides=True)
+    beside = Step("beside", python("print('compiled')"), PATIENCE_S, beside=True)
+    result = visit(build, beside, Step("after", python("print('never')"), PATIENCE_S))
+    assert result.exit_code == 1
+    assert "error: expected a )" in result.output
+    assert "compiled" in result.output
+    assert "after: left out after 0 s. nothing is run after this: build FAILED" in result.output
+
+
+def test_steps_beside_each_other_run_at_the_same_time(tmp_path):
+    """Each waits for the other."""
+    code = """if True:
+        import pathlib, sys, time
+        mine, other = map(pathlib.Path, sys.argv[1:])
+        mine.touch()
+        while not other.exists(): time.sleep(0.01)
+    """
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    first = Step("first", [*python(code), a, b], PATIENCE_S)
+    second = Step("second", [*python(code), b, a], PATIENCE_S, beside=True)
+    outcomes, _ = run(tmp_path, first, second)
+    assert [(o.name, o.status) for o in outcomes] == [("first", "passed"), ("second", "passed")]
+
+
+@pytest.mark.usefixtures("short_limits")
 def test_a_step_that_takes_too_long_is_ended_with_its_children(tmp_path):
     code = f"""if True:
-        import subprocess, sys, time
+        import pathlib, signal, subprocess, sys, time
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sleep = "import time; time.sleep({10 * PATIENCE_S})"
         print("child", subprocess.Popen([sys.executable, "-c", sleep]).pid, flush=True)
+        pathlib.Path("begun").touch()
         exec(sleep)
     """
-    slow, after = Step("slow", python(code), 0.5), Step("after", python("print('ok')"), PATIENCE_S)
-    outcomes, said = run(tmp_path, slow, after, limit_s=2 * PATIENCE_S)
+    slow = Step("slow", python(code), 2.0, grace_s=0.5)
+    after = Step("after", python("print('ok')"), PATIENCE_S)
+    outcomes, said = run(
+        tmp_path, slow, after, limit_s=2 * PATIENCE_S, clock=clock_from(tmp_path / "begun")
+    )
     assert [o.status for o in outcomes] == [steps.TIMED_OUT, steps.PASSED]
     assert "TIMED OUT" in said
-    pid = int(re.search(r"^child (\d+)$", (tmp_path / "log").read_text(), re.MULTILINE)[1])
+    pid = int(re.search(r"child (\d+)$", logged(tmp_path), re.MULTILINE)[1])
     deadline = time.monotonic() + PATIENCE_S
     while _runs(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -181,31 +223,87 @@ def in_the_background():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("short_limits", "time_begins_with_a_word", "in_the_background")
-def test_a_step_that_was_asked_to_end_can_say_what_it_has(monkeypatch, tmp_path):
-    monkeypatch.setattr(steps, "GRACE_S", PATIENCE_S)
+@pytest.mark.usefixtures("short_limits", "in_the_background")
+def test_a_step_that_was_asked_to_end_can_say_what_it_has(tmp_path):
     code = f"""if True:
-        import time
+        import pathlib, time
         try:
-            print("begun", flush=True)
+            pathlib.Path("begun").touch()
             time.sleep({10 * PATIENCE_S})
         except KeyboardInterrupt:
             print("three failed so far", flush=True)
     """
-    (outcome,), _ = run(tmp_path, Step("slow", python(code), 0.5))
+    slow = Step("slow", python(code), 100.0, grace_s=10.0)
+    (outcome,), _ = run(tmp_path, slow, clock=lambda: 91.0 * (tmp_path / "begun").exists())
     assert outcome.status == steps.TIMED_OUT
     assert outcome.detail == "three failed so far"
 
 
 @pytest.mark.usefixtures("short_limits")
-def test_time_for_later_steps_is_kept(tmp_path):
-    greedy = Step("greedy", python(f"import time; time.sleep({10 * PATIENCE_S})"), PATIENCE_S)
-    later = [sys.executable, "-c", "import sys; print(sys.argv[1])", steps.OWN_LIMIT]
-    later = Step("later", later, PATIENCE_S, reserve_s=PATIENCE_S)
-    outcomes, _ = run(tmp_path, greedy, later, limit_s=PATIENCE_S + 0.5)
-    assert [o.status for o in outcomes] == [steps.TIMED_OUT, steps.PASSED]
-    assert outcomes[0].seconds < PATIENCE_S
-    assert PATIENCE_S / 2 < float(outcomes[1].detail) <= PATIENCE_S - steps.MARGIN_S  # its own use
+def test_what_a_step_wrote_is_on_the_disk_while_it_hangs(tmp_path):
+    code = f"""if True:
+        import pathlib, time
+        print("the one line", flush=True)
+        pathlib.Path("begun").touch()
+        time.sleep({10 * PATIENCE_S})
+    """
+    seen: list[str] = []
+    begun = clock_from(tmp_path / "begun")
+
+    def clock() -> float:
+        """Ends the step when the line is there."""
+        seen.append(logged(tmp_path) if (tmp_path / "begun").exists() else "")
+        return begun() + (PATIENCE_S if "the one line" in seen[-1] else 0.0)
+
+    (outcome,), _ = run(tmp_path, Step("slow", python(code), 60.0, 1.0), clock=clock)
+    assert outcome.status == steps.TIMED_OUT
+    assert "the one line" in seen[-1]
+
+
+def test_a_flood_of_lines_does_not_fill_the_disk(tmp_path):
+    many = python(f"for k in range({2 * MOST_LINES}): print('the same line')")
+    (outcome,), _ = run(tmp_path, Step("flood", many, PATIENCE_S))
+    assert outcome.status == steps.PASSED
+    assert MOST_LINES <= logged(tmp_path).count("\n") < MOST_LINES + 10
+    assert "is left out" in logged(tmp_path)
+
+
+def test_a_full_disk_ends_no_visit(visit, tmp_path):
+    """The screen has everything that matters."""
+    for name in (check.LOG, check.SUMMARY):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to("/dev/full")
+    unlink = Path.unlink
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Path, "unlink", lambda self, missing_ok: self.is_symlink() or unlink(self, missing_ok)
+        )
+        result = visit(Step("one", python("print('one is done')"), PATIENCE_S))
+    assert result.exit_code == 0, result.output
+    assert "one is done" in result.output
+    for name in (check.LOG, check.SUMMARY):
+        assert f"{tmp_path / name} cannot be written: No space left on device" in result.output
+
+
+def test_an_interrupt_ends_what_runs_and_leaves_the_summary(visit, tmp_path):
+    code = f"""if True:
+        import os, signal, time
+        print("child", os.getpid(), flush=True)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep({10 * PATIENCE_S})
+    """
+    done = Step("done", python("print('done before')"), PATIENCE_S)
+    result = visit(done, Step("slow", python(code), PATIENCE_S))
+    assert result.exit_code != 0
+    assert "done before" in (tmp_path / check.SUMMARY).read_text()
+    assert not _runs(int(re.search(r"child (\d+)", result.output)[1]))
+
+
+@pytest.mark.usefixtures("short_limits")
+def test_a_command_is_told_when_to_begin_nothing_more(tmp_path):
+    told = [sys.executable, "-c", "import sys; print(sys.argv[1])", steps.OWN_LIMIT]
+    (outcome,), _ = run(tmp_path, Step("told", told, 100.0, grace_s=10.0))
+    assert outcome.detail == "80"  # a case more, and its grace
 
 
 def test_no_time_is_a_failure_unless_the_step_is_an_extra(tmp_path):
@@ -216,89 +314,3 @@ def test_no_time_is_a_failure_unless_the_step_is_an_extra(tmp_path):
     outcomes, _ = run(tmp_path, extra, limit_s=1.0)
     assert [o.status for o in outcomes] == [steps.CUT]
     assert not steps.failed(outcomes)
-
-
-def test_the_reserves_fit_into_the_time(tmp_path):
-    known = checks.steps(tmp_path)
-    assert len({step.name for step in known}) == len(known)
-    assert sum(step.reserve_s for step in known) < 300
-    assert all(step.limit_s >= max(step.reserve_s, steps.LEAST_S) for step in known)
-
-
-def test_the_benchmark_steps_are_commands_that_exist(tmp_path):
-    """The sections of the three steps are all there are, and take the options that they get."""
-    known = {step.name: step for step in checks.steps(tmp_path)}
-    sections: list[str] = []
-    for name in ("weights", "models", "flaggems"):
-        assert known[name].command[1:3] == ["-m", "benchmarks.gpu"]
-        arguments = ["1" if a == steps.OWN_LIMIT else a for a in known[name].command[3:]]
-        sections += [b for a, b in pairwise(arguments) if a == "--only"]
-        result = CliRunner().invoke(benchmark.app, [*arguments, "--device", "nonsense"])
-        assert result.exit_code == 2
-        assert "nonsense" in result.output  # it came as far as the device
-    assert sorted(sections) == sorted(s.value for s in benchmark.Section)
-
-
-def test_the_tests_run_in_as_many_processes_as_there_are(monkeypatch, tmp_path):
-    there = importlib.util.find_spec
-    gone: set[str] = set()
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in gone else there(name)
-    )
-
-    def tests() -> Step:
-        return next(step for step in checks.steps(tmp_path) if step.name == "tests")
-
-    assert "--device" in tests().command
-    gone.add("xdist")
-    assert "-n" not in tests().command
-    gone.add("hypothesis")
-    assert "--ignore=tests/test_problem.py" in tests().command
-    gone.add("pytest")
-    assert tests().absent == "pytest is not installed"
-
-
-def test_what_needs_no_gpu_is_not_run_on_one(tmp_path):
-    """And nothing that is named is gone."""
-    (tests,) = (step for step in checks.steps(tmp_path) if step.name == "tests")
-    ignored = {a.removeprefix("--ignore=") for a in tests.command if a.startswith("--ignore=")}
-    for name in checks.NO_GPU_NEEDED:
-        found = {str(path.relative_to(checks.ROOT)) for path in checks.TESTS.glob(name)}
-        assert found, name
-        assert found <= ignored
-    takes_a_backend = re.compile(r"^def test_\w+\((backend|route|gpu_backend)\b", re.MULTILINE)
-    of_every_backend = {
-        str(path.relative_to(checks.ROOT))
-        for path in checks.TESTS.glob("test_*.py")
-        if takes_a_backend.search(path.read_text())
-    }
-    assert of_every_backend
-    assert not of_every_backend & ignored
-
-
-def test_kernels_are_compiled_before_a_sanitizer_watches_them(tmp_path):
-    """Under one, compiling takes longer than there is time."""
-    names = [step.name for step in checks.steps(tmp_path)]
-    known = {step.name: step for step in checks.steps(tmp_path)}
-    assert not known["kernels"].absent
-    for name in checks.TOOLS:
-        assert names.index("kernels") < names.index(name)
-        assert list(known[name].command[-3:]) == list(known["kernels"].command)
-
-
-def test_the_sanitizer_is_found_beside_cuda(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(checks.glob, "glob", lambda pattern: [])
-    steps_by_name = {step.name: step for step in checks.steps(tmp_path)}
-    assert steps_by_name["memcheck"].absent == "compute-sanitizer was not found"
-    tool = tmp_path / "cuda" / "bin" / "compute-sanitizer"
-    tool.parent.mkdir(parents=True)
-    tool.write_text("#!/bin/sh\n")
-    tool.chmod(0o755)
-    for name in checks.TOOLS:
-        step = next(s for s in checks.steps(tmp_path) if s.name == name)
-        assert not step.absent
-        assert step.command[:3] == [str(tool), "--tool", name]
-        assert step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"

@@ -1,36 +1,39 @@
-"""Build what can be built here, and say in the last line what came of it.
+"""Build for the cards of this machine, and say in the last line what came of it.
 
-``python -m benchmarks.gpu.build``. Exit status 1: there is a compiler, and still no module.
+``python -m benchmarks.gpu.build``. Exit status 1: there is no module, or it has no CUDA kernels.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from ..environment import ROOT
 
-ASK = "from wnkernel import _ops; print(_ops.load_error() or _ops.BUILD_INFO)"
+ASK = """if True:
+    import json
+    from wnkernel import _ops
+    print(json.dumps([_ops.load_error(), _ops.BUILD_INFO]))
+"""
 """In a process of its own: a module that was loaded before it was built stays unloaded."""
 
 
 def main() -> int:
-    """Runs setup.py if there is a C++ compiler."""
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
-        print(f"Nothing to build: no C++ compiler ({compiler}). The package is Python only.")
-        return 0
+    """Runs setup.py, which takes an error for an error and does not do with less."""
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    built = subprocess.run(build, cwd=ROOT, check=False)
-    asked = subprocess.run(
-        [sys.executable, "-c", ASK], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    answer = (asked.stdout.strip() or asked.stderr.strip()).splitlines()[-1:]
-    print(*answer, flush=True)
-    return int(built.returncode != 0 or not answer or not answer[0].startswith("{"))
+    built = subprocess.run(build, cwd=ROOT, env={**os.environ, "WNKERNEL_BUILD": "cuda"})
+    if built.returncode:
+        print(f"setup.py ended with status {built.returncode}")
+        return 1
+    asked = subprocess.run([sys.executable, "-c", ASK], cwd=ROOT, capture_output=True, text=True)
+    if asked.returncode:
+        print(asked.stderr.strip())
+        return 1
+    error, info = json.loads(asked.stdout.splitlines()[-1])
+    print(error or f"built: {info}", flush=True)
+    return int(bool(error) or "cuda" not in info["devices"])
 
 
 if __name__ == "__main__":

@@ -1,73 +1,140 @@
 """The command line of ``make gpu-check``.
 
-Builds what can be built, runs the tests on the GPU, compute-sanitizer where it is installed, and
-the GPU benchmark. A step that fails does not stop the next. Writes ``gpu-check.log``, ``tests.xml``
-and the CSV files of the benchmark. Exit status: 0 all is well, 1 a step failed, 3 there is no GPU,
-4 a package is missing.
+Builds the CUDA kernels for this card, tries every kernel, measures the figures that matter most,
+runs the tests on the GPU beside compute-sanitizer, profiles, and goes on with what is worth less
+for as long as there is time. Writes, while it runs, ``gpu-check.log.gz`` (every line of every
+step), ``results.csv``, ``tests.csv``, ``ncu.txt`` and ``summary.txt``. Exit status: 0 all is well,
+1 a step failed, 3 there is no GPU, 4 a package is missing.
 """
 
 from __future__ import annotations
 
+import io
 import time
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from .checks import ROOT, steps
-from .steps import failed, print_outcomes, run_steps
-from .summary import CASES, WIDTH, print_summary, read
+from ..environment import ROOT
+from . import checks
+from .log import Log
+from .steps import BAD, Outcome, failed, run_steps
+from .summary import WIDTH, print_summary, read
+from .versions import PROBLEM, Facts, facts_of
 
 NO_GPU = 3
 """The exit status."""
 
 OUT = ROOT / "benchmarks" / "out" / "gpu"
-LOG = "gpu-check.log"
+LOG, SUMMARY = "gpu-check.log.gz", "summary.txt"
+FILES = (LOG, SUMMARY, "results.csv", "tests.csv", "ncu.txt")
+"""All that is written: few files, in one folder."""
+
+
+class Device(str, Enum):
+    """Where."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the log and the CSV files.")] = OUT,
-    limit_s: Annotated[float, typer.Option(help="Seconds for all steps together.")] = 460.0,
+    out: Annotated[Path, typer.Option(help="Folder for all results.")] = OUT,
+    limit_s: Annotated[float, typer.Option(help="Seconds for all steps.")] = checks.LIMIT_S,
     skip: Annotated[list[str] | None, typer.Option(help="Not this step; repeatable.")] = None,
+    device: Annotated[Device, typer.Option(help="cpu: try out the visit itself.")] = Device.CUDA,
 ) -> None:
     """Check wnkernel on this machine's GPU, in under eight minutes."""
     started = time.monotonic()
-    console = Console(record=True)
-    if not console.is_terminal:
-        console = Console(record=True, width=WIDTH)
-    if why := no_gpu():
-        console.print(f"gpu-check: there is no GPU here: {why}. Nothing was run.", soft_wrap=True)
+    if device is Device.CUDA and (why := no_gpu()):
+        print(f"gpu-check: there is no GPU here: {why}. Nothing was run.", flush=True)
         raise typer.Exit(NO_GPU)
-    known = steps(out)
-    names = [step.name for step in known]
+    names = [step.name for step in checks.steps(out, Facts())]
     if unknown := set(skip or ()) - set(names):
-        expected = ", ".join(names)
-        got = ", ".join(sorted(unknown))
+        expected, got = ", ".join(names), ", ".join(sorted(unknown))
         raise typer.BadParameter(f"--skip: expected some of {expected}, got {got}")
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / LOG
-    log.write_text("", encoding="utf-8")
-    for case in CASES:  # what an earlier run left is none of this one's results
-        (out / f"{case}.csv").unlink(missing_ok=True)
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    chosen = [step for step in known if step.name not in (skip or ())]
-    outcomes = run_steps(chosen, ROOT, log, limit_s, say)
-    print_summary(console, read(out))
-    print_outcomes(console, outcomes)
-    verdict = "At least one step failed" if failed(outcomes) else "All is well"
-    say(f"{verdict}. Took {time.monotonic() - started:.0f} s. Log and CSV files: {out}")
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"\n{console.export_text()}")
-    if failed(outcomes):
+    for name in FILES:  # what an earlier run left is none of this one's results
+        (out / name).unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _say(f"{out} cannot be made: {error.strerror}. Results will be on the screen only.")
+    visit = _Visit(out, started + limit_s - checks.SUMMARY_S)
+    try:
+        (first,) = visit.run([checks.versions()])
+        chosen = checks.steps(out, facts_of(first.tail), device=device.value)
+        visit.run([step for step in chosen if step.name not in (skip or ())])
+    finally:  # an interrupt, too, leaves what there is
+        visit.end(time.monotonic() - started)
+    if failed(visit.outcomes):
         raise typer.Exit(1)
+
+
+class _Visit:
+    """The outcomes so far, and the files that tell of them."""
+
+    def __init__(self, out: Path, deadline: float) -> None:
+        self.outcomes: list[Outcome] = []
+        self._out, self._deadline = out, deadline
+        self._log = Log(out / LOG, _say)
+
+    def run(self, steps: Sequence[checks.Step]) -> list[Outcome]:
+        """Some steps more."""
+        before = list(self.outcomes)
+
+        def then(found: list[Outcome]) -> None:
+            self.outcomes = before + found
+            self._write_summary()
+
+        return run_steps(steps, ROOT, self._log, self._deadline, _say, then=then)
+
+    def end(self, seconds: float) -> None:
+        """The tables, and one line on the whole."""
+        self._log.close()
+        _say(self._tables())
+        verdict = "At least one step failed" if failed(self.outcomes) else "All is well"
+        _say(f"{verdict}. Took {seconds:.0f} s. Log and results: {self._out}")
+
+    def _write_summary(self) -> None:
+        try:
+            (self._out / SUMMARY).write_text(self._tables(), encoding="utf-8")
+        except OSError as error:
+            _say(f"{self._out / SUMMARY} cannot be written: {error.strerror}")
+
+    def _tables(self) -> str:
+        console = Console(file=io.StringIO(), width=WIDTH)
+        print_summary(console, read(self._out))
+        for o in self.outcomes:
+            for line in (line for line in o.tail if line.startswith(PROBLEM)):
+                console.print(line, markup=False)
+        print_outcomes(console, self.outcomes)
+        return console.file.getvalue()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """A line for each step."""
+    table = Table(title="Steps", title_justify="left", header_style="bold")
+    for head in ("step", "", "s", "last line"):
+        table.add_column(head, justify="right" if head == "s" else "left")
+    for o in outcomes:
+        status = f"[red]{o.status}[/red]" if o.status in BAD else o.status
+        table.add_row(o.name, status, f"{o.seconds:.0f}", escape(o.detail))
+    console.print(table)
 
 
 def no_gpu() -> str:
@@ -76,4 +143,9 @@ def no_gpu() -> str:
         return ""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"this torch ({torch.__version__}) is built for CPUs only"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # no driver, one that is too old, one that does not work
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return f"torch {torch.__version__}: {why}"
     return f"torch {torch.__version__} finds none (torch.cuda.is_available() is false)"

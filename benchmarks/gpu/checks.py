@@ -1,154 +1,237 @@
-"""The steps of ``make gpu-check``: which commands, with which limits."""
+"""The steps of ``make gpu-check``: which commands, in which order, with which limits."""
 
 from __future__ import annotations
 
 import glob
 import importlib.util
 import os
-import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from . import copying, flaggems, hosts, single, whole
+from ..environment import ROOT
+from . import copying, flaggems, hosts, launches, single, smoke, whole
+from .plan import Part
 from .steps import OWN_LIMIT, Step
+from .tests_to_run import FIRST, OTHERS, arguments
+from .versions import Facts
 
-ROOT = Path(__file__).parents[2]
-TESTS = ROOT / "tests"
+LIMIT_S = 475.0
+"""For everything. A machine is lent for fifteen minutes, its start included: two visits."""
 
-NO_GPU_NEEDED = (
-    "test_buffers.py",
-    "test_cuda_*.py",
-    "test_gpu_*.py",
-    "test_group_distributed.py",
-    "test_group_fully_shard.py",
-    "test_instruction_sets.py",
-    "test_triton_balance.py",
-    "test_triton_jit.py",
-    "test_triton_offline.py",
-    "test_triton_plan.py",
-    "test_triton_variants.py",
-    "test_with_*.py",
-)
-"""Tests that are the same on every machine, and take their time: CI runs them."""
+SUMMARY_S = 5.0
+"""Of that, for what comes after the last step."""
 
 TEST_PROCESSES = 8
-DUMP_S = 60
-"""A test that takes longer writes where it is."""
 
 TOOLS = ("memcheck", "racecheck")
-SANITIZER = "compute-sanitizer"
+SANITIZER, PROFILER = "compute-sanitizer", "ncu"
 
-INFO = """if True:
-    import json, wnkernel
-    facts = wnkernel.info()
-    print(json.dumps(facts, indent=2))
-    print("backends that run:", ", ".join(n for n, why in facts["backends"].items() if not why))
-"""
+WATCHED = ("float32", "bfloat16")
+"""Under a sanitizer everything takes long. The other types are the same sources."""
+
+SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
+"""Of a profile."""
+
+BACKENDS_OF_TESTS = {
+    ("cuda", "cuda"): ("cuda", "auto"),
+    ("cuda", "triton"): ("triton",),
+    ("cuda", ""): (),
+    ("cpu", "cuda"): ("cpu", "auto"),
+    ("cpu", "triton"): ("eager",),
+    ("cpu", ""): (),
+}
+"""By the device, and what a step is called after."""
+
+BUILD = "build"
 
 
-def steps(out: Path) -> list[Step]:
-    """All steps, in their order, writing to a folder."""
-    sanitizers = map(_sanitizer, TOOLS)
-    return [_machine(), _build(), _info(), _tests(out), _kernels(), *sanitizers, *_benchmarks(out)]
+def versions() -> Step:
+    """The first step, which says what the others have to know."""
+    return Step("versions", _python("-m", "benchmarks.gpu.versions"), 25.0, environment=_here())
+
+
+def steps(out: Path, facts: Facts, *, device: str = "cuda") -> list[Step]:
+    """All steps after the first, in their order: what is worth most first.
+
+    Args:
+        out: the folder of results.
+        facts: why some of them cannot run.
+        device: ``"cpu"`` is for trying out the visit itself, in small.
+    """
+    visit = Visit(out.resolve(), facts, device)
+    return [
+        visit.build(),
+        *visit.compilations(),
+        *visit.smoke("cuda", 20.0),
+        visit.benchmark("key figures, cuda", "cuda", Part.KEY, 90.0),
+        visit.tests("tests, cuda", "cuda", 100.0),
+        *visit.sanitizers(95.0),
+        visit.profile(30.0),
+        *visit.smoke("triton", 20.0),
+        visit.benchmark("key figures, triton", "triton", Part.KEY, 45.0),
+        visit.benchmark("more figures, cuda", "cuda", Part.REST, 120.0, needed=False),
+        visit.tests("tests, triton", "triton", 100.0, needed=False),
+        visit.tests("other tests", "", 200.0, needed=False),
+        visit.benchmark("more figures, triton", "triton", Part.REST, 120.0, needed=False),
+        visit.rival(60.0),
+    ]
+
+
+class Visit:
+    """What the steps of one visit have in common."""
+
+    def __init__(self, out: Path, facts: Facts, device: str) -> None:
+        self._out, self._facts, self._device = out, facts, device
+        self._is_dry = device == "cpu"
+        self._absent = {"cuda": facts.no_build or facts.no_cuda, "triton": facts.no_triton, "": ""}
+        if self._is_dry:
+            self._absent |= {"cuda": "", "triton": ""}
+        self._environment = _here(**({"WNKERNEL_COMMIT": facts.commit} if facts.commit else {}))
+
+    def _step(self, name: str, command: Sequence[str], limit_s: float, **more: object) -> Step:
+        environment = {**self._environment, **more.pop("environment", {})}
+        return Step(name, command, limit_s, environment=environment, **more)
+
+    def build(self) -> Step:
+        """For this card alone. A build that fails is to be mended at once: nothing comes after it.
+        Where nothing can be built, what needs no build is run."""
+        return self._step(
+            BUILD,
+            _python("-m", "benchmarks.gpu.build"),
+            130.0,
+            decides=True,
+            absent=self._facts.no_build or self._facts.no_cuda,
+        )
+
+    def compilations(self) -> list[Step]:
+        """Triton's variants, a process per type of elements, beside the build: they are kept on
+        disk, and what comes later finds them there."""
+        return [
+            self._step(
+                f"compile triton, {dtype}",
+                _smoke("triton", self._device, dtype),
+                130.0,
+                beside=True,
+                absent=self._absent["triton"],
+            )
+            for dtype in smoke.DTYPES
+        ]
+
+    def smoke(self, backend: str, limit_s: float) -> list[Step]:
+        """A process per type of elements, side by side: what one does to the device, another does
+        not see."""
+        return [
+            self._step(
+                f"smoke, {backend}, {dtype}",
+                _smoke(backend, self._device, dtype),
+                limit_s,
+                beside=k > 0,
+                absent=self._absent[backend],
+            )
+            for k, dtype in enumerate(smoke.DTYPES)
+        ]
+
+    def benchmark(
+        self, name: str, backend: str, part: Part, limit_s: float, *, needed: bool = True
+    ) -> Step:
+        """Of one backend beside torch. Without kernels, CUDA's turn measures torch and copies."""
+        sections = (copying.CASE, single.CASE, whole.CASE, hosts.CASE)
+        runs = not self._absent[backend]
+        command = self._measure(sections, backend if runs else "eager", part)
+        absent = "" if runs or backend == "cuda" else self._absent[backend]
+        return self._step(name, command, limit_s, grace_s=8.0, absent=absent, needed=needed)
+
+    def rival(self, limit_s: float) -> Step:
+        """FlagGems, where it is installed."""
+        there = importlib.util.find_spec(flaggems.PACKAGE) is not None
+        command = self._measure([flaggems.CASE], "", Part.REST)
+        absent = "" if there else f"{flaggems.PACKAGE} is not installed"
+        return self._step(flaggems.CASE, command, limit_s, absent=absent, needed=False)
+
+    def _measure(self, sections: Sequence[str], backend: str, part: Part) -> list[str]:
+        command = _python("-m", "benchmarks.gpu", "--no-summary", "--limit-s", OWN_LIMIT)
+        command += ["--out", str(self._out), "--part", part.value, "--device", self._device]
+        if backend and not self._is_dry:
+            command += ["--backend", backend]
+        if self._is_dry:
+            command += ["--tiny"]
+        return [*command, *(word for s in sections for word in ("--only", s))]
+
+    def tests(self, name: str, backend: str, limit_s: float, *, needed: bool = True) -> Step:
+        """Of one backend those worth most, or all the others."""
+        installed = importlib.util.find_spec("pytest") is not None
+        absent = self._absent[backend] if installed else "pytest is not installed"
+        command = arguments(
+            FIRST if backend else OTHERS,
+            device=self._device,
+            backends=BACKENDS_OF_TESTS[self._device, backend],
+            processes=min(TEST_PROCESSES, os.cpu_count() or 1),
+            results=self._out / "tests.csv",
+            about=f"{self._facts.device or self._device}, commit {self._facts.commit}",
+        )
+        command = _python("-m", "pytest", *command)
+        return self._step(name, command, limit_s, grace_s=20.0, absent=absent, needed=needed)
+
+    def sanitizers(self, limit_s: float) -> list[Step]:
+        """Beside the tests: nothing is timed there."""
+        found = tool(SANITIZER)
+        absent = self._absent["cuda"] or ("" if found else f"{SANITIZER} was not found")
+        options = ["--error-exitcode", "9", "--report-api-errors", "no", "--print-limit", "20"]
+        options += ["--target-processes", "application-only"]
+        watched = _smoke("cuda", self._device, *WATCHED)
+        return [
+            self._step(
+                name,
+                [found, "--tool", name, *options, *watched],
+                limit_s,
+                beside=True,
+                absent=absent,
+                # every tensor an allocation of its own: within torch's pools nothing is out of
+                # bounds
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            for name in TOOLS
+        ]
+
+    def profile(self, limit_s: float) -> Step:
+        """Hardware counters of eight launches, at the clock that the card has anyway."""
+        found = tool(PROFILER)
+        absent = self._absent["cuda"] or ("" if found else f"{PROFILER} was not found")
+        command = [found, "--clock-control", "none", "--force-overwrite"]
+        command += ["--kernel-name", launches.KERNELS, "--launch-count", str(launches.LAUNCHES)]
+        command += [word for section in SECTIONS for word in ("--section", section)]
+        command += ["--log-file", str(self._out / "ncu.txt")]
+        command += _python("-m", "benchmarks.gpu.launches")
+        return self._step("profile", command, limit_s, absent=absent)
 
 
 def _python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def _environment(**more: str) -> dict[str, str]:
+def _smoke(backend: str, device: str, *dtypes: str) -> list[str]:
+    command = _python("-m", "benchmarks.gpu.smoke", "--device", device)
+    if device != "cpu":
+        command += ["--backend", backend]
+    return [*command, *(word for dtype in dtypes for word in ("--dtype", dtype))]
+
+
+def _here(**more: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
+    # threads that spin while they wait keep the processes beside them from running
+    return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive", **more}
 
 
-def _machine() -> Step:
-    query = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.memory"
-    command = ["nvidia-smi", query, "--format=csv,noheader"]
-    absent = "" if shutil.which(command[0]) else "nvidia-smi was not found"
-    return Step("machine", command, 20.0, absent=absent)
-
-
-def _build() -> Step:
-    return Step("build", _python("-m", "benchmarks.gpu.build"), 150.0, environment=_environment())
-
-
-def _info() -> Step:
-    return Step("info", _python("-c", INFO), 30.0, 10.0, environment=_environment())
-
-
-def _tests(out: Path) -> Step:
-    name, limit_s, reserve_s = "tests", 150.0, 60.0
-    if importlib.util.find_spec("pytest") is None:
-        return Step(name, (), limit_s, absent="pytest is not installed")
-    command = _python("-m", "pytest", "--device", "cuda", "-q", "-p", "no:cacheprovider")
-    command += ["-o", f"faulthandler_timeout={DUMP_S}", f"--junitxml={out.resolve() / 'tests.xml'}"]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
-    left_out = {*not_importable(TESTS), *(p for name in NO_GPU_NEEDED for p in TESTS.glob(name))}
-    command += [f"--ignore={path.relative_to(ROOT)}" for path in sorted(left_out)]
-    return Step(name, [*command, "tests"], limit_s, reserve_s, environment=_environment())
-
-
-def not_importable(folder: Path) -> list[Path]:
-    """Test files that import a package which is not installed here: they would end the session."""
-    packages = [p for p in ("hypothesis", "expecttest") if importlib.util.find_spec(p) is None]
-    if not packages:
-        return []
-    imports = re.compile(rf"^(from|import) ({'|'.join(packages)})\b", re.MULTILINE)
-    return [p for p in sorted(folder.glob("test_*.py")) if imports.search(p.read_text())]
-
-
-KERNELS = _python("-m", "benchmarks.gpu.sanitized")
-
-
-def _kernels() -> Step:
-    """Without a tool first: what Triton compiles is kept on disk, and need not be watched."""
-    return Step("kernels", KERNELS, 90.0, 20.0, environment=_environment())
-
-
-def _sanitizer(tool: str) -> Step:
-    found = sanitizer()
-    absent = "" if found else f"{SANITIZER} was not found"
-    command = [found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-    command += ["--target-processes", "application-only"]
-    return Step(
-        tool,
-        [*command, *KERNELS],
-        60.0,
-        absent=absent,
-        # every tensor an allocation of its own: within torch's pools nothing is out of bounds
-        environment=_environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
-    )
-
-
-def sanitizer() -> str:
-    """Where compute-sanitizer is; empty if it is nowhere."""
+def tool(name: str) -> str:
+    """Where a tool of CUDA's is; empty if it is nowhere."""
     homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
     folders = [os.path.join(home, "bin") for home in homes if home]
-    folders += sorted(glob.glob("/usr/local/cuda*/bin"), reverse=True)
-    folders += sorted(glob.glob("/usr/local/cuda*/compute-sanitizer"), reverse=True)
-    return shutil.which(SANITIZER) or shutil.which(SANITIZER, path=os.pathsep.join(folders)) or ""
-
-
-def _benchmarks(out: Path) -> list[Step]:
-    """In processes of their own: what one does to the device, another does not see."""
-    command = _python("-m", "benchmarks.gpu", "--no-summary", "--limit-s", OWN_LIMIT)
-    command += ["--out", str(out.resolve())]
-
-    def only(*sections: str) -> list[str]:
-        return [*command, *(argument for s in sections for argument in ("--only", s))]
-
-    rival = importlib.util.find_spec(flaggems.PACKAGE) is not None
-    return [
-        Step("weights", only(copying.CASE, single.CASE), 150.0, 100.0, _environment()),
-        Step("models", only(whole.CASE, hosts.CASE), 80.0, 50.0, _environment()),
-        Step(
-            flaggems.CASE,
-            only(flaggems.CASE),
-            60.0,
-            environment=_environment(),
-            absent="" if rival else f"{flaggems.PACKAGE} is not installed",
-            needed=False,
-        ),
-    ]
+    for pattern in (
+        "/usr/local/cuda*/bin",
+        f"/usr/local/cuda*/{name}",
+        "/opt/nvidia/nsight-compute/*",
+    ):
+        folders += sorted(glob.glob(pattern), reverse=True)
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders)) or ""

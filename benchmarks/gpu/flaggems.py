@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from ..environment import Environment
 from ..layers import Tensors
-from ..plan import Job
+from ..results import Result
 from ..shapes import LayerCase
 from . import single
-from .plan import GpuPlan, case_title
+from .plan import GpuJob, Part, Setting, case_title
 from .raw import Raw
 
 CASE = "flaggems"
@@ -28,26 +27,30 @@ PACKAGE = "flag_gems"
 SHAPES = (((4096, 4096), 0), ((768, 48, 128), 2), ((1024, 1024, 5), 0), ((4096, 4096), 1))
 """In the order of their importance."""
 
-Report = Callable[[str], None]
 
-
-def jobs(plan: GpuPlan, where: Environment, report: Report) -> list[Job]:
-    """One job per shape; none if the package does not import."""
+def jobs(setting: Setting) -> list[GpuJob]:
+    """One job per shape, after all else; none if the package does not import."""
+    if setting.part is not Part.REST:
+        return []
     try:
         functions()
     except Exception as error:  # somebody else's package, whatever it raises
-        report(f"{NAME} left out: {type(error).__name__}: {error}")
+        setting.report(f"{NAME} left out: {type(error).__name__}: {error}")
         return []
     cases = [LayerCase(shape, dim, CASE, "") for shape, dim in SHAPES]
     return [
-        Job(
-            f"{NAME} {case_title(c)}",
-            lambda c=c: single.run(
-                c, torch.float32, plan, where, report, extra={NAME: make}, case_name=CASE
-            ),
-        )
+        GpuJob(f"{NAME} {case_title(c)}", lambda without, c=c: run(c, setting, without))
         for c in cases
     ]
+
+
+def run(case: LayerCase, setting: Setting, without: Collection[str]) -> list[Result]:
+    """One weight, by everyone.
+
+    Raises:
+        ContenderError: a contender fails.
+    """
+    return single.run(case, torch.float32, setting, without, {NAME: make}, CASE)
 
 
 def functions() -> tuple[Callable[..., tuple[Tensor, Tensor]], ...]:

@@ -5,18 +5,19 @@ Weights under 20,000 elements: the device is done before the host has made the n
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 
 from .. import host
-from ..environment import Environment
+from ..blame import blamed
 from ..layers import forward, forward_backward, operators, subject, tensors, verified
-from ..plan import DEFAULT, Job
+from ..plan import DEFAULT
 from ..results import Result, rows
 from ..shapes import LayerCase, grid
 from ..timing import host_sampler, measure
-from .plan import GpuPlan, case_title
+from .plan import GpuJob, Part, Setting, case_title
 
 CASE = "host"
 CALL = "call, forward"
@@ -27,27 +28,41 @@ SAMPLE_S = 1e-3
 """Of calls: too few to fill the queue of launches."""
 
 
-def jobs(plan: GpuPlan, where: Environment) -> list[Job]:
-    """One job per weight: calls of the function, and reads of ``layer.weight``."""
-    small = [c for c in grid() if c.numel < host.MAX_NUMEL and c.dim == 0]
+def jobs(setting: Setting) -> list[GpuJob]:
+    """One job per weight: first of reads of ``layer.weight``, the others of calls."""
+    plan, where = setting.plan, setting.where
+    small = [c for c in grid() if c.numel < host.MAX_NUMEL and c.dim == 0][:: plan.host_every]
     access = replace(DEFAULT, host_budget_s=plan.host_budget_s)
-    out = []
-    for c in small[:: plan.host_every]:
-        title = case_title(c)
-        out.append(Job(f"host, call, {title}", lambda c=c: run(c, plan, where)))
-        out.append(Job(f"host, layer.weight, {title}", lambda c=c: host.run(c, access, where)))
-    return out
+    if setting.part is Part.KEY:
+        return [
+            GpuJob(
+                f"host, layer.weight, {case_title(c)}",
+                lambda without, c=c: host.run(c, access, where, without),
+            )
+            for c in small
+        ]
+    return [
+        GpuJob(f"host, call, {case_title(c)}", lambda without, c=c: run(c, setting, without))
+        for c in small
+    ]
 
 
-def run(case: LayerCase, plan: GpuPlan, where: Environment) -> list[Result]:
-    """Verify, then time, calls on the automatic choice of backend."""
+def run(case: LayerCase, setting: Setting, without: Collection[str]) -> list[Result]:
+    """Verify, then time, calls.
+
+    Raises:
+        ContenderError: a contender fails, or is wrong.
+    """
+    where, budget = setting.where, setting.plan.host_budget_s
     t = tensors(case, torch.float32, where.device)
-    contenders = operators(case.dim)
-    errors = verified(case_title(case), contenders, t, case.dim, where)
+    contenders = {w: operator for w, operator in operators(case.dim).items() if w not in without}
+    errors: dict[str, float] = {}
+    for who, operator in contenders.items():
+        with blamed(who):
+            errors |= verified(case_title(case), {who: operator}, t, case.dim, where)
     out = []
     for phase, make in ((CALL, forward), (CALL_BACKWARD, forward_backward)):
         timed = {who: make(operator, t) for who, operator in contenders.items()}
-        sample = host_sampler(where.device)
-        stats = measure(timed, sample, plan.host_budget_s, min_sample_s=SAMPLE_S)
+        stats = measure(timed, host_sampler(where.device), budget, min_sample_s=SAMPLE_S)
         out += rows(subject(case, torch.float32, CASE, phase), where, stats, errors=errors)
     return out

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import enum
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from ..environment import Environment
 from ..fused import MODELS
+from ..results import Result
 from ..shapes import LayerCase, grid, shape_text, weight_list
 
 LARGE_BYTES = 64e6
@@ -29,15 +33,36 @@ _ODD = (((512, 512, 3), (1, None)), ((512, 256, 16), (1, None)), ((1024, 1024, 5
 KEY = (((768, 48, 128), 2), ((1024, 64, 128), 2))
 """The weights of wav2vec 2.0, for which torch launches 8 blocks."""
 
+FIRST = (
+    *KEY,
+    ((4096, 4096), 0),
+    ((4096, 4096), 1),
+    ((4096, 4096), None),
+    ((65536, 256), 0),
+    ((2048, 2048, 5), 0),
+    ((2048, 2048, 5), 2),
+)
+"""What is measured before anything else: every way of cutting a weight, small enough to fit into a
+cache and too large for one."""
+
+FIRST_MODELS = ("HiFi-GAN-V1", "DAC")
+
+
+class Part(str, enum.Enum):
+    """Of the cases: those that are measured first, and the others."""
+
+    KEY = "key"
+    REST = "rest"
+
 
 @dataclass(frozen=True)
 class GpuPlan:
     """The size of a run."""
 
     copy_bytes: tuple[int, ...]
-    weights: tuple[LayerCase, ...]
+    weights: Mapping[Part, Sequence[LayerCase]]
     """In the order of their importance: time may be over before the last."""
-    models: Mapping[str, Sequence[LayerCase]]
+    models: Mapping[Part, Mapping[str, Sequence[LayerCase]]]
     """Name -> all its weights."""
     host_every: int
     """Take every n-th of the small weights."""
@@ -45,27 +70,34 @@ class GpuPlan:
     """How long the work in one CUDA graph should take."""
     sample_s: float
     """How long a turn lasts at least."""
-    weight_budget_s: float
+    weight_budget_s: Mapping[Part, float]
     """For the rounds of one phase of one weight."""
     host_budget_s: float
     model_budget_s: float
 
 
-def _weights() -> tuple[LayerCase, ...]:
-    """Once each: the key shapes, large ones, scarce dims, then the grid from the largest down."""
+def _weights() -> dict[Part, tuple[LayerCase, ...]]:
+    """Once each: the first ones, large ones, scarce dims, then the grid from the largest down."""
     known = {(c.shape, c.dim): c for c in grid()}
-    added = [
-        LayerCase(shape, dim, label, "Linear" if len(shape) == 2 else "Conv1d")
+    added = {
+        (shape, dim): LayerCase(shape, dim, label, "Linear" if len(shape) == 2 else "Conv1d")
         for label, group in ((LARGE, _LARGE), (ODD, _ODD))
         for shape, dims in group
         for dim in dims
-    ]
-    rest = sorted(known.values(), key=lambda c: (c.kind == "first", -c.numel))
-    chosen: dict[tuple[tuple[int, ...], int | None], LayerCase] = {}
-    for c in (*(known[key] for key in KEY), *added, *rest):
-        key = c.shape, c.dim
-        chosen.setdefault(key, known.get(key, c))
-    return tuple(chosen.values())
+    }
+    every = added | known
+    from_large = sorted(known, key=lambda key: (known[key].kind == "first", -known[key].numel))
+    rest = [key for key in dict.fromkeys((*added, *from_large)) if key not in FIRST]
+    return {
+        Part.KEY: tuple(every[key] for key in FIRST),
+        Part.REST: tuple(every[key] for key in rest),
+    }
+
+
+def _models() -> dict[Part, dict[str, Sequence[LayerCase]]]:
+    first = {name: weight_list(name) for name in FIRST_MODELS}
+    rest = {name: weight_list(name) for name in MODELS if name not in first}
+    return {Part.KEY: first, Part.REST: rest}
 
 
 _TINY = (
@@ -78,26 +110,48 @@ _TINY = (
 REAL = GpuPlan(
     copy_bytes=(2**30, 2**31, 2**32),
     weights=_weights(),
-    models={name: weight_list(name) for name in MODELS},
+    models=_models(),
     host_every=4,
     graph_s=1e-3,
     sample_s=2e-3,
-    weight_budget_s=0.05,
+    weight_budget_s={Part.KEY: 0.2, Part.REST: 0.05},
     host_budget_s=0.1,
     model_budget_s=0.6,
 )
 
 TINY = GpuPlan(
     copy_bytes=(2**20,),
-    weights=_TINY,
-    models={"tiny": _TINY},
+    weights={Part.KEY: _TINY[:1], Part.REST: _TINY[1:]},
+    models={Part.KEY: {"tiny": _TINY}, Part.REST: {}},
     host_every=40,
     graph_s=1e-4,
     sample_s=1e-4,
-    weight_budget_s=0.0,
+    weight_budget_s={Part.KEY: 0.0, Part.REST: 0.0},
     host_budget_s=0.0,
     model_budget_s=0.0,
 )
+
+
+Report = Callable[[str], None]
+"""Takes a line."""
+
+
+class Setting(NamedTuple):
+    """What the cases of a run have in common."""
+
+    plan: GpuPlan
+    part: Part
+    where: Environment
+    """Its backend is the one of ours that is measured."""
+    report: Report
+
+
+class GpuJob(NamedTuple):
+    """One case."""
+
+    title: str
+    run: Callable[[Collection[str]], list[Result]]
+    """Takes the names of contenders to leave out. Raises ContenderError if one fails."""
 
 
 def case_title(case: LayerCase) -> str:

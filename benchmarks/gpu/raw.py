@@ -13,7 +13,7 @@ from wnkernel.backends.compiled import CompiledBackend
 from wnkernel.problem import check
 
 from ..layers import Tensors
-from ..results import OURS, TORCH
+from ..results import GROUPED, OURS, TORCH
 from ..shapes import LayerCase
 
 FALLBACK = "eager"
@@ -56,10 +56,15 @@ def ours(backend: str) -> str:
     return f"{OURS} {backend}"
 
 
-def makers(v: Tensor) -> dict[str, Maker]:
-    """Ours on every backend that runs, and torch."""
-    kernels = {ours(name): _of_backend(name) for name in backends(v)}
+def makers(v: Tensor, backend: str) -> dict[str, Maker]:
+    """Ours on a backend, if it runs, and torch."""
+    kernels = {ours(backend): _of_backend(backend)} if backend in backends(v) else {}
     return {**kernels, TORCH: of_torch}
+
+
+def is_ours(who: str) -> bool:
+    """Whether a contender is this package."""
+    return who.startswith(OURS) or who in GROUPED
 
 
 def _of_backend(name: str) -> Maker:

@@ -7,23 +7,25 @@ cache. Smaller weights find theirs there, as they do in a training step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from wnkernel.backends import BACKENDS
 from wnkernel.problem import check
 
 from .. import verify
+from ..blame import ContenderError, blamed
 from ..environment import Environment
-from ..layers import Tensors, copy, dtype_text, subject
-from ..plan import Job
-from ..results import COPY, OURS, TORCH, Result, rows
+from ..layers import copy, dtype_text, subject
+from ..results import COPY, OURS, Result, rows
 from ..shapes import LayerCase
-from .graphs import calls_for, capture, check_replay, measure_graphs
-from .plan import GpuPlan, case_title
-from .raw import Maker, Raw, backends, inputs, makers
+from .device import is_usable
+from .graphs import Call, Graph, calls_for, capture, check_replay, measure_graphs
+from .plan import GpuJob, Report, Setting, case_title
+from .raw import Maker, Raw, inputs, is_ours, makers
 from .traffic import BACKWARD, FORWARD, arrays
 
 CASE = "single"
@@ -35,20 +37,15 @@ COLD_BYTES = 32e6
 CACHES = 4
 """How many times the L2 cache all copies of v are."""
 
-Report = Callable[[str], None]
 
-
-def jobs(plan: GpuPlan, where: Environment, report: Report) -> list[Job]:
+def jobs(setting: Setting) -> list[GpuJob]:
     """One job per weight and dtype."""
-    if not backends(v := torch.empty(1, device=where.device)):
-        why = "; ".join(line for b in BACKENDS.values() for line in b.reasons(v))
-        report(f"No backend with kernels of ours runs here: {why}")
     return [
-        Job(
+        GpuJob(
             f"{dtype_text(dtype)} {case_title(case)}",
-            lambda c=case, d=dtype: run(c, d, plan, where, report),
+            lambda without, c=case, d=dtype: run(c, d, setting, without),
         )
-        for case in plan.weights
+        for case in setting.plan.weights[setting.part]
         for dtype in DTYPES
     ]
 
@@ -56,9 +53,8 @@ def jobs(plan: GpuPlan, where: Environment, report: Report) -> list[Job]:
 def run(
     case: LayerCase,
     dtype: torch.dtype,
-    plan: GpuPlan,
-    where: Environment,
-    report: Report,
+    setting: Setting,
+    without: Collection[str],
     extra: Mapping[str, Maker] | None = None,
     case_name: str = CASE,
 ) -> list[Result]:
@@ -67,55 +63,45 @@ def run(
     Args:
         case: the weight.
         dtype: of v, g and w.
-        plan: how long.
-        where: on what.
-        report: takes a line on every contender that is left out or wrong, if it is not ours.
+        setting: what cases have in common.
+        without: contenders to leave out.
         extra: more contenders.
         case_name: what the rows are filed under.
 
     Raises:
-        VerificationError: ours is wrong, eagerly or in a graph.
+        ContenderError: one fails, or ours is wrong, eagerly or in a graph. Of others than ours, an
+            error is reported; they are timed all the same (torch rounds several times where it has
+            no kernel of its own).
     """
+    plan, where = setting.plan, setting.where
     sets = [inputs(case, dtype, where.device, k) for k in range(copies(case, dtype, where))]
-    own = makers(sets[0].v)
+    first = sets[0]
     title = f"{dtype_text(dtype)} {case_title(case)}"
-    contenders = {who: [make(t, case.dim) for t in sets] for who, make in own.items()}
-    for who, make in (extra or {}).items():
-        try:
+    want = verify.reference(first.v, first.g, case.dim, first.grad_w)
+    contenders: dict[str, list[Raw]] = {}
+    errors: dict[str, float] = {}
+    for who, make in (makers(first.v, where.backend) | dict(extra or {})).items():
+        if who in without:
+            continue
+        with blamed(who):
             contenders[who] = [make(t, case.dim) for t in sets]
-            contenders[who][0].backward()
-        except Exception as error:  # somebody else's package, whatever it raises
-            contenders.pop(who, None)
-            report(f"{who} left out, {title}: {_first_line(error)}")
-    errors = _verified(
-        title, {who: raws[0] for who, raws in contenders.items()}, sets[0], case.dim, report
-    )
+            got = _results(contenders[who][0])
+            errors |= _verified(who, title, got, want, setting.report)
     out = []
     for phase in (FORWARD, BACKWARD):
         about = subject(case, dtype, case_name, phase)
-        traffic = _arrays(phase, sets[0], case.dim)
+        traffic = arrays(phase, check(first.v, first.g, case.dim), BACKENDS[where.backend])
         calls = calls_for(traffic * about.array_bytes, plan.graph_s)
         graphs = {COPY: capture([copy(t.v) for t in sets], calls, where.device)}
         for who, raws in contenders.items():
             runs = [getattr(raw, phase) for raw in raws]
-            try:
-                graphs[who] = capture(runs, calls, where.device)
-            except RuntimeError as error:
-                if is_ours(who) or who == TORCH:
-                    raise
-                report(f"{who} cannot be captured, {phase}, {title}: {_first_line(error)}")
-                continue
-            if is_ours(who) and where.device.type == "cuda":
-                check_replay(f"{who}, {phase}, {title}", graphs[who], runs[-1]())
-        stats = measure_graphs(graphs, where.device, plan.weight_budget_s, plan.sample_s)
+            if graph := _captured(who, f"{phase}, {title}", runs, calls, setting):
+                graphs[who] = graph
+        budget = plan.weight_budget_s[setting.part]
+        stats = measure_graphs(graphs, where.device, budget, plan.sample_s)
         found = rows(about, where, stats, errors=errors, arrays=traffic)
         out += [replace(r, backend=_backend(r)) for r in found]
     return out
-
-
-def is_ours(who: str) -> bool:
-    """Whether a contender is this package."""
-    return who.startswith(OURS)
 
 
 def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:
@@ -128,33 +114,44 @@ def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:
     return max(2, math.ceil(CACHES * cache / size))
 
 
-def _arrays(phase: str, t: Tensors, dim: int | None) -> int:
-    """As the best backend says."""
-    first = next(iter(backends(t.v)), "eager")
-    return arrays(phase, check(t.v, t.g, dim), BACKENDS[first])
+def _results(raw: Raw) -> tuple[Tensor, ...]:
+    return (raw.forward()[0], *raw.backward())
 
 
 def _verified(
-    title: str, contenders: Mapping[str, Raw], t: Tensors, dim: int | None, report: Report
+    who: str, title: str, got: tuple[Tensor, ...], want: verify.Reference, report: Report
 ) -> dict[str, float]:
-    """Check everyone against float64. Of others than ours, an error is reported; they are timed
-    all the same (torch rounds several times where it has no kernel of its own)."""
-    want = verify.reference(t.v, t.g, dim, t.grad_w)
-    errors = {}
-    for who, raw in contenders.items():
-        got = (raw.forward()[0], *raw.backward())
-        try:
-            errors[who] = verify.check(f"{who}, {title}", got, want, long_sums=not is_ours(who))
-        except verify.VerificationError as error:
-            if is_ours(who):
-                raise
-            report(str(error).replace("Nothing was timed for this case.", "Timed all the same."))
-    return errors
+    """The error of a contender, by its name."""
+    try:
+        return {who: verify.check(f"{who}, {title}", got, want, long_sums=not is_ours(who))}
+    except verify.VerificationError as error:
+        if is_ours(who):
+            raise
+        report(str(error).replace("Nothing was timed for this case.", "Timed all the same."))
+        return {}
+
+
+def _captured(
+    who: str, title: str, runs: Sequence[Call], calls: int, setting: Setting
+) -> Graph | None:
+    """A graph of a contender's calls; none if it is not ours and cannot be captured.
+
+    Raises:
+        ContenderError: ours cannot be captured, or computes something else in a graph.
+    """
+    device = setting.where.device
+    try:
+        with blamed(who):
+            graph = capture(runs, calls, device)
+            if is_ours(who) and device.type == "cuda":
+                check_replay(f"{who}, {title}", graph, runs[-1]())
+            return graph
+    except ContenderError as error:
+        if is_ours(who) or not is_usable(device):
+            raise
+        setting.report(f"{who} cannot be captured, {title}: {error}")
+        return None
 
 
 def _backend(r: Result) -> str:
-    return r.contender.removeprefix(OURS).strip() if is_ours(r.contender) else r.backend
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return r.contender.removeprefix(OURS).strip() if r.contender.startswith(OURS) else r.backend

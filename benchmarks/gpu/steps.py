@@ -1,41 +1,42 @@
-"""Steps that run one after the other, each a process with a time limit; none stops the next."""
+"""Steps that run one after the other, or side by side, each a process with a time limit.
+
+A step that fails, hangs or floods its output takes no other with it, unless they say that they need
+it. What steps write goes to a log on disk while they run.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import IO
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from .log import Log
 
 PASSED, FAILED, TIMED_OUT = "passed", "FAILED", "TIMED OUT"
 LEFT_OUT, CUT = "left out", "cut short"
 BAD = (FAILED, TIMED_OUT)
 
-MARK = ">>>>>"
-"""Before lines of the log that no step wrote."""
-
 OWN_LIMIT = "{own limit}"
 """An argument that stands for the seconds after which a command should begin nothing more."""
 
-MARGIN_S = 15.0
-"""Between that and the end of its time: it has to start, and to finish what it is at."""
-
-LEAST_S = 5.0
+LEAST_S = 3.0
 """With less time than this left, a step is not begun."""
-
-GRACE_S = 5.0
-"""Between the request to end and the end."""
 
 TAIL = 25
 """Lines of the output of a step that failed, to be shown."""
+
+POLL_S = 0.02
+LAST_S = 1.0
+"""Between the two last requests to end, and for the last of the output."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,15 @@ class Step:
     name: str
     command: Sequence[str]
     limit_s: float
-    """The longest that it may take."""
-    reserve_s: float = 0.0
-    """How much of the whole time the steps before it have to leave."""
+    """The longest that it may take, its grace included."""
+    grace_s: float = 5.0
+    """Between the request to end and the end: it has to finish what it is at, and to report."""
+    beside: bool = False
+    """Whether it runs beside the step before it."""
+    after: Sequence[str] = ()
+    """The steps that must have passed before it."""
+    decides: bool = False
+    """Whether nothing after it is run if it fails."""
     environment: Mapping[str, str] = field(default_factory=dict)
     absent: str = ""
     """Why there is nothing to run. That is no failure."""
@@ -69,115 +76,200 @@ class Outcome:
 
 
 def run_steps(
-    steps: Sequence[Step], cwd: Path, log: Path, limit_s: float, say: Callable[[str], None] = print
+    steps: Sequence[Step],
+    cwd: Path,
+    log: Log,
+    deadline: float,
+    say: Callable[[str], None] = print,
+    *,
+    then: Callable[[list[Outcome]], None] = lambda outcomes: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
-    """Run all steps, in ``cwd``, with everything they write going to a log file.
+    """Run all steps in a folder.
 
     Args:
         steps: what to run.
         cwd: where.
-        log: appended to.
-        limit_s: for all steps together; each gets what is left, less the reserves of later ones.
+        log: takes everything that they write.
+        deadline: when all of them must have ended, by ``clock``. Each has its own limit, and no
+            more than what is left.
         say: takes the lines that tell how it goes.
+        then: called after each step, or after those that ran side by side, with all outcomes.
+        clock: seconds.
     """
-    deadline = time.monotonic() + limit_s
-    outcomes = []
-    for i, step in enumerate(steps):
-        reserved = sum(later.reserve_s for later in steps[i + 1 :] if not later.absent)
-        left = min(step.limit_s, deadline - time.monotonic() - reserved)
-        if not step.absent:
-            say(f"{step.name}: at most {max(left, 0):.0f} s ...")
-        outcome = _run(step, cwd, log, left)
-        outcomes.append(outcome)
-        say(f"{step.name}: {outcome.status} after {outcome.seconds:.0f} s. {outcome.detail}")
-        if outcome.status in BAD:
-            for line in outcome.tail:
-                say(f"    {line}")
+    outcomes: list[Outcome] = []
+    stopped = ""
+    with _interruptible():
+        for group in _side_by_side(steps):
+            passed = [o.name for o in outcomes if o.status == PASSED]
+            found: dict[str, Outcome] = {}
+            running: list[_Running] = []
+            try:
+                for step in group:
+                    left = min(step.limit_s, deadline - clock())
+                    if (o := _not_run(step, left, passed, stopped)) is not None:
+                        found[step.name] = o
+                        continue
+                    say(f"{step.name}: at most {left:.0f} s ...")
+                    running.append(_Running(step, cwd, log, left, clock))
+                while not all([r.has_ended() for r in running]):
+                    log.flush()
+                    time.sleep(POLL_S)
+            finally:  # an interrupt, too, must not leave anything running
+                found |= {r.step.name: r.outcome() for r in running}
+                outcomes += [found[step.name] for step in group if step.name in found]
+                then(outcomes)
+            for step in group:
+                o = found[step.name]
+                _tell(o, say)
+                if o.status in BAD and step.decides:
+                    stopped = stopped or f"{o.name} {o.status}"
     return outcomes
 
 
-def _run(step: Step, cwd: Path, log: Path, limit_s: float) -> Outcome:
-    if step.absent:
-        return Outcome(step.name, LEFT_OUT, 0.0, step.absent)
-    late = TIMED_OUT if step.needed else CUT
-    if limit_s < LEAST_S:
-        return Outcome(step.name, late, 0.0, "no time was left for it")
-    own_limit = f"{max(limit_s - MARGIN_S, 1.0):.0f}"
-    command = [own_limit if argument == OWN_LIMIT else argument for argument in step.command]
-    start = time.monotonic()
-    with log.open("a", encoding="utf-8") as out:
-        out.write(f"\n{MARK} {step.name}: {' '.join(command)}\n")
-        out.flush()
-        begin = out.tell()
-        try:
-            process = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env={**os.environ, **step.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that the whole family can be ended
-                preexec_fn=_heed_interrupts,
-            )
-        except OSError as error:
-            out.write(f"{error}\n")
-            return Outcome(step.name, FAILED, 0.0, str(error))
-        code: int | None = None
-        try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            out.write(f"\n{MARK} {step.name}: ended after {limit_s:.0f} s\n")
-        finally:  # an interrupt, too, must not leave it running
-            _end(process)
-    tail = _tail(log, begin)
-    last = tail[-1].strip() if tail else "It wrote nothing."
-    seconds = time.monotonic() - start
-    if code is None:
-        return Outcome(step.name, late, seconds, last, tail)
-    if code < 0:
-        return Outcome(step.name, FAILED, seconds, f"killed by signal {-code}. {last}", tail)
-    return Outcome(step.name, FAILED if code else PASSED, seconds, last, tail)
-
-
-def _heed_interrupts() -> None:
-    """A shell makes what it runs in the background ignore them, and that is inherited."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it started, if anything of it still runs: politely first, for pytest
-    then says what failed so far."""
-    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, request)
-        except ProcessLookupError:
-            return
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-            time.sleep(0.1)  # for its children to follow
-
-
-def _tail(log: Path, begin: int) -> list[str]:
-    """The last lines that a step wrote."""
-    with log.open("rb") as file:
-        file.seek(begin)
-        text = file.read().decode("utf-8", errors="replace")
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return [line for line in lines if not line.startswith(MARK)][-TAIL:]
-
-
-def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """A line for each step."""
-    table = Table(title="Steps", title_justify="left", header_style="bold")
-    for head in ("step", "", "s", "last line"):
-        table.add_column(head, justify="right" if head == "s" else "left")
-    for o in outcomes:
-        status = f"[red]{o.status}[/red]" if o.status in BAD else o.status
-        table.add_row(o.name, status, f"{o.seconds:.0f}", escape(o.detail))
-    console.print(table)
+def _tell(o: Outcome, say: Callable[[str], None]) -> None:
+    say(f"{o.name}: {o.status} after {o.seconds:.0f} s. {o.detail}")
+    if o.status in BAD:
+        for line in o.tail:
+            say(f"    {line}")
 
 
 def failed(outcomes: Sequence[Outcome]) -> bool:
     """Whether any step did not do what it should."""
     return any(o.status in BAD for o in outcomes)
+
+
+def longest_s(steps: Sequence[Step]) -> float:
+    """What the needed steps take at most."""
+    groups = _side_by_side([step for step in steps if step.needed and not step.absent])
+    return sum(max(step.limit_s for step in group) for group in groups)
+
+
+def _side_by_side(steps: Sequence[Step]) -> list[list[Step]]:
+    groups: list[list[Step]] = []
+    for step in steps:
+        if step.beside and groups:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def _not_run(step: Step, left: float, passed: Sequence[str], stopped: str) -> Outcome | None:
+    """The outcome of a step that cannot begin."""
+    lacking = [name for name in step.after if name not in passed]
+    if stopped:
+        return Outcome(step.name, LEFT_OUT, 0.0, f"nothing is run after this: {stopped}")
+    if step.absent:
+        return Outcome(step.name, LEFT_OUT, 0.0, step.absent)
+    if lacking:
+        return Outcome(step.name, LEFT_OUT, 0.0, f"did not pass: {', '.join(lacking)}")
+    if left < LEAST_S:
+        late = TIMED_OUT if step.needed else CUT
+        return Outcome(step.name, late, 0.0, "no time was left for it")
+    return None
+
+
+class _Running:
+    """A process, what it writes, and how it is brought to an end."""
+
+    def __init__(
+        self, step: Step, cwd: Path, log: Log, limit_s: float, clock: Callable[[], float]
+    ) -> None:
+        self.step, self._log, self._clock = step, log, clock
+        self._start, self._limit_s = clock(), limit_s
+        self._grace_s = min(step.grace_s, limit_s / 2)
+        self._tail: deque[str] = deque(maxlen=TAIL)
+        self._requests: Iterator[int] = iter((signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+        self._next_request_s = limit_s - self._grace_s
+        self._code: int | None = None
+        self._is_late = False
+        self._error = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        own_limit = f"{max(limit_s - 2 * self._grace_s, 1.0):.0f}"
+        command = [own_limit if argument == OWN_LIMIT else argument for argument in step.command]
+        log.line(step.name, f"$ {' '.join(command)}")
+        try:
+            self._process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**os.environ, **step.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that the whole family can be ended
+            )
+        except OSError as error:
+            self._error = str(error)
+            log.line(step.name, self._error)
+            return
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,))
+        self._reader.daemon = True
+        self._reader.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            text = line.decode("utf-8", errors="replace").rstrip()
+            self._log.line(self.step.name, text)
+            if text:
+                self._tail.append(text)
+
+    def has_ended(self) -> bool:
+        """Asks it to end when its time is over: politely first, for pytest then says what failed so
+        far."""
+        if self._process is None or self._code is not None:
+            return True
+        self._code = self._process.poll()
+        if self._code is not None:
+            return True
+        seconds = self._clock() - self._start
+        if seconds >= self._next_request_s and (request := next(self._requests, None)):
+            self._is_late = True
+            self._log.line(self.step.name, f"is asked to end ({signal.Signals(request).name})")
+            self._signal(request)
+            at_end = request == signal.SIGINT
+            self._next_request_s = self._limit_s - LAST_S if at_end else seconds + LAST_S
+            self._next_request_s = max(self._next_request_s, seconds)
+        return False
+
+    def outcome(self) -> Outcome:
+        """How it went, after it, and whatever it started, was ended."""
+        step = self.step
+        if self._process is None:
+            return Outcome(step.name, FAILED, 0.0, self._error)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(LAST_S)
+        seconds = self._clock() - self._start
+        tail = list(self._tail)
+        last = tail[-1].strip() if tail else "It wrote nothing."
+        if self._is_late:
+            status = TIMED_OUT if step.needed else CUT
+        elif self._code:
+            status = FAILED
+            last = f"killed by signal {-self._code}. {last}" if self._code < 0 else last
+        else:
+            status = FAILED if self._code is None else PASSED  # None: interrupted
+        self._log.line(step.name, f"{status} after {seconds:.1f} s")
+        return Outcome(step.name, status, seconds, last, tail)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A shell makes what it runs in the background ignore interrupts, and steps would inherit that.
+    A request to terminate is an interrupt, too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..results import COPY, TORCH, Result, read_csv
-from . import copying, flaggems, hosts, single, whole
+from . import flaggems
 from .aims import (
     Line,
     Weight,
@@ -24,10 +24,9 @@ from .aims import (
     weight_lines,
     weights,
 )
+from .cases import RESULTS
 from .plan import KEY, LARGE_BYTES
-from .traffic import BACKWARD, FORWARD
-
-CASES = (copying.CASE, single.CASE, hosts.CASE, whole.CASE, flaggems.CASE)
+from .traffic import BACKWARD, FORWARD, ONE_PASS
 
 IN_A_GRAPH = "In a CUDA graph every launch of a list copies its table of weights, too."
 
@@ -36,9 +35,9 @@ WIDTH = 150
 
 
 def read(folder: Path) -> list[Result]:
-    """All rows that a run left in a folder."""
-    paths = [folder / f"{case}.csv" for case in CASES]
-    return [r for path in paths if path.exists() for r in read_csv(path)]
+    """All rows that a run left in a folder. The last may be half written, if it was killed."""
+    path = folder / RESULTS
+    return read_csv(path) if path.is_file() else []
 
 
 def print_summary(console: Console, results: Sequence[Result]) -> None:
@@ -86,7 +85,8 @@ def _print_named(console: Console, results: Sequence[Result], who: str) -> None:
     chosen = [
         w
         for w in weights(results)
-        if w.array_bytes >= LARGE_BYTES or (w.any.shape, w.any.dim) in key
+        if any(who in found for found in w.by_phase.values())
+        and (w.array_bytes >= LARGE_BYTES or (w.any.shape, w.any.dim) in key)
     ]
     if not chosen:
         return
@@ -95,7 +95,7 @@ def _print_named(console: Console, results: Sequence[Result], who: str) -> None:
     for head in ("shape", "dim", "dtype"):
         table.add_column(head, no_wrap=True)
     for phase in (FORWARD, BACKWARD):
-        for head in ("µs", "share of copy", "x torch", "x copy_"):
+        for head in ("µs", "of copy", f"of {ONE_PASS[phase]}", "x torch", "x copy_"):
             table.add_column(f"{phase}\n{head}", justify="right")
     speed = copy_speed(results)
     for w in chosen:
@@ -107,10 +107,12 @@ def _print_named(console: Console, results: Sequence[Result], who: str) -> None:
 
 
 def _cells(w: Weight, phase: str, who: str, speed: float) -> list[str]:
-    """Time, share of the card's copy bandwidth, ratio to torch, and to a copy of v."""
+    """Time, shares of the card's copy bandwidth by what the plan moves and by what has to be moved,
+    ratio to torch, and to a copy of v."""
     figures = (
         (1e3 * w.ms(phase, who), ".1f"),
         (w.share(phase, who, speed), ".2f"),
+        (w.least_share(phase, who, speed), ".2f"),
         (w.ratio(phase, who, TORCH), ".2f"),
         (1 / w.ratio(phase, who, COPY), ".2f"),
     )
@@ -123,12 +125,12 @@ def _print_losses(console: Console, lost: Sequence[Result]) -> None:
         return
     title = f"Where we lose to torch: {len(lost)} measurements"
     table = Table(title=title, title_justify="left", header_style="bold")
-    for head in ("case", "of", "contender", "phase", "dtype", "shape", "dim"):
+    for head in ("case", "of", "contender", "backend", "phase", "dtype", "shape", "dim"):
         table.add_column(head)
     for head in ("µs", "x torch"):
         table.add_column(head, justify="right")
     for r in lost:
-        cells = (r.case, r.label, r.contender, r.phase, r.dtype, r.shape, r.dim)
+        cells = (r.case, r.label, r.contender, r.backend, r.phase, r.dtype, r.shape, r.dim)
         table.add_row(*cells, f"{1e3 * r.median_ms:.1f}", f"{r.ratio_to_torch:.2f}")
     console.print(table)
 

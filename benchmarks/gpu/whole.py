@@ -9,21 +9,23 @@ process, for on a GPU they do not share malloc's state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..environment import Environment
+from ..blame import ContenderError, blamed
 from ..fused import subject
 from ..grouped import Checker, Iteration, Normed, random_grads, weights_model
 from ..models import copy_all, freed
-from ..plan import Job
 from ..results import COPY, FUSED, OURS, TORCH, Result, rows
 from ..shapes import LayerCase
 from ..timing import Contender, Stats, measure
+from ..verify import VerificationError
+from .device import is_usable
 from .graphs import calls_for, capture, check_replay, measure_graphs
-from .plan import GpuPlan
+from .plan import GpuJob, Setting
+from .raw import is_ours
 from .samplers import Queued, queue_sampler, wall_sampler
 
 CASE = "whole"
@@ -38,68 +40,78 @@ let go."""
 CONTENDERS = (TORCH, OURS, FUSED)
 ARRAYS = 5
 
-Report = Callable[[str], None]
 
-
-def jobs(plan: GpuPlan, where: Environment, report: Report) -> list[Job]:
+def jobs(setting: Setting) -> list[GpuJob]:
     """One job per model."""
     return [
-        Job(f"whole {name}", lambda n=name, c=cases: freed(run(n, c, plan, where, report)))
-        for name, cases in plan.models.items()
+        GpuJob(f"whole {name}", lambda without, n=name, c=cases: freed(run(n, c, setting, without)))
+        for name, cases in setting.plan.models[setting.part].items()
     ]
 
 
 def run(
-    name: str, cases: Sequence[LayerCase], plan: GpuPlan, where: Environment, report: Report
+    name: str, cases: Sequence[LayerCase], setting: Setting, without: Collection[str]
 ) -> list[Result]:
-    """Verify, then time, one model."""
+    """Verify, then time, one model.
+
+    Raises:
+        ContenderError: a contender fails, or is wrong.
+    """
+    plan, where = setting.plan, setting.where
     about = subject(CASE, name, cases)
     checker = Checker(name, where)
-    models = {who: weights_model(who, cases, where.device) for who in CONTENDERS}
-    grads = random_grads([layer.v for layer in models[TORCH].layers])
-    iterations = {who: Iteration(model, grads) for who, model in models.items()}
-    errors = {who: checker.check_iteration(who, i) for who, i in iterations.items()}
-    copied = copy_all(models[TORCH].layers)
+    bare = weights_model(TORCH, cases, where.device).layers
+    grads = random_grads([layer.v for layer in bare])
+    copied = copy_all(bare)
+    passes: dict[str, Pass] = {}
+    iterations: dict[str, Contender] = {}
+    errors: dict[str, float] = {}
+    for who in (w for w in CONTENDERS if w not in without):
+        with blamed(who):
+            model = weights_model(who, cases, where.device)
+            iterations[who] = iteration = Iteration(model, grads)
+            errors[who] = checker.check_iteration(who, iteration)
+            passes[who] = Pass(model, grads)
 
-    timed = {**iterations, COPY: copied}
     budget = plan.model_budget_s
-    stats_of_wall = measure(timed, wall_sampler(where.device), budget, min_sample_s=plan.sample_s)
-    out = rows(about.of_phase(WALL), where, stats_of_wall, errors=errors, arrays=ARRAYS)
+    walls = measure(
+        {**iterations, COPY: copied}, wall_sampler(where.device), budget, min_sample_s=plan.sample_s
+    )
+    out = rows(about.of_phase(WALL), where, walls, errors=errors, arrays=ARRAYS)
 
-    passes = {who: Pass(model, grads) for who, model in models.items()}
-    try:
-        stats = _graphs(name, passes, copied, ARRAYS * about.array_bytes, plan, where)
-        out += rows(about.of_phase(GRAPH), where, stats, errors=errors, arrays=ARRAYS)
-    except RuntimeError as error:
-        report(f"{name} cannot be captured into a CUDA graph: {str(error).splitlines()[0]}")
+    stats = _graphs(name, passes, copied, ARRAYS * about.array_bytes, setting)
+    out += rows(about.of_phase(GRAPH), where, stats, errors=errors, arrays=ARRAYS)
 
-    queued = {who: Queued(p, stats_of_wall[who].median_ms / 1e3) for who, p in passes.items()}
-    queued[COPY] = Queued(copied, stats_of_wall[COPY].median_ms / 1e3)
+    queued = {who: Queued(p, walls[who].median_ms / 1e3) for who, p in passes.items()}
+    queued[COPY] = Queued(copied, walls[COPY].median_ms / 1e3)
     stats = measure(queued, queue_sampler(where.device), budget, min_sample_s=QUEUE_S)
     return out + rows(about.of_phase(STREAM), where, stats, errors=errors, arrays=ARRAYS)
 
 
 def _graphs(
-    name: str,
-    passes: Mapping[str, Pass],
-    copied: Contender,
-    traffic: float,
-    plan: GpuPlan,
-    where: Environment,
+    name: str, passes: Mapping[str, Pass], copied: Contender, traffic: float, setting: Setting
 ) -> dict[str, Stats]:
     """Capture, check and time.
 
     Raises:
-        RuntimeError: something cannot be captured.
-        VerificationError: ours computes something else when it is captured.
+        ContenderError: ours computes something else when it is captured, or the device fails. Who
+            cannot be captured is reported and left out.
     """
+    plan, device = setting.plan, setting.where.device
     calls = calls_for(traffic, plan.graph_s)
-    graphs = {who: capture([p], calls, where.device) for who, p in passes.items()}
-    if where.device.type == "cuda":
-        for who in (OURS, FUSED):
-            check_replay(f"{who}, {name}", graphs[who], passes[who]())
-    graphs[COPY] = capture([copied], calls, where.device)
-    return measure_graphs(graphs, where.device, plan.model_budget_s, plan.sample_s)
+    graphs = {COPY: capture([copied], calls, device)}
+    for who, one_pass in passes.items():
+        try:
+            with blamed(who):
+                graphs[who] = capture([one_pass], calls, device)
+                if is_ours(who) and device.type == "cuda":
+                    check_replay(f"{who}, {name}", graphs[who], one_pass())
+        except ContenderError as error:
+            if isinstance(error.__cause__, VerificationError) or not is_usable(device):
+                raise
+            setting.report(f"{who} cannot be captured into a CUDA graph, {name}: {error}")
+            graphs.pop(who, None)
+    return measure_graphs(graphs, device, plan.model_budget_s, plan.sample_s)
 
 
 class Pass:

@@ -1,0 +1,135 @@
+"""Every kind of kernel once, on small weights, each said to be OK or not.
+
+``python -m benchmarks.gpu.smoke``. Inputs are made and results are checked on the CPU, so that next
+to nothing but kernels of ours runs on the device: that is what a sanitizer should watch, and what
+has Triton compile before anything is timed. What fails does not keep the others from being tried,
+as long as the device works.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+import wnkernel
+from wnkernel.functional import weight_norm, weight_norms
+
+from .. import verify
+from .device import is_usable
+from .raw import backends
+
+SHAPES = (
+    ((33, 40), (0, 1, None)),  # short rows; columns that end within a block
+    ((6, 5, 3), (0, 1, 2)),  # nothing is a multiple of anything
+    ((5, 1031), (0, 1)),  # rows that end within a vector
+    ((2, 9001), (0, None)),  # rows longer than a block keeps
+    ((64, 3, 256), (1,)),  # rows in runs
+    ((384, 8, 128), (2, 1)),  # few columns with many elements: a split reduction
+    ((640, 520), (None,)),  # one row with many elements
+    ((1, 300, 3), (0, 1, 2)),
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+Weight = tuple[Tensor, Tensor, int | None]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    backend: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cuda",
+) -> None:
+    """Forward and backward of small weights, one by one and as a list, held against float64.
+
+    Exit status: 1 if a result is wrong, 2 if nothing could be tried.
+    """
+    found = backends(torch.empty(1, device=device))
+    chosen = [name for name in (backend or found) if name in found]
+    if not chosen:
+        asked = f" ({', '.join(backend)} was asked for)" if backend else ""
+        print(f"No kernels of ours run on {device}{asked}; those that do: {found or 'none'}")
+        raise typer.Exit(2)
+    right = wrong = 0
+    for name in chosen:
+        for text in dtype or DTYPES:
+            for title, error in cases(name, getattr(torch, text), device):
+                right, wrong = right + (not error), wrong + bool(error)
+                print(f"FAIL {title}: {error}" if error else f"OK   {title}", flush=True)
+                if error and not is_usable(torch.device(device)):
+                    print("The device reports errors for everything now; the rest is left out.")
+                    _end(right, wrong, chosen)
+    _end(right, wrong, chosen)
+
+
+def _end(right: int, wrong: int, chosen: Sequence[str]) -> None:
+    print(f"{right} weight norms on {', '.join(chosen)} are right, {wrong} wrong", flush=True)
+    sys.exit(1 if wrong else 0)
+
+
+def cases(backend: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, str]]:
+    """Runs them; for each weight, and for the list of all, what it is and what is wrong with it."""
+    every = weights(dtype)
+    with wnkernel.use_backend(backend):
+        for chosen in ([weight] for weight in every):
+            v, _, dim = chosen[0]
+            yield f"{backend} {_text(dtype)} {list(v.shape)} dim {dim}", _error(chosen, device)
+        yield f"{backend} {_text(dtype)}, all of them as a list", _error(every, device)
+
+
+def weights(dtype: torch.dtype) -> list[Weight]:
+    """v, g and dim, on the CPU."""
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for shape, dims in SHAPES:
+        for dim in dims:
+            v = torch.randn(shape, generator=random).to(dtype)
+            norm_shape = () if dim is None else [n if k == dim else 1 for k, n in enumerate(shape)]
+            g = torch.rand(norm_shape, generator=random).add_(0.5).to(dtype)
+            found.append((v, g, dim))
+    return found
+
+
+def _error(chosen: Sequence[Weight], device: str) -> str:
+    """What is wrong with them; empty if nothing is."""
+    try:
+        run(chosen, device)
+    except Exception as error:  # whatever a kernel, or its compiler, raises
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return ""
+
+
+def run(chosen: Sequence[Weight], device: str) -> None:
+    """Forward and backward on the device: of one weight, or of a list.
+
+    Raises:
+        VerificationError: a result is wrong.
+    """
+    random = torch.Generator().manual_seed(1)
+    grad_ws = [torch.randn(v.shape, generator=random).to(v.dtype) for v, _, _ in chosen]
+    vs = [v.to(device).requires_grad_() for v, _, _ in chosen]
+    gs = [g.to(device).requires_grad_() for _, g, _ in chosen]
+    dims = [dim for _, _, dim in chosen]
+    ws = weight_norms(vs, gs, dims) if len(chosen) > 1 else [weight_norm(vs[0], gs[0], dims[0])]
+    grads = torch.autograd.grad(ws, [*vs, *gs], [grad.to(device) for grad in grad_ws])
+    n = len(chosen)
+    for k, ((v, g, dim), grad_w) in enumerate(zip(chosen, grad_ws, strict=True)):
+        got = [t.detach().cpu() for t in (ws[k], grads[k], grads[n + k])]
+        want = verify.reference(v, g, dim, grad_w)
+        # in float64 the reference sums no better
+        title = f"{list(v.shape)} dim {dim}"
+        verify.check(title, got, want, long_sums=v.dtype == torch.float64)
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    app()

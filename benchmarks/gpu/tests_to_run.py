@@ -1,0 +1,113 @@
+"""Which tests a visit to a GPU runs, and with which arguments of pytest."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..environment import ROOT
+
+TESTS = ROOT / "tests"
+
+FIRST = (
+    "test_on_gpus_bits.py",
+    "test_on_gpus_streams.py",
+    "test_on_gpus_graphs.py",
+    "test_values.py",
+    "test_gradients.py",
+    "test_lists.py",
+    "test_norms.py",
+    "test_norms_of_v.py",
+    "test_determinism.py",
+    "test_group_launches.py",
+    "test_group_autograd.py",
+    "test_group_modes.py",
+    "test_layer.py",
+    "test_operators.py",
+    "test_on_gpus_large.py",
+)
+"""Those that say most about kernels, in the order of their worth."""
+
+NO_GPU_NEEDED = (
+    "test_buffers.py",
+    "test_cli_*.py",
+    "test_cuda_*.py",
+    "test_docs.py",
+    "test_gpu_*.py",
+    "test_group_distributed.py",
+    "test_group_fully_shard.py",
+    "test_instruction_sets.py",
+    "test_onnx.py",
+    "test_others.py",
+    "test_setup.py",
+    "test_triton_balance.py",
+    "test_triton_jit.py",
+    "test_triton_offline.py",
+    "test_triton_plan.py",
+    "test_triton_variants.py",
+    "test_with_*.py",
+)
+"""Tests that are the same on every machine, and take their time: CI runs them."""
+
+OTHERS = tuple(sorted({p.name for p in TESTS.glob("test_*.py")} - set(FIRST)))
+
+DUMP_S = 40
+"""A test that takes longer writes where it is."""
+
+TEST_S = 60
+"""A test that takes longer is ended, where pytest-timeout is installed."""
+
+MOST_FAILURES = 60
+MOST_CRASHES = 20
+"""Of processes, each of which loses a few seconds."""
+
+
+def files(patterns: Sequence[str]) -> list[Path]:
+    """Of the tests, in the order of the patterns: without those that need no GPU, or a package that
+    is not installed, which would end the session."""
+    left_out = {*not_importable(TESTS), *(p for name in NO_GPU_NEEDED for p in TESTS.glob(name))}
+    found = dict.fromkeys(p for pattern in patterns for p in sorted(TESTS.glob(pattern)))
+    return [p for p in found if p not in left_out]
+
+
+def not_importable(folder: Path) -> list[Path]:
+    """Test files that import a package which is not installed here."""
+    packages = [p for p in ("hypothesis", "expecttest") if importlib.util.find_spec(p) is None]
+    if not packages:
+        return []
+    imports = re.compile(rf"^(from|import) ({'|'.join(packages)})\b", re.MULTILINE)
+    return [p for p in sorted(folder.glob("test_*.py")) if imports.search(p.read_text())]
+
+
+def arguments(
+    patterns: Sequence[str],
+    *,
+    device: str,
+    backends: Sequence[str],
+    processes: int,
+    results: Path,
+    about: str,
+) -> list[str]:
+    """What pytest is told.
+
+    Args:
+        patterns: files.
+        device: where tests create their tensors.
+        backends: only what is run on one of these; empty for all tests.
+        processes: how many tests run at a time, where pytest-xdist is installed.
+        results: the CSV file that a line is added to after every test.
+        about: the device and the commit, for that file.
+    """
+    command = ["--device", device, "-q", "--tb=short", f"--maxfail={MOST_FAILURES}"]
+    command += ["-p", "no:cacheprovider", "-p", "tests.gpu_visit", "-r", "fE"]
+    command += ["-o", f"faulthandler_timeout={DUMP_S}"]
+    command += ["--results", str(results), "--about", about]
+    command += ["--only-backends", ",".join(backends)]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        # by a thread: no signal ends a call of CUDA that does not return
+        command += ["--timeout", str(TEST_S), "--timeout-method", "thread"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(processes), f"--max-worker-restart={MOST_CRASHES}"]
+    return [*command, *(str(p.relative_to(ROOT)) for p in files(patterns))]

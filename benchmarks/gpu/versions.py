@@ -1,0 +1,169 @@
+"""What a machine has, and what of it keeps steps from running.
+
+``python -m benchmarks.gpu.versions``, from the folder with setup.py: the first step of
+``make gpu-check``, in a process of its own, for a card that is broken can hang whoever asks it.
+Every problem is one line, and one line is for the steps that follow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..environment import commit, version_of
+
+FACTS = "FACTS "
+"""Before the line that steps which follow read."""
+
+PROBLEM = "PROBLEM: "
+"""Before each problem."""
+
+PACKAGES = (
+    *("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis"),
+    *("transformers", "setuptools", "ninja", "pybind11"),
+)
+
+OLDEST_DRIVER = 530
+"""CUDA 12.1: older ones refuse the arguments of a list."""
+
+ENOUGH_BYTES = 8e9
+"""Free memory. The largest cases of the benchmark take 5 GB, and tests run beside each other."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Why some steps cannot run; each empty if they can."""
+
+    no_build: str = ""
+    no_cuda: str = ""
+    no_triton: str = ""
+    device: str = ""
+    commit: str = ""
+
+
+def facts_of(lines: list[str]) -> Facts:
+    """From what the step wrote; if it did not come to its end, everything is tried."""
+    found = [line.removeprefix(FACTS) for line in lines if line.startswith(FACTS)]
+    return Facts(**json.loads(found[-1])) if found else Facts()
+
+
+def main() -> None:
+    """Prints it."""
+    for line in _machine():
+        print(line, flush=True)
+    facts = Facts(no_build=no_build(), commit=commit())
+    if torch.cuda.is_available():
+        facts = _of_the_card(facts)
+    print(FACTS + json.dumps(asdict(facts)))
+    reasons = {"no build": facts.no_build, "no CUDA": facts.no_cuda, "no Triton": facts.no_triton}
+    found = [f"{PROBLEM}{what}: {why}" for what, why in reasons.items() if why]
+    print("\n".join(found) or "All steps can run.", flush=True)
+
+
+def _machine() -> Iterator[str]:
+    yield f"commit {commit()}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"{os.cpu_count()} cores, {_processor()}"
+    versions = ((name, version_of(name)) for name in PACKAGES)
+    yield ", ".join(f"{name} {version or 'is not installed'}" for name, version in versions)
+    yield f"torch's CUDA: {torch.version.cuda}"
+    for command in (["nvcc", "--version"], [os.environ.get("CXX", "c++"), "--version"]):
+        yield f"{command[0]}: {_first_or_last(command)}"
+    query = "name,driver_version,memory.total,memory.used,clocks.max.sm,clocks.max.memory"
+    yield "nvidia-smi: " + _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+
+
+def no_build() -> str:
+    """Why CUDA kernels cannot be built here."""
+    needed = ("setuptools", "ninja", "pybind11")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return f"not installed: {', '.join(missing)}"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler})"
+    import setup
+
+    return setup.no_cuda()
+
+
+def _of_the_card(facts: Facts) -> Facts:
+    """What only the card can tell."""
+    named = {**asdict(facts), "device": torch.cuda.get_device_name(0)}
+    have = torch.cuda.get_device_capability(0)
+    print(f"card: {torch.cuda.get_device_properties(0)}", flush=True)
+    try:
+        free, total = torch.cuda.mem_get_info(0)
+        torch.zeros(1, device="cuda:0")
+    except RuntimeError as error:  # no memory for so much as a context, or a mode that forbids it
+        why = f"the card cannot be used: {_first(str(error))}"
+        return Facts(**{**named, "no_cuda": why, "no_triton": why})
+    if free < ENOUGH_BYTES:
+        print(
+            f"{PROBLEM}{free / 1e9:.1f} of {total / 1e9:.1f} GB are free on the card, expected "
+            f"{ENOUGH_BYTES / 1e9:.0f}: cases that need more will fail"
+        )
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
+    others = [
+        line for line in _output(query).splitlines() if not line.startswith(f"{os.getpid()},")
+    ]
+    if others and others[0][0].isdigit():
+        print(f"{PROBLEM}the card is in use ({'; '.join(others)}): no figure can be trusted")
+    return Facts(**{**named, "no_cuda": no_cuda(have, _driver()), "no_triton": no_triton()})
+
+
+def no_cuda(capability: tuple[int, int], driver: str) -> str:
+    """Why CUDA kernels cannot run on a card, if that is known before they are built."""
+    import setup
+
+    if capability < setup.OLDEST_GPU:
+        have, need = (".".join(map(str, c)) for c in (capability, setup.OLDEST_GPU))
+        return f"the card has compute capability {have}, {need} is needed"
+    major = driver.split(".")[0]
+    if major.isdigit() and int(major) < OLDEST_DRIVER:
+        return f"the driver is {driver}, {OLDEST_DRIVER} or later is needed"
+    return ""
+
+
+def no_triton() -> str:
+    """Why Triton kernels cannot run."""
+    from wnkernel.backends import BACKENDS
+
+    return "; ".join(BACKENDS["triton"].reasons(torch.empty(1, device="cuda")))
+
+
+def _driver() -> str:
+    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def _processor() -> str:
+    return _first(_output(["sh", "-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2"]))
+
+
+def _first_or_last(command: list[str]) -> str:
+    """The line with the version: nvcc's comes last."""
+    lines = _output(command).splitlines() or [""]
+    return lines[-1] if "nvcc" in command[0] else lines[0]
+
+
+def _first(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "").strip()
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints, or why it does not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=8, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not found or not answering ({type(error).__name__})"
+    return (done.stdout.strip() or done.stderr.strip()) or "nothing"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What stands in for a GPU that faults, crashes or hangs in the tests of ``make gpu-check``.
+
+Used as the process of a benchmark (:func:`faults` and the others), and as a plugin of pytest beside
+``tests.gpu_visit``, where the device fails after every test whose name has "faulty" in it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from benchmarks.blame import blamed
+from benchmarks.gpu import cases
+from benchmarks.gpu.cases import Request
+from benchmarks.gpu.plan import GpuJob
+from benchmarks.results import COPY, OURS, TORCH, Result, Subject, rows
+from benchmarks.timing import Stats
+
+from . import gpu_visit
+
+TITLES = ("first", "bad", "last")
+CONTENDERS = (OURS, TORCH, COPY)
+
+
+def _work(connection: Connection, request: Request, misfortune: Callable[[], None]) -> None:
+    """The process of a benchmark with three cases; ours meets with a misfortune in the second."""
+
+    def jobs_of(request: Request, where: cases.Environment) -> list[GpuJob]:
+        def run(title: str, without: Collection[str]) -> list[Result]:
+            measured = [who for who in CONTENDERS if who not in without]
+            if title == "bad" and OURS in measured:
+                with blamed(OURS):
+                    misfortune()
+            stats = dict.fromkeys(measured, Stats(1.0, 1.0, 1.0, 3, 0.0))
+            about = Subject("single", title, "forward", "float32", "1", "0", "first", 1, 4)
+            return rows(about, where, stats)
+
+        return [GpuJob(t, lambda without, t=t: run(t, without)) for t in TITLES]
+
+    cases.jobs_of = jobs_of
+    cases.work(connection, request)
+
+
+def faults(connection: Connection, request: Request) -> None:
+    """The device reports errors for everything from there on."""
+
+    def fault() -> None:
+        cases.is_usable = lambda device: False
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    _work(connection, request, fault)
+
+
+def crashes(connection: Connection, request: Request) -> None:
+    """The process is gone."""
+    _work(connection, request, lambda: os._exit(11))
+
+
+def hangs(connection: Connection, request: Request) -> None:
+    """It never says anything again."""
+    _work(connection, request, lambda: time.sleep(1e6))
+
+
+def is_wrong(connection: Connection, request: Request) -> None:
+    """Nothing is wrong with the device."""
+
+    def fail() -> None:
+        raise AssertionError("ours is wrong")
+
+    _work(connection, request, fail)
+
+
+def does_not_begin(connection: Connection, request: Request) -> None:
+    """As where a library is missing."""
+    raise ImportError("no such library")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "faulty" in item.name:
+
+        def broken() -> None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        gpu_visit.synchronize = broken
