@@ -33,5 +33,13 @@ def use_interpreter() -> None:
             replaced.add(module)
         return self.rewrite()(*args, **kwargs)
 
+    # A bound of a loop is an array of one element to it, which NumPy 2.5 takes for no integer.
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.GridExecutor.__call__ = launch_anew
     interpreter.InterpretedFunction.__call__ = call

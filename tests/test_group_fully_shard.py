@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -187,7 +188,7 @@ def fully_sharded_parameters_change_in_place(reuse: str) -> None:
 
 
 @each(*((order,) for order in ORDERS))
-def fully_sharded_weights_read_outside_a_forward(order: str) -> None:
+def weights_read_outside_a_forward(order: str) -> None:
     """v and g are DTensors then."""
     plain = matrices()
     model, group = fused(matrices(), blocks(), order)
@@ -208,7 +209,7 @@ def fully_sharded_weights_read_outside_a_forward(order: str) -> None:
 
 
 @each(("auto",), ("eager",))
-def fully_sharded_weights_in_a_list(backend: str) -> None:
+def weights_in_a_list(backend: str) -> None:
     """Of DTensors, for which there is neither a kernel nor a rule of ours."""
     layers = [m for m in blocks()(matrices()).modules() if hasattr(m, "parametrizations")]
     weights = [m.parametrizations.weight for m in layers]
@@ -224,3 +225,12 @@ def fully_sharded_weights_in_a_list(backend: str) -> None:
 
 def test_two_processes(tmp_path):
     assert_no_failures(__name__, "fully_sharded", tmp_path)
+
+
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13),
+    reason="before torch 2.13 (seen with 2.11) a DTensor of shape [1, n] that is sharded along its "
+    "first dimension cannot be expanded, which the backward of a sum does",
+)
+def test_two_processes_that_read_sharded_weights(tmp_path):
+    assert_no_failures(__name__, "weights", tmp_path)

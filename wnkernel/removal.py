@@ -11,12 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import (
     Callable,
-    ItemsView,
-    Iterable,
-    Iterator,
-    KeysView,
-    MutableMapping,
-    ValuesView,
 )
 from typing import Any
 
@@ -68,71 +62,21 @@ def _unpickled(name: str, dim: int, remove: Callable[[nn.Module, str], Any]) -> 
 
 
 class HiddenHooks(OrderedDict[int, Callable[..., Any]]):
-    """Hooks of a module, and its removal hooks, which only those find who look through them all.
+    """Hooks of a module, and its removal hooks, which do not count.
 
-    What it holds as a dictionary are the other hooks. So it is false and has no length where there
-    are none, for ``nn.Module.__call__``, which takes a shorter way then, for compilers, and for
-    CUDA graphs and fast paths of torch that do not take modules with hooks.
+    It is false and has no length where there are no others: for ``nn.Module.__call__``, which takes
+    a shorter way then, and for CUDA graphs and fast paths of torch that do not take modules with
+    hooks. Whoever goes through the hooks finds all of them.
     """
 
-    def __init__(self, hooks: Iterable[tuple[int, Callable[..., Any]]] = ()) -> None:
-        self.every: dict[int, Callable[..., Any]] = {}
-        """All hooks, in the order in which they are called. Never changed but replaced: packages
-        remove weight norms while they go through the hooks."""
-        self.shows = False
-        """Whether there are others. It and ``every`` are attributes because Dynamo of torch 2.4
-        does not follow ``super()`` into dictionaries."""
-        super().__init__(hooks)
-
     def __bool__(self) -> bool:
-        return self.shows
+        for hook in self.values():  # noqa: SIM110, any() takes twice as long
+            if type(hook) is not RemovalHook:
+                return True
+        return False
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.every)
-
-    def keys(self) -> KeysView[int]:
-        return self.every.keys()
-
-    def values(self) -> ValuesView[Callable[..., Any]]:
-        return self.every.values()
-
-    def items(self) -> ItemsView[int, Callable[..., Any]]:
-        return self.every.items()
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.every
-
-    def __getitem__(self, key: int) -> Callable[..., Any]:
-        return self.every[key]
-
-    def __setitem__(self, key: int, hook: Callable[..., Any]) -> None:
-        self.every = {**self.every, key: hook}
-        if type(hook) is not RemovalHook:
-            super().__setitem__(key, hook)
-            self.shows = True
-
-    def __delitem__(self, key: int) -> None:
-        gone = self.every[key]
-        self.every = {k: hook for k, hook in self.every.items() if k != key}
-        if type(gone) is not RemovalHook:
-            super().__delitem__(key)
-            self.shows = len(self) > 0
-
-    def move_to_end(self, key: int, last: bool = True) -> None:
-        moved = {key: self.every[key]}
-        others = {k: hook for k, hook in self.every.items() if k != key}
-        self.every = {**others, **moved} if last else {**moved, **others}
-
-    def popitem(self, last: bool = True) -> tuple[int, Callable[..., Any]]:
-        for key in reversed([*self]) if last else self:
-            return key, self.pop(key)
-        raise KeyError("dictionary is empty")
-
-    get, setdefault = MutableMapping.get, MutableMapping.setdefault
-    pop, clear = MutableMapping.pop, MutableMapping.clear
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return HiddenHooks, (list(self.items()),)
+    def __len__(self) -> int:
+        return sum(type(hook) is not RemovalHook for hook in self.values())
 
 
 def add_removal_hook(module: nn.Module, hook: RemovalHook) -> None:
