@@ -5,25 +5,35 @@ See benchmarks/gpu/check.py. Only this file runs where a package is missing, and
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import sys
+import time
 
 MISSING_PACKAGE = 4
 """The exit status."""
+
+ASKING_S = 30
+"""For whether there is a GPU. A driver that is broken may never answer."""
 
 NEEDED = ("torch", "numpy", "rich", "typer")
 
 
 def main() -> None:
     """The command line, if it can be imported."""
+    began = time.monotonic()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         line = f"gpu-check: not installed, and needed: {', '.join(missing)}"
         print(line, file=sys.stderr)
         sys.exit(MISSING_PACKAGE)
-    from .gpu.check import app
+    from .gpu import check
 
-    app(prog_name="gpu-check")
+    check.begun[0] = began
+    faulthandler.dump_traceback_later(ASKING_S, exit=True)
+    check.no_gpu()
+    faulthandler.cancel_dump_traceback_later()
+    check.app(prog_name="gpu-check")
 
 
 if __name__ == "__main__":

@@ -242,14 +242,19 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def read_csv(path: Path) -> list[Result]:
-    """What :func:`write_csv` wrote; columns that a file does not have keep their defaults.
+    """What :func:`write_csv` wrote. See :func:`parse_csv`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return parse_csv(file, path)
+
+
+def parse_csv(text: Iterable[str], path: Path) -> list[Result]:
+    """Rows from the lines of a file; columns that it does not have keep their defaults.
 
     Raises:
         ValueError: it is no such file.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        lines = list(reader)
+    reader = csv.DictReader(text)
+    lines = list(reader)
     kinds = {f.name: str(f.type) for f in fields(Result) if f.name in (reader.fieldnames or ())}
     try:
         return [

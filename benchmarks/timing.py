@@ -20,6 +20,8 @@ import torch
 from wnkernel.cli.load import OtherLoad
 from wnkernel.cli.timing import MAX_ROUNDS, MIN_ROUNDS, MIN_SAMPLE_S, no_garbage_collection
 
+from .blame import blamed
+
 Contender = Callable[[], object]
 Sampler = Callable[[Contender, int], float]
 """Runs a contender n times in a row and returns the seconds that all n took."""
@@ -92,8 +94,14 @@ def measure(
         budget_s: for all rounds.
         min_sample_s: how long a turn lasts at least.
         own_cpu_s: see :class:`~wnkernel.cli.load.OtherLoad`.
+
+    Raises:
+        ContenderError: one of them fails.
     """
-    counts = {name: _warm_up(run, sample, min_sample_s) for name, run in contenders.items()}
+    counts = {}
+    for name, run in contenders.items():
+        with blamed(name):
+            counts[name] = _warm_up(run, sample, min_sample_s)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
     with no_garbage_collection():
@@ -104,7 +112,9 @@ def measure(
                 break
             shuffle(order)
             for name in order:
-                times[name].append(sample(contenders[name], counts[name]) / counts[name])
+                with blamed(name):
+                    seconds = sample(contenders[name], counts[name])
+                times[name].append(seconds / counts[name])
         other_cores = others.cores()
     return {name: _stats(values, other_cores) for name, values in times.items()}
 

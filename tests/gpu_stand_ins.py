@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection
 
 import pytest
@@ -17,30 +17,42 @@ import torch
 from benchmarks.blame import blamed
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import Request
-from benchmarks.gpu.plan import GpuJob
+from benchmarks.gpu.plan import GpuJob, Report
 from benchmarks.results import COPY, OURS, TORCH, Result, Subject, rows
 from benchmarks.timing import Stats
 
 from . import gpu_visit
+from .processes import PATIENCE_S
 
 TITLES = ("first", "bad", "last")
 CONTENDERS = (OURS, TORCH, COPY)
 
 
-def _work(connection: Connection, request: Request, misfortune: Callable[[], None]) -> None:
-    """The process of a benchmark with three cases; ours meets with a misfortune in the second."""
+def _work(
+    connection: Connection,
+    request: Request,
+    misfortune: Callable[[], None],
+    patience_s: float = PATIENCE_S,
+) -> None:
+    """The process of a benchmark with three cases; ours meets with a misfortune in the backward of
+    the second."""
 
-    def jobs_of(request: Request, where: cases.Environment) -> list[GpuJob]:
-        def run(title: str, without: Collection[str]) -> list[Result]:
+    def jobs_of(request: Request, where: cases.Environment, fail: Report) -> list[GpuJob]:
+        def run(title: str, without: Collection[str]) -> Iterator[list[Result]]:
             measured = [who for who in CONTENDERS if who not in without]
-            if title == "bad" and OURS in measured:
-                with blamed(OURS):
-                    misfortune()
-            stats = dict.fromkeys(measured, Stats(1.0, 1.0, 1.0, 3, 0.0))
-            about = Subject("single", title, "forward", "float32", "1", "0", "first", 1, 4)
-            return rows(about, where, stats)
+            for phase in ("forward", "backward"):
+                if (title, phase) == ("bad", "backward") and OURS in measured:
+                    with blamed(OURS):
+                        misfortune()
+                stats = dict.fromkeys(measured, Stats(1.0, 1.0, 1.0, 3, 0.0))
+                about = Subject("single", title, phase, "float32", "1", "0", "first", 1, 4)
+                yield rows(about, where, stats)
 
-        return [GpuJob(t, lambda without, t=t: run(t, without)) for t in TITLES]
+        def job(title: str) -> GpuJob:
+            own = patience_s if title == "bad" and not request.without else PATIENCE_S
+            return GpuJob(title, lambda without: run(title, without), own)
+
+        return [job(title) for title in TITLES]
 
     cases.jobs_of = jobs_of
     cases.work(connection, request)
@@ -63,7 +75,7 @@ def crashes(connection: Connection, request: Request) -> None:
 
 def hangs(connection: Connection, request: Request) -> None:
     """It never says anything again."""
-    _work(connection, request, lambda: time.sleep(1e6))
+    _work(connection, request, lambda: time.sleep(1e6), 1.0)
 
 
 def is_wrong(connection: Connection, request: Request) -> None:

@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, help="CSV file that a line is added to for every test")
     group.addoption("--about", default="", help="the device and the commit, for that file")
     group.addoption("--only-backends", default="", help="tests that run on one of these")
+    group.addoption(
+        "--and-without-backend",
+        action="store_true",
+        help="and those that are not run on one backend after the other",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _is_for(item: pytest.Item, backends: set[str]) -> bool:
     given = getattr(item, "callspec", None)
     chosen = {given.params[name] for name in FIXTURES if given and name in given.params}
+    if not chosen:
+        return item.config.getoption("--and-without-backend")
     return bool(chosen & backends)
 
 
@@ -59,13 +66,14 @@ def synchronize() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    result = yield
     try:
-        synchronize()
-    except RuntimeError as error:
-        item.config.stash[_BROKEN] = True
-        pytest.fail(f"the device fails after this test: {error}", pytrace=False)
-    return result
+        return (yield)
+    finally:
+        try:
+            synchronize()
+        except RuntimeError as error:
+            item.config.stash[_BROKEN] = True
+            pytest.fail(f"the device fails after this test: {error}", pytrace=False)
 
 
 _BROKEN = pytest.StashKey[bool]()

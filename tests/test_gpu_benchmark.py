@@ -23,11 +23,12 @@ from benchmarks import results
 from benchmarks.environment import environment
 from benchmarks.gpu import __main__ as benchmark
 from benchmarks.gpu import aims, cases, flaggems, launches, raw, smoke, summary, traffic
-from benchmarks.gpu.cases import Began, Ended, Finished, Request, Section
+from benchmarks.gpu.cases import Began, Failed, Finished, Request, Section
 from benchmarks.gpu.plan import FIRST, KEY, LARGE_BYTES, REAL, TINY, Part
 from benchmarks.gpu.traffic import BACKWARD, FORWARD
 from benchmarks.results import COPY, FUSED, OURS, TORCH, Result
 from benchmarks.timing import Stats
+from wnkernel import backends
 from wnkernel.backends import BACKENDS
 from wnkernel.problem import check
 
@@ -109,7 +110,7 @@ def measured(folder, *sections: Section, backend: str = "") -> tuple[Sink, list[
     for part in Part:
         chosen = sections or tuple(Section)
         cases.work(said, Request("cpu", backend, part, chosen, True, folder, math.inf))
-    return said, [failure for news in said if isinstance(news, Ended) for failure in news.failures]
+    return said, [news.what for news in said if isinstance(news, Failed)]
 
 
 @pytest.fixture(autouse=True)
@@ -158,12 +159,32 @@ def test_a_dry_run_measures_every_section(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("asked_for", "forced"), [("", None), ("eager", "eager")])
+def test_the_automatic_choice_is_measured_as_users_have_it(
+    monkeypatch, tmp_path, asked_for, forced
+):
+    """What is asked for by name does not go its short ways."""
+    seen = []
+    monkeypatch.setattr(cases, "_run", lambda *args: seen.append(backends.choice.forced))
+    cases.work(Sink(), Request("cpu", asked_for, Part.KEY, (), True, tmp_path, math.inf))
+    automatic = environment("cpu", None).backend
+    cases.work(Sink(), Request("cpu", automatic, Part.KEY, (), True, tmp_path, math.inf))
+    assert seen == [None if asked_for in ("", automatic) else forced, None]
+
+
+def test_key_figures_that_were_not_measured_are_a_failure(tmp_path):
+    told = ("--device", "cpu", "--tiny", "--limit-s", "0", "--no-summary", "--out", str(tmp_path))
+    result = CliRunner().invoke(benchmark.app, [*told, "--part", "key"])
+    assert result.exit_code == 1
+    assert "0 rows, 1 failures; no time was left for 'launch' and what follows" in result.output
+
+
 def test_the_command_line_measures_in_other_processes_and_sums_up(tmp_path):
     patient = ("--device", "cpu", "--tiny", "--limit-s", "1e6", "--out", str(tmp_path))
     result = CliRunner().invoke(benchmark.app, [*patient, "--only", "copy"])
     assert result.exit_code == 0, result.output
     assert "Copy " in result.output
-    assert "2 rows, 0 failures." in result.output
+    assert "2 rows, 0 failures" in result.output
     result = CliRunner().invoke(benchmark.app, [*patient, "--device", "nonsense"])
     assert result.exit_code == 2
     assert "nonsense" in result.output
@@ -202,7 +223,8 @@ def test_a_wrong_kernel_fails_its_cases_and_nobody_else(
     said, failures = measured(tmp_path, Section.COPY, Section.SINGLE, backend="eager")
     assert failures == [f"{t} 16x24x3 dim 1, wnkernel eager" for t in ("float32", "bfloat16")]
     told = capsys.readouterr().out
-    assert "FAILED: float32 16x24x3 dim 1: ContenderError: wnkernel eager: Verification" in told
+    assert "float32 16x24x3 dim 1: ContenderError: wnkernel eager: VerificationError" in told
+    assert "FAILED: float32 16x24x3 dim 1, wnkernel eager" in told
     rows = [r for r in summary.read(tmp_path) if r.case == "single"]
     by_shape = {s: {r.contender for r in rows if r.shape == s} for s in {r.shape for r in rows}}
     assert by_shape.pop("16x24x3") == {TORCH, COPY}
@@ -258,7 +280,7 @@ def test_a_flaggems_that_fails_does_not_take_ours_with_it(monkeypatch, tmp_path,
     fake_flag_gems(monkeypatch, weight_norm_interface=broken, weight_norm_interface_backward=broken)
     monkeypatch.setattr(flaggems, "SHAPES", (((64, 256), 0),))
     assert measured(tmp_path, Section.FLAGGEMS)[1] == []  # it is not ours
-    told = "FAILED: FlagGems 64x256 dim 0: ContenderError: FlagGems: RuntimeError: no such kernel"
+    told = "FlagGems 64x256 dim 0: ContenderError: FlagGems: RuntimeError: no such kernel"
     assert told in capsys.readouterr().out
     assert TORCH in {r.contender for r in summary.read(tmp_path)}
 
@@ -273,8 +295,8 @@ def small_smoke(monkeypatch):
 def test_every_case_of_the_smoke_test_is_right_or_not(monkeypatch, eager_is_ours):
     result = small_smoke(monkeypatch)
     assert result.exit_code == 0
-    assert result.output.count("OK   eager float32") == 5
-    assert "5 weight norms on eager are right, 0 wrong" in result.output
+    assert result.output.count("OK   eager float32") == 6
+    assert "6 weight norms on eager are right, 0 wrong" in result.output
     right = type(eager_is_ours).forward
 
     def wrong(self, problems):
@@ -286,7 +308,7 @@ def test_every_case_of_the_smoke_test_is_right_or_not(monkeypatch, eager_is_ours
     assert result.exit_code == 1
     assert "FAIL eager float32 [6, 5, 3] dim 1: VerificationError" in result.output
     assert "OK   eager float32 [6, 5, 3] dim None" in result.output  # it goes on
-    assert "3 weight norms on eager are right, 2 wrong" in result.output
+    assert "4 weight norms on eager are right, 2 wrong" in result.output
 
 
 def test_a_smoke_test_on_a_device_that_fails_ends(monkeypatch, eager_is_ours):

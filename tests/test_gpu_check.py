@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,28 @@ def test_when_all_is_well_the_status_is_zero(visit):
     result = visit(passes, fails, arguments=("--skip", "fails"))
     assert result.exit_code == 0, result.output
     assert "All is well" in result.output
+    assert "fails: left out after 0 s. to be skipped" in result.output
+
+
+def test_what_is_skipped_leaves_the_others_where_they_are(visit):
+    """Nothing comes to run beside what is timed."""
+    timed, head = (Step(name, python("pass"), PATIENCE_S) for name in ("timed", "head"))
+    beside = Step("beside", python("pass"), PATIENCE_S, beside=True)
+    result = visit(timed, head, beside, arguments=("--skip", "head"))
+    told = [line.split(":")[0] for line in result.output.splitlines() if "after 0 s" in line]
+    assert result.output.index("timed: passed") < result.output.index("beside: at most")
+    assert told.count("head") == 1
+
+
+def test_figures_that_cannot_be_summed_up_end_no_visit(visit, monkeypatch, tmp_path):
+    def broken(console, results):
+        raise ZeroDivisionError("a launch that took no time")
+
+    monkeypatch.setattr(check, "print_summary", broken)
+    result = visit(Step("one", python("print('one is done')"), PATIENCE_S))
+    assert result.exit_code == 0, result.output
+    assert "a launch that took no time" in (tmp_path / check.SUMMARY).read_text()
+    assert "one is done" in (tmp_path / check.SUMMARY).read_text()
 
 
 def test_an_unknown_step_to_skip_is_refused(visit):
@@ -158,11 +181,12 @@ def test_nothing_comes_after_a_build_that_fails(visit):
     """There is something to mend, and another visit to save the time for."""
     says = "print('error: expected a )'); raise SystemExit(1)"
     build = Step("build", python(says), PATIENCE_S, decides=True)
-    beside = Step("beside", python("print('compiled')"), PATIENCE_S, beside=True)
+    beside = Step("beside", python(f"import time; time.sleep({PATIENCE_S})"), PATIENCE_S)
+    beside = replace(beside, beside=True)
     result = visit(build, beside, Step("after", python("print('never')"), PATIENCE_S))
     assert result.exit_code == 1
     assert "error: expected a )" in result.output
-    assert "compiled" in result.output
+    assert "beside: cut short" in result.output
     assert "after: left out after 0 s. nothing is run after this: build FAILED" in result.output
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -15,12 +17,28 @@ pytest.importorskip("rich", reason="the tables of gpu-check need rich")
 import typer
 
 import setup
+from benchmarks import host
 from benchmarks.gpu import __main__ as benchmark
-from benchmarks.gpu import check, checks, steps, tests_to_run, versions
+from benchmarks.gpu import (
+    check,
+    checks,
+    profiling,
+    single,
+    smoke,
+    steps,
+    tests_to_run,
+    tools,
+    versions,
+)
 from benchmarks.gpu.cases import Section
-from benchmarks.gpu.plan import Part
+from benchmarks.gpu.plan import REAL, Part
 from benchmarks.gpu.steps import Step, longest_s
 from benchmarks.gpu.versions import Facts, facts_of
+from benchmarks.shapes import LayerCase, grid
+from wnkernel.backends.triton import launch_table
+from wnkernel.problem import canonical_dim, row_view
+
+from .triton_cases import OLDEST_TRITON
 
 BUDGET_S = 480.0
 """Two visits fit into a quarter of an hour, with the starts of the machine."""
@@ -227,6 +245,8 @@ def test_the_tests_run_in_as_many_processes_as_there_are(monkeypatch, tmp_path):
 
     assert {"--device", "--maxfail=60", "--tb=short", "--timeout"} <= set(tests().command)
     assert tests().command[tests().command.index("--only-backends") + 1] == "cuda,auto"
+    for name in ("tests, cuda", "tests, triton", "other tests"):  # each test once
+        assert ("--and-without-backend" in tests(name).command) == (name != "tests, triton")
     gone.update({"xdist", "pytest_timeout"})
     assert not {"-n", "--timeout"} & set(tests().command)
     assert "tests/test_problem.py" in tests("other tests").command
@@ -236,7 +256,7 @@ def test_the_tests_run_in_as_many_processes_as_there_are(monkeypatch, tmp_path):
     assert tests().absent == "pytest is not installed"
 
 
-def test_every_test_for_gpus_is_run_once_and_no_other(tmp_path):
+def test_every_file_with_tests_for_gpus_is_run_and_no_other():
     """And nothing that is named is gone."""
     first, others = (tests_to_run.files(p) for p in (tests_to_run.FIRST, tests_to_run.OTHERS))
     assert [p.name for p in first] == list(tests_to_run.FIRST)
@@ -264,16 +284,61 @@ def test_the_tools_are_found_beside_cuda(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(checks.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(tools.glob, "glob", lambda pattern: [])
     assert known(tmp_path)["memcheck"].absent == "compute-sanitizer was not found"
     assert known(tmp_path)["profile"].absent == "ncu was not found"
-    for name in (checks.SANITIZER, checks.PROFILER):
+    for name in (tools.SANITIZER, tools.PROFILER):
         tool = tmp_path / "cuda" / "bin" / name
         tool.parent.mkdir(parents=True, exist_ok=True)
         tool.write_text("#!/bin/sh\n")
         tool.chmod(0o755)
     found = known(tmp_path)
     assert found["racecheck"].command[1:3] == ["--tool", "racecheck"]
-    assert found["profile"].command[1:3] == ["--clock-control", "none"]
+    assert profiling.command(tmp_path / "report")[:3] == [
+        str(tmp_path / "cuda" / "bin" / "ncu"), "--clock-control", "none"
+    ]  # fmt: skip
     assert not found["racecheck"].absent
     assert not found["profile"].absent
+
+
+REPORT = "  weight_norm_kernel (512, 1, 1)x(256, 1, 1), Context 1\n"
+
+
+@pytest.mark.parametrize("launches", [8, 7])
+def test_a_profile_without_all_launches_is_a_failure(monkeypatch, tmp_path, capsys, launches):
+    """Whatever the profiler's exit status says."""
+    report = tmp_path / profiling.REPORT
+    text = launches * REPORT + "==ERROR== no permission\n"
+    code = f"open({str(report)!r}, 'w').write({text!r})"
+    monkeypatch.setattr(profiling, "command", lambda report: [sys.executable, "-c", code])
+    assert profiling.main(report) == (launches != 8)
+    told = capsys.readouterr().out
+    assert f"{launches} of 8 launches are in the report" in told
+    assert ("no permission" in told) == (launches != 8)
+
+
+def variants(weights: Iterable[tuple[LayerCase, torch.dtype]]) -> set[tuple[object, ...]]:
+    """What Triton compiles for weights alone: tiles, and whether there is a second launch."""
+    found = set()
+    for case, dtype in weights:
+        v = torch.empty(case.shape, dtype=dtype, device="meta")
+        view = row_view(v, canonical_dim(case.dim, v.ndim))
+        size = dtype.itemsize
+        p = launch_table.plan(view.outer, view.rows, view.inner, size, 16 // size)
+        found.add((size, p.tile, p.split > 1))
+    return found
+
+
+def test_what_is_measured_first_was_compiled_before():
+    """Compiling takes longer than a case may."""
+    pytest.importorskip("triton", minversion=OLDEST_TRITON, reason="needs Triton")
+    tried = {
+        (LayerCase(shape, dim, "", ""), dtype)
+        for shape, dims in smoke.SHAPES
+        for dim in dims
+        for dtype in single.DTYPES
+    }
+    weights = {(c, dtype) for c in REAL.weights[Part.KEY] for dtype in single.DTYPES}
+    models = {(c, torch.float32) for cs in REAL.models[Part.KEY].values() for c in cs}
+    small = {(c, torch.float32) for c in grid() if c.numel < host.MAX_NUMEL and c.dim == 0}
+    assert variants(weights | models | small) <= variants(tried)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import tempfile
 from collections.abc import Iterator
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,11 +75,17 @@ def assert_near(name: str, got: Tensor, want: Tensor) -> None:
 
 
 @pytest.fixture
-def room() -> None:
+def room() -> Iterator[None]:
+    """Enough memory, which tests in other processes take one after the other."""
     needed = ARRAYS * 2 * LIMIT
-    free, _ = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-    if free < needed:
-        pytest.skip(f"needs {needed / 1e9:.0f} GB of a GPU's memory, {free / 1e9:.0f} are free")
+    with Path(tempfile.gettempdir(), "wnkernel-large-tests").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        free, _ = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        if free < needed:
+            pytest.skip(f"needs {needed / 1e9:.0f} GB of a GPU's memory, {free / 1e9:.0f} are free")
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("name", VIEWS)

@@ -9,9 +9,7 @@ nothing in a forward, and a module does not even notice it: see :class:`HiddenHo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import (
-    Callable,
-)
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from wnkernel.backends import BACKENDS
 
+from ..environment import ROOT
 from .cases import Request, Section
 from .plan import Part
 from .summary import WIDTH, print_summary, read
 from .supervise import measure
 
-OUT = Path("benchmarks/out/gpu")
+OUT = ROOT / "benchmarks" / "out" / "gpu"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -56,14 +57,14 @@ def main(
         tally = measure(request, say)
         if tally.refused:
             raise typer.BadParameter(tally.refused)
-        if tally.left_out:
-            say(f"No time was left for {one.value} cases from {tally.left_out!r} on.")
         rows, failures = rows + tally.rows, failures + tally.failures
+        if tally.left_out and one is Part.KEY:
+            failures.append(f"no time was left for {tally.left_out!r} and what follows")
+        elif tally.left_out:
+            say(f"No time was left for {tally.left_out!r} and what follows.")
     if summary:
         print_summary(console, read(out))
-    for failure in failures:
-        say(f"FAILED: {failure}")
-    say(f"{rows} rows, {len(failures)} failures.")
+    say("; ".join([f"{rows} rows, {len(failures)} failures", *failures]))
     if failures:
         raise typer.Exit(1)
 

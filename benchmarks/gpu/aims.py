@@ -85,7 +85,9 @@ def weights(results: Iterable[Result], case: str = single.CASE) -> list[Weight]:
 def contenders(results: Iterable[Result], case: str = single.CASE) -> list[str]:
     """Ours, by the backend."""
     return list(
-        dict.fromkeys(r.contender for r in results if r.case == case and r.contender[:8] == OURS)
+        dict.fromkeys(
+            r.contender for r in results if r.case == case and r.contender.startswith(OURS)
+        )
     )
 
 

@@ -28,11 +28,14 @@ from ..results import GROUPED, Result, append_csv, csv_line
 from . import copying, flaggems, hosts, single, whole
 from .device import is_usable
 from .graphs import use_side_stream
-from .plan import REAL, TINY, GpuJob, Part, Setting
+from .plan import REAL, TINY, GpuJob, Part, Report, Setting
 from .raw import backends, ours
 
 RESULTS = "results.csv"
 """All rows of a run, in its folder."""
+
+UNKNOWN = "nobody knows who"
+"""In place of the contender that failed."""
 
 
 class Section(str, enum.Enum):
@@ -61,7 +64,9 @@ class Request:
     start: int = 0
     """The first case."""
     without: Collection[str] = ()
-    """Contenders that the first case is to leave out."""
+    """Contenders that the first case is to leave out. All of GROUPED: everything of ours."""
+    done: Collection[str] = ()
+    """Phases of the first case whose rows are written."""
 
 
 class Began(NamedTuple):
@@ -69,15 +74,22 @@ class Began(NamedTuple):
 
     number: int
     title: str
+    patience_s: float
     without: Collection[str]
+    done: Collection[str]
 
 
-class Ended(NamedTuple):
-    """A case is over."""
+class Wrote(NamedTuple):
+    """The rows of a phase of the case are on the disk."""
 
     rows: int
-    failures: Collection[str]
-    """What of ours failed."""
+    phase: str
+
+
+class Failed(NamedTuple):
+    """Something of ours."""
+
+    what: str
 
 
 class Faulted(NamedTuple):
@@ -113,7 +125,8 @@ def work(connection: Connection, request: Request) -> None:
     except ValueError as error:
         connection.send(Refused(str(error)))
         return
-    name = request.backend or where.backend
+    automatic = where.backend
+    name = request.backend or automatic
     v = torch.empty(1, device=where.device)
     if name not in backends(v):
         why = "; ".join(BACKENDS[name].reasons(v)) or "it has no kernels of ours"
@@ -124,40 +137,51 @@ def work(connection: Connection, request: Request) -> None:
         f"{where.device_name}, torch {where.torch}, triton {where.triton or 'not installed'}, "
         f"wnkernel backend {where.backend!r}, commit {where.commit or 'unknown'}"
     )
-    with use_backend(AUTO if BACKENDS[name].reasons(v) else name):
+    # what is asked for by name does not go the short ways that the automatic choice has
+    forced = name != automatic and not BACKENDS[name].reasons(v)
+    with use_backend(name if forced else AUTO):
         _run(connection, request, where)
 
 
 def _run(connection: Connection, request: Request, where: Environment) -> None:
-    jobs = jobs_of(request, where)
+    def fail(what: str) -> None:
+        _say(f"FAILED: {what}")
+        connection.send(Failed(what))
+
+    jobs = jobs_of(request, where, fail)
     started = time.monotonic()
     own = (*GROUPED, ours(where.backend))
-    without = request.without
+    without, done = request.without, request.done
+    if set(GROUPED) <= set(without):
+        without = {*own, *without}
     for k in range(request.start, len(jobs)):
         if time.monotonic() > request.deadline:
             connection.send(Finished(len(jobs), jobs[k].title))
             return
         _say(f"[{time.monotonic() - started:6.1f} s] {jobs[k].title}")
 
-        def begin(without: Collection[str], k: int = k) -> None:
-            connection.send(Began(k, jobs[k].title, tuple(without)))
+        def begin(out: Collection[str], done: Collection[str], k: int = k) -> None:
+            job = jobs[k]
+            connection.send(Began(k, job.title, job.patience_s, tuple(out), tuple(done)))
+
+        def write(found: list[Result]) -> None:
+            _write(found, request.out / RESULTS)
+            connection.send(Wrote(len(found), found[0].phase))
 
         try:
-            found, failures = run_job(jobs[k], without, own, where.device, begin)
+            run_job(jobs[k], without, done, own, where.device, begin, write, fail)
         except DeviceFault as fault:
             connection.send(Faulted(str(fault)))
             connection.close()
             os._exit(1)  # what CUDA does when a process with a fault ends in order can hang
-        _write(found, request.out / RESULTS)
-        connection.send(Ended(len(found), failures))
-        without = ()
+        without, done = (), ()
     connection.send(Finished(len(jobs), ""))
 
 
-def jobs_of(request: Request, where: Environment) -> list[GpuJob]:
+def jobs_of(request: Request, where: Environment, fail: Report) -> list[GpuJob]:
     """All cases, in their order, which is the same in every process."""
     plan = TINY if request.tiny else REAL
-    setting = Setting(plan, request.part, where, _say)
+    setting = Setting(plan, request.part, where, _say, fail)
     makers: dict[Section, Callable[[Setting], list[GpuJob]]] = {
         Section.COPY: copying.jobs,
         Section.SINGLE: single.jobs,
@@ -171,42 +195,49 @@ def jobs_of(request: Request, where: Environment) -> list[GpuJob]:
 def run_job(
     job: GpuJob,
     without: Collection[str],
+    done: Collection[str],
     own: Collection[str],
     device: torch.device,
-    begin: Callable[[Collection[str]], None],
-) -> tuple[list[Result], list[str]]:
+    begin: Callable[[Collection[str], Collection[str]], None],
+    write: Callable[[list[Result]], None],
+    fail: Callable[[str], None],
+) -> None:
     """Run a case until it succeeds without those that fail.
 
     Args:
         job: the case.
         without: contenders to leave out from the beginning.
+        done: phases whose rows were written before.
         own: the names of ours: all of them are left out where it is not known who failed.
         device: where it runs.
-        begin: called before each try, with the contenders that are left out.
-
-    Returns:
-        The rows, and what of ours failed.
+        begin: called before each try, with the contenders that are left out, and the phases done.
+        write: takes the rows of a phase.
+        fail: takes what of ours failed.
 
     Raises:
         DeviceFault: the device does not work any more. Its text is the contender, if it is known.
     """
-    out, failures = sorted(without), list[str]()
+    out, phases = sorted(without), list(done)
     while True:
-        begin(out)
+        begin(out, phases)
         try:
-            return job.run(out), failures
+            for found in job.run(out):
+                if found and found[0].phase not in phases:
+                    write(found)
+                    phases.append(found[0].phase)
+            return
         except Exception as error:  # a benchmark that stops at the first bug shows only that one
             who = error.who if isinstance(error, ContenderError) else ""
-            _say(f"FAILED: {job.title}: {type(error).__name__}: {error}")
+            _say(f"{job.title}: {type(error).__name__}: {error}")
             _say("".join(traceback.format_exception(error)))
             del error
         if not is_usable(device):
             raise DeviceFault(who)
         more = {who} if who else set(own)
         if who in own or not who:
-            failures.append(f"{job.title}, {who or 'nobody knows who'}")
+            fail(f"{job.title}, {who or UNKNOWN}")
         if more <= set(out):  # it fails without them, too
-            return [], failures
+            return
         out = sorted(more.union(out))
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..environment import ROOT
-from . import copying, flaggems, hosts, launches, single, smoke, whole
+from . import copying, flaggems, hosts, profiling, single, smoke, whole
 from .plan import Part
 from .steps import OWN_LIMIT, Step
-from .tests_to_run import FIRST, OTHERS, arguments
+from .tests_to_run import FIRST, OTHERS, RESULTS, arguments
+from .tools import PROFILER, SANITIZER, tool
 from .versions import Facts
 
 LIMIT_S = 475.0
@@ -24,15 +23,12 @@ SUMMARY_S = 5.0
 """Of that, for what comes after the last step."""
 
 TEST_PROCESSES = 8
+TEST_S, LONG_TEST_S = 25.0, 60.0
+"""A test that takes longer is ended. Most take less than a second; those that compile, 20."""
 
 TOOLS = ("memcheck", "racecheck")
-SANITIZER, PROFILER = "compute-sanitizer", "ncu"
-
 WATCHED = ("float32", "bfloat16")
 """Under a sanitizer everything takes long. The other types are the same sources."""
-
-SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-"""Of a profile."""
 
 BACKENDS_OF_TESTS = {
     ("cuda", "cuda"): ("cuda", "auto"),
@@ -68,7 +64,7 @@ def steps(out: Path, facts: Facts, *, device: str = "cuda") -> list[Step]:
         visit.benchmark("key figures, cuda", "cuda", Part.KEY, 90.0),
         visit.tests("tests, cuda", "cuda", 100.0),
         *visit.sanitizers(95.0),
-        visit.profile(30.0),
+        visit.profile(40.0),
         *visit.smoke("triton", 20.0),
         visit.benchmark("key figures, triton", "triton", Part.KEY, 45.0),
         visit.benchmark("more figures, cuda", "cuda", Part.REST, 120.0, needed=False),
@@ -167,8 +163,10 @@ class Visit:
             FIRST if backend else OTHERS,
             device=self._device,
             backends=BACKENDS_OF_TESTS[self._device, backend],
+            and_others=backend != "triton",
+            test_s=TEST_S if backend else LONG_TEST_S,
             processes=min(TEST_PROCESSES, os.cpu_count() or 1),
-            results=self._out / "tests.csv",
+            results=self._out / RESULTS,
             about=f"{self._facts.device or self._device}, commit {self._facts.commit}",
         )
         command = _python("-m", "pytest", *command)
@@ -197,13 +195,8 @@ class Visit:
 
     def profile(self, limit_s: float) -> Step:
         """Hardware counters of eight launches, at the clock that the card has anyway."""
-        found = tool(PROFILER)
-        absent = self._absent["cuda"] or ("" if found else f"{PROFILER} was not found")
-        command = [found, "--clock-control", "none", "--force-overwrite"]
-        command += ["--kernel-name", launches.KERNELS, "--launch-count", str(launches.LAUNCHES)]
-        command += [word for section in SECTIONS for word in ("--section", section)]
-        command += ["--log-file", str(self._out / "ncu.txt")]
-        command += _python("-m", "benchmarks.gpu.launches")
+        absent = self._absent["cuda"] or ("" if tool(PROFILER) else f"{PROFILER} was not found")
+        command = _python("-m", "benchmarks.gpu.profiling", str(self._out / profiling.REPORT))
         return self._step("profile", command, limit_s, absent=absent)
 
 
@@ -222,16 +215,3 @@ def _here(**more: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # threads that spin while they wait keep the processes beside them from running
     return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive", **more}
-
-
-def tool(name: str) -> str:
-    """Where a tool of CUDA's is; empty if it is nowhere."""
-    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
-    folders = [os.path.join(home, "bin") for home in homes if home]
-    for pattern in (
-        "/usr/local/cuda*/bin",
-        f"/usr/local/cuda*/{name}",
-        "/opt/nvidia/nsight-compute/*",
-    ):
-        folders += sorted(glob.glob(pattern), reverse=True)
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders)) or ""

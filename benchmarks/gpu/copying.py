@@ -23,10 +23,10 @@ def jobs(setting: Setting) -> list[GpuJob]:
     if setting.part is not Part.KEY:
         return []
     sizes = [
-        GpuJob(f"copy of {n / 2**20:.0f} MiB", lambda without, n=n: run(n, setting))
+        GpuJob(f"copy of {n / 2**20:.0f} MiB", lambda without, n=n: [run(n, setting)])
         for n in setting.plan.copy_bytes
     ]
-    return [GpuJob("launch", lambda without: run_launch(setting)), *sizes]
+    return [GpuJob("launch", lambda without: [run_launch(setting)]), *sizes]
 
 
 def run(size: int, setting: Setting) -> list[Result]:

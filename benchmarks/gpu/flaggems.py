@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ PACKAGE = "flag_gems"
 SHAPES = (((4096, 4096), 0), ((768, 48, 128), 2), ((1024, 1024, 5), 0), ((4096, 4096), 1))
 """In the order of their importance."""
 
+PATIENCE_S = 60.0
+"""For a shape."""
+
 
 def jobs(setting: Setting) -> list[GpuJob]:
     """One job per shape, after all else; none if the package does not import."""
@@ -39,12 +42,12 @@ def jobs(setting: Setting) -> list[GpuJob]:
         return []
     cases = [LayerCase(shape, dim, CASE, "") for shape, dim in SHAPES]
     return [
-        GpuJob(f"{NAME} {case_title(c)}", lambda without, c=c: run(c, setting, without))
+        GpuJob(f"{NAME} {case_title(c)}", lambda without, c=c: run(c, setting, without), PATIENCE_S)
         for c in cases
     ]
 
 
-def run(case: LayerCase, setting: Setting, without: Collection[str]) -> list[Result]:
+def run(case: LayerCase, setting: Setting, without: Collection[str]) -> Iterator[list[Result]]:
     """One weight, by everyone.
 
     Raises:

@@ -5,7 +5,7 @@ Weights under 20,000 elements: the device is done before the host has made the n
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -37,7 +37,7 @@ def jobs(setting: Setting) -> list[GpuJob]:
         return [
             GpuJob(
                 f"host, layer.weight, {case_title(c)}",
-                lambda without, c=c: host.run(c, access, where, without),
+                lambda without, c=c: [host.run(c, access, where, without)],
             )
             for c in small
         ]
@@ -47,8 +47,8 @@ def jobs(setting: Setting) -> list[GpuJob]:
     ]
 
 
-def run(case: LayerCase, setting: Setting, without: Collection[str]) -> list[Result]:
-    """Verify, then time, calls.
+def run(case: LayerCase, setting: Setting, without: Collection[str]) -> Iterator[list[Result]]:
+    """Verify, then time, calls: the rows of the forward, and of both.
 
     Raises:
         ContenderError: a contender fails, or is wrong.
@@ -60,9 +60,7 @@ def run(case: LayerCase, setting: Setting, without: Collection[str]) -> list[Res
     for who, operator in contenders.items():
         with blamed(who):
             errors |= verified(case_title(case), {who: operator}, t, case.dim, where)
-    out = []
     for phase, make in ((CALL, forward), (CALL_BACKWARD, forward_backward)):
         timed = {who: make(operator, t) for who, operator in contenders.items()}
         stats = measure(timed, host_sampler(where.device), budget, min_sample_s=SAMPLE_S)
-        out += rows(subject(case, torch.float32, CASE, phase), where, stats, errors=errors)
-    return out
+        yield rows(subject(case, torch.float32, CASE, phase), where, stats, errors=errors)

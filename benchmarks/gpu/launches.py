@@ -14,9 +14,6 @@ from wnkernel.functional import weight_norms
 from ..shapes import LayerCase, weight_list
 from .raw import inputs
 
-KERNELS = "regex:weight_norm_kernel"
-"""What a profiler is to look at, in its own notation."""
-
 LAUNCHES = 8
 
 LISTS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,14 +144,19 @@ class Setting(NamedTuple):
     where: Environment
     """Its backend is the one of ours that is measured."""
     report: Report
+    fail: Report
+    """Of a failure of ours that keeps nothing else from being measured."""
 
 
 class GpuJob(NamedTuple):
     """One case."""
 
     title: str
-    run: Callable[[Collection[str]], list[Result]]
-    """Takes the names of contenders to leave out. Raises ContenderError if one fails."""
+    run: Callable[[Collection[str]], Iterable[list[Result]]]
+    """Takes the names of contenders to leave out, and gives the rows of one phase after the other.
+    Raises ContenderError if one fails."""
+    patience_s: float = 20.0
+    """The longest that it may take. Most take less than a second."""
 
 
 def case_title(case: LayerCase) -> str:

@@ -7,7 +7,7 @@ cache. Smaller weights find theirs there, as they do in a training step.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,8 +57,8 @@ def run(
     without: Collection[str],
     extra: Mapping[str, Maker] | None = None,
     case_name: str = CASE,
-) -> list[Result]:
-    """Verify, then time, one weight.
+) -> Iterator[list[Result]]:
+    """Verify, then time, one weight: the rows of its forward, then those of its backward.
 
     Args:
         case: the weight.
@@ -87,7 +87,6 @@ def run(
             contenders[who] = [make(t, case.dim) for t in sets]
             got = _results(contenders[who][0])
             errors |= _verified(who, title, got, want, setting.report)
-    out = []
     for phase in (FORWARD, BACKWARD):
         about = subject(case, dtype, case_name, phase)
         traffic = arrays(phase, check(first.v, first.g, case.dim), BACKENDS[where.backend])
@@ -100,8 +99,7 @@ def run(
         budget = plan.weight_budget_s[setting.part]
         stats = measure_graphs(graphs, where.device, budget, plan.sample_s)
         found = rows(about, where, stats, errors=errors, arrays=traffic)
-        out += [replace(r, backend=_backend(r)) for r in found]
-    return out
+        yield [replace(r, backend=_backend(r)) for r in found]
 
 
 def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:

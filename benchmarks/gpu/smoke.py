@@ -28,11 +28,15 @@ SHAPES = (
     ((6, 5, 3), (0, 1, 2)),  # nothing is a multiple of anything
     ((5, 1031), (0, 1)),  # rows that end within a vector
     ((2, 9001), (0, None)),  # rows longer than a block keeps
+    ((5, 10_240), (0,)),
     ((64, 3, 256), (1,)),  # rows in runs
     ((384, 8, 128), (2, 1)),  # few columns with many elements: a split reduction
     ((640, 520), (None,)),  # one row with many elements
     ((1, 300, 3), (0, 1, 2)),
+    *(((9, n), (0,)) for n in (64, 128, 256, 512, 1024, 2048, 4096, 8192)),  # rows of every length
+    ((40_000, 5), (1,)),  # columns that are no vectors, and many of them
 )
+"""Every way of cutting a weight into tiles, as far as published models need it."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Weight = tuple[Tensor, Tensor, int | None]
@@ -81,6 +85,8 @@ def cases(backend: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, 
             v, _, dim = chosen[0]
             yield f"{backend} {_text(dtype)} {list(v.shape)} dim {dim}", _error(chosen, device)
         yield f"{backend} {_text(dtype)}, all of them as a list", _error(every, device)
+        rows = [weight for weight in every if weight[2] == 0]
+        yield f"{backend} {_text(dtype)}, a list of rows only", _error(rows, device)
 
 
 def weights(dtype: torch.dtype) -> list[Weight]:

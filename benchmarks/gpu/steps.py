@@ -51,10 +51,8 @@ class Step:
     """Between the request to end and the end: it has to finish what it is at, and to report."""
     beside: bool = False
     """Whether it runs beside the step before it."""
-    after: Sequence[str] = ()
-    """The steps that must have passed before it."""
     decides: bool = False
-    """Whether nothing after it is run if it fails."""
+    """Whether nothing beside it and after it is run if it fails."""
     environment: Mapping[str, str] = field(default_factory=dict)
     absent: str = ""
     """Why there is nothing to run. That is no failure."""
@@ -101,18 +99,19 @@ def run_steps(
     stopped = ""
     with _interruptible():
         for group in _side_by_side(steps):
-            passed = [o.name for o in outcomes if o.status == PASSED]
             found: dict[str, Outcome] = {}
             running: list[_Running] = []
             try:
                 for step in group:
                     left = min(step.limit_s, deadline - clock())
-                    if (o := _not_run(step, left, passed, stopped)) is not None:
+                    if (o := _not_run(step, left, stopped)) is not None:
                         found[step.name] = o
                         continue
                     say(f"{step.name}: at most {left:.0f} s ...")
                     running.append(_Running(step, cwd, log, left, clock))
                 while not all([r.has_ended() for r in running]):
+                    if any(r.has_failed() and r.step.decides for r in running):
+                        break
                     log.flush()
                     time.sleep(POLL_S)
             finally:  # an interrupt, too, must not leave anything running
@@ -155,15 +154,12 @@ def _side_by_side(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def _not_run(step: Step, left: float, passed: Sequence[str], stopped: str) -> Outcome | None:
+def _not_run(step: Step, left: float, stopped: str) -> Outcome | None:
     """The outcome of a step that cannot begin."""
-    lacking = [name for name in step.after if name not in passed]
     if stopped:
         return Outcome(step.name, LEFT_OUT, 0.0, f"nothing is run after this: {stopped}")
     if step.absent:
         return Outcome(step.name, LEFT_OUT, 0.0, step.absent)
-    if lacking:
-        return Outcome(step.name, LEFT_OUT, 0.0, f"did not pass: {', '.join(lacking)}")
     if left < LEAST_S:
         late = TIMED_OUT if step.needed else CUT
         return Outcome(step.name, late, 0.0, "no time was left for it")
@@ -232,13 +228,19 @@ class _Running:
             self._next_request_s = max(self._next_request_s, seconds)
         return False
 
+    def has_failed(self) -> bool:
+        """By itself, so far."""
+        return self._process is None or bool(self._code)
+
     def outcome(self) -> Outcome:
-        """How it went, after it, and whatever it started, was ended."""
+        """How it went, after it, and whatever it started, was ended. A process that is stuck in a
+        driver cannot be ended, and is left."""
         step = self.step
         if self._process is None:
             return Outcome(step.name, FAILED, 0.0, self._error)
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(LAST_S)
         self._reader.join(LAST_S)
         seconds = self._clock() - self._start
         tail = list(self._tail)
@@ -249,7 +251,7 @@ class _Running:
             status = FAILED
             last = f"killed by signal {-self._code}. {last}" if self._code < 0 else last
         else:
-            status = FAILED if self._code is None else PASSED  # None: interrupted
+            status = CUT if self._code is None else PASSED  # None: it was not given the time
         self._log.line(step.name, f"{status} after {seconds:.1f} s")
         return Outcome(step.name, status, seconds, last, tail)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..results import COPY, TORCH, Result, read_csv
+from ..results import COPY, TORCH, Result, parse_csv
 from . import flaggems
 from .aims import (
     Line,
@@ -37,7 +37,10 @@ WIDTH = 150
 def read(folder: Path) -> list[Result]:
     """All rows that a run left in a folder. The last may be half written, if it was killed."""
     path = folder / RESULTS
-    return read_csv(path) if path.is_file() else []
+    if not path.is_file():
+        return []
+    whole_lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return parse_csv(whole_lines.splitlines(), path)
 
 
 def print_summary(console: Console, results: Sequence[Result]) -> None:

@@ -8,20 +8,19 @@ dies, too, with the next case.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
 from ..results import GROUPED
 from . import cases
-from .cases import Began, Ended, Faulted, Finished, Refused, Request
-from .raw import ours
+from .cases import Began, Failed, Faulted, Finished, Refused, Request, Wrote
 
 START_S = 60.0
 """Until a process has come to its first case: it imports torch, and CUDA begins."""
 
-CASE_S = 45.0
-"""The longest that one case may take. Most take less than a second, and Triton compiles for 30."""
+END_S = 5.0
+"""For a process to be gone after it was killed. One that is stuck in the driver stays."""
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -70,16 +69,19 @@ def _one_process(
     who = ""
     try:
         while True:
-            patience = START_S if at is None else CASE_S
+            patience = START_S if at is None else at.patience_s
             if not mine.poll(patience):
                 end = f"said nothing for {patience:.0f} s"
                 break
             news = mine.recv()
             if isinstance(news, Began):
                 at = news
-            elif isinstance(news, Ended):
+            elif isinstance(news, Wrote):
+                assert at is not None
                 tally.rows += news.rows
-                tally.failures += news.failures
+                at = at._replace(done=(*at.done, news.phase))
+            elif isinstance(news, Failed):
+                tally.failures.append(news.what)
             elif isinstance(news, Faulted):
                 who = news.who
                 end = "ended, for its device reports errors for everything"
@@ -91,11 +93,11 @@ def _one_process(
                 tally.refused = news.why
                 return None
     except EOFError:
-        process.join()
+        process.join(END_S)
         end = f"died with exit status {process.exitcode}"
     finally:
         process.kill()
-        process.join()
+        process.join(END_S)
         mine.close()
     return _after(request, at, who, end, tally, say)
 
@@ -110,15 +112,14 @@ def _after(
 ) -> Request | None:
     """What to do after a process that died."""
     title = at.title if at is not None else "before the first case"
-    tally.failures.append(f"{title}, {who or 'nobody knows who'}")
-    say(f"FAILED: {title}: the process {end}. Contender: {who or 'not known'}.")
+    tally.failures.append(f"{title}, {who or cases.UNKNOWN}")
+    say(f"FAILED: {title}, {who or cases.UNKNOWN}: the process {end}.")
     if at is None:
         return None
-    own: Collection[str] = {*GROUPED, ours(request.backend)}
-    more = {who} if who else own
+    more = {who} if who else set(GROUPED)
     if more <= set(at.without):  # it died without them, too
         say(f"{title}: left out.")
-        return replace(request, start=at.number + 1, without=())
+        return replace(request, start=at.number + 1, without=(), done=())
     without = tuple(sorted({*at.without, *more}))
     say(f"{title}: tried again without {', '.join(without)}.")
-    return replace(request, start=at.number, without=without)
+    return replace(request, start=at.number, without=without, done=at.done)

@@ -53,11 +53,9 @@ NO_GPU_NEEDED = (
 
 OTHERS = tuple(sorted({p.name for p in TESTS.glob("test_*.py")} - set(FIRST)))
 
-DUMP_S = 40
-"""A test that takes longer writes where it is."""
+RESULTS = "tests.csv"
+"""In the folder of results."""
 
-TEST_S = 60
-"""A test that takes longer is ended, where pytest-timeout is installed."""
 
 MOST_FAILURES = 60
 MOST_CRASHES = 20
@@ -86,6 +84,8 @@ def arguments(
     *,
     device: str,
     backends: Sequence[str],
+    and_others: bool,
+    test_s: float,
     processes: int,
     results: Path,
     about: str,
@@ -95,19 +95,22 @@ def arguments(
     Args:
         patterns: files.
         device: where tests create their tensors.
-        backends: only what is run on one of these; empty for all tests.
+        backends: only tests that are run on one of these; empty for all tests.
+        and_others: those, too, that are not run on one backend after the other.
+        test_s: a test that takes longer is ended, where pytest-timeout is installed. Somewhat
+            before that it writes where it is.
         processes: how many tests run at a time, where pytest-xdist is installed.
         results: the CSV file that a line is added to after every test.
         about: the device and the commit, for that file.
     """
     command = ["--device", device, "-q", "--tb=short", f"--maxfail={MOST_FAILURES}"]
     command += ["-p", "no:cacheprovider", "-p", "tests.gpu_visit", "-r", "fE"]
-    command += ["-o", f"faulthandler_timeout={DUMP_S}"]
+    command += ["-o", f"faulthandler_timeout={0.8 * test_s:.0f}"]
     command += ["--results", str(results), "--about", about]
-    command += ["--only-backends", ",".join(backends)]
+    command += ["--only-backends", ",".join(backends)] + ["--and-without-backend"] * and_others
     if importlib.util.find_spec("pytest_timeout") is not None:
         # by a thread: no signal ends a call of CUDA that does not return
-        command += ["--timeout", str(TEST_S), "--timeout-method", "thread"]
+        command += ["--timeout", f"{test_s:.0f}", "--timeout-method", "thread"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(processes), f"--max-worker-restart={MOST_CRASHES}"]
     return [*command, *(str(p.relative_to(ROOT)) for p in files(patterns))]

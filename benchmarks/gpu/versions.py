@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -34,8 +34,8 @@ PACKAGES = (
 OLDEST_DRIVER = 530
 """CUDA 12.1: older ones refuse the arguments of a list."""
 
-ENOUGH_BYTES = 8e9
-"""Free memory. The largest cases of the benchmark take 5 GB, and tests run beside each other."""
+ENOUGH_BYTES = 12e9
+"""Free memory. The largest copy takes 8.6 GB."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +95,25 @@ def no_build() -> str:
 
 def _of_the_card(facts: Facts) -> Facts:
     """What only the card can tell."""
-    named = {**asdict(facts), "device": torch.cuda.get_device_name(0)}
-    have = torch.cuda.get_device_capability(0)
-    print(f"card: {torch.cuda.get_device_properties(0)}", flush=True)
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
+    others = _output(query).splitlines()  # before this process is one of them
     try:
+        facts = replace(facts, device=torch.cuda.get_device_name(0))
+        print(f"card: {torch.cuda.get_device_properties(0)}", flush=True)
+        capability = torch.cuda.get_device_capability(0)
         free, total = torch.cuda.mem_get_info(0)
         torch.zeros(1, device="cuda:0")
-    except RuntimeError as error:  # no memory for so much as a context, or a mode that forbids it
+    except Exception as error:  # no memory for so much as a context, a mode that forbids it, ...
         why = f"the card cannot be used: {_first(str(error))}"
-        return Facts(**{**named, "no_cuda": why, "no_triton": why})
+        return replace(facts, no_cuda=why, no_triton=why)
     if free < ENOUGH_BYTES:
         print(
             f"{PROBLEM}{free / 1e9:.1f} of {total / 1e9:.1f} GB are free on the card, expected "
             f"{ENOUGH_BYTES / 1e9:.0f}: cases that need more will fail"
         )
-    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
-    others = [
-        line for line in _output(query).splitlines() if not line.startswith(f"{os.getpid()},")
-    ]
-    if others and others[0][0].isdigit():
+    if others and others[0][:1].isdigit():
         print(f"{PROBLEM}the card is in use ({'; '.join(others)}): no figure can be trusted")
-    return Facts(**{**named, "no_cuda": no_cuda(have, _driver()), "no_triton": no_triton()})
+    return replace(facts, no_cuda=no_cuda(capability, _driver()), no_triton=no_triton())
 
 
 def no_cuda(capability: tuple[int, int], driver: str) -> str:
@@ -135,7 +133,8 @@ def no_triton() -> str:
     """Why Triton kernels cannot run."""
     from wnkernel.backends import BACKENDS
 
-    return "; ".join(BACKENDS["triton"].reasons(torch.empty(1, device="cuda")))
+    reasons = BACKENDS["triton"].reasons(torch.empty(1, device="cuda"))
+    return "; ".join(map(_first, reasons))
 
 
 def _driver() -> str:

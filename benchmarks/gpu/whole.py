@@ -9,7 +9,7 @@ process, for on a GPU they do not share malloc's state.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..blame import ContenderError, blamed
 from ..fused import subject
 from ..grouped import Checker, Iteration, Normed, random_grads, weights_model
-from ..models import copy_all, freed
+from ..models import copy_all
 from ..results import COPY, FUSED, OURS, TORCH, Result, rows
 from ..shapes import LayerCase
 from ..timing import Contender, Stats, measure
@@ -44,15 +44,15 @@ ARRAYS = 5
 def jobs(setting: Setting) -> list[GpuJob]:
     """One job per model."""
     return [
-        GpuJob(f"whole {name}", lambda without, n=name, c=cases: freed(run(n, c, setting, without)))
+        GpuJob(f"whole {name}", lambda without, n=name, c=cases: run(n, c, setting, without))
         for name, cases in setting.plan.models[setting.part].items()
     ]
 
 
 def run(
     name: str, cases: Sequence[LayerCase], setting: Setting, without: Collection[str]
-) -> list[Result]:
-    """Verify, then time, one model.
+) -> Iterator[list[Result]]:
+    """Verify, then time, one model: the rows of one way of timing after the other.
 
     Raises:
         ContenderError: a contender fails, or is wrong.
@@ -77,15 +77,15 @@ def run(
     walls = measure(
         {**iterations, COPY: copied}, wall_sampler(where.device), budget, min_sample_s=plan.sample_s
     )
-    out = rows(about.of_phase(WALL), where, walls, errors=errors, arrays=ARRAYS)
+    yield rows(about.of_phase(WALL), where, walls, errors=errors, arrays=ARRAYS)
 
     stats = _graphs(name, passes, copied, ARRAYS * about.array_bytes, setting)
-    out += rows(about.of_phase(GRAPH), where, stats, errors=errors, arrays=ARRAYS)
+    yield rows(about.of_phase(GRAPH), where, stats, errors=errors, arrays=ARRAYS)
 
     queued = {who: Queued(p, walls[who].median_ms / 1e3) for who, p in passes.items()}
     queued[COPY] = Queued(copied, walls[COPY].median_ms / 1e3)
     stats = measure(queued, queue_sampler(where.device), budget, min_sample_s=QUEUE_S)
-    return out + rows(about.of_phase(STREAM), where, stats, errors=errors, arrays=ARRAYS)
+    yield rows(about.of_phase(STREAM), where, stats, errors=errors, arrays=ARRAYS)
 
 
 def _graphs(
@@ -95,7 +95,7 @@ def _graphs(
 
     Raises:
         ContenderError: ours computes something else when it is captured, or the device fails. Who
-            cannot be captured is reported and left out.
+            cannot be captured is told and left out.
     """
     plan, device = setting.plan, setting.where.device
     calls = calls_for(traffic, plan.graph_s)
@@ -109,7 +109,8 @@ def _graphs(
         except ContenderError as error:
             if isinstance(error.__cause__, VerificationError) or not is_usable(device):
                 raise
-            setting.report(f"{who} cannot be captured into a CUDA graph, {name}: {error}")
+            tell = setting.fail if is_ours(who) else setting.report
+            tell(f"{who} cannot be captured into a CUDA graph, {name}: {error}")
             graphs.pop(who, None)
     return measure_graphs(graphs, device, plan.model_budget_s, plan.sample_s)
 
