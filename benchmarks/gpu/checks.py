@@ -110,7 +110,7 @@ class Visit:
                 _smoke("triton", self._device, dtype),
                 130.0,
                 beside=True,
-                absent=self._absent["triton"],
+                absent="a CPU needs none" if self._is_dry else self._absent["triton"],
             )
             for dtype in smoke.DTYPES
         ]
