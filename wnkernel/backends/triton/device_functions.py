@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .tile import (
     ROWS,
+    chunk_of,
     load,
     narrow,
     partial_sums,
@@ -138,9 +139,7 @@ def forward_tiles(
     they are left behind, and the second launch (FINISH) adds them up. 3: norms, and w."""
     ACC: tl.constexpr = norm.dtype.element_ty
     rows, inner, _lines, _pitch, _strip_rows, _width, _numel, per_chunk, tiles, split = plan
-    strip, chunk = program // split, program % split
-    start = chunk * per_chunk
-    end = tl.minimum(start + per_chunk, tiles)
+    strip, chunk, start, end = chunk_of(program, per_chunk, tiles, split)
     row, valid, first = rows_of(strip, plan, KIND, LINES, COLUMNS)
     if FINISH:
         p, there = partial_sums(partials, strip, split, 1, 2, KIND, COLUMNS)
@@ -208,18 +207,16 @@ def backward_tiles(
     """A backward of rows over many tiles, in the three steps of forward_tiles."""
     ACC: tl.constexpr = norm.dtype.element_ty
     rows, inner, _lines, _pitch, _strip_rows, _width, _numel, per_chunk, tiles, split = plan
-    strip, chunk = program // split, program % split
-    start = chunk * per_chunk
-    end = tl.minimum(start + per_chunk, tiles)
+    strip, chunk, start, end = chunk_of(program, per_chunk, tiles, split)
+    if FINISH:  # before everything else, so that nothing takes registers while they are added up
+        p, there = partial_sums(partials, strip, split, 0, 1, KIND, COLUMNS)
+        s = tl.sum(tl.load(p, mask=there, other=0.0), 1)
     row, valid, first = rows_of(strip, plan, KIND, LINES, COLUMNS)
     n = tl.load(norm + row, mask=valid, other=1.0)
     eps = _float(eps_bits, ACC)
     clamped = n < eps
     inverse = 1.0 / tl.where(clamped, eps, n)
-    if FINISH:
-        p, there = partial_sums(partials, strip, split, 0, 1, KIND, COLUMNS)
-        s = tl.sum(tl.load(p, mask=there, other=0.0), 1)
-    else:
+    if not FINISH:
         sums = tl.zeros([LINES, COLUMNS], ACC)
         for tile in range(start, end):
             origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)

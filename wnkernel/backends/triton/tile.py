@@ -79,6 +79,18 @@ def _left(n, most: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(program, per_chunk, tiles, split):
+    """Of a program: its strip, its place among those that share the strip, the first of its tiles
+    and the one after them. All in 32 bits, for so many tiles take terabytes: a division of 64 bits
+    is a call, and the compiler keeps registers free for it around loops."""
+    program, split = program.to(tl.int32), split.to(tl.int32)
+    chunk = program % split
+    start = chunk * per_chunk.to(tl.int32)
+    end = tl.minimum(start + per_chunk.to(tl.int32), tiles.to(tl.int32))
+    return (program // split).to(tl.int64), chunk, start, end
+
+
+@triton.jit
 def tile_of(
     tile, strip, plan,
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
@@ -90,15 +102,17 @@ def tile_of(
     if KIND == ROWS:
         lines -= strip * strip_rows
     elif KIND == RUN:
-        across = (width + COLUMNS - 1) // COLUMNS
-        first = tile % across * COLUMNS
-        origin += tile // across * LINES * pitch + first
-        lines -= tile // across * LINES
+        across = ((width + COLUMNS - 1) // COLUMNS).to(tl.int32)
+        first = (tile % across).to(tl.int64) * COLUMNS
+        above = (tile // across).to(tl.int64) * LINES
+        origin += above * pitch + first
+        lines -= above
         width -= first
     else:
         width = tl.minimum(width, pitch - origin)
-        origin += tile * LINES * pitch
-        lines -= tile * LINES
+        above = tl.cast(tile, tl.int64) * LINES
+        origin += above * pitch
+        lines -= above
     line = tl.arange(0, LINES)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     offsets = line * _whole(pitch.to(tl.int32), VECTOR) + column
@@ -121,10 +135,17 @@ def store_at(p, origin, offsets, x, mask, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _segments(rows, inner, COLUMNS: tl.constexpr):
-    """The row of every column of a strip, counted from the strip's first."""
-    column = tl.arange(0, COLUMNS)
-    return column // inner.to(tl.int32) % tl.minimum(rows, COLUMNS).to(tl.int32)
+def _divided(small, n):
+    """small // n, both up to 256. A division takes ten times the instructions, and every thread has
+    one for each column where columns are compared."""
+    return (small * ((0xFFFF + n) // n)) >> 16
+
+
+@triton.jit
+def _segments(column, rows, inner, COLUMNS: tl.constexpr):
+    """The rows of columns of a strip, counted from the strip's first."""
+    row, rows = _divided(column, inner.to(tl.int32)), tl.minimum(rows, COLUMNS).to(tl.int32)
+    return row - _divided(row, rows) * rows
 
 
 @triton.jit
@@ -142,9 +163,10 @@ def rows_of(strip, plan, KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.co
         return row, valid, valid
     else:
         column = tl.arange(0, COLUMNS)[None, :]
-        row = first_row + _segments(rows, inner, COLUMNS)[None, :]
+        row = first_row + _segments(column, rows, inner, COLUMNS)
         valid = (row < rows) & (column < width)
-        return row, valid, valid & (column % inner == 0) & (column < strip_rows * inner)
+        is_first = _divided(column, inner.to(tl.int32)) * inner == column
+        return row, valid, valid & is_first & (column < strip_rows * inner)
 
 
 @triton.jit
@@ -155,7 +177,8 @@ def row_sums(sums, rows, inner, KIND: tl.constexpr, COLUMNS: tl.constexpr):
     elif KIND == RUN:
         return tl.sum(tl.sum(sums, 1, keep_dims=True), 0, keep_dims=True)
     else:
-        segment = _segments(rows, inner, COLUMNS)
+        column = tl.arange(0, COLUMNS)
+        segment = _segments(column, rows, inner, COLUMNS)
         same = segment[:, None] == segment[None, :]
         return tl.sum(tl.where(same, tl.sum(sums, 0)[:, None], 0.0), 0, keep_dims=True)
 
