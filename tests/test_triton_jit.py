@@ -12,12 +12,13 @@ from .triton_cases import OLDEST_TRITON
 pytest.importorskip("triton", minversion=OLDEST_TRITON, reason="needs Triton")
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory):
+@pytest.fixture(scope="module", params=["cuda", "hip"])
+def result(request, tmp_path_factory):
     cache = tmp_path_factory.mktemp("triton")
     done = python(
-        "-m", "tests.triton_stub_driver", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache)
-    )
+        "-m", "tests.triton_stub_driver", request.param,
+        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -52,6 +53,23 @@ def test_a_second_launch_goes_past_the_binder_with_the_same_arguments(result):
         for before, now in zip(*launches, strict=True):
             assert without_addresses(now) == without_addresses(before)
     assert steps["one of the same tile"]["bound"] == steps["another list"]["bound"] == []
+
+
+def test_hooks_hear_what_triton_tells_them_of_a_first_launch(result):
+    first, second = (result["steps"][step] for step in ("one", "one with hooks"))
+    assert second["bound"] == []
+    assert second["told"] == first["told"]
+    names = [(when, what["name"]) for when, what in second["told"]]
+    kernels = ("forward_one", "backward_one")
+    assert names == [(when, kernel) for kernel in kernels for when in ("before", "after")]
+    assert all(what["stream"] == 0 and what["function"] == 2 for _, what in second["told"])
+
+
+def test_nothing_is_gathered_for_hooks_that_are_not_there(result):
+    steps = result["steps"]
+    assert steps["one again"]["told"] == []
+    assert steps["one with hooks"]["described"] == [True] * 2
+    assert steps["one again"]["described"] == steps["list again"]["described"] == [False] * 2
 
 
 def test_variants_are_counted(result):

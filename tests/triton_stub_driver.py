@@ -1,16 +1,21 @@
 """Runs in a process of its own: Triton's just-in-time path with a driver that launches nothing.
 
 Everything happens as on a GPU up to the launch itself: arguments are bound and specialised, kernels
-compiled for sm_90 and loaded. Prints what was compiled and launched as JSON.
+compiled for the GPU that is named, "cuda" for sm_90 or "hip" for gfx942, and loaded. Prints what
+was compiled and launched as JSON, and what hooks were told.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
@@ -22,6 +27,12 @@ loaded: list[str] = []
 launched: list[tuple[int, list[int | str]]] = []
 bound: list[str] = []
 """Kernels whose arguments went through Triton's binder."""
+told: list[tuple[str, dict[str, Any]]] = []
+"""What hooks heard of launches, and when."""
+described: list[bool] = []
+"""Of each launch, whether there was something to tell hooks."""
+
+TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 
 
 class Bound(JITFunction):
@@ -40,6 +51,11 @@ class Launcher:
 
     def __call__(self, programs: int, y: int, z: int, *args: Any) -> None:
         """Of ``args``, the first are stream, function, two metadata and two hooks."""
+        metadata, *hooks = args[3:6]
+        described.append(metadata is not None)
+        for hook in hooks:
+            if hook is not None:
+                hook(metadata)
         launched.append((programs, [a if type(a) is int else str(a) for a in args[6:]]))
 
 
@@ -58,7 +74,7 @@ class Driver:
     )
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return TARGETS[sys.argv[1]]
 
     def get_current_device(self) -> int:
         return 0
@@ -70,17 +86,46 @@ class Driver:
         return torch.device("cpu")
 
 
-def run(*shapes: tuple[int, ...]) -> dict[str, list]:
+@contextmanager
+def listening() -> Iterator[None]:
+    """Somebody listens to launches, as profilers do."""
+
+    def enter(metadata: Any) -> None:
+        told.append(("before", metadata.get()))
+
+    def leave(metadata: Any) -> None:
+        told.append(("after", metadata.get()))
+
+    runtime = knobs.runtime
+    before = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if before[0] is None:  # Triton 3.4 has no chains
+        runtime.launch_enter_hook, runtime.launch_exit_hook = enter, leave
+        yield
+        runtime.launch_enter_hook, runtime.launch_exit_hook = before
+        return
+    for chain, hook in zip(before, (enter, leave), strict=True):
+        chain.add(hook)
+    yield
+    for chain, hook in zip(before, (enter, leave), strict=True):
+        chain.remove(hook)
+
+
+def run(*shapes: tuple[int, ...], hooks: bool = False) -> dict[str, list]:
     """Forward and backward of weights normed along dim 0: kernels loaded and bound, programs and
-    arguments of each launch."""
-    for noted in (loaded, launched, bound):
-        noted.clear()
+    arguments of each launch, what hooks heard."""
+    noted = {
+        "loaded": loaded, "launched": launched, "bound": bound,
+        "told": told, "described": described,
+    }  # fmt: skip
+    for each in noted.values():
+        each.clear()
     problems = [check(torch.ones(s), torch.ones(s[0], *[1] * (len(s) - 1)), 0) for s in shapes]
     backend = BACKENDS["triton"]
-    w, norms = backend.forward(problems)
     yes = [True] * len(problems)
-    backend.backward(problems, norms, w, yes, yes)
-    return {"loaded": list(loaded), "launched": list(launched), "bound": list(bound)}
+    with listening() if hooks else nullcontext():
+        w, norms = backend.forward(problems)
+        backend.backward(problems, norms, w, yes, yes)
+    return {what: list(each) for what, each in noted.items()}
 
 
 if __name__ == "__main__":
@@ -88,8 +133,9 @@ if __name__ == "__main__":
     for direction in (launch.FORWARD, launch.BACKWARD):
         direction.one.__class__ = direction.many.__class__ = Bound
     steps = {
-        "one": run((64, 32, 3)),
+        "one": run((64, 32, 3), hooks=True),
         "one again": run((64, 32, 3)),
+        "one with hooks": run((64, 32, 3), hooks=True),
         "one of the same tile": run((1, 80)),  # a size of 1, and one that 16 divides
         "list": run((64, 32, 3), (8, 40), (1, 512)),
         "list again": run((64, 32, 3), (8, 40), (1, 512)),
@@ -98,4 +144,4 @@ if __name__ == "__main__":
     variants = len(BACKENDS["triton"]._launcher.variants)
     compiled = sum(len(s["loaded"]) for s in steps.values())
     print(json.dumps({"steps": steps, "variants": variants, "compiled": compiled}))
-    assert launch.warps(torch.device("cpu")) == 8
+    assert launch.warps(torch.device("cpu")) * Driver().get_current_target().warp_size == 256
