@@ -7,15 +7,9 @@ and so fifteen, with WNKERNEL_OFFLINE_ALL=1 in the environment.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,13 +19,12 @@ from .triton_cases import OLDEST_TRITON
 
 pytest.importorskip("triton", minversion=OLDEST_TRITON, reason="needs Triton")
 
-import triton
-
 from wnkernel.backends.triton import launch
 from wnkernel.backends.triton.launch_table import Kind, tiles
 
-from .processes import PATIENCE_S, ROOT
 from .triton_offline_checks import (
+    CUOBJDUMP,
+    DTYPES,
     EVERY,
     ROWS,
     SPILLED_BYTES,
@@ -43,80 +36,39 @@ from .triton_offline_checks import (
     too_narrow,
     wrong_widths,
 )
+from .triton_offline_process import Ask, worker
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason=f"there is no {CUOBJDUMP}")
-
-DTYPES = {
-    "float32": ("float32",) * 3,
-    "bfloat16": ("bfloat16",) * 3,
-    "float16": ("float16",) * 3,
-    "mixed": ("bfloat16", "float32", "bfloat16"),
-    "autocast": ("float32", "float32", "bfloat16"),
-    "float64": ("float64",) * 3,
-}
-"""Of v, g and w."""
 
 ALL, ROWS_ONLY = "all", "rows only"
 COMBINATIONS = {
-    ("cuda90", "bfloat16"): ALL,
+    ("cuda90", "float32"): ALL,
+    ("cuda90", "mixed"): ALL,
     ("gfx942", "float32"): ALL,
-    ("cuda90", "float32"): ROWS_ONLY,
+    ("cuda90", "bfloat16"): ROWS_ONLY,
     ("cuda80", "float16"): ROWS_ONLY,
-    ("cuda90", "mixed"): ROWS_ONLY,
     ("cuda100", "bfloat16"): ROWS_ONLY,
     ("cuda90", "float64"): ROWS_ONLY,
 }
 """What is compiled. Lists hold the code of every tile, or of every tile of rows: they tell whether
-everything compiles, and take the most registers; those of every tile are compiled once for each
-maker of GPUs. The slowest come first."""
+everything compiles, and take the most registers; those of every tile are compiled for each maker of
+GPUs, and for NVIDIA with the dtypes that took the most. The slowest come first."""
 if os.environ.get("WNKERNEL_OFFLINE_ALL"):
     COMBINATIONS = dict.fromkeys(product(("cuda80", "cuda90", "cuda100", "gfx942"), DTYPES), ALL)
-
-SECONDS = 2 * PATIENCE_S
-"""For an answer: with WNKERNEL_OFFLINE_ALL one takes minutes."""
 
 Cut = tuple[str, str | int, int, dict[str, Any]]
 """A direction, tiles of a list or the place of one, which launch, changes to choices."""
 
 
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """What the worker answers. Nothing that was compiled or set before counts."""
-    folder = tmp_path_factory.mktemp("triton")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    environment |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
-    log = folder / "log"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.triton_offline_worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-            text=True, cwd=ROOT, env=environment,
-        ) as worker,
-    ):  # fmt: skip
-
-        def ask(gpu: str, variants: list[dict[str, Any]] | None = None) -> Any:
-            request = {"gpu": gpu, "variants": variants, "cuobjdump": str(CUOBJDUMP)}
-            watchdog = threading.Timer(SECONDS, worker.kill)
-            watchdog.start()
-            try:
-                print(json.dumps(request), file=worker.stdin, flush=True)
-                answer = worker.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
-            finally:
-                watchdog.cancel()
-            assert answer, f"the worker ended with {worker.wait()}:\n{log.read_text()}"
-            return json.loads(answer)
-
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """What the worker answers."""
+    with worker(tmp_path_factory.mktemp("triton")) as ask:
         yield ask
-        with suppress(BrokenPipeError):
-            worker.stdin.close()
 
 
 @pytest.fixture
-def variants(ask: Callable[..., Any]) -> Callable[..., list[Variant]]:
+def variants(ask: Ask) -> Callable[..., list[Variant]]:
     """Compiles."""
 
     def variants(gpu: str, dtypes: str, *cuts: Cut) -> list[Variant]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from wnkernel.backends.triton import launch
 from wnkernel.backends.triton.launch_table import (
@@ -17,6 +19,18 @@ from wnkernel.backends.triton.launch_table import (
     tiles,
 )
 from wnkernel.problem import accumulation_dtype
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+DTYPES = {
+    "float32": ("float32",) * 3,
+    "bfloat16": ("bfloat16",) * 3,
+    "float16": ("float16",) * 3,
+    "mixed": ("bfloat16", "float32", "bfloat16"),
+    "autocast": ("float32", "float32", "bfloat16"),
+    "float64": ("float64",) * 3,
+}
+"""Of v, g and w."""
 
 REGISTERS = 128
 """Of a thread, at most. A processor of an NVIDIA GPU has 65536, so two programs of 256 threads can
