@@ -27,12 +27,12 @@ from .triton_offline_checks import (
     DTYPES,
     EVERY,
     ROWS,
-    SPILLED_BYTES,
     Variant,
     differences,
     false_promises,
     finishes,
     over_bounds,
+    spilled_bytes,
     too_narrow,
     wrong_widths,
 )
@@ -105,7 +105,7 @@ def test_variants_keep_their_bounds_and_lists_are_like_single_weights(variants, 
     compiled = variants(gpu, dtypes, *((d, *cut, {}) for d in directions for cut in cuts))
     faults: list[str] = []
     for v in compiled:
-        faults += [*over_bounds(v, SPILLED_BYTES.get((gpu, dtypes), 0)), *false_promises(v)]
+        faults += [*over_bounds(v, spilled_bytes(gpu, dtypes, v)), *false_promises(v)]
         if v.tile is not None:
             faults += wrong_widths(v)
             continue

@@ -39,9 +39,15 @@ share it: one computes while the other waits for memory. In AMD GPUs a processor
 
 SPILLED_BYTES = {("cuda100", "autocast"): 8, ("cuda100", "float64"): 32}
 SPILLED_BYTES |= {("cuda80", dtypes): 8 for dtypes in ("float16", "bfloat16", "mixed")}
-"""Of a thread, at most, by GPU and dtypes; all others spill nothing. In a kernel for lists of every
-tile the assembler puts some numbers aside, once in a branch, to stay at 80 registers: one more
-program fits. For sm_80 it does so in that for long rows of halves, to stay at 48."""
+if triton.__version__.startswith("3.6."):
+    SPILLED_BYTES["gfx942", "float32"] = 20
+"""Of a thread, at most, by GPU and dtypes; all others spill nothing. For sm_80 the assembler puts
+some numbers aside in the kernel for long rows of halves, to stay at 48 registers: one more program
+fits. For gfx942 these are scalars that are kept in a vector register, and none is in memory."""
+
+SPILLED_IN_LISTS = {("cuda90", "float64"): 16, ("cuda80", "mixed"): 16, ("cuda100", "mixed"): 16}
+SPILLED_IN_LISTS |= {("cuda100", dtypes): 8 for dtypes in ("float16", "bfloat16")}
+"""The same for lists of every tile, where that is more: to stay at 80 registers, or 64."""
 
 ROWS, EVERY = "rows", "every tile"
 """The tiles of a list."""
@@ -92,6 +98,12 @@ class Variant(NamedTuple):
 def finishes(tile: Tile) -> tuple[int, ...]:
     """Launches that a weight cut into these may take."""
     return (0,) if tile.kind is Kind.ROWS else (0, 1)
+
+
+def spilled_bytes(gpu: str, dtypes: str, v: Variant) -> int:
+    """What may be spilled."""
+    in_lists = SPILLED_IN_LISTS.get((gpu, dtypes), 0) if v.of == EVERY else 0
+    return max(SPILLED_BYTES.get((gpu, dtypes), 0), in_lists)
 
 
 def over_bounds(v: Variant, spilled_bytes: int = 0) -> Iterator[str]:

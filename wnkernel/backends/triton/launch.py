@@ -81,8 +81,8 @@ def choices_of_one(t: Types, tile: Tile, finish: int) -> dict[str, Any]:
 def choices_of_list(t: Types, rows_only: bool, finish: int) -> dict[str, Any]:
     """Compile-time arguments for a list: every tile that it may need is in them.
 
-    Most models have rows for tiles only. The other kinds take twice the registers, and a kernel has
-    as many for all of its branches as for the worst.
+    Most models have rows for tiles only. The other kinds take more registers, up to 128, and a
+    kernel has as many for all of its branches as for the worst.
     """
     every = tiles(t.v.itemsize)
     needed = [k for k in every if k.kind is Kind.ROWS] if rows_only else every  # rows come first
