@@ -37,8 +37,7 @@ REGISTERS = 128
 share it: one computes while the other waits for memory. In AMD GPUs a processor has four units with
 512 for each lane of a wave, and a program has four waves: four programs can share it."""
 
-SPILLED_BYTES = {("cuda100", "autocast"): 8, ("cuda100", "float64"): 32}
-SPILLED_BYTES |= {("cuda80", dtypes): 8 for dtypes in ("float16", "bfloat16", "mixed")}
+SPILLED_BYTES = {("cuda80", dtypes): 8 for dtypes in ("float16", "bfloat16", "mixed")}
 if triton.__version__.startswith("3.6."):
     SPILLED_BYTES["gfx942", "float32"] = 20
 """Of a thread, at most, by GPU and dtypes; all others spill nothing. For sm_80 the assembler puts
@@ -46,7 +45,8 @@ some numbers aside in the kernel for long rows of halves, to stay at 48 register
 fits. For gfx942 these are scalars that are kept in a vector register, and none is in memory."""
 
 SPILLED_IN_LISTS = {("cuda90", "float64"): 16, ("cuda80", "mixed"): 16, ("cuda100", "mixed"): 16}
-SPILLED_IN_LISTS |= {("cuda100", dtypes): 8 for dtypes in ("float16", "bfloat16")}
+SPILLED_IN_LISTS |= {("cuda100", dtypes): 8 for dtypes in ("float16", "bfloat16", "autocast")}
+SPILLED_IN_LISTS["cuda100", "float64"] = 32
 """The same for lists of every tile, where that is more: to stay at 80 registers, or 64."""
 
 ROWS, EVERY = "rows", "every tile"

@@ -38,6 +38,7 @@ def cell(ask: Ask, gpu: str, dtypes: str, direction: str, of: str) -> str:
 
 def main(
     gpu: Annotated[list[str] | None, typer.Option(help="cuda80, cuda90, cuda100, gfx942.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward, backward.")] = None,
     of: Annotated[list[str] | None, typer.Option(help="Kinds of lists: every tile, ...")] = None,
 ) -> None:
     """Compile, and print a line at a time."""
@@ -45,10 +46,10 @@ def main(
     print("|---" * (1 + len(DTYPES)), "|", sep="")
     with TemporaryDirectory() as folder, worker(Path(folder)) as ask:
         for name in gpu or ("cuda80", "cuda90", "cuda100"):
-            for direction in ("forward", "backward"):
+            for way in direction or ("forward", "backward"):
                 for what in of or LISTS:
-                    cells = [cell(ask, name, dtypes, direction, what) for dtypes in DTYPES]
-                    line = f"| {name}, {direction}, {what} |", " | ".join(cells), "|"
+                    cells = [cell(ask, name, dtypes, way, what) for dtypes in DTYPES]
+                    line = f"| {name}, {way}, {what} |", " | ".join(cells), "|"
                     print(*line, flush=True)
 
 
