@@ -102,18 +102,53 @@ __device__ inline Vector<T, N> zeros() {
   return v;
 }
 
-// Element k of an array whose type is not compiled in.
-template <class Sum>
-__device__ inline Sum load_as(const void* p, DType type, int64_t k) {
+// Halves that were widened once are widened again from here on. The compiler would rather keep
+// both, and four times the registers.
+template <class T, int N>
+__device__ inline void forget_widened(Vector<T, N>& v) {
+  if constexpr (sizeof(T) == 2 && N > 1) {
+    uint32_t words[sizeof(v) / sizeof(uint32_t)];
+    memcpy(words, &v, sizeof(v));
+#pragma unroll
+    for (uint32_t& word : words) asm("" : "+r"(word));
+    memcpy(&v, words, sizeof(v));
+  }
+}
+
+// Element k of an array whose type is not compiled in, as it lies in memory: asked for early, while
+// other loads are on their way, and looked at where it is needed. No thread of the launch writes to
+// the array.
+using Held = uint64_t;
+__device__ inline Held load_held(const void* p, DType type, int64_t k) {
   switch (type) {
     case DType::f16:
-      return static_cast<Sum>(widen(static_cast<const __half*>(p)[k]));
     case DType::bf16:
-      return static_cast<Sum>(widen(static_cast<const __nv_bfloat16*>(p)[k]));
+      return __ldg(static_cast<const uint16_t*>(p) + k);
     case DType::f32:
-      return static_cast<Sum>(static_cast<const float*>(p)[k]);
+      return __ldg(static_cast<const uint32_t*>(p) + k);
     default:
-      return static_cast<Sum>(static_cast<const double*>(p)[k]);
+      return __ldg(static_cast<const uint64_t*>(p) + k);
+  }
+}
+
+template <class T>
+__device__ inline T bits_as(Held held) {
+  T x;
+  memcpy(&x, &held, sizeof(x));  // the bytes that come first are the lowest
+  return x;
+}
+
+template <class Sum>
+__device__ inline Sum value_of(Held held, DType type) {
+  switch (type) {
+    case DType::f16:
+      return static_cast<Sum>(widen(bits_as<__half>(held)));
+    case DType::bf16:
+      return static_cast<Sum>(widen(bits_as<__nv_bfloat16>(held)));
+    case DType::f32:
+      return static_cast<Sum>(bits_as<float>(held));
+    default:
+      return static_cast<Sum>(bits_as<double>(held));
   }
 }
 

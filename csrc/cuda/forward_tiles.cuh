@@ -1,28 +1,33 @@
 // Forward of rows over many tiles. 1: sums of squares, tile by tile. 2: where a row is split, they
 // are left behind, and the second launch (Finish) adds them up. 3: norms, and w, the tiles read
-// last first, since those are still in a cache.
+// last first: the very last is still in registers, those before it in a cache.
 #pragma once
 #include "tiles.cuh"
 
 namespace wnkernel::cuda {
 
-// Squares of unit * v, in each of a thread's columns.
+template <class V, bool Strip, int N>
+__device__ inline void load_tile(const Tiles<Strip, N>& tiles, int tile, const V* v,
+                                 Vector<V, N> (&x)[Tiles<Strip, N>::K]) {
+#pragma unroll
+  for (int k = 0; k < Tiles<Strip, N>::K; ++k) {
+    const int64_t at = tiles.at(tile, k);
+    x[k] = at < 0 ? zeros<V, N>() : load<N>(v + at);
+  }
+}
+
+// Squares of unit * v, in each of a thread's columns. Leaves the last tile in x.
 template <class V, bool Strip, int N, class Sum>
 __device__ inline void add_squares(const Tiles<Strip, N>& tiles, const V* v,
                                    const Sum (&unit)[Tiles<Strip, N>::M],
-                                   Sum (&sums)[Tiles<Strip, N>::M]) {
-  constexpr int K = Tiles<Strip, N>::K;
+                                   Sum (&sums)[Tiles<Strip, N>::M],
+                                   Vector<V, N> (&x)[Tiles<Strip, N>::K]) {
 #pragma unroll
   for (int m = 0; m < tiles.M; ++m) sums[m] = 0;
   for (int tile = tiles.start; tile < tiles.end; ++tile) {
-    Vector<V, N> x[K];
+    load_tile(tiles, tile, v, x);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int64_t at = tiles.at(tile, k);
-      x[k] = at < 0 ? zeros<V, N>() : load<N>(v + at);
-    }
-#pragma unroll
-    for (int k = 0; k < K; ++k)
+    for (int k = 0; k < tiles.K; ++k)
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const int m = Strip ? j : 0;
@@ -32,48 +37,64 @@ __device__ inline void add_squares(const Tiles<Strip, N>& tiles, const V* v,
   }
 }
 
-// A sum of squares and its unit from those of all parts, in the threads that own a column.
+// sum, which is of squares of `from` * v, as one of squares of `to` * v. `to` is no larger, and so
+// from is kUp or 1 where it is another: no division is needed.
+template <class Sum>
+__device__ inline Sum in_unit(Sum sum, Sum from, Sum to) {
+  const Sum other = from == Range<Sum>::kUp ? to * (1 / Range<Sum>::kUp) : to;
+  const Sum ratio = from == to ? Sum(1) : other;
+  return sum * ratio * ratio;
+}
+
+// A sum of squares and its unit from those of all parts, in the threads that own a column. The
+// unit is the smallest: that of the largest numbers.
 template <bool Strip, int N, class Sum>
 __device__ inline void add_parts(const Tiles<Strip, N>& tiles, const ForwardLine& line,
                                  Scratch<Sum>& scratch, Sum& squares, Sum& unit) {
   constexpr int M = Tiles<Strip, N>::M;
-  const int64_t first = tiles.strip * line.plan.split;
+  const int first = tiles.strip * line.plan.split;
   const int begin = Strip ? tiles.y : threadIdx.x, step = Strip ? tiles.threads_y() : kThreads;
   const auto part = [&](int q, int plane, int m) {
-    return *tiles.template partial_sum<Sum>(line.partials, first + q, plane, kForwardPlanes,
-                                            tiles.column(m));
+    return __ldg(tiles.template partial_sum<Sum>(line.partials, first + q, plane, kForwardPlanes,
+                                                 tiles.column(m)));
   };
-  Sum units[M], sums[M];
+  Sum own[M], units[M], sums[M];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    units[m] = Range<Sum>::kUp;
+    own[m] = Range<Sum>::kUp;
     sums[m] = 0;
   }
-#pragma unroll 4
-  for (int q = begin; q < line.plan.split; q += step)
-#pragma unroll
-    for (int m = 0; m < M; ++m) units[m] = Min()(units[m], part(q, 1, m));
-  unit = tiles.reduce(units, scratch, Min());
-  tiles.set(1, unit, scratch);
-  __syncthreads();
-  tiles.get(1, units, scratch);
-#pragma unroll 2
+#pragma unroll(M > 4 ? 1 : 4)
   for (int q = begin; q < line.plan.split; q += step)
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const Sum own = part(q, 1, m), ratio = own == units[m] ? Sum(1) : units[m] / own;
-      sums[m] += part(q, 0, m) * ratio * ratio;
+      const Sum of_part = part(q, 1, m), smaller = Min()(own[m], of_part);
+      sums[m] = in_unit(sums[m], own[m], smaller) + in_unit(part(q, 0, m), of_part, smaller);
+      own[m] = smaller;
     }
+  unit = tiles.reduce(own, scratch, Min());
+  tiles.set(1, unit, scratch);
+  __syncthreads();
+  tiles.get(1, units, scratch);
+#pragma unroll
+  for (int m = 0; m < M; ++m) sums[m] = in_unit(sums[m], own[m], units[m]);
   squares = tiles.reduce(sums, scratch, Add());
 }
 
 template <class V, class W, int N, bool Strip, bool Finish>
-__device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
+__device__ inline void forward_tiles(const ForwardLine& line, int block,
                                      Scratch<typename Element<V>::Sum>& scratch) {
   using Sum = typename Element<V>::Sum;
   const Tiles<Strip, N> tiles(line.plan, block);
   constexpr int M = Tiles<Strip, N>::M, K = Tiles<Strip, N>::K;
   const V* v = static_cast<const V*>(line.v);
+
+  // g is asked for before anything is waited for, and so is the tile that a second launch begins
+  // with.
+  Vector<V, N> x[K];
+  if constexpr (Finish) load_tile(tiles, tiles.end - 1, v, x);
+  Held g = 0;
+  if (tiles.owns_row()) g = load_held(line.g, line.g_type, tiles.row());
 
   Sum squares, unit = 1;
   if constexpr (Finish) {
@@ -83,7 +104,7 @@ __device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
 #pragma unroll
     for (int m = 0; m < M; ++m) units[m] = 1;
     for (bool again = false;; again = true) {  // extreme rows are multiplied, and added up again
-      add_squares(tiles, v, units, sums);
+      add_squares(tiles, v, units, sums, x);
       squares = tiles.add_up(sums, scratch);
       if (again) break;
       if (tiles.owns_row()) unit = unit_of(squares);
@@ -106,9 +127,8 @@ __device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
   }
 
   if (tiles.owns_row()) {
-    const Sum g = load_as<Sum>(line.g, line.g_type, tiles.row());
-    const auto f =
-        Forwards<Sum>::of(squares, unit, g, static_cast<Sum>(line.eps), line.divisor_type);
+    const auto f = Forwards<Sum>::of(squares, unit, value_of<Sum>(g, line.g_type),
+                                     static_cast<Sum>(line.eps), line.divisor_type);
     if (tiles.is_first()) static_cast<Sum*>(line.norm)[tiles.row()] = f.norm;
     tiles.set(1, f.a, scratch);
     tiles.set(2, f.b, scratch);
@@ -117,13 +137,8 @@ __device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
   Sum a[M], b[M];
   tiles.get(1, a, scratch);
   tiles.get(2, b, scratch);
-  for (int tile = tiles.end - 1; tile >= tiles.start; --tile) {
-    Vector<V, N> x[K];
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int64_t at = tiles.at(tile, k);
-      x[k] = at < 0 ? zeros<V, N>() : load<N>(v + at);
-    }
+#pragma unroll 1
+  for (int tile = tiles.end - 1;; load_tile(tiles, tile, v, x)) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int64_t at = tiles.at(tile, k);
@@ -136,6 +151,7 @@ __device__ inline void forward_tiles(const ForwardLine& line, int64_t block,
       }
       store_past_cache(static_cast<W*>(line.w) + at, w);
     }
+    if (--tile < tiles.start) break;
   }
 }
 

@@ -28,7 +28,7 @@ __device__ inline void with_vectors(int log_across, Rows rows) {
 }
 
 template <class V, class W, int N, int Of, bool Finish, class Sum>
-__device__ inline void do_block(const ForwardLine& line, int64_t block, Scratch<Sum>& scratch) {
+__device__ inline void do_block(const ForwardLine& line, int block, Scratch<Sum>& scratch) {
   if ((Of & kTiles) == 0 || ((Of & kRows) && line.plan.kind == Kind::rows)) {
     if constexpr (Of & kRows)
       with_vectors<N>(line.plan.log_across, [&](auto k) {
@@ -43,7 +43,7 @@ __device__ inline void do_block(const ForwardLine& line, int64_t block, Scratch<
 }
 
 template <class V, class W, int N, int Of, bool Finish, class Sum>
-__device__ inline void do_block(const BackwardLine& line, int64_t block, Scratch<Sum>& scratch) {
+__device__ inline void do_block(const BackwardLine& line, int block, Scratch<Sum>& scratch) {
   if ((Of & kTiles) == 0 || ((Of & kRows) && line.plan.kind == Kind::rows)) {
     if constexpr (Of & kRows)
       with_vectors<N>(line.plan.log_across, [&](auto k) {
@@ -57,17 +57,25 @@ __device__ inline void do_block(const BackwardLine& line, int64_t block, Scratch
   }
 }
 
+// Blocks that share a processor at least, as far as their registers go: up to 80 for three, up to
+// 128 for two. Three where the compiler needs no spills for them, see docs/cuda.md.
+template <class Line, class V, class W, int Capacity, int Of>
+constexpr int blocks_of_processor() {
+  constexpr bool forward = std::is_same_v<Line, ForwardLine>, f32 = sizeof(V) + sizeof(W) == 8;
+  if (Of == kRows) return forward || (f32 && Capacity == 1) ? 3 : 2;
+  return Of == kTiles && Capacity == 1 ? 3 : 2;
+}
+
 // Line: ForwardLine or BackwardLine. Of: what is in the table. Finish: the second launch, of the
-// split weights only. Single tiles fit into the registers of three blocks a processor: where a card
-// is barely full, the last blocks have others beside them.
+// split weights only.
 template <class Line, class V, class W, int Capacity, int Of, bool Finish>
-__global__ void __launch_bounds__(kThreads, Of == kTiles && Capacity == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, blocks_of_processor<Line, V, W, Capacity, Of>())
     weight_norm_kernel(const Table<Line, Capacity> __grid_constant__ table) {
   using Sum = typename Element<V>::Sum;
   WNKERNEL_SHARED(Scratch<Sum>, scratch);
   const int k = Capacity == 1 ? 0 : table.line_of(static_cast<int32_t>(blockIdx.x));
   const Line& line = table.lines[k];
-  const int64_t block = static_cast<int64_t>(blockIdx.x) - table.first[k];
+  const int block = static_cast<int>(blockIdx.x) - table.first[k];
   if (line.plan.vector > 1)
     do_block<V, W, kVectorBytes / sizeof(V), Of, Finish>(line, block, scratch);
   else

@@ -92,6 +92,11 @@ constexpr int strip_columns(int vector, int element_bytes) {
   return vector > 1 ? kStripBytes / element_bytes : kWarp;
 }
 
+// Threads side by side in a strip, a vector each: their number is 1 << strip_log_x().
+constexpr int strip_log_x(int vector) {
+  return ceil_log2(vector > 1 ? kStripBytes / kVectorBytes : kWarp);
+}
+
 // Partial sums that all blocks of a split weight leave behind.
 inline int64_t partial_sums(const Plan& p, int element_bytes) {
   if (p.split == 1) return 0;
@@ -152,7 +157,7 @@ inline bool plan_strips(Plan& p, int64_t outer, int element_bytes) {
   }
   if (p.pitch % p.vector || columns % p.vector || p.numel % p.vector) return false;
   p.width = columns / p.vector;
-  p.log_x = static_cast<uint8_t>(ceil_log2(most / p.vector));
+  p.log_x = static_cast<uint8_t>(strip_log_x(p.vector));
   p.log_across = 0;
   p.across = 1;
   const int64_t tile_lines = (kThreads >> p.log_x) * vectors(p.vector);

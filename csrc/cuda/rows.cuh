@@ -11,6 +11,8 @@ template <int N, int K>
 struct Rows {
   static constexpr int R = K < kRowVectors ? kRowVectors / K : 1;
 
+  static constexpr int kLogThreads = ceil_log2(kThreads);
+
   int threads;    // of a row
   int lane;       // of them
   int groups;     // that many rows at a time
@@ -19,11 +21,12 @@ struct Rows {
   int64_t inner;
   int width;
 
-  __device__ Rows(const Plan& p, int64_t block) {
-    threads = 1 << p.log_x;
+  __device__ Rows(const Plan& p, int block) {
+    const int log_x = K > kRowVectors ? kLogThreads : p.log_x;  // so many take all threads
+    threads = 1 << log_x;
     lane = threadIdx.x & (threads - 1);
-    groups = kThreads >> p.log_x;
-    first = block * (groups * R) + (threadIdx.x >> p.log_x);
+    groups = kThreads >> log_x;
+    first = int64_t{block} * (groups * R) + (threadIdx.x >> log_x);
     rows = p.rows;
     inner = p.inner;
     width = static_cast<int>(p.width);
@@ -42,10 +45,20 @@ struct Rows {
       for (int k = 0; k < K; ++k)
         x[r][k] = has(r, k) ? load<N>(static_cast<const T*>(p) + at(r, k)) : zeros<T, N>();
   }
+
+  // Asked for together with the rows, before anything is waited for.
+  template <class Line, class Sum>
+  __device__ void load_g(const Line& line, Sum (&g)[R]) const {
+    Held held[R];
+#pragma unroll
+    for (int r = 0; r < R; ++r) held[r] = has_row(r) ? load_held(line.g, line.g_type, row(r)) : 0;
+#pragma unroll
+    for (int r = 0; r < R; ++r) g[r] = value_of<Sum>(held[r], line.g_type);
+  }
 };
 
 template <class V, class W, int N, int K>
-__device__ inline void forward_rows(const ForwardLine& line, int64_t block,
+__device__ inline void forward_rows(const ForwardLine& line, int block,
                                     typename Element<V>::Sum* scratch) {
   using Sum = typename Element<V>::Sum;
   using Place = Rows<N, K>;
@@ -53,6 +66,8 @@ __device__ inline void forward_rows(const ForwardLine& line, int64_t block,
   const Place place(line.plan, block);
   Vector<V, N> v[R][K];
   place.load_all(line.v, v);
+  Sum g[R];
+  place.load_g(line, g);
 
   Sum squares[R], unit[R];
 #pragma unroll
@@ -69,6 +84,8 @@ __device__ inline void forward_rows(const ForwardLine& line, int64_t block,
           const Sum x = widen(v[r][k].x[j]) * unit[r];
           squares[r] = fma(x, x, squares[r]);
         }
+#pragma unroll
+      for (int k = 0; k < K; ++k) forget_widened(v[r][k]);
       squares[r] = reduce_group(squares[r], place.threads, scratch, Add());
       if (!again && place.has_row(r)) unit[r] = unit_of(squares[r]);
       extreme |= unit[r] != 1;
@@ -81,9 +98,8 @@ __device__ inline void forward_rows(const ForwardLine& line, int64_t block,
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (!place.has_row(r)) continue;
-    const Sum g = load_as<Sum>(line.g, line.g_type, place.row(r));
     const auto f =
-        Forwards<Sum>::of(squares[r], unit[r], g, static_cast<Sum>(line.eps), line.divisor_type);
+        Forwards<Sum>::of(squares[r], unit[r], g[r], static_cast<Sum>(line.eps), line.divisor_type);
     if (place.lane == 0) static_cast<Sum*>(line.norm)[place.row(r)] = f.norm;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -97,7 +113,7 @@ __device__ inline void forward_rows(const ForwardLine& line, int64_t block,
 }
 
 template <class V, class W, int N, int K>
-__device__ inline void backward_rows(const BackwardLine& line, int64_t block,
+__device__ inline void backward_rows(const BackwardLine& line, int block,
                                      typename Element<V>::Sum* scratch) {
   using Sum = typename Element<V>::Sum;
   using Place = Rows<N, K>;
@@ -107,23 +123,33 @@ __device__ inline void backward_rows(const BackwardLine& line, int64_t block,
   Vector<W, N> grad[R][K];
   place.load_all(line.v, v);
   place.load_all(line.grad_w, grad);
+  Sum norm[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+    norm[r] = place.has_row(r) ? __ldg(static_cast<const Sum*>(line.norm) + place.row(r)) : Sum(1);
+  Sum g[R];
+  place.load_g(line, g);
 
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t row = place.row(r);
-    const Sum norm = place.has_row(r) ? static_cast<const Sum*>(line.norm)[row] : Sum(1);
-    const auto b = Backwards<Sum>::of(norm, static_cast<Sum>(line.eps));
+    const auto b = Backwards<Sum>::of(norm[r], static_cast<Sum>(line.eps));
     Sum s = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
       for (int j = 0; j < N; ++j)
         s = fma(Sum(widen(grad[r][k].x[j])), widen(v[r][k].x[j]) * b.inverse, s);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      forget_widened(v[r][k]);
+      forget_widened(grad[r][k]);
+    }
     s = reduce_group(s, place.threads, scratch, Add());
     if (!place.has_row(r)) continue;
     if (line.grad_g && place.lane == 0) store_as(line.grad_g, line.g_type, row, s);
     if (!line.grad_v) continue;
-    const Sum ratio = load_as<Sum>(line.g, line.g_type, row) * b.inverse;
+    const Sum ratio = g[r] * b.inverse;
     const Sum along = b.clamped ? Sum(0) : s;
 #pragma unroll
     for (int k = 0; k < K; ++k) {

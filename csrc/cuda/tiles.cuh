@@ -21,55 +21,63 @@ template <bool Strip, int N>
 struct Tiles {
   static constexpr int M = Strip ? N : 1;  // columns of a thread
   static constexpr int K = vectors(N);     // of a tile, of a thread
+  static constexpr int kStripLogX = strip_log_x(N);
 
   const Plan& plan;
-  int64_t strip;   // or row
+  int strip;       // or row
   int part;        // of the blocks that share it
   int start, end;  // tiles
-  int64_t origin;
-  int64_t width;  // vectors of a line
-  int x, y;       // of this thread in a tile
+  int x, y;        // of this thread in a tile
+  int64_t origin;  // of the row or strip
+  int64_t lines;   // that this thread has vectors of
 
-  __device__ Tiles(const Plan& p, int64_t block) : plan(p) {
+  __device__ Tiles(const Plan& p, int block) : plan(p) {
     strip = block / p.split;
-    part = static_cast<int>(block - strip * p.split);
+    part = block - strip * p.split;
     start = part * p.per_block;
     end = p.tiles - start < p.per_block ? p.tiles : start + p.per_block;
-    x = threadIdx.x & ((1 << p.log_x) - 1);
-    y = threadIdx.x >> p.log_x;
-    origin = strip * (Strip ? p.strip_rows : 1) * p.inner;
-    width = p.width;
-    if (Strip && width > (p.pitch - origin) / N) width = (p.pitch - origin) / N;
+    x = threadIdx.x & ((1 << log_x()) - 1);
+    y = threadIdx.x >> log_x();
+    origin = int64_t{strip} * (Strip ? p.strip_rows : 1) * p.inner;
+    lines = !Strip || x < width() ? p.lines : 0;
   }
 
-  __device__ int threads_y() const { return kThreads >> plan.log_x; }
-  __device__ int columns() const { return Strip ? N << plan.log_x : 1; }
+  __device__ int log_x() const { return Strip ? kStripLogX : plan.log_x; }
+  __device__ int threads_y() const { return kThreads >> log_x(); }
+  // Vectors of a line. A strip at the end has what is left.
+  __device__ int64_t width() const {
+    const int64_t left = (plan.pitch - origin) / N;
+    return Strip && plan.width > left ? left : plan.width;
+  }
+  __device__ int columns() const { return Strip ? N << log_x() : 1; }
   __device__ int column(int j) const { return Strip ? x * N + j : 0; }
   __device__ int inner() const { return static_cast<int>(plan.inner); }  // of strips
 
   // Of the column that this thread owns, if it owns one.
   __device__ int own() const { return static_cast<int>(threadIdx.x); }
   __device__ int64_t row() const {
-    return Strip ? strip * plan.strip_rows + own() / inner() % plan.strip_rows : strip;
+    return Strip ? int64_t{strip} * plan.strip_rows + own() / inner() % plan.strip_rows : strip;
   }
-  __device__ bool owns_row() const { return own() < columns() && (!Strip || own() < width * N); }
+  __device__ bool owns_row() const { return own() < columns() && (!Strip || own() < width() * N); }
   // Whether it is the one to write what there is once for a row.
   __device__ bool is_first() const {
     if (part != 0 || !owns_row()) return false;
     return !Strip || (own() < plan.strip_rows * inner() && own() % inner() == 0);
   }
 
-  // Vector k of this thread: where it begins, -1 if there is none.
+  // Vector k of this thread in a tile: where it begins, -1 if there is none. Those of a strip lie
+  // one below the other, whatever their tile.
   __device__ int64_t at(int tile, int k) const {
-    const int below = Strip ? tile : tile / plan.across, beside = tile - below * plan.across;
-    const int log = plan.log_across;
-    const int64_t line = (static_cast<int64_t>(below) * (K >> log) + (k >> log)) * threads_y() + y;
+    const int log = plan.log_across, below = tile / plan.across,
+              beside = tile - below * plan.across;
+    const int64_t step = Strip ? int64_t{tile} * K + k : int64_t{below} * (K >> log) + (k >> log);
+    const int64_t line = step * threads_y() + y;
     const int64_t column =
-        ((static_cast<int64_t>(beside) << log | (k & ((1 << log) - 1))) << plan.log_x) + x;
-    const int64_t offset = line * plan.pitch + column * N;
+        Strip ? x : ((int64_t{beside} << log | (k & ((1 << log) - 1))) << log_x()) + x;
+    const int64_t start = origin + column * N + line * plan.pitch;
     // Where lines of a narrow matrix lie side by side, the last line may end early.
-    const bool there = line < plan.lines && column < width && origin + offset < plan.numel;
-    return there ? origin + offset : -1;
+    const bool there = Strip ? start < plan.numel : column < plan.width;
+    return line < lines && there ? start : -1;
   }
 
   // Over the block: one for each column, in the thread that owns it. It takes a barrier to come
@@ -77,7 +85,7 @@ struct Tiles {
   template <class Sum, class Op>
   __device__ Sum reduce(const Sum (&sums)[M], Scratch<Sum>& scratch, Op op) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int lanes = Strip ? 1 << plan.log_x : 1;  // with different columns
+    const int lanes = Strip ? 1 << log_x() : 1;  // with different columns
 #pragma unroll
     for (int j = 0; j < M; ++j) {
       const Sum sum = reduce_lanes(sums[j], lanes, kWarp, op);
@@ -119,8 +127,8 @@ struct Tiles {
 
   // Of the parts of a split row or strip: `planes` numbers of every block for each of its columns.
   template <class Sum>
-  __device__ Sum* partial_sum(void* partials, int64_t block, int plane, int planes, int c) const {
-    return static_cast<Sum*>(partials) + (block * planes + plane) * columns() + c;
+  __device__ Sum* partial_sum(void* partials, int part, int plane, int planes, int c) const {
+    return static_cast<Sum*>(partials) + (int64_t{part} * planes + plane) * columns() + c;
   }
 };
 
