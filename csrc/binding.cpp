@@ -56,8 +56,15 @@ std::optional<at::ScalarType> as_dtype(PyObject* object) {
   return reinterpret_cast<THPDtype*>(object)->scalar_type;
 }
 
-// Weights up to this size are done before another thread could have made use of the GIL.
+// Weights up to this size are done on the CPU before another thread could have made use of the GIL.
 constexpr int64_t kHoldGil = 16384;
+
+// A launch on a GPU takes the driver as long for a small weight as for a large one, and memory for
+// w may have to be waited for.
+bool holds_gil(const at::Tensor& v) {
+  const auto size = v.sym_numel().maybe_as_int();
+  return v.is_cpu() && size && *size <= kHoldGil;
+}
 
 std::string py_cuda_reason([[maybe_unused]] c10::DeviceIndex device) {
 #if defined(WNKERNEL_CUDA)
@@ -92,7 +99,7 @@ PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const double eps = as_eps(args[3]);
   const auto out_dtype = as_dtype(args[4]);
   std::optional<pybind11::gil_scoped_release> no_gil;
-  if (const auto size = v.sym_numel().maybe_as_int(); !size || *size > kHoldGil) no_gil.emplace();
+  if (!holds_gil(v)) no_gil.emplace();
   at::Tensor w = weight_norm(v, g, dim, eps, out_dtype);
   no_gil.reset();
   return THPVariable_Wrap(std::move(w));

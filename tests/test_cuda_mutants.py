@@ -22,6 +22,7 @@ from .simt.cases import (
     assert_right,
     assert_right_forward,
     case,
+    differences,
     run_forward,
     run_list,
 )
@@ -37,7 +38,9 @@ VIEWS = [
     (1, 2, 8201), (2, 2, 4100), (50, 3, 140),
     (171, 2, 3), (267, 2, 4), (67, 21, 2), (67, 40, 1), (35, 3, 15), (67, 16, 3), (300, 64, 1),
 ]  # fmt: skip
-SPLIT = [(1, 3, 32_772), (230, 2, 72), (900, 10, 4), (5170, 2, 3)]
+SPLIT = [(1, 3, 32_772), (230, 2, 72), (900, 10, 4), (5170, 2, 3), (1150, 17, 1)]
+PROCESSORS = (132, 1)
+"""Of two cards. On the small one a block takes several parts of a row."""
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +106,26 @@ def make_batches() -> list[list[Case]]:
     alone += [bounded_by_norms(view) for view in ((1, 4, 64), (64, 4, 36))]
     alone += [around_a_limit(SPLIT[2])]
     mixed = [case(view, aligned=k % 3 > 0) for k, view in enumerate(VIEWS)]
-    split = [*map(case, SPLIT[::2]), *(extreme(view, 1e15) for view in SPLIT[1::2])]
+    split = [*map(case, SPLIT[::2]), *(extreme(view, 1e15) for view in SPLIT[1:])]
+    split.append(extreme(SPLIT[-1], 1e-30))
     many = [case((1, 1, 4)) for _ in range(MOST_LINES + 1)]
     return [*([c] for c in alone), mixed, many, *([c] for c in split), split[:2]]
 
 
 def check(mutated: Worker, batches: list[list[Case]], mutant: int = 0) -> None:
-    """AssertionError for what is wrong. Orders of threads take turns."""
+    """AssertionError for what is wrong. Orders of threads take turns, and so do cards."""
     for of in FORWARD:
         for view in VIEWS[::4]:
             c = with_g(view, *of)
             assert_right_forward(c, *run_forward(mutated, [c], mutant=mutant).results)
     for k, cases in enumerate(batches):
-        results = run_list(mutated, cases, ORDERS[k % len(ORDERS)], mutant).results
+        order, processors = ORDERS[k % len(ORDERS)], PROCESSORS[k % len(PROCESSORS)]
+        results = run_list(mutated, cases, order, mutant, processors).results
         for c, result in zip(cases, results, strict=True):
             assert_right(c, result)
+    c = case(SPLIT[0])
+    large, small = (run_list(mutated, [c], mutant=mutant, processors=n) for n in PROCESSORS)
+    assert not differences(large.results[0], small.results[0])
     for view in LARGE:
         assert_ends_right(mutated, view, mutant)
 

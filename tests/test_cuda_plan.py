@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 ITEMSIZES = (2, 4, 8)
 THREADS, WARP, ROW_VECTORS, STRIP_BYTES = 256, 32, 4, 128
-FILL, SPLIT_FROM, STRIP_TILES = 512, 8, 2
-MAX_SPLIT = {RUNS: 512, STRIPS: 128}
+FILL, SPLIT_FROM, STRIP_TILES = 384, 8, 2
+STRIP_PARTS, TILES_OF_MORE_PARTS = 128, 16
 """Numbers that csrc/cuda/plan.h gives reasons for."""
 INT32 = 2**31
 
@@ -74,6 +74,11 @@ def plan_of(planner: Worker, view: View) -> Plan:
     return plan
 
 
+def sharing(p: Plan) -> int:
+    """Blocks of a row or strip."""
+    return -(-p.parts // p.per_block)
+
+
 def columns(p: Plan) -> int:
     """Of a strip, with those that it does not have."""
     return p.vector << p.log_x
@@ -83,7 +88,8 @@ def places(p: Plan) -> tuple[np.ndarray, ...]:
     """Of every vector: its block, where it begins, and its column in a strip; as the kernels
     compute them."""
     block, step, k, thread = np.ogrid[
-        : p.blocks, : p.per_block if p.kind != ROWS else max(1, ROW_VECTORS >> p.log_across),
+        : p.blocks,
+        : p.per_block * p.per_part if p.kind != ROWS else max(1, ROW_VECTORS >> p.log_across),
         : vectors_of_tile(p) if p.kind != ROWS else 1 << p.log_across, :THREADS,
     ]  # fmt: skip
     x, y, height = thread & ((1 << p.log_x) - 1), thread >> p.log_x, THREADS >> p.log_x
@@ -93,7 +99,8 @@ def places(p: Plan) -> tuple[np.ndarray, ...]:
         start = row * p.inner + column * p.vector
         there = (row < p.rows) & (column < p.width)
     else:
-        strip, tile = block // p.split, block % p.split * p.per_block + step
+        strip, first = block // sharing(p), block % sharing(p) * p.per_block * p.per_part
+        tile = first + step
         below, beside = tile // p.across, tile % p.across
         line = (below * (vectors_of_tile(p) >> p.log_across) + (k >> p.log_across)) * height + y
         side = (beside << p.log_across) + (k & ((1 << p.log_across) - 1))
@@ -118,11 +125,11 @@ def check_places(view: View, p: Plan) -> None:
     for j in (0, p.vector - 1):
         row = (start + j) // view.inner % view.rows
         if p.kind == RUNS:
-            assert (row == block // p.split).all()
+            assert (row == block // sharing(p)).all()
         if p.kind == STRIPS:
             own = column * p.vector + j
             assert (own < columns(p)).all()
-            first = block // p.split * p.strip_rows
+            first = block // sharing(p) * p.strip_rows
             assert (row == first + own // p.inner % p.strip_rows).all()
 
 
@@ -134,22 +141,22 @@ def check_limits(view: View, p: Plan) -> None:
         assert p.width <= 1 << p.log_x + p.log_across < 2 * p.width
         alone, several = p.width <= WARP, p.width <= THREADS * ROW_VECTORS
         assert p.log_across == (0 if alone else 2 if several else 3)
-        assert (p.split, p.per_block, p.partial_sums) == (1, 1, 0)
+        assert (p.parts, p.per_part, p.per_block, p.partial_sums) == (1, 1, 1, 0)
         return
     height = (THREADS >> p.log_x) * (vectors_of_tile(p) >> p.log_across)
     side = p.width if p.kind == RUNS else 1 << p.log_x
     assert p.across == -(-side // (1 << p.log_x << p.log_across))
     assert p.tiles == -(-p.lines // height) * p.across < INT32
-    assert 1 <= p.split <= MAX_SPLIT[p.kind]
-    assert (p.split - 1) * p.per_block < p.tiles <= p.split * p.per_block
-    parts = p.rows if p.kind == RUNS else -(-p.rows // p.strip_rows)
-    assert (p.split > 1) == (p.tiles >= SPLIT_FROM and parts < FILL)
-    assert p.split == 1 or p.kind == RUNS or p.per_block >= STRIP_TILES
-    assert p.blocks == parts * p.split
-    assert p.split == 1 or (p.split - 1) * parts < FILL
+    assert (p.parts - 1) * p.per_part < p.tiles <= p.parts * p.per_part
+    whole = p.rows if p.kind == RUNS else -(-p.rows // p.strip_rows)
+    assert (p.parts > 1) == (p.tiles >= SPLIT_FROM and 2 * whole <= FILL)
+    assert p.parts == 1 or p.parts * whole <= FILL
+    assert p.blocks == whole * sharing(p)
     kept = columns(p) if p.kind == STRIPS else 1
-    assert p.partial_sums == (p.blocks * kept if p.split > 1 else 0)
+    assert p.partial_sums == (whole * p.parts * kept if p.parts > 1 else 0)
     if p.kind == STRIPS:
+        assert p.parts == 1 or p.per_part >= STRIP_TILES
+        assert p.parts <= max(STRIP_PARTS, p.tiles // TILES_OF_MORE_PARTS)
         assert columns(p) == (STRIP_BYTES // view.element_bytes if p.vector > 1 else WARP)
         assert p.strip_rows * p.inner <= p.width * p.vector <= columns(p)
 
@@ -177,7 +184,7 @@ def test_every_element_is_in_one_block_of_a_split_row(planner, data):
         View(1, rows, length, itemsize, vector),
     ):
         p = plan_of(planner, view)
-        assert p.split > 1
+        assert p.parts > 1
         check_limits(view, p)
         check_places(view, p)
 
@@ -205,7 +212,7 @@ def test_edges(planner, itemsize):
     for view, p in zip(every, planner.ask(Plans(every)), strict=True):
         check_limits(view, p)
         check_places(view, p)
-    kinds = {(p.kind, p.vector > 1, p.split > 1) for p in planner.ask(Plans(every))}
+    kinds = {(p.kind, p.vector > 1, p.parts > 1) for p in planner.ask(Plans(every))}
     rows = {(ROWS, wide, False) for wide in (False, True)}
     assert kinds == rows | {(k, w, s) for k in (RUNS, STRIPS) for w in (0, 1) for s in (0, 1)}
 
@@ -249,7 +256,8 @@ def test_weights_of_real_models(planner, itemsize):
     [
         ((768 * 48, 128, 1), (192, 384)),
         ((1, 1, 768 * 48 * 128), (288, 384)),
-        ((1024 * 64, 128, 1), (256, 512)),
+        ((1024 * 64, 128, 1), (256, 344)),
+        ((2048 * 2048, 5, 1), (256, 373)),
         ((1, 1, 4_700_000), (287, 383)),
         ((1, 1, 786_432), (96, 192)),
         ((1, 1, 262_136), (32, 64)),
@@ -267,14 +275,49 @@ def test_few_rows_with_much_data_are_spread_over_a_card(planner, view, blocks):
         assert p.blocks == expected
 
 
+CARDS = {"one": 1, "four": 4, "L4": 58, "A100": 108, "4090": 128, "H100": 132, "B200": 148}
+"""Processors."""
+
+
+@settings(max_examples=100)
+@given(
+    view=views(2**38), places=st.sampled_from([3 * n for n in CARDS.values()]) | st.integers(1, 999)
+)
+def test_a_card_chooses_blocks_and_nothing_else(planner, view, places):
+    """Waves as short as they can be together, and of equals the fewest."""
+    p, here = planner.ask(Plans([view])) + planner.ask(Plans([view], places))
+    assert here == p._replace(per_block=here.per_block, blocks=here.blocks)
+    whole = here.blocks // sharing(here)
+
+    def length(per_block: int) -> tuple[int, int]:
+        waves = -(-whole * -(-p.parts // per_block) // places)
+        return waves * per_block, waves
+
+    assert length(here.per_block) == min(map(length, range(1, p.parts + 1)))
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_every_element_is_in_one_block_of_every_card(planner, data):
+    view = View(
+        *data.draw(st.sampled_from([(1, 1, 1 << 17), (9000, 3, 1), (5170, 2, 3), (230, 2, 72)])),
+        4,
+        4,
+    )
+    (p,) = planner.ask(Plans([view], data.draw(st.integers(1, 50))))
+    assert p.parts > 1
+    check_limits(view, p)
+    check_places(view, p)
+
+
 def test_rows_of_few_tiles_are_not_split(planner):
     """A second launch costs more than it saves there."""
     for split, views in (
-        (False, ((1, 1, 7 * 4096), (7 * 128, 64, 1), (1, 512, 1 << 15))),
-        (True, ((1, 1, 7 * 4096 + 4), (7 * 128 + 1, 64, 1), (1, 511, 1 << 15))),
+        (False, ((1, 1, 7 * 4096), (7 * 128, 64, 1), (1, 193, 1 << 15))),
+        (True, ((1, 1, 7 * 4096 + 4), (7 * 128 + 1, 64, 1), (1, 192, 1 << 15))),
     ):
         for view in views:
-            assert (plan_of(planner, View(*view, 4, 4)).split > 1) == split
+            assert (plan_of(planner, View(*view, 4, 4)).parts > 1) == split
 
 
 def test_numbers_are_those_of_the_sources(planner):
@@ -283,9 +326,6 @@ def test_numbers_are_those_of_the_sources(planner):
     assert (n.threads, n.warp, n.row_vectors) == (THREADS, WARP, ROW_VECTORS)
     assert (n.vector_bytes, n.strip_bytes) == (VECTOR_BYTES, STRIP_BYTES)
     assert (n.fill, n.split_from, n.strip_tiles) == (FILL, SPLIT_FROM, STRIP_TILES)
-    assert {RUNS: n.most_split, STRIPS: n.most_strip_split} == MAX_SPLIT
+    assert (n.strip_parts, n.tiles_of_more_parts) == (STRIP_PARTS, TILES_OF_MORE_PARTS)
     assert n.most_lines == MOST_LINES
-    shared = (launch_table.THREADS, launch_table.VECTOR_BYTES, launch_table.FILL)
-    assert (n.threads, n.vector_bytes, n.fill) == shared
-    assert n.most_split == launch_table.MAX_SPLIT
-    assert n.split_from == 2 * launch_table.SPLIT_TILES
+    assert (n.threads, n.vector_bytes) == (launch_table.THREADS, launch_table.VECTOR_BYTES)

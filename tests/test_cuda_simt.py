@@ -116,7 +116,7 @@ RUNS_OF = {
 def test_runs(kernels, name, aligned):
     c = case(RUNS_OF[name], aligned=aligned)
     p = plan_of(kernels, c)
-    assert (p.kind, p.split) == (RUNS, 1)
+    assert (p.kind, p.parts) == (RUNS, 1)
     check(kernels, c)
 
 
@@ -148,7 +148,7 @@ STRIPS_OF = {
 def test_strips(kernels, name, aligned):
     c = case(STRIPS_OF[name], aligned=aligned)
     p = plan_of(kernels, c)
-    assert (p.kind, p.split) == (STRIPS, 1)
+    assert (p.kind, p.parts) == (STRIPS, 1)
     check(kernels, c)
 
 
@@ -204,7 +204,7 @@ def test_split_rows(kernels, name, order):
     """Orders of threads take turns."""
     c = case(SPLIT[name])
     p = plan_of(kernels, c)
-    assert p.split > 1
+    assert p.parts > 1
     assert p.kind == (RUNS if "r" in name[0] or "wide" in name else STRIPS)
     assert_right(c, run(kernels, c, order))
 
@@ -215,32 +215,32 @@ def test_split_rows_differ_in_every_way(kernels):
     every = {(k, wide) for k in (RUNS, STRIPS) for wide in (False, True)}
     assert {(p.kind, p.vector > 1) for p in plans} == every
     strips = [p for p in plans if p.kind == STRIPS]
-    assert {p.tiles % p.per_block > 0 for p in strips} == {True, False}
-    assert any(p.split > 256 >> p.log_x for p in strips)
+    assert {p.tiles % p.per_part > 0 for p in strips} == {True, False}
+    assert any(p.parts > 256 >> p.log_x for p in strips)
     for kind in (RUNS, STRIPS):
-        assert any(p.blocks > p.split for p in plans if p.kind == kind)
+        assert any(p.blocks > p.parts for p in plans if p.kind == kind)
 
 
 @pytest.mark.parametrize("pair", [name for name in PAIRS if name != "f32"])
 @pytest.mark.parametrize("view", [(450, 2, 72), (900, 72, 1)], ids=str)
 def test_split_rows_of_every_type(kernels, view, pair):
     c = case(view, PAIRS[pair])
-    assert plan_of(kernels, c).split > 1
+    assert plan_of(kernels, c).parts > 1
     assert_right(c, run(kernels, c))
 
 
 @pytest.mark.parametrize(
-    ("view", "split", "aligned"),
+    ("view", "parts", "aligned"),
     [((1, 1, (1 << 20) + 1), 257, False), ((8400, 5, 4), 33, True)],
     ids=str,
 )
-def test_more_parts_than_threads_add_up(kernels, view, split, aligned):
+def test_more_parts_than_threads_add_up(kernels, view, parts, aligned):
     """Those of a row are for 256 threads, those of a column here for 32. Of a row they have several
     tiles only where it is as long as this one, and the last part has fewer."""
     c = case(view, aligned=aligned)
     p = plan_of(kernels, c)
-    assert p.split == split
-    assert p.per_block == 2
+    assert p.parts == parts
+    assert p.per_part == 2
     assert_right_forward(c, *run_forward(kernels, [c]).results)
 
 

@@ -74,6 +74,23 @@ def test_a_list_has_the_bits_of_its_weights_alone(kernels, pairs, views, order):
         assert not differences(listed, run(kernels, c))
 
 
+@pytest.mark.parametrize("order", [LOCKSTEP, ASCENDING, DESCENDING])
+def test_every_card_gives_the_same_bits(kernels, order):
+    """However many parts of a row its blocks take, alone and in a list."""
+    cases = [case(view) for view in (*SPLIT, (1150, 17, 1), (230, 2, 72))]
+    cases[-1].v[:, 0] *= 1e15  # is added up again
+    cases[-1].v[:80, 0] /= 1e15
+    runs = [run_list(kernels, cases, order, processors=n) for n in (132, 1, 4, 58, 108, 148)]
+    for c, *results in zip(cases, *(r.results for r in runs), strict=True):
+        assert_right(c, results[0])
+        for other in results[1:]:
+            assert not differences(results[0], other)
+    grids = {(r.forward[0].blocks, r.backward[1].blocks) for r in runs}
+    assert len(grids) >= 3
+    alone = run_list(kernels, cases[:1], order, processors=1).results
+    assert not differences(alone[0], runs[0].results[0])
+
+
 def test_more_weights_than_a_table_has_lines(kernels):
     cases = [case((1, 2, 4 + k % 7)) for k in range(2 * MOST_LINES + 1)]
     cases[MOST_LINES + 3] = case(SPLIT[0])
@@ -99,7 +116,7 @@ def test_at_most_two_launches_for_a_pair_of_types(kernels):
     for views, launches in ((ROWS, 1), (ROWS + OTHERS, 1), (ROWS + OTHERS + SPLIT, 2)):
         cases = [case(view) for view in views]
         plans = [plan_of(kernels, c) for c in cases]
-        blocks = [sum(p.blocks for p in plans), sum(p.blocks for p in plans if p.split > 1)]
+        blocks = [sum(p.blocks for p in plans), sum(p.blocks for p in plans if p.parts > 1)]
         got = run_list(kernels, cases)
         for each in (got.forward, got.backward):
             assert [launch.blocks for launch in each] == blocks[:launches]

@@ -8,7 +8,7 @@ template <class V, class W, int N, bool Strip, bool Finish>
 __device__ inline void backward_tiles(const BackwardLine& line, int block,
                                       Scratch<typename Element<V>::Sum>& scratch) {
   using Sum = typename Element<V>::Sum;
-  const Tiles<Strip, N> tiles(line.plan, block);
+  const Tiles<Strip, N> tiles(line.plan, line.per_block, block);
   constexpr int M = Tiles<Strip, N>::M;
   const V* v = static_cast<const V*>(line.v);
   const W* grad_w = static_cast<const W*>(line.grad_w);
@@ -16,7 +16,8 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
   // Vectors of v, and as many of grad_w, that are on their way at a time: of a whole tile, or of
   // half a one. The one read last comes first where results are stored: it is in registers still.
   constexpr int K = Tiles<Strip, N>::K, B = N == 8 ? K / 2 : K, kSteps = K / B;
-  const int first = tiles.start * kSteps, last = tiles.end * kSteps - 1;
+  const int first = tiles.start(tiles.part) * kSteps;
+  const int last = tiles.start(tiles.part_end) * kSteps - 1;
   const auto place = [&](int step, int k) {
     const int half = kSteps == 1 ? 0 : step & 1;
     return tiles.at(step / kSteps, half * B + k);
@@ -34,12 +35,17 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
 
   // Norms, g and the first vectors are asked for together, before anything is waited for.
   Sum norm = 1;
-  Held g = 0;
+  Held<Sum> g = 0;
   if (tiles.owns_row()) {
     norm = __ldg(static_cast<const Sum*>(line.norm) + tiles.row());
-    g = load_held(line.g, line.g_type, tiles.row());
+    g = load_held<Sum>(line.g, line.g_type, tiles.row());
   }
-  load_step(Finish ? last : first);
+  // Eight columns of halves, or float64, leave no registers to keep a tile in until all is added up.
+  constexpr bool kHeld = N < 8 && sizeof(Sum) == 4;
+  if constexpr (!Finish)
+    load_step(first);
+  else if constexpr (kHeld)
+    load_step(last);
   const auto own = Backwards<Sum>::of(norm, static_cast<Sum>(line.eps));
   tiles.set(1, own.inverse, scratch);
   tiles.set(2, value_of<Sum>(g, line.g_type) * own.inverse, scratch);
@@ -51,44 +57,49 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
 
   Sum s;
   if constexpr (Finish) {
-    const int parts = tiles.strip * line.plan.split;
     const int begin = Strip ? tiles.y : threadIdx.x, by = Strip ? tiles.threads_y() : kThreads;
 #pragma unroll(M > 4 ? 1 : 4)
-    for (int q = begin; q < line.plan.split; q += by)
+    for (int q = begin; q < line.plan.parts; q += by)
 #pragma unroll
       for (int m = 0; m < M; ++m)
-        sums[m] += __ldg(tiles.template partial_sum<Sum>(line.partials, parts + q, 0,
-                                                         kBackwardPlanes, tiles.column(m)));
+        sums[m] += __ldg(
+            tiles.template partial_sum<Sum>(line.partials, q, 0, kBackwardPlanes, tiles.column(m)));
     s = tiles.reduce(sums, scratch, Add());
   } else {
+    int step = first;
+    for (int part = tiles.part;; ++part) {
+      const int end = tiles.start(part + 1) * kSteps;
 #pragma unroll 1
-    for (int step = first;; load_step(step)) {
+      for (;; load_step(step)) {
 #pragma unroll
-      for (int k = 0; k < B; ++k)
+        for (int k = 0; k < B; ++k)
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          const int m = Strip ? j : 0;
-          sums[m] = fma(Sum(widen(grad[k].x[j])), widen(x[k].x[j]) * inverse[m], sums[m]);
-        }
-      if (++step > last) break;
-    }
-    s = tiles.add_up(sums, scratch);
-    if (line.plan.split > 1) {
+          for (int j = 0; j < N; ++j) {
+            const int m = Strip ? j : 0;
+            sums[m] = fma(Sum(widen(grad[k].x[j])), widen(x[k].x[j]) * inverse[m], sums[m]);
+          }
+        if (++step == end) break;
+      }
+      s = tiles.add_up(sums, scratch);
+      if (line.plan.parts == 1) break;
       if (tiles.own() < tiles.columns())
-        *tiles.template partial_sum<Sum>(line.partials, block, 0, kBackwardPlanes, tiles.own()) = s;
-      return;
+        *tiles.template partial_sum<Sum>(line.partials, part, 0, kBackwardPlanes, tiles.own()) = s;
+      if (part + 1 == tiles.part_end) return;
+      load_step(step);
+#pragma unroll
+      for (int m = 0; m < M; ++m) sums[m] = 0;
+      __syncthreads();
     }
   }
 
   if (line.grad_g && tiles.is_first()) store_as(line.grad_g, line.g_type, tiles.row(), s);
   if (!line.grad_v) return;
+  if constexpr (!kHeld) load_step(last);
   tiles.set(1, own.clamped ? Sum(0) : s, scratch);
   __syncthreads();
   Sum ratio[M], along[M];
   tiles.get(2, ratio, scratch);
   tiles.get(1, along, scratch);
-  // Eight columns of halves leave no registers to keep it in.
-  if constexpr (!Finish && N == 8) load_step(last);
 #pragma unroll 1
   for (int step = last;; load_step(step)) {
 #pragma unroll

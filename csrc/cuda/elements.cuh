@@ -1,6 +1,7 @@
 // Elements of arrays: vectors of them in memory, and their values in the type of sums.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "../weight_norm.h"
 #include "device.h"
@@ -116,10 +117,13 @@ __device__ inline void forget_widened(Vector<T, N>& v) {
 }
 
 // Element k of an array whose type is not compiled in, as it lies in memory: asked for early, while
-// other loads are on their way, and looked at where it is needed. No thread of the launch writes to
-// the array.
-using Held = uint64_t;
-__device__ inline Held load_held(const void* p, DType type, int64_t k) {
+// other loads are on their way, and looked at where it is needed. Only a float64 that is to be a
+// float32 is waited for and rounded at once. No thread of the launch writes to the array.
+template <class Sum>
+using Held = std::conditional_t<sizeof(Sum) == 8, uint64_t, uint32_t>;
+
+template <class Sum>
+__device__ inline Held<Sum> load_held(const void* p, DType type, int64_t k) {
   switch (type) {
     case DType::f16:
     case DType::bf16:
@@ -127,19 +131,22 @@ __device__ inline Held load_held(const void* p, DType type, int64_t k) {
     case DType::f32:
       return __ldg(static_cast<const uint32_t*>(p) + k);
     default:
-      return __ldg(static_cast<const uint64_t*>(p) + k);
+      const Sum x = static_cast<Sum>(__ldg(static_cast<const double*>(p) + k));
+      Held<Sum> held;
+      memcpy(&held, &x, sizeof(x));
+      return held;
   }
 }
 
-template <class T>
-__device__ inline T bits_as(Held held) {
+template <class T, class Bits>
+__device__ inline T bits_as(Bits held) {
   T x;
   memcpy(&x, &held, sizeof(x));  // the bytes that come first are the lowest
   return x;
 }
 
 template <class Sum>
-__device__ inline Sum value_of(Held held, DType type) {
+__device__ inline Sum value_of(Held<Sum> held, DType type) {
   switch (type) {
     case DType::f16:
       return static_cast<Sum>(widen(bits_as<__half>(held)));
@@ -148,7 +155,7 @@ __device__ inline Sum value_of(Held held, DType type) {
     case DType::f32:
       return static_cast<Sum>(bits_as<float>(held));
     default:
-      return static_cast<Sum>(bits_as<double>(held));
+      return bits_as<Sum>(held);
   }
 }
 

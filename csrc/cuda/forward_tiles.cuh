@@ -1,6 +1,6 @@
-// Forward of rows over many tiles. 1: sums of squares, tile by tile. 2: where a row is split, they
-// are left behind, and the second launch (Finish) adds them up. 3: norms, and w, the tiles read
-// last first: the very last is still in registers, those before it in a cache.
+// Forward of rows over many tiles. 1: sums of squares, tile by tile. 2: where a row is split, those
+// of each part are left behind, and the second launch (Finish) adds them up. 3: norms, and w, the
+// tiles read last first: the very last is still in registers, those before it in a cache.
 #pragma once
 #include "tiles.cuh"
 
@@ -16,15 +16,16 @@ __device__ inline void load_tile(const Tiles<Strip, N>& tiles, int tile, const V
   }
 }
 
-// Squares of unit * v, in each of a thread's columns. Leaves the last tile in x.
+// Squares of unit * v of a part, in each of a thread's columns. Leaves the last tile in x.
 template <class V, bool Strip, int N, class Sum>
-__device__ inline void add_squares(const Tiles<Strip, N>& tiles, const V* v,
+__device__ inline void add_squares(const Tiles<Strip, N>& tiles, int part, const V* v,
                                    const Sum (&unit)[Tiles<Strip, N>::M],
                                    Sum (&sums)[Tiles<Strip, N>::M],
                                    Vector<V, N> (&x)[Tiles<Strip, N>::K]) {
 #pragma unroll
   for (int m = 0; m < tiles.M; ++m) sums[m] = 0;
-  for (int tile = tiles.start; tile < tiles.end; ++tile) {
+  const int end = tiles.start(part + 1);
+  for (int tile = tiles.start(part); tile < end; ++tile) {
     load_tile(tiles, tile, v, x);
 #pragma unroll
     for (int k = 0; k < tiles.K; ++k)
@@ -34,6 +35,8 @@ __device__ inline void add_squares(const Tiles<Strip, N>& tiles, const V* v,
         const Sum y = widen(x[k].x[j]) * unit[m];
         sums[m] = fma(y, y, sums[m]);
       }
+#pragma unroll
+    for (int k = 0; k < tiles.K; ++k) forget_widened(x[k]);
   }
 }
 
@@ -52,11 +55,10 @@ template <bool Strip, int N, class Sum>
 __device__ inline void add_parts(const Tiles<Strip, N>& tiles, const ForwardLine& line,
                                  Scratch<Sum>& scratch, Sum& squares, Sum& unit) {
   constexpr int M = Tiles<Strip, N>::M;
-  const int first = tiles.strip * line.plan.split;
   const int begin = Strip ? tiles.y : threadIdx.x, step = Strip ? tiles.threads_y() : kThreads;
   const auto part = [&](int q, int plane, int m) {
-    return __ldg(tiles.template partial_sum<Sum>(line.partials, first + q, plane, kForwardPlanes,
-                                                 tiles.column(m)));
+    return __ldg(
+        tiles.template partial_sum<Sum>(line.partials, q, plane, kForwardPlanes, tiles.column(m)));
   };
   Sum own[M], units[M], sums[M];
 #pragma unroll
@@ -65,7 +67,7 @@ __device__ inline void add_parts(const Tiles<Strip, N>& tiles, const ForwardLine
     sums[m] = 0;
   }
 #pragma unroll(M > 4 ? 1 : 4)
-  for (int q = begin; q < line.plan.split; q += step)
+  for (int q = begin; q < line.plan.parts; q += step)
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       const Sum of_part = part(q, 1, m), smaller = Min()(own[m], of_part);
@@ -85,47 +87,52 @@ template <class V, class W, int N, bool Strip, bool Finish>
 __device__ inline void forward_tiles(const ForwardLine& line, int block,
                                      Scratch<typename Element<V>::Sum>& scratch) {
   using Sum = typename Element<V>::Sum;
-  const Tiles<Strip, N> tiles(line.plan, block);
+  const Tiles<Strip, N> tiles(line.plan, line.per_block, block);
   constexpr int M = Tiles<Strip, N>::M, K = Tiles<Strip, N>::K;
   const V* v = static_cast<const V*>(line.v);
 
   // g is asked for before anything is waited for, and so is the tile that a second launch begins
   // with.
   Vector<V, N> x[K];
-  if constexpr (Finish) load_tile(tiles, tiles.end - 1, v, x);
-  Held g = 0;
-  if (tiles.owns_row()) g = load_held(line.g, line.g_type, tiles.row());
+  const int last = tiles.start(tiles.part_end) - 1;
+  constexpr bool kHeld = N < 8;  // eight columns of halves leave no registers to keep a tile in
+  if constexpr (Finish && kHeld) load_tile(tiles, last, v, x);
+  Held<Sum> g = 0;
+  if (tiles.owns_row()) g = load_held<Sum>(line.g, line.g_type, tiles.row());
 
   Sum squares, unit = 1;
   if constexpr (Finish) {
     add_parts(tiles, line, scratch, squares, unit);
   } else {
-    Sum units[M], sums[M];
+    for (int part = tiles.part;; ++part) {
+      Sum units[M], sums[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) units[m] = 1;
-    for (bool again = false;; again = true) {  // extreme rows are multiplied, and added up again
-      add_squares(tiles, v, units, sums, x);
-      squares = tiles.add_up(sums, scratch);
-      if (again) break;
-      if (tiles.owns_row()) unit = unit_of(squares);
-      if (!__syncthreads_or(unit != 1)) break;
-      tiles.set(1, unit, scratch);
-      __syncthreads();
-      tiles.get(1, units, scratch);
-    }
-    if (line.plan.split > 1) {
-      const auto leave = [&](int plane, Sum x) {
-        *tiles.template partial_sum<Sum>(line.partials, block, plane, kForwardPlanes, tiles.own()) =
-            x;
+      for (int m = 0; m < M; ++m) units[m] = 1;
+      for (bool again = false;; again = true) {  // extreme rows are multiplied, and added up again
+        add_squares(tiles, part, v, units, sums, x);
+        squares = tiles.add_up(sums, scratch);
+        if (again) break;
+        if (tiles.owns_row()) unit = unit_of(squares);
+        if (!__syncthreads_or(unit != 1)) break;
+        tiles.set(1, unit, scratch);
+        __syncthreads();
+        tiles.get(1, units, scratch);
+      }
+      if (line.plan.parts == 1) break;
+      const auto leave = [&](int plane, Sum of_column) {
+        *tiles.template partial_sum<Sum>(line.partials, part, plane, kForwardPlanes, tiles.own()) =
+            of_column;
       };
       if (tiles.own() < tiles.columns()) {
         leave(0, squares);
         leave(1, unit);
       }
-      return;
+      if (part + 1 == tiles.part_end) return;
+      __syncthreads();
     }
   }
 
+  if constexpr (!kHeld) load_tile(tiles, last, v, x);
   if (tiles.owns_row()) {
     const auto f = Forwards<Sum>::of(squares, unit, value_of<Sum>(g, line.g_type),
                                      static_cast<Sum>(line.eps), line.divisor_type);
@@ -137,8 +144,9 @@ __device__ inline void forward_tiles(const ForwardLine& line, int block,
   Sum a[M], b[M];
   tiles.get(1, a, scratch);
   tiles.get(2, b, scratch);
+  const int first = tiles.start(tiles.part);
 #pragma unroll 1
-  for (int tile = tiles.end - 1;; load_tile(tiles, tile, v, x)) {
+  for (int tile = last;; load_tile(tiles, tile, v, x)) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int64_t at = tiles.at(tile, k);
@@ -151,7 +159,7 @@ __device__ inline void forward_tiles(const ForwardLine& line, int block,
       }
       store_past_cache(static_cast<W*>(line.w) + at, w);
     }
-    if (--tile < tiles.start) break;
+    if (--tile < first) break;
   }
 }
 

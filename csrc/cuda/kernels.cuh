@@ -61,9 +61,10 @@ __device__ inline void do_block(const BackwardLine& line, int block, Scratch<Sum
 // 128 for two. Three where the compiler needs no spills for them, see docs/cuda.md.
 template <class Line, class V, class W, int Capacity, int Of>
 constexpr int blocks_of_processor() {
-  constexpr bool forward = std::is_same_v<Line, ForwardLine>, f32 = sizeof(V) + sizeof(W) == 8;
-  if (Of == kRows) return forward || (f32 && Capacity == 1) ? 3 : 2;
-  return Of == kTiles && Capacity == 1 ? 3 : 2;
+  constexpr bool forward = std::is_same_v<Line, ForwardLine>, single = Capacity == 1;
+  constexpr bool f32 = sizeof(V) + sizeof(W) == 8, f64 = sizeof(V) == 8;
+  if (Of == kRows) return forward || (single && f32) ? 3 : 2;
+  return Of == kTiles && single && (forward || !f64) ? 3 : 2;
 }
 
 // Line: ForwardLine or BackwardLine. Of: what is in the table. Finish: the second launch, of the

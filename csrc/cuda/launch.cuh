@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "card.h"
 #include "kernels.cuh"
 #include "launch.h"
 
@@ -17,38 +18,48 @@ inline bool is_aligned(const Backward& p) {
 }
 
 inline ForwardLine line_of(const Forward& p) {
-  return {p.v, p.g, p.w, p.norm, nullptr, p.eps, {}, p.g_type, p.divisor_type};
+  return {p.v, p.g, p.w, p.norm, nullptr, p.eps, {}, 1, p.g_type, p.divisor_type};
 }
 inline BackwardLine line_of(const Backward& p) {
-  return {p.grad_w, p.v, p.g, p.norm, p.grad_v, p.grad_g, nullptr, p.eps, {}, p.g_type};
+  return {p.grad_w, p.v, p.g, p.norm, p.grad_v, p.grad_g, nullptr, p.eps, {}, 1, p.g_type};
 }
 constexpr int planes(const ForwardLine&) { return kForwardPlanes; }
 constexpr int planes(const BackwardLine&) { return kBackwardPlanes; }
 
+// Weights whose blocks take long come first, so that none of those is left to run alone at the end.
+// Each weight is cut as if it had the card to itself.
 template <class Line, class V, class W, int Capacity, int Of, bool Finish>
-cudaError_t launch(const std::vector<Line>& lines, cudaStream_t stream) {
+cudaError_t launch(std::vector<Line>& lines, cudaStream_t stream) {
+  const auto kernel = weight_norm_kernel<Line, V, W, Capacity, Of, Finish>;
+  if (Of & kTiles) {
+    static Places places_of_kernel;
+    int64_t places = 0;
+    if (const cudaError_t error = places_of_kernel.get(kernel, places); error != cudaSuccess)
+      return error;
+    for (Line& line : lines) line.per_block = parts_of_block(line.plan, places);
+    const auto tiles = [](const Line& line) {
+      return std::min(int64_t{line.plan.per_part} * line.per_block, int64_t{line.plan.tiles});
+    };
+    std::stable_sort(lines.begin(), lines.end(),
+                     [&](const Line& a, const Line& b) { return tiles(a) > tiles(b); });
+  }
   Table<Line, Capacity> table;
   table.count = static_cast<int32_t>(lines.size());
   int64_t first = 0;
   for (size_t k = 0; k < lines.size(); ++k) {
     table.lines[k] = lines[k];
     table.first[k] = static_cast<int32_t>(first);
-    first += blocks(lines[k].plan);
+    first += blocks(lines[k].plan, lines[k].per_block);
   }
   table.first[lines.size()] = static_cast<int32_t>(first);
-  WNKERNEL_LAUNCH((weight_norm_kernel<Line, V, W, Capacity, Of, Finish>),
-                  static_cast<unsigned>(first), kThreads, stream, table);
+  WNKERNEL_LAUNCH(kernel, static_cast<unsigned>(first), kThreads, stream, table);
   return cudaGetLastError();
 }
 
-// One full table at most. Weights whose blocks take long come first, so that none of those is left
-// to run alone at the end.
+// One full table at most.
 template <class Line, class V, class W>
 cudaError_t launch_table(std::vector<Line>& lines, const CudaLaunch& on) {
   const auto stream = static_cast<cudaStream_t>(on.stream);
-  std::stable_sort(lines.begin(), lines.end(), [](const Line& a, const Line& b) {
-    return a.plan.per_block > b.plan.per_block;
-  });
   int64_t sums = 0;
   const auto workspace = [](const Line& line) {
     return partial_sums(line.plan, sizeof(V)) * planes(line);
@@ -72,7 +83,7 @@ cudaError_t launch_table(std::vector<Line>& lines, const CudaLaunch& on) {
   const cudaError_t error = first(lines, stream);
   if (error != cudaSuccess || sums == 0) return error;
   lines.erase(std::remove_if(lines.begin(), lines.end(),
-                             [](const Line& line) { return line.plan.split == 1; }),
+                             [](const Line& line) { return line.plan.parts == 1; }),
               lines.end());
   return lines.size() == 1 ? launch<Line, V, W, 1, kTiles, true>(lines, stream)
                            : launch<Line, V, W, kMostLines, kTiles, true>(lines, stream);
@@ -94,7 +105,7 @@ int launch_all(const Problem* const* problems, int64_t count, const CudaLaunch& 
     const Problem& p = *problems[k];
     Line line = line_of(p);
     line.plan = make_plan(p.view, sizeof(V), is_aligned(p) ? kVectorBytes / int{sizeof(V)} : 1);
-    const int64_t more = blocks(line.plan);
+    const int64_t more = blocks(line.plan, 1);  // at most, whatever the card
     if (more > kMostBlocks) return static_cast<int>(cudaErrorInvalidConfiguration);
     if (static_cast<int>(lines.size()) == kMostLines || grid + more > kMostBlocks)
       if (const cudaError_t error = flush(); error != cudaSuccess) return static_cast<int>(error);

@@ -1,6 +1,11 @@
-// How one weight is cut into blocks. A plan depends on the shape, the element sizes and the 16-byte
-// alignment of one weight only, never on neighbours or on the card: that is what makes its bits the
-// same alone and in a list, from run to run and on all cards of one architecture. docs/cuda.md
+// How one weight is cut. A plan depends on the shape, the element size and the 16-byte alignment of
+// one weight only, never on neighbours or on the card. It says what is added up in which order: a
+// long row, or a strip, is cut into parts, each part has a sum of its own (or one for each column),
+// and these are added up in the order of the parts. That is what makes the bits of a weight the
+// same alone and in a list, from run to run and on all cards of one architecture.
+//
+// How many neighbouring parts a block takes is chosen for the card, by parts_of_block(), and
+// changes no bit: a block begins each of its parts anew, and leaves a sum for each. docs/cuda.md
 // explains the numbers.
 #pragma once
 #include <algorithm>
@@ -25,18 +30,19 @@ constexpr int most_row_vectors(int elements) { return elements == 8 ? kRowVector
 constexpr int kStripBytes = 128;  // a cache line
 // Columns of a strip at most: halves in whole vectors.
 constexpr int kMostColumns = kStripBytes / 2;
-// Blocks that fill a large card: four for each of about 130 processors.
-constexpr int64_t kFill = 512;
+// Parts that the rows or strips of a weight are cut into together, as far as they are long enough:
+// as many as fill a large card in one go, which has room for three blocks on each of about 130
+// processors. A smaller card gives each block several of them.
+constexpr int64_t kFill = 384;
 // Tiles from which splitting pays for its second launch, about 3 us. One after the other they take
 // 0.7 us each, the latency of memory, and are summed and then scaled: 8 tiles take one block 11 us,
 // and 8 blocks 5, with the launch and the partial sums.
 constexpr int64_t kSplitFrom = 8;
-// Tiles of a block of a split strip at least. It reads a sum of every column from each of the
-// others, 256 bytes forward, while a tile has 16 KB; a block of a split row reads only 8.
+// Tiles of a part of a strip at least. A block reads a sum of every column of each part, 256 bytes
+// forward, while a tile has 16 KB; of a part of a row it reads only 8.
 constexpr int64_t kStripTiles = 2;
-// Blocks that share a row or a strip at most: each of them adds up the partial sums of all.
-constexpr int64_t kMaxSplit = 512;
-constexpr int64_t kMaxStripSplit = 128;
+// So a strip has more parts than this only if they have this many tiles each.
+constexpr int64_t kStripParts = 128, kTilesOfMoreParts = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -48,8 +54,8 @@ constexpr int ceil_log2(int64_t n) {
 
 enum class Kind : uint8_t {
   rows,    // rows are contiguous and short: in registers from the load to the store; read once
-  runs,    // a row per block, tile by tile: long rows, and rows in runs of `inner` elements
-  strips,  // a strip of adjacent columns of [outer, rows * inner] per block, tile by tile
+  runs,    // row by row, tile by tile: long rows, and rows in runs of `inner` elements
+  strips,  // strips of adjacent columns of [outer, rows * inner], tile by tile
 };
 
 struct Plan {
@@ -62,29 +68,51 @@ struct Plan {
   int64_t pitch;
   int64_t numel;
   int64_t width;       // vectors of a row, of a run, or of a line of a full strip
-  int32_t strip_rows;  // strips: rows of a block
+  int32_t strip_rows;  // strips: rows of one
   int32_t across;      // runs and strips: tiles side by side
-  int32_t tiles;       // of all blocks that share a row or strip
-  int32_t per_block;   // tiles of a block
-  int32_t split;       // blocks that share a row or strip
+  int32_t tiles;       // of a row or strip
+  int32_t per_part;    // tiles of a part
+  int32_t parts;       // of a row or strip; if there are several, a second launch adds them up
   Kind kind;
   uint8_t vector;
   uint8_t log_x;
   uint8_t log_across;
 };
 
-// Blocks of a weight.
-inline int64_t blocks(const Plan& p) {
+// Rows or strips that may be cut into parts; of short rows, blocks.
+inline int64_t whole(const Plan& p) {
   switch (p.kind) {
     case Kind::rows: {
       const int64_t lines = (kThreads >> p.log_x) * std::max(1, kRowVectors >> p.log_across);
       return ceil_div(p.rows, lines);
     }
     case Kind::runs:
-      return p.rows * p.split;
+      return p.rows;
     default:
-      return ceil_div(p.rows, p.strip_rows) * p.split;
+      return ceil_div(p.rows, p.strip_rows);
   }
+}
+
+// Blocks of a weight, where a block takes per_block parts.
+inline int64_t blocks(const Plan& p, int per_block) {
+  return whole(p) * ceil_div(p.parts, per_block);
+}
+
+// How many parts a block takes on a card that runs `places` blocks at a time. Blocks come in waves
+// of so many, and a wave lasts as long as the parts of a block: as short as they can be together,
+// and of equals the fewest waves, since each block of the second launch reads the sums of all
+// parts.
+inline int parts_of_block(const Plan& p, int64_t places) {
+  const int64_t of_weight = whole(p), fewest = ceil_div(of_weight, places);
+  int64_t best = p.parts, shortest = fewest * p.parts;
+  for (int64_t waves = fewest; waves < shortest; ++waves) {
+    const int64_t per_block = ceil_div(p.parts, waves * places / of_weight);
+    if (waves * per_block < shortest) {
+      best = per_block;
+      shortest = waves * per_block;
+    }
+  }
+  return static_cast<int>(best);
 }
 
 // Columns of a strip that partial sums are kept for.
@@ -97,17 +125,17 @@ constexpr int strip_log_x(int vector) {
   return ceil_log2(vector > 1 ? kStripBytes / kVectorBytes : kWarp);
 }
 
-// Partial sums that all blocks of a split weight leave behind.
+// Partial sums that all parts of a split weight leave behind.
 inline int64_t partial_sums(const Plan& p, int element_bytes) {
-  if (p.split == 1) return 0;
-  return blocks(p) * (p.kind == Kind::strips ? strip_columns(p.vector, element_bytes) : 1);
+  if (p.parts == 1) return 0;
+  return whole(p) * p.parts * (p.kind == Kind::strips ? strip_columns(p.vector, element_bytes) : 1);
 }
 
-// alone: blocks if nothing is split. most: blocks that share a row or a strip.
-inline void split_tiles(Plan& p, int64_t alone, int64_t most) {
-  const int64_t wanted = p.tiles < kSplitFrom ? 1 : std::min(ceil_div(kFill, alone), most);
-  p.per_block = static_cast<int32_t>(ceil_div(p.tiles, wanted));
-  p.split = static_cast<int32_t>(ceil_div(p.tiles, p.per_block));
+// most: parts of a row or a strip.
+inline void split_tiles(Plan& p, int64_t most) {
+  const int64_t wanted = p.tiles < kSplitFrom ? 1 : std::min(kFill / whole(p), most);
+  p.per_part = static_cast<int32_t>(ceil_div(p.tiles, std::max<int64_t>(wanted, 1)));
+  p.parts = static_cast<int32_t>(ceil_div(p.tiles, p.per_part));
 }
 
 // As many neighbouring threads as a row has vectors, up to a warp; else a fourth as many, up to a
@@ -128,7 +156,7 @@ inline void plan_runs(Plan& p) {
   p.across = static_cast<int32_t>(ceil_div(p.width, int64_t{1} << (p.log_x + p.log_across)));
   const int64_t tile_lines = (kThreads >> p.log_x) * (vectors(p.vector) >> p.log_across);
   p.tiles = static_cast<int32_t>(ceil_div(p.lines, tile_lines) * p.across);
-  split_tiles(p, p.rows, kMaxSplit);
+  split_tiles(p, p.tiles);
 }
 
 // The largest count up to `most` whose product with `size` holds whole vectors, if there is one.
@@ -162,7 +190,8 @@ inline bool plan_strips(Plan& p, int64_t outer, int element_bytes) {
   p.across = 1;
   const int64_t tile_lines = (kThreads >> p.log_x) * vectors(p.vector);
   p.tiles = static_cast<int32_t>(ceil_div(p.lines, tile_lines));
-  split_tiles(p, ceil_div(p.rows, p.strip_rows), std::min(p.tiles / kStripTiles, kMaxStripSplit));
+  split_tiles(p,
+              std::min(p.tiles / kStripTiles, std::max(kStripParts, p.tiles / kTilesOfMoreParts)));
   return true;
 }
 
@@ -173,7 +202,7 @@ inline Plan make_plan(const RowView& view, int element_bytes, int vector) {
   p.rows = view.rows;
   p.inner = view.inner;
   p.numel = view.numel();
-  p.tiles = p.per_block = p.split = p.across = 1;
+  p.tiles = p.per_part = p.parts = p.across = 1;
   const auto set_vector = [&](int elements) {
     p.vector = static_cast<uint8_t>(elements);
     p.width = p.inner / elements;

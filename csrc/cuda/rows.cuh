@@ -49,9 +49,10 @@ struct Rows {
   // Asked for together with the rows, before anything is waited for.
   template <class Line, class Sum>
   __device__ void load_g(const Line& line, Sum (&g)[R]) const {
-    Held held[R];
+    Held<Sum> held[R];
 #pragma unroll
-    for (int r = 0; r < R; ++r) held[r] = has_row(r) ? load_held(line.g, line.g_type, row(r)) : 0;
+    for (int r = 0; r < R; ++r)
+      held[r] = has_row(r) ? load_held<Sum>(line.g, line.g_type, row(r)) : 0;
 #pragma unroll
     for (int r = 0; r < R; ++r) g[r] = value_of<Sum>(held[r], line.g_type);
   }

@@ -5,8 +5,9 @@
 
 namespace wnkernel::cuda {
 
-// One weight of a launch. partials: of split weights, a sum for each block (rows) or for each block
-// and column of its strip; two planes of them in a forward, see tiles.cuh.
+// One weight of a launch. partials: of split weights, a sum for each part (rows) or for each part
+// and column of its strip; two planes of them in a forward, see tiles.cuh. per_block: the parts
+// that a block takes, chosen for the card by launch.cuh.
 struct ForwardLine {
   const void* v;
   const void* g;
@@ -15,6 +16,7 @@ struct ForwardLine {
   void* partials;
   double eps;
   Plan plan;
+  int32_t per_block;
   DType g_type, divisor_type;
 };
 
@@ -28,6 +30,7 @@ struct BackwardLine {
   void* partials;
   double eps;
   Plan plan;
+  int32_t per_block;
   DType g_type;
 };
 

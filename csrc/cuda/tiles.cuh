@@ -14,7 +14,7 @@ struct Scratch {
   Sum columns[3][kMostColumns];
 };
 
-// A block's share of a row (runs), or of a strip of columns of adjacent rows. A thread keeps to its
+// A block's parts of a row (runs), or of a strip of columns of adjacent rows. A thread keeps to its
 // columns of a strip from tile to tile. What there is once for a column (a run has one) is computed
 // by the thread that owns it.
 template <bool Strip, int N>
@@ -25,22 +25,26 @@ struct Tiles {
 
   const Plan& plan;
   int strip;       // or row
-  int part;        // of the blocks that share it
-  int start, end;  // tiles
+  int part;        // the first of this block
+  int part_end;    // the first that is another block's
   int x, y;        // of this thread in a tile
   int64_t origin;  // of the row or strip
-  int64_t lines;   // that this thread has vectors of
+  int64_t end;     // where this thread has no more vectors
 
-  __device__ Tiles(const Plan& p, int block) : plan(p) {
-    strip = block / p.split;
-    part = block - strip * p.split;
-    start = part * p.per_block;
-    end = p.tiles - start < p.per_block ? p.tiles : start + p.per_block;
+  // per_block: parts of a block.
+  __device__ Tiles(const Plan& p, int per_block, int block) : plan(p) {
+    const int sharing = (p.parts + per_block - 1) / per_block;
+    strip = block / sharing;
+    part = (block - strip * sharing) * per_block;
+    part_end = p.parts - part < per_block ? p.parts : part + per_block;
     x = threadIdx.x & ((1 << log_x()) - 1);
     y = threadIdx.x >> log_x();
     origin = int64_t{strip} * (Strip ? p.strip_rows : 1) * p.inner;
-    lines = !Strip || x < width() ? p.lines : 0;
+    end = !Strip || x < width() ? p.numel : 0;
   }
+
+  // Of a part: its first tile. The first of the next one is where it ends.
+  __device__ int start(int of) const { return of == plan.parts ? plan.tiles : of * plan.per_part; }
 
   __device__ int log_x() const { return Strip ? kStripLogX : plan.log_x; }
   __device__ int threads_y() const { return kThreads >> log_x(); }
@@ -76,8 +80,8 @@ struct Tiles {
         Strip ? x : ((int64_t{beside} << log | (k & ((1 << log) - 1))) << log_x()) + x;
     const int64_t start = origin + column * N + line * plan.pitch;
     // Where lines of a narrow matrix lie side by side, the last line may end early.
-    const bool there = Strip ? start < plan.numel : column < plan.width;
-    return line < lines && there ? start : -1;
+    const bool there = Strip ? start < end : line < plan.lines && column < plan.width;
+    return there ? start : -1;
   }
 
   // Over the block: one for each column, in the thread that owns it. It takes a barrier to come
@@ -125,10 +129,11 @@ struct Tiles {
     for (int j = 0; j < M; ++j) to[j] = scratch.columns[number][column(j)];
   }
 
-  // Of the parts of a split row or strip: `planes` numbers of every block for each of its columns.
+  // Of a part of a split row or strip: `planes` numbers for each of its columns.
   template <class Sum>
-  __device__ Sum* partial_sum(void* partials, int part, int plane, int planes, int c) const {
-    return static_cast<Sum*>(partials) + (int64_t{part} * planes + plane) * columns() + c;
+  __device__ Sum* partial_sum(void* partials, int of, int plane, int planes, int c) const {
+    const int64_t part_of_all = int64_t{strip} * plan.parts + of;
+    return static_cast<Sum*>(partials) + (part_of_all * planes + plane) * columns() + c;
   }
 };
 

@@ -55,8 +55,9 @@ struct State {
   std::vector<Launch> launches;
   int64_t until_failure = -1;  // launches that succeed before one fails; -1: none fails
   int last_error = 0;
-  bool ends = false;  // whether only the first and the last block of a launch run
-  int mutant = 0;     // which of the faults of a library that has some
+  bool ends = false;   // whether only the first and the last block of a launch run
+  int processors = 0;  // of the card
+  int mutant = 0;      // which of the faults of a library that has some
 };
 extern State state;
 

@@ -17,7 +17,7 @@ from .. import reference
 from ..cases import DTYPES, randn
 from . import build
 from .process import Worker
-from .protocol import Call, Called, Ends, Launch, Plan, Plans, Problem, View
+from .protocol import PROCESSORS, Call, Called, Ends, Launch, Plan, Plans, Problem, View
 
 LOCKSTEP, ASCENDING, DESCENDING = ORDERS = range(3)
 """In which threads run: simt::Order."""
@@ -134,9 +134,15 @@ class Run(NamedTuple):
     backward: list[Launch]
 
 
-def run_list(worker: Worker, cases: Iterable[Case], order: int = LOCKSTEP, mutant: int = 0) -> Run:
+def run_list(
+    worker: Worker,
+    cases: Iterable[Case],
+    order: int = LOCKSTEP,
+    mutant: int = 0,
+    processors: int = PROCESSORS,
+) -> Run:
     """All of them in one call each way."""
-    cases, how = list(cases), {"order": order, "mutant": mutant}
+    cases, how = list(cases), {"order": order, "mutant": mutant, "processors": processors}
     forward = run_forward(worker, cases, **how)
     problems = [backward_problem(c, r.norm) for c, r in zip(cases, forward.results, strict=True)]
     backward: Called = worker.ask(Call("backward", problems, **how))

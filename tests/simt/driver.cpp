@@ -61,8 +61,9 @@ int simt_takes(int v_type, int w_type) {
   return cuda_takes(static_cast<DType>(v_type), static_cast<DType>(w_type));
 }
 
-void simt_begin(int order, int64_t failing_launch, int ends, int mutant) {
-  simt::state = {static_cast<simt::Order>(order), {}, failing_launch, 0, ends != 0, mutant};
+void simt_begin(int order, int64_t failing_launch, int ends, int processors, int mutant) {
+  simt::state = {
+      static_cast<simt::Order>(order), {}, failing_launch, 0, ends != 0, processors, mutant};
   reserved.clear();
 }
 
@@ -96,18 +97,19 @@ void simt_numbers(int64_t* to) {
   for (const int64_t number :
        {int64_t{cuda::kThreads}, int64_t{cuda::kWarp}, int64_t{cuda::kVectorBytes},
         int64_t{cuda::kStripBytes}, int64_t{cuda::kRowVectors}, cuda::kFill, cuda::kSplitFrom,
-        cuda::kStripTiles, cuda::kMaxSplit, cuda::kMaxStripSplit, int64_t{cuda::kMostLines}})
+        cuda::kStripTiles, cuda::kStripParts, cuda::kTilesOfMoreParts, int64_t{cuda::kMostLines}})
     *to++ = number;
 }
 
 void simt_plan(int64_t outer, int64_t rows, int64_t inner, int element_bytes, int vector,
-               int64_t* to) {
+               int64_t places, int64_t* to) {
   const cuda::Plan p = cuda::make_plan({outer, rows, inner}, element_bytes, vector);
+  const int per_block = cuda::parts_of_block(p, places);
   for (const int64_t field :
        {p.rows, p.inner, p.lines, p.pitch, p.numel, p.width, int64_t{p.strip_rows},
-        int64_t{p.across}, int64_t{p.tiles}, int64_t{p.per_block}, int64_t{p.split},
+        int64_t{p.across}, int64_t{p.tiles}, int64_t{p.per_part}, int64_t{p.parts},
         static_cast<int64_t>(p.kind), int64_t{p.vector}, int64_t{p.log_x}, int64_t{p.log_across},
-        blocks(p), partial_sums(p, element_bytes)})
+        int64_t{per_block}, blocks(p, per_block), partial_sums(p, element_bytes)})
     *to++ = field;
 }
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
+PROCESSORS, BLOCKS_OF_PROCESSOR = 132, 3
+"""Of the card that there would be."""
 UNWRITTEN = 0x7B
 """The bytes of results before the call: a finite number in every type."""
 
@@ -36,6 +38,7 @@ class Call:
     order: int = 0
     """Of threads: a simt::Order."""
     failing_launch: int = -1
+    processors: int = PROCESSORS
     mutant: int = 0
     """Of a library that has some."""
 
@@ -80,9 +83,11 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Plans:
-    """Calls of make_plan, all at once."""
+    """Calls of make_plan and parts_of_block, all at once."""
 
     views: Sequence[View]
+    places: int = PROCESSORS * BLOCKS_OF_PROCESSOR
+    """Blocks that a card runs at a time."""
 
 
 class Plan(NamedTuple):
@@ -97,12 +102,13 @@ class Plan(NamedTuple):
     strip_rows: int
     across: int
     tiles: int
-    per_block: int
-    split: int
+    per_part: int
+    parts: int
     kind: int
     vector: int
     log_x: int
     log_across: int
+    per_block: int
     blocks: int
     partial_sums: int
 
@@ -119,8 +125,8 @@ class Numbers:
     fill: int = 0
     split_from: int = 0
     strip_tiles: int = 0
-    most_split: int = 0
-    most_strip_split: int = 0
+    strip_parts: int = 0
+    tiles_of_more_parts: int = 0
     most_lines: int = 0
 
 

@@ -29,6 +29,22 @@ using cudaStream_t = struct CUstream_st*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9;
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::state.last_error, cudaSuccess); }
 
+// Every number of processors is a device of its own, with room for three blocks on each of them.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = simt::state.processors;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = device;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 3;
+  return cudaSuccess;
+}
+
 inline void __syncthreads(simt::Site at = simt::here()) {
   simt::meet(simt::Call::syncthreads, at, 0);
 }

@@ -16,6 +16,7 @@ from itertools import product
 from math import prod
 
 from .protocol import (
+    PROCESSORS,
     UNWRITTEN,
     Call,
     Called,
@@ -116,7 +117,9 @@ def _(call: Call) -> Called:
             line(**p, **problem.fields) for p, problem in zip(places, call.problems, strict=True)
         ]
         table = (line * len(places))(*lines)
-        KERNELS.simt_begin(call.order, c_int64(call.failing_launch), 0, call.mutant)
+        KERNELS.simt_begin(
+            call.order, c_int64(call.failing_launch), 0, call.processors, call.mutant
+        )
         error = launch(table, c_int64(len(places)), c_void_p(STREAM))
         outputs = []
         for problem, place in zip(call.problems, places, strict=True):
@@ -159,7 +162,7 @@ def _(ends: Ends) -> list[tuple[float, list[float]]]:
     addresses = {name: ctypes.addressof(array) for name, array in arrays.items()}
     types = dict.fromkeys(("v_type", "g_type", "w_type", "divisor_type"), FLOAT)
     line = Forward(**addresses, **types, outer=outer, rows=rows, inner=inner)
-    KERNELS.simt_begin(0, c_int64(-1), 1, ends.mutant)
+    KERNELS.simt_begin(0, c_int64(-1), 1, PROCESSORS, ends.mutant)
     assert KERNELS.simt_forward(byref(line), c_int64(1), c_void_p(STREAM)) == 0
     w = arrays["w"]
     return [(arrays["norm"][row], [w[at] for at in of_row]) for row, of_row in places.items()]
@@ -190,7 +193,9 @@ def _(plans: Plans) -> list[Plan]:
     numbers = (c_int64 * len(Plan._fields))()
     found = []
     for *view, element_bytes, vector in plans.views:
-        KERNELS.simt_plan(*map(c_int64, view), element_bytes, vector, numbers)
+        KERNELS.simt_plan(
+            *map(c_int64, view), element_bytes, vector, c_int64(plans.places), numbers
+        )
         found.append(Plan(*numbers))
     return found
 
