@@ -62,35 +62,6 @@ Types types_of(at::ScalarType v, at::ScalarType w) {
   return {v, Device::takes(dtype_of(v), dtype_of(w)) ? w : v};
 }
 
-// Memory for the norms of a list, of as many elements as g each: one allocation for all of them,
-// which stays until the last is gone. They are tensors of their own, with versions of their own, no
-// views of one another.
-template <class Device>
-Tensors empty_norms(at::TensorList g, at::ArrayRef<at::ScalarType> dtypes) {
-  constexpr int64_t kAlignment = 16;  // of tensors that a compiled graph reads
-  Tensors norms(g.size());
-  if (g.size() == 1) {
-    norms[0] = Device::empty_norm(g[0].sizes(), dtypes[0]);
-    return norms;
-  }
-  const auto bytes = [&](size_t k) {
-    const auto size = static_cast<int64_t>(c10::elementSize(dtypes[k])) * g[k].numel();
-    return (size + kAlignment - 1) / kAlignment * kAlignment;
-  };
-  int64_t all = 0, offset = 0;
-  for (size_t k = 0; k < g.size(); ++k) all += bytes(k);
-  const at::Tensor buffer = Device::empty_norm({all}, at::kByte);
-  for (size_t k = 0; k < g.size(); ++k) {
-    norms[k] = at::detail::make_tensor<c10::TensorImpl>(
-        c10::Storage(buffer.storage()), buffer.key_set(), c10::scalarTypeToTypeMeta(dtypes[k]));
-    c10::TensorImpl* norm = norms[k].unsafeGetTensorImpl();
-    norm->set_sizes_contiguous(g[k].sizes());
-    norm->set_storage_offset(offset / static_cast<int64_t>(norm->itemsize()));
-    offset += bytes(k);
-  }
-  return norms;
-}
-
 template <class Device>
 std::tuple<Tensors, Tensors> forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
                                         at::ArrayRef<double> eps,
@@ -106,9 +77,7 @@ std::tuple<Tensors, Tensors> forward_on(at::TensorList v, at::TensorList g, at::
   if (count == 0) return {};
 
   Device device(v[0]);
-  c10::SmallVector<at::ScalarType, 1> norm_types;
-  for (const at::Tensor& vk : v) norm_types.push_back(accumulation_dtype(vk.scalar_type()));
-  Tensors w(count), norm = empty_norms<Device>(g, norm_types);
+  Tensors w(count), norm(count);
   c10::SmallVector<at::Tensor, 2> alive;  // what the table points into
   alive.reserve(2 * count);               // references to its elements are taken
   c10::SmallVector<Forward, 1> table;
@@ -118,6 +87,7 @@ std::tuple<Tensors, Tensors> forward_on(at::TensorList v, at::TensorList g, at::
     const at::Tensor& vk = alive.emplace_back(with_type(dense(v[k]), v_type));
     const at::Tensor& gk = alive.emplace_back(g[k].contiguous());
     w[k] = empty_like<Device>(vk, w_type);
+    norm[k] = Device::empty_norm(gk.sizes(), accumulation_dtype(v_type));
     if (vk.numel() == 0) {
       norm[k].zero_();
       continue;

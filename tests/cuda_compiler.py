@@ -34,22 +34,41 @@ def find_tool(name: str) -> str | None:
     return next((str(tool) for tool in tools if tool.exists()), None)
 
 
+THREADS, WARP = 256, 32
+"""Of a block; of a warp."""
+REGISTERS, UNIT = 65_536, 256
+"""Of a processor; given to warps in units."""
+
+
 class Kernel(NamedTuple):
     """One compiled kernel."""
 
     direction: str
-    is_list: bool
+    lines: int
+    """Of its table."""
     of: str
     finish: bool
     registers: int
     stack_bytes: int
     local_bytes: int
-    accesses: Counter[str]
-    """How many instructions: "LDG 16" are loads of 16 bytes from global memory, "STL 4" stores of
-    4 bytes to a thread's own memory: spills."""
+    code: tuple[str, ...]
+    """Its accesses to memory, and where threads wait for each other, one after the other: "LDG 16"
+    is a load of 16 bytes from global memory, "STL 4" a store of 4 bytes to a thread's own memory, a
+    spill; "SHFL" and "BAR"."""
+
+    @property
+    def accesses(self) -> Counter[str]:
+        """How many instructions there are of each."""
+        return Counter(self.code)
+
+    @property
+    def blocks_of_processor(self) -> int:
+        """As many as its registers allow, which are given to warps in units of 256."""
+        of_warp = -(-self.registers * WARP // UNIT) * UNIT
+        return REGISTERS // of_warp // (THREADS // WARP)
 
     def __str__(self) -> str:
-        many = "list" if self.is_list else "single"
+        many = "single" if self.lines == 1 else f"list of {self.lines}"
         return f"{self.direction}, {many}, {self.of}, launch {self.finish + 1}"
 
 
@@ -71,10 +90,12 @@ def compile_kernels(nvcc: str, cuobjdump: str, source: Path, arch: str, to: Path
         command = [cuobjdump, option, str(cubin)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    accesses = {}
+    code = {}
     for function in dump("-sass").split("Function : ")[1:]:
-        found = re.findall(r"\b(LDG|STG|LDL|STL)\.([\w.]*)", function)
-        accesses[function.split()[0]] = Counter(f"{op} {_width(kind)}" for op, kind in found)
+        found = re.findall(r"\b(?:(LDG|STG|LDL|STL)\b\.?([\w.]*)|(SHFL|BAR)\.)", function)
+        code[function.split()[0]] = tuple(
+            wait or f"{op} {_width(kind)}" for op, kind, wait in found
+        )
     kernels = []
     for name, use in re.findall(r"Function (\w+):\s*\n\s*(.*)", dump("--dump-resource-usage")):
         direction, capacity, of, finish = re.search(_NAME, name).groups()
@@ -84,13 +105,13 @@ def compile_kernels(nvcc: str, cuobjdump: str, source: Path, arch: str, to: Path
         kernels.append(
             Kernel(
                 direction.lower(),
-                capacity != "1",
+                int(capacity),
                 _OF[of],
                 finish == "1",
                 registers,
                 stack,
                 local,
-                accesses[name],
+                code[name],
             )
         )
     return kernels

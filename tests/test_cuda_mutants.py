@@ -13,6 +13,7 @@ import torch
 from . import reference
 from .simt.build import missing
 from .simt.cases import (
+    FEW_LINES,
     LARGE,
     LIKE_V,
     MOST_LINES,
@@ -108,8 +109,8 @@ def make_batches() -> list[list[Case]]:
     mixed = [case(view, aligned=k % 3 > 0) for k, view in enumerate(VIEWS)]
     split = [*map(case, SPLIT[::2]), *(extreme(view, 1e15) for view in SPLIT[1:])]
     split.append(extreme(SPLIT[-1], 1e-30))
-    many = [case((1, 1, 4)) for _ in range(MOST_LINES + 1)]
-    return [*([c] for c in alone), mixed, many, *([c] for c in split), split[:2]]
+    many = [[case((1, 1, 4)) for _ in range(n + 1)] for n in (FEW_LINES, MOST_LINES)]
+    return [*([c] for c in alone), mixed, *many, *([c] for c in split), split[:2]]
 
 
 def check(mutated: Worker, batches: list[list[Case]], mutant: int = 0) -> None:

@@ -20,7 +20,7 @@ from wnkernel.backends.triton import launch_table
 
 from .processes import ROOT
 from .simt.build import missing
-from .simt.cases import MOST_LINES, VECTOR_BYTES
+from .simt.cases import FEW_LINES, MOST_LINES, VECTOR_BYTES
 from .simt.process import Worker, worker
 from .simt.protocol import ROWS, RUNS, STRIPS, Numbers, Plan, Plans, View
 
@@ -327,5 +327,5 @@ def test_numbers_are_those_of_the_sources(planner):
     assert (n.vector_bytes, n.strip_bytes) == (VECTOR_BYTES, STRIP_BYTES)
     assert (n.fill, n.split_from, n.strip_tiles) == (FILL, SPLIT_FROM, STRIP_TILES)
     assert (n.strip_parts, n.tiles_of_more_parts) == (STRIP_PARTS, TILES_OF_MORE_PARTS)
-    assert n.most_lines == MOST_LINES
+    assert (n.few_lines, n.most_lines) == (FEW_LINES, MOST_LINES)
     assert (n.threads, n.vector_bytes) == (launch_table.THREADS, launch_table.VECTOR_BYTES)

@@ -13,6 +13,7 @@ from .simt.build import missing
 from .simt.cases import (
     ASCENDING,
     DESCENDING,
+    FEW_LINES,
     LIKE_V,
     LOCKSTEP,
     MOST_LINES,
@@ -103,12 +104,18 @@ def test_more_weights_than_a_table_has_lines(kernels):
         assert [launch.blocks for launch in launches[1:3]] == [MOST_LINES - 1 + 8, 8]
 
 
-@pytest.mark.parametrize("count", [MOST_LINES - 1, MOST_LINES, MOST_LINES + 1])
-def test_a_table_is_one_launch(kernels, count):
+@pytest.mark.parametrize(
+    ("count", "kilobytes"),
+    [(1, 1), (2, 10), (FEW_LINES, 10), (FEW_LINES + 1, 32), (MOST_LINES, 32), (MOST_LINES + 1, 32)],
+)
+def test_a_table_is_one_launch(kernels, count, kilobytes):
+    """The smaller one, if it holds all."""
     got = run_list(kernels, [case((1, 1, 4)) for _ in range(count)])
     expected = [min(count, MOST_LINES)] + [1] * (count > MOST_LINES)
     assert [launch.blocks for launch in got.forward] == expected
     assert [launch.blocks for launch in got.backward] == expected
+    for launch in (got.forward[0], got.backward[0]):
+        assert kilobytes // 2 <= launch.argument_bytes / 1000 <= kilobytes * 1.03
 
 
 def test_at_most_two_launches_for_a_pair_of_types(kernels):

@@ -40,7 +40,7 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
     norm = __ldg(static_cast<const Sum*>(line.norm) + tiles.row());
     g = load_held<Sum>(line.g, line.g_type, tiles.row());
   }
-  // Eight columns of halves, or float64, leave no registers to keep a tile in until all is added up.
+  // Eight columns of halves, or float64, leave no registers to keep a tile in while sums are made.
   constexpr bool kHeld = N < 8 && sizeof(Sum) == 4;
   if constexpr (!Finish)
     load_step(first);

@@ -56,6 +56,17 @@ cudaError_t launch(std::vector<Line>& lines, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// With the smallest table that holds them, for the driver copies all of it. One: what a single
+// weight may be. Of: what may be in a list.
+template <class Line, class V, class W, int One, int Of, bool Finish>
+cudaError_t launch_smallest(std::vector<Line>& lines, cudaStream_t stream) {
+  const auto count = static_cast<int>(lines.size());
+  const auto launched = count == 1           ? launch<Line, V, W, 1, One, Finish>
+                        : count <= kFewLines ? launch<Line, V, W, kFewLines, Of, Finish>
+                                             : launch<Line, V, W, kMostLines, Of, Finish>;
+  return launched(lines, stream);
+}
+
 // One full table at most.
 template <class Line, class V, class W>
 cudaError_t launch_table(std::vector<Line>& lines, const CudaLaunch& on) {
@@ -73,20 +84,16 @@ cudaError_t launch_table(std::vector<Line>& lines, const CudaLaunch& on) {
       partials += workspace(line);
     }
   }
-  const bool one = lines.size() == 1;
   const bool rows_only = std::all_of(lines.begin(), lines.end(),
                                      [](const Line& line) { return line.plan.kind == Kind::rows; });
-  const auto first =
-      one ? rows_only ? launch<Line, V, W, 1, kRows, false> : launch<Line, V, W, 1, kTiles, false>
-      : rows_only ? launch<Line, V, W, kMostLines, kRows, false>
-                  : launch<Line, V, W, kMostLines, kAll, false>;
-  const cudaError_t error = first(lines, stream);
+  const cudaError_t error = rows_only
+                                ? launch_smallest<Line, V, W, kRows, kRows, false>(lines, stream)
+                                : launch_smallest<Line, V, W, kTiles, kAll, false>(lines, stream);
   if (error != cudaSuccess || sums == 0) return error;
   lines.erase(std::remove_if(lines.begin(), lines.end(),
                              [](const Line& line) { return line.plan.parts == 1; }),
               lines.end());
-  return lines.size() == 1 ? launch<Line, V, W, 1, kTiles, true>(lines, stream)
-                           : launch<Line, V, W, kMostLines, kTiles, true>(lines, stream);
+  return launch_smallest<Line, V, W, kTiles, kTiles, true>(lines, stream);
 }
 
 template <class V, class W, class Problem>

@@ -37,8 +37,10 @@ struct BackwardLine {
 constexpr int kForwardPlanes = 2;
 constexpr int kBackwardPlanes = 1;
 
-// Lines of a table of a list: kernels take up to 32,764 bytes of arguments, from CUDA 12.1 and
-// compute capability 7.0 on.
+// Lines of tables of lists. Kernels take up to 32,764 bytes of arguments, from CUDA 12.1 and
+// compute capability 7.0 on. A launch copies the whole table, whatever is in it: 9.5 KB of few
+// lines, 32 of most. Each size takes kernels of its own, so there are two.
+constexpr int kFewLines = 64;
 constexpr int kMostLines = 220;
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a launch
 

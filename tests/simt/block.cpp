@@ -181,14 +181,14 @@ void* shared(const char* name, size_t bytes) {
   return memory.get();
 }
 
-void run(const Launch& launch, size_t argument_bytes, const std::function<void()>& kernel) {
+void run(const Launch& launch, const std::function<void()>& kernel) {
   state.launches.push_back(launch);
   if (state.until_failure >= 0 && state.until_failure-- == 0) {
     state.last_error = kLaunchFailure;
     return;
   }
   if (launch.blocks - 1 > 0x7ffffffe || launch.threads - 1 >= kMostThreads ||
-      argument_bytes > kMostArgumentBytes) {
+      launch.argument_bytes > kMostArgumentBytes) {
     state.last_error = kInvalidConfiguration;
     return;
   }

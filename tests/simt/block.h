@@ -47,6 +47,7 @@ enum class Order : int {
 struct Launch {
   unsigned blocks, threads;
   void* stream;
+  size_t argument_bytes;
 };
 
 // What the driver sets and reads.
@@ -61,14 +62,14 @@ struct State {
 };
 extern State state;
 
-void run(const Launch& launch, size_t argument_bytes, const std::function<void()>& body);
+void run(const Launch& launch, const std::function<void()>& body);
 
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, unsigned blocks, unsigned threads, void* stream,
             const Arguments&... arguments) {
   using Copies = std::tuple<std::decay_t<Arguments>...>;
   const auto copies = std::make_unique<const Copies>(arguments...);
-  run({blocks, threads, stream}, sizeof(Copies), [&] { std::apply(kernel, *copies); });
+  run({blocks, threads, stream, sizeof(Copies)}, [&] { std::apply(kernel, *copies); });
 }
 
 }  // namespace simt

@@ -23,8 +23,8 @@ LOCKSTEP, ASCENDING, DESCENDING = ORDERS = range(3)
 """In which threads run: simt::Order."""
 
 VECTOR_BYTES = 16
-MOST_LINES = 220
-"""Of a table. tests/test_cuda_plan.py compares numbers with those of csrc/cuda."""
+FEW_LINES, MOST_LINES = 64, 220
+"""Of the two tables. tests/test_cuda_plan.py compares numbers with those of csrc/cuda."""
 LIKE_V = ("v", "w", "grad_w", "grad_v")
 
 

@@ -84,6 +84,7 @@ int simt_launches(int64_t* to) {
       *to++ = l.blocks;
       *to++ = l.threads;
       *to++ = reinterpret_cast<intptr_t>(l.stream);
+      *to++ = static_cast<int64_t>(l.argument_bytes);
     }
   return static_cast<int>(simt::state.launches.size());
 }
@@ -97,7 +98,8 @@ void simt_numbers(int64_t* to) {
   for (const int64_t number :
        {int64_t{cuda::kThreads}, int64_t{cuda::kWarp}, int64_t{cuda::kVectorBytes},
         int64_t{cuda::kStripBytes}, int64_t{cuda::kRowVectors}, cuda::kFill, cuda::kSplitFrom,
-        cuda::kStripTiles, cuda::kStripParts, cuda::kTilesOfMoreParts, int64_t{cuda::kMostLines}})
+        cuda::kStripTiles, cuda::kStripParts, cuda::kTilesOfMoreParts, int64_t{cuda::kFewLines},
+        int64_t{cuda::kMostLines}})
     *to++ = number;
 }
 

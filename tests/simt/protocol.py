@@ -48,6 +48,7 @@ class Launch(NamedTuple):
     threads: int
     on_stream: bool
     """Whether on the stream that the call named."""
+    argument_bytes: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Numbers:
     strip_tiles: int = 0
     strip_parts: int = 0
     tiles_of_more_parts: int = 0
+    few_lines: int = 0
     most_lines: int = 0
 
 

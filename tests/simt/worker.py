@@ -126,10 +126,13 @@ def _(call: Call) -> Called:
             for name, data in problem.inputs.items():
                 assert ctypes.string_at(place[name], len(data)) == data, f"{name} was changed"
             outputs.append({k: ctypes.string_at(place[k], n) for k, n in problem.outputs.items()})
-    launches = _log("launches", 3)
+    launches = _log("launches", 4)
     return Called(
         error,
-        [Launch(blocks, threads, stream == STREAM) for blocks, threads, stream in launches],
+        [
+            Launch(blocks, threads, stream == STREAM, size)
+            for blocks, threads, stream, size in launches
+        ],
         [size for (size,) in _log("workspaces", 1)],
         outputs,
     )
