@@ -47,11 +47,11 @@ def table(types: list[str], architectures: list[str], to: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", choices=[*TYPES, []], default=list(CHOSEN))
+    parser.add_argument("types", nargs="*", metavar="TYPES", help=", ".join(TYPES))
     parser.add_argument("--arch", nargs="*", default=list(ARCHITECTURES))
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(table(chosen.types, chosen.arch, Path(folder)))
+        print(table(chosen.types or list(CHOSEN), chosen.arch, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ def test_runs(kernels, name, aligned):
 # The same of its strips of 32 columns.
 STRIPS_OF = {
     "folded": (171, 2, 3),  # five lines of six elements side by side in one of a tile
+    "folded_last": (321, 2, 3),  # a line with six elements in a tile of its own
     "folded_aligned": (264, 2, 4),  # four lines of eight elements, the last as full as the others
     "folded_partial": (267, 2, 4),  # the last line has three of them, whole vectors still
     "folded_once": (35, 5, 3),  # two lines, which no vectors fill
