@@ -61,7 +61,7 @@ def sharing(k: Kernel, types: str) -> int:
     """Blocks that are to share a processor."""
     forward, alone = k.direction == "forward", k.lines == 1
     if k.of == "rows":
-        return 3 if forward or (alone and types == "f32") else 2
+        return 3 if (forward and (alone or types != "f64")) or (alone and types == "f32") else 2
     return 3 if k.of == "tiles" and alone and (forward or types != "f64") else 2
 
 

@@ -63,7 +63,7 @@ template <class Line, class V, class W, int Capacity, int Of>
 constexpr int blocks_of_processor() {
   constexpr bool forward = std::is_same_v<Line, ForwardLine>, single = Capacity == 1;
   constexpr bool f32 = sizeof(V) + sizeof(W) == 8, f64 = sizeof(V) == 8;
-  if (Of == kRows) return forward || (single && f32) ? 3 : 2;
+  if (Of == kRows) return (forward && (single || !f64)) || (single && f32) ? 3 : 2;
   return Of == kTiles && single && (forward || !f64) ? 3 : 2;
 }
 
