@@ -1,5 +1,5 @@
 """What the tests of the CUDA kernels would find: cases like those of tests/test_cuda_simt*.py fail
-for each of the faults of tests/simt/mutants.txt, and without each barrier."""
+for each of the faults of tests/simt/mutants*.txt, and without each barrier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The faults of mutants.txt, all in one copy of csrc, where a number switches each of them on."""
+"""The faults of mutants*.txt, all in one copy of csrc, where a number switches each of them on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Mutant(NamedTuple):
 
 
 def _written_down() -> Iterator[tuple[str, Mutant]]:
-    text = re.sub(r"^#.*\n", "", Path(__file__).with_suffix(".txt").read_text(), flags=re.MULTILINE)
-    for block in text.strip().split("\n\n"):
+    written = "\n".join(p.read_text() for p in sorted(Path(__file__).parent.glob("mutants*.txt")))
+    text = re.sub(r"^#.*\n", "", written, flags=re.MULTILINE)
+    for block in re.split(r"\n{2,}", text.strip()):
         name, *lines = block.splitlines()
         if not lines:
             file = name
