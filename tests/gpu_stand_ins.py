@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from benchmarks.blame import blamed
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, raw
 from benchmarks.gpu.cases import Request
 from benchmarks.gpu.plan import GpuJob, Report
 from benchmarks.results import COPY, OURS, TORCH, Result, Subject, rows
 from benchmarks.timing import Stats
+from wnkernel.backends import BACKENDS
 
 from . import gpu_visit
 from .processes import PATIENCE_S
@@ -75,7 +76,7 @@ def crashes(connection: Connection, request: Request) -> None:
 
 def hangs(connection: Connection, request: Request) -> None:
     """It never says anything again."""
-    _work(connection, request, lambda: time.sleep(1e6), 1.0)
+    _work(connection, request, lambda: time.sleep(1e6), 10.0)
 
 
 def is_wrong(connection: Connection, request: Request) -> None:
@@ -90,6 +91,13 @@ def is_wrong(connection: Connection, request: Request) -> None:
 def does_not_begin(connection: Connection, request: Request) -> None:
     """As where a library is missing."""
     raise ImportError("no such library")
+
+
+@pytest.fixture
+def eager_is_ours(monkeypatch):
+    """The eager backend in the part of one with kernels of ours."""
+    monkeypatch.setattr(raw, "FALLBACK", "")
+    return BACKENDS["eager"]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,4 +1,4 @@
-"""The GPU benchmark as far as a CPU can tell: bytes, graphs, checks, files and the summary."""
+"""The GPU benchmark as far as a CPU can tell: bytes, graphs, checks and files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ pytest.importorskip("rich", reason="the tables of the benchmark need rich")
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import results
 from benchmarks.environment import environment
 from benchmarks.gpu import __main__ as benchmark
-from benchmarks.gpu import aims, cases, flaggems, launches, raw, smoke, summary, traffic
+from benchmarks.gpu import aims, cases, flaggems, raw, summary, traffic
 from benchmarks.gpu.cases import Began, Failed, Finished, Request, Section
 from benchmarks.gpu.plan import FIRST, KEY, LARGE_BYTES, REAL, TINY, Part
 from benchmarks.gpu.traffic import BACKWARD, FORWARD
 from benchmarks.results import COPY, FUSED, OURS, TORCH, Result
-from benchmarks.timing import Stats
 from wnkernel import backends
 from wnkernel.backends import BACKENDS
 from wnkernel.problem import check
+
+from .gpu_stand_ins import eager_is_ours
+
+__all__ = ["eager_is_ours"]
 
 CPU = torch.device("cpu")
 
@@ -193,13 +195,6 @@ def test_the_command_line_measures_in_other_processes_and_sums_up(tmp_path):
     assert "expected one of cpu, cuda, triton, eager" in " ".join(result.output.split())
 
 
-@pytest.fixture
-def eager_is_ours(monkeypatch):
-    """The eager backend in the part of one with kernels of ours."""
-    monkeypatch.setattr(raw, "FALLBACK", "")
-    return BACKENDS["eager"]
-
-
 def test_without_kernels_of_ours_the_reasons_are_told(tmp_path, capsys):
     measured(tmp_path, Section.SINGLE, backend="cuda")
     assert "No kernels of ours are measured: cuda: " in capsys.readouterr().out
@@ -283,153 +278,3 @@ def test_a_flaggems_that_fails_does_not_take_ours_with_it(monkeypatch, tmp_path,
     told = "FlagGems 64x256 dim 0: ContenderError: FlagGems: RuntimeError: no such kernel"
     assert told in capsys.readouterr().out
     assert TORCH in {r.contender for r in summary.read(tmp_path)}
-
-
-def small_smoke(monkeypatch):
-    monkeypatch.setattr(smoke, "SHAPES", (((6, 5, 3), (0, 1, 2, None)),))
-    monkeypatch.setattr(smoke, "backends", lambda v: ["eager"])
-    arguments = ["--device", "cpu", "--backend", "eager", "--dtype", "float32"]
-    return CliRunner().invoke(smoke.app, arguments)
-
-
-def test_every_case_of_the_smoke_test_is_right_or_not(monkeypatch, eager_is_ours):
-    result = small_smoke(monkeypatch)
-    assert result.exit_code == 0
-    assert result.output.count("OK   eager float32") == 6
-    assert "6 weight norms on eager are right, 0 wrong" in result.output
-    right = type(eager_is_ours).forward
-
-    def wrong(self, problems):
-        w, norms = right(self, problems)
-        return [1.01 * x if p.dim == 1 else x for x, p in zip(w, problems, strict=True)], norms
-
-    monkeypatch.setattr(type(eager_is_ours), "forward", wrong)
-    result = small_smoke(monkeypatch)
-    assert result.exit_code == 1
-    assert "FAIL eager float32 [6, 5, 3] dim 1: VerificationError" in result.output
-    assert "OK   eager float32 [6, 5, 3] dim None" in result.output  # it goes on
-    assert "4 weight norms on eager are right, 2 wrong" in result.output
-
-
-def test_a_smoke_test_on_a_device_that_fails_ends(monkeypatch, eager_is_ours):
-    def fault(self, problems):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(type(eager_is_ours), "forward", fault)
-    monkeypatch.setattr(smoke, "is_usable", lambda device: False)
-    result = small_smoke(monkeypatch)
-    assert result.exit_code == 1
-    assert "illegal memory access" in result.output
-    assert "0 weight norms on eager are right, 1 wrong" in result.output
-
-
-def test_a_smoke_test_without_kernels_says_so():
-    arguments = ["--device", "cpu", "--backend", "cuda", "--dtype", "float32"]
-    result = CliRunner().invoke(smoke.app, arguments)
-    assert result.exit_code == 2
-    assert "cuda was asked for" in result.output
-
-
-def test_what_a_profiler_looks_at_runs(monkeypatch, capsys):
-    small = {c.shape: c for c in launches.LISTS[2]}
-    monkeypatch.setattr(launches, "LISTS", ([TINY.weights[Part.KEY][0]], list(small.values())[:2]))
-    launches.main("cpu")
-    assert capsys.readouterr().out == "3 weight norms, forward and backward\n"
-
-
-def row(where, contender, ms, *, shape="768x48x128", dim="2", phase=FORWARD, case="single", **more):
-    numel = math.prod(map(int, shape.split("x")))
-    kind = {"none": "whole", "0": "first"}.get(dim, "last")
-    facts = {"label": "", "dtype": "float32", "kind": kind, "numel": numel, **more}
-    about = results.Subject(
-        case=case, phase=phase, shape=shape, dim=dim, array_bytes=4 * numel, **facts
-    )
-    stats = {contender: Stats(ms, ms, ms, 3, 0.0)}
-    (made,) = results.rows(about, where, stats, arrays=2 if phase == FORWARD else 3)
-    return made
-
-
-@pytest.fixture
-def where():
-    return environment("cpu", None)
-
-
-def beside_torch(rows: list[Result]) -> list[Result]:
-    """With the ratios that a common measurement would have given."""
-    torchs = {(r.case, r.shape, r.dim, r.phase, r.label): r for r in rows if r.contender == TORCH}
-    return [
-        dataclasses.replace(
-            r,
-            ratio_to_torch=torchs[key].median_ms / r.median_ms
-            if (key := (r.case, r.shape, r.dim, r.phase, r.label)) in torchs
-            else math.nan,
-        )
-        for r in rows
-    ]
-
-
-def test_the_summary_holds_figures_against_aims(where, tmp_path):
-    ours = raw.ours("triton")
-    large = {"shape": "8192x4096", "dim": "0"}  # 134 MB: 2 arrays in 0.1 ms are 2.68 TB/s
-    rows = [
-        row(where, COPY, 1.0, case="copy", shape="268435456", phase="copy"),
-        row(where, "launch", 0.002, case="copy", shape="1", phase="launch"),
-        *(row(where, TORCH, ms, phase=p) for p, ms in ((FORWARD, 0.3), (BACKWARD, 0.6))),
-        *(row(where, ours, ms, phase=p) for p, ms in ((FORWARD, 0.03), (BACKWARD, 0.06))),
-        *(row(where, TORCH, ms, phase=p, **large) for p, ms in ((FORWARD, 0.2), (BACKWARD, 0.2))),
-        *(row(where, ours, ms, phase=p, **large) for p, ms in ((FORWARD, 0.125), (BACKWARD, 0.25))),
-    ]
-    whole = {"case": "whole", "label": "DAC", "shape": "1024x1024"}
-    for phase, times in (("wall time", (9.0, 3.0, 1.0)), (aims.whole.STREAM, (0.1, 0.06, 0.05))):
-        for who, ms in zip((TORCH, OURS, FUSED), times, strict=True):
-            rows.append(row(where, who, ms, phase=phase, **whole))
-    results.append_csv(beside_torch(rows), tmp_path / cases.RESULTS)
-    found = summary.read(tmp_path)
-
-    speed = aims.copy_speed(found)
-    assert speed == pytest.approx(2 * 2**30 / 1e6, rel=1e-5)  # 1 GiB there and back in 1 ms
-    lines = {line.title: line for line in aims.weight_lines(found, ours)}
-    share = lines["share of copy bandwidth, 64 MB and more, forward, float32"]
-    assert share.met  # 2.147 TB/s of 2.147
-    assert share.figure.startswith("1.00")
-    assert not lines["share of copy bandwidth, 64 MB and more, backward, float32"].met  # 0.75
-    least = lines["share of copy bandwidth, 64 MB and more, backward, float32, of 3 arrays"]
-    assert (least.met, least.figure) == (None, "0.75, least 0.75")
-    key = lines["times torch, 768x48x128 dim 2, float32"]
-    assert (key.met, key.figure) == (True, "10.0 (forward 10.0, backward 10.0)")
-    assert lines["times torch, 1 MB and more, float32, forward"].met
-    assert not lines["times torch, 1 MB and more, float32, backward"].met  # one below 0.95
-
-    device, wall = aims.model_lines(found)
-    floor = 3 * 4 * 2**20 / speed / 1e6 + 4 * 0.002  # the rows above count three arrays
-    assert device.figure.startswith(f"{0.05 / floor:.2f} ")
-    assert not device.met
-    assert wall.met  # 9 times torch, which waits for the host: 9 ms against 0.1
-    assert "bound by the host" in wall.title
-    assert wall.aim == ">= 2"
-    assert wall.figure.startswith("9.00")
-
-    out = io.StringIO()
-    summary.print_summary(Console(file=out, width=summary.WIDTH), found)
-    for text in (
-        "met",
-        "missed",
-        "copies its table",
-        "Where we lose to torch: 1 measurements",
-        "8192x4096",
-    ):
-        assert text in out.getvalue()
-
-
-def test_rows_come_back_from_their_file(where, tmp_path):
-    one = row(where, TORCH, 0.25)
-    (path,) = results.write_csv([one], tmp_path)
-    text = path.read_text()
-    (back,) = results.read_csv(path)
-    assert (back.contender, back.numel, back.median_ms) == (TORCH, one.numel, 0.25)
-    assert math.isnan(back.compile_s)
-    results.write_csv([back], tmp_path)
-    assert path.read_text() == text
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="not a table of results"):
-        results.read_csv(path)

@@ -22,7 +22,7 @@ pytest.importorskip("rich", reason="the tables of gpu-check need rich")
 from typer.testing import CliRunner
 
 from benchmarks import gpu_check
-from benchmarks.gpu import check, checks, steps
+from benchmarks.gpu import check, steps, visit_steps
 from benchmarks.gpu.log import MOST_LINES, Log
 from benchmarks.gpu.steps import Step, run_steps
 
@@ -86,10 +86,12 @@ def invoke(*arguments: str):
 def visit(monkeypatch, tmp_path):
     """Runs the command line with other steps, on a GPU that is not there."""
     monkeypatch.setattr(check, "no_gpu", lambda: "")
-    monkeypatch.setattr(checks, "versions", lambda: Step("versions", python("pass"), PATIENCE_S))
+    monkeypatch.setattr(
+        visit_steps, "versions", lambda: Step("versions", python("pass"), PATIENCE_S)
+    )
 
     def visit(*known: Step, arguments: tuple[str, ...] = ()):
-        monkeypatch.setattr(checks, "steps", lambda out, facts, device="cuda": list(known))
+        monkeypatch.setattr(visit_steps, "steps", lambda out, facts, device="cuda": list(known))
         patient = ("--limit-s", str(10 * PATIENCE_S))
         return invoke("--out", str(tmp_path), *patient, *arguments)
 

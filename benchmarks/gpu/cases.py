@@ -102,7 +102,6 @@ class Faulted(NamedTuple):
 class Finished(NamedTuple):
     """Nothing is left to do, or there is no time for it."""
 
-    cases: int
     left_out: str
     """The first case that was not begun."""
 
@@ -156,7 +155,7 @@ def _run(connection: Connection, request: Request, where: Environment) -> None:
         without = {*own, *without}
     for k in range(request.start, len(jobs)):
         if time.monotonic() > request.deadline:
-            connection.send(Finished(len(jobs), jobs[k].title))
+            connection.send(Finished(jobs[k].title))
             return
         _say(f"[{time.monotonic() - started:6.1f} s] {jobs[k].title}")
 
@@ -175,7 +174,7 @@ def _run(connection: Connection, request: Request, where: Environment) -> None:
             connection.close()
             os._exit(1)  # what CUDA does when a process with a fault ends in order can hang
         without, done = (), ()
-    connection.send(Finished(len(jobs), ""))
+    connection.send(Finished(""))
 
 
 def jobs_of(request: Request, where: Environment, fail: Report) -> list[GpuJob]:

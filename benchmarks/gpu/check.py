@@ -13,6 +13,7 @@ import io
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..environment import ROOT
-from . import cases, checks, profiling, tests_to_run
+from . import cases, profiling, tests_to_run, visit_steps
 from .__main__ import OUT
 from .log import Log
 from .steps import BAD, Outcome, Step, failed, run_steps
@@ -58,7 +59,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Folder for all results.")] = OUT,
-    limit_s: Annotated[float, typer.Option(help="Seconds for all steps.")] = checks.LIMIT_S,
+    limit_s: Annotated[float, typer.Option(help="Seconds for all steps.")] = visit_steps.LIMIT_S,
     skip: Annotated[list[str] | None, typer.Option(help="Not this step; repeatable.")] = None,
     device: Annotated[Device, typer.Option(help="cpu: try out the visit itself.")] = Device.CUDA,
     slower: Annotated[float, typer.Option(help="All limits, and that for all, times this.")] = 1.0,
@@ -68,7 +69,7 @@ def main(
     if device is Device.CUDA and (why := no_gpu()):
         print(f"gpu-check: there is no GPU here: {why}. Nothing was run.", flush=True)
         raise typer.Exit(NO_GPU)
-    names = [step.name for step in checks.steps(out, Facts())]
+    names = [step.name for step in visit_steps.steps(out, Facts())]
     if unknown := set(skip or ()) - set(names):
         expected, got = ", ".join(names), ", ".join(sorted(unknown))
         raise typer.BadParameter(f"--skip: expected some of {expected}, got {got}")
@@ -78,10 +79,10 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _say(f"{out} cannot be made: {error.strerror}. Results will be on the screen only.")
-    visit = _Visit(out, started + slower * limit_s - checks.SUMMARY_S, slower)
+    visit = _Visit(out, started + slower * limit_s - visit_steps.SUMMARY_S, slower)
     try:
-        (first,) = visit.run([checks.versions()])
-        chosen = checks.steps(out, facts_of(first.tail), device=device.value)
+        (first,) = visit.run([visit_steps.versions()])
+        chosen = visit_steps.steps(out, facts_of(first.tail), device=device.value)
         visit.run([replace(s, absent=SKIPPED) if s.name in (skip or ()) else s for s in chosen])
     finally:  # an interrupt, too, leaves what there is
         visit.end(time.monotonic() - started)
@@ -135,7 +136,8 @@ class _Visit:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    with suppress(OSError):  # a full disk that the output goes to
+        print(text, flush=True)
 
 
 def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:

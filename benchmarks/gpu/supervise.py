@@ -30,7 +30,6 @@ class Tally:
     """What came of a run."""
 
     rows: int = 0
-    cases: int = 0
     failures: list[str] = field(default_factory=list)
     """What of ours failed."""
     left_out: str = ""
@@ -87,12 +86,12 @@ def _one_process(
                 end = "ended, for its device reports errors for everything"
                 break
             elif isinstance(news, Finished):
-                tally.cases, tally.left_out = news.cases, news.left_out
+                tally.left_out = news.left_out
                 return None
             elif isinstance(news, Refused):
                 tally.refused = news.why
                 return None
-    except EOFError:
+    except (EOFError, OSError):  # in the middle of a message, too
         process.join(END_S)
         end = f"died with exit status {process.exitcode}"
     finally:

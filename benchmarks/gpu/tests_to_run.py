@@ -26,7 +26,6 @@ FIRST = (
     "test_group_modes.py",
     "test_layer.py",
     "test_operators.py",
-    "test_on_gpus_large.py",
 )
 """Those that say most about kernels, in the order of their worth."""
 
@@ -35,6 +34,7 @@ NO_GPU_NEEDED = (
     "test_cli_*.py",
     "test_cuda_*.py",
     "test_docs.py",
+    "test_export_files.py",
     "test_gpu_*.py",
     "test_group_distributed.py",
     "test_group_fully_shard.py",
@@ -51,7 +51,11 @@ NO_GPU_NEEDED = (
 )
 """Tests that are the same on every machine, and take their time: CI runs them."""
 
-OTHERS = tuple(sorted({p.name for p in TESTS.glob("test_*.py")} - set(FIRST)))
+OTHERS = ("test_on_gpus_large.py", "test_*.py")
+"""Those that are not among the first. Tests of large weights wait for each other's memory."""
+
+OPTIONAL = ("hypothesis", "expecttest", "safetensors")
+"""Packages that some files of tests cannot do without."""
 
 RESULTS = "tests.csv"
 """In the folder of results."""
@@ -62,17 +66,18 @@ MOST_CRASHES = 20
 """Of processes, each of which loses a few seconds."""
 
 
-def files(patterns: Sequence[str]) -> list[Path]:
+def files(patterns: Sequence[str], without: Sequence[str] = ()) -> list[Path]:
     """Of the tests, in the order of the patterns: without those that need no GPU, or a package that
-    is not installed, which would end the session."""
-    left_out = {*not_importable(TESTS), *(p for name in NO_GPU_NEEDED for p in TESTS.glob(name))}
+    is not installed, which could end the session."""
+    left_out = {*not_importable(TESTS), *(TESTS / name for name in without)}
+    left_out |= {p for name in NO_GPU_NEEDED for p in TESTS.glob(name)}
     found = dict.fromkeys(p for pattern in patterns for p in sorted(TESTS.glob(pattern)))
     return [p for p in found if p not in left_out]
 
 
 def not_importable(folder: Path) -> list[Path]:
     """Test files that import a package which is not installed here."""
-    packages = [p for p in ("hypothesis", "expecttest") if importlib.util.find_spec(p) is None]
+    packages = [p for p in OPTIONAL if importlib.util.find_spec(p) is None]
     if not packages:
         return []
     imports = re.compile(rf"^(from|import) ({'|'.join(packages)})\b", re.MULTILINE)
@@ -80,7 +85,7 @@ def not_importable(folder: Path) -> list[Path]:
 
 
 def arguments(
-    patterns: Sequence[str],
+    chosen: Sequence[Path],
     *,
     device: str,
     backends: Sequence[str],
@@ -93,7 +98,7 @@ def arguments(
     """What pytest is told.
 
     Args:
-        patterns: files.
+        chosen: files.
         device: where tests create their tensors.
         backends: only tests that are run on one of these; empty for all tests.
         and_others: those, too, that are not run on one backend after the other.
@@ -113,4 +118,4 @@ def arguments(
         command += ["--timeout", f"{test_s:.0f}", "--timeout-method", "thread"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(processes), f"--max-worker-restart={MOST_CRASHES}"]
-    return [*command, *(str(p.relative_to(ROOT)) for p in files(patterns))]
+    return [*command, *(str(p.relative_to(ROOT)) for p in chosen)]

@@ -43,9 +43,10 @@ MOST_LAUNCHES = 4
 def model_launches(name: str, backend: str) -> int:
     """Kernels of a fused model in float32; the most there can be, if the backend does not say."""
     known = {n: cases for models in REAL.models.values() for n, cases in models.items()}
-    if backend != "triton" or name not in known:
+    if name not in known:
         return MOST_LAUNCHES
-    return MOST_LAUNCHES if any(map(_is_split, known[name])) else MOST_LAUNCHES // 2
+    may_split = {"triton": _is_split, "cuda": _is_no_row}.get(backend, lambda case: True)
+    return MOST_LAUNCHES if any(map(may_split, known[name])) else MOST_LAUNCHES // 2
 
 
 def _is_split(case: LayerCase) -> bool:
@@ -53,6 +54,13 @@ def _is_split(case: LayerCase) -> bool:
     view = row_view(v, canonical_dim(case.dim, v.ndim))
     vector = VECTOR_BYTES // v.element_size()
     return plan(view.outer, view.rows, view.inner, v.element_size(), vector).split > 1
+
+
+def _is_no_row(case: LayerCase) -> bool:
+    """Whether the rows do not lie one after the other, short enough for a block to keep."""
+    v = torch.empty(case.shape, device="meta")
+    view = row_view(v, canonical_dim(case.dim, v.ndim))
+    return view.outer > 1 or view.inner > ROW_ON_CHIP
 
 
 def _fits(p: Problem) -> bool:

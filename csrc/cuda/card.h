@@ -1,6 +1,7 @@
 // What launches ask of the card that they are for, once for each card: never what is added up in
 // which order, which is for plan.h to say.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <atomic>
 

@@ -31,7 +31,7 @@ constexpr int planes(const BackwardLine&) { return kBackwardPlanes; }
 template <class Line, class V, class W, int Capacity, int Of, bool Finish>
 cudaError_t launch(std::vector<Line>& lines, cudaStream_t stream) {
   const auto kernel = weight_norm_kernel<Line, V, W, Capacity, Of, Finish>;
-  if (Of & kTiles) {
+  if constexpr (Of & kTiles) {
     static Places places_of_kernel;
     int64_t places = 0;
     if (const cudaError_t error = places_of_kernel.get(kernel, places); error != cudaSuccess)

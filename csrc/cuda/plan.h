@@ -207,14 +207,14 @@ inline Plan make_plan(const RowView& view, int element_bytes, int vector) {
     p.vector = static_cast<uint8_t>(elements);
     p.width = p.inner / elements;
   };
-  const bool whole = view.inner % vector == 0;
+  const bool in_vectors = view.inner % vector == 0;
   const auto strips = [&](int elements) {
     set_vector(elements);
     return view.outer > 1 && view.inner <= strip_columns(elements, element_bytes) &&
            plan_strips(p, view.outer, element_bytes);
   };
-  if (strips(vector) || (!whole && strips(1))) return p;
-  set_vector(whole ? vector : 1);
+  if (strips(vector) || (!in_vectors && strips(1))) return p;
+  set_vector(in_vectors ? vector : 1);
   p.lines = view.outer;
   p.pitch = view.rows * view.inner;
   if (view.outer == 1 && p.width <= kThreads * most_row_vectors(p.vector))

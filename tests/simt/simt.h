@@ -29,7 +29,8 @@ using cudaStream_t = struct CUstream_st*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9;
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::state.last_error, cudaSuccess); }
 
-// Every number of processors is a device of its own, with room for three blocks on each of them.
+// Every number of processors is a device of its own, with room for three blocks on each of them; if
+// it is odd, for two of a second launch.
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaGetDevice(int* device) {
   *device = simt::state.processors;
@@ -41,7 +42,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  *blocks = 3;
+  *blocks = simt::state.processors % 2 && !simt::state.launches.empty() ? 2 : 3;
   return cudaSuccess;
 }
 

@@ -262,8 +262,9 @@ def _launch_again(compiled: CompiledKernel, programs: int, args: Sequence[object
         return
     driver = triton.runtime.driver.active
     stream = driver.get_current_stream(driver.get_current_device())
+    run = compiled.run  # loads the kernel, if need be
     what = compiled.function, compiled.packed_metadata
-    compiled.run(programs, 1, 1, stream, *what, None, None, None, *args)
+    run(programs, 1, 1, stream, *what, None, None, None, *args)
 
 
 def _listens(hook: object) -> bool:

@@ -49,7 +49,8 @@ OFFSET_LIMIT = (1 << 31) - VECTOR_BYTES
 """Elements that a tile may span: kernels count them, and whole vectors of them, in 32 bits."""
 
 FILL = 512
-"""Programs that fill a large card: four for each of about 130 processors."""
+"""Programs that fill a large card: four for each of about 130 processors, in two waves where the
+registers let two share one."""
 
 SPLIT_TILES = 4
 """Tiles that a program of a split row has at least: more programs mean more partial sums to add.

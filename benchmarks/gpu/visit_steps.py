@@ -12,7 +12,7 @@ from ..environment import ROOT
 from . import copying, flaggems, hosts, profiling, single, smoke, whole
 from .plan import Part
 from .steps import OWN_LIMIT, Step
-from .tests_to_run import FIRST, OTHERS, RESULTS, arguments
+from .tests_to_run import FIRST, OTHERS, RESULTS, arguments, files
 from .tools import PROFILER, SANITIZER, tool
 from .versions import Facts
 
@@ -66,7 +66,7 @@ def steps(out: Path, facts: Facts, *, device: str = "cuda") -> list[Step]:
         *visit.sanitizers(95.0),
         visit.profile(40.0),
         *visit.smoke("triton", 20.0),
-        visit.benchmark("key figures, triton", "triton", Part.KEY, 45.0),
+        visit.benchmark("key figures, triton", "triton", Part.KEY, 45.0, grace_s=4.0),
         visit.benchmark("more figures, cuda", "cuda", Part.REST, 120.0, needed=False),
         visit.tests("tests, triton", "triton", 100.0, needed=False),
         visit.tests("other tests", "", 200.0, needed=False),
@@ -130,14 +130,23 @@ class Visit:
         ]
 
     def benchmark(
-        self, name: str, backend: str, part: Part, limit_s: float, *, needed: bool = True
+        self,
+        name: str,
+        backend: str,
+        part: Part,
+        limit_s: float,
+        *,
+        grace_s: float = 8.0,
+        needed: bool = True,
     ) -> Step:
         """Of one backend beside torch. Without kernels, CUDA's turn measures torch and copies."""
-        sections = (copying.CASE, single.CASE, whole.CASE, hosts.CASE)
+        sections = [single.CASE, whole.CASE, hosts.CASE]
+        if backend == "cuda":
+            sections.insert(0, copying.CASE)
         runs = not self._absent[backend]
         command = self._measure(sections, backend if runs else "eager", part)
         absent = "" if runs or backend == "cuda" else self._absent[backend]
-        return self._step(name, command, limit_s, grace_s=8.0, absent=absent, needed=needed)
+        return self._step(name, command, limit_s, grace_s=grace_s, absent=absent, needed=needed)
 
     def rival(self, limit_s: float) -> Step:
         """FlagGems, where it is installed."""
@@ -160,7 +169,7 @@ class Visit:
         installed = importlib.util.find_spec("pytest") is not None
         absent = self._absent[backend] if installed else "pytest is not installed"
         command = arguments(
-            FIRST if backend else OTHERS,
+            files(FIRST) if backend else files(OTHERS, without=FIRST),
             device=self._device,
             backends=BACKENDS_OF_TESTS[self._device, backend],
             and_others=backend != "triton",
