@@ -192,7 +192,7 @@ def test_a_card_that_is_well_has_no_problems(monkeypatch, capsys):
     facts, problems = told(capsys)
     assert problems == []
     assert (facts.device, facts.no_cuda, facts.no_triton) == ("NVIDIA Card", "", "")
-    assert facts.commit
+    assert facts.about == f"NVIDIA Card, commit {facts.commit}"
 
 
 def test_a_card_in_use_and_a_full_one_are_told_and_tried(monkeypatch, capsys):
@@ -315,7 +315,8 @@ def test_a_profile_without_all_launches_is_a_failure(monkeypatch, tmp_path, caps
     text = launches * REPORT + "==ERROR== no permission\n"
     code = f"open({str(report)!r}, 'w').write({text!r})"
     monkeypatch.setattr(profiling, "command", lambda report: [sys.executable, "-c", code])
-    assert profiling.main(report) == (launches != 8)
+    assert profiling.main(report, "a card, commit abc") == (launches != 8)
+    assert report.read_text().endswith("\na card, commit abc\n")
     told = capsys.readouterr().out
     assert f"{launches} of 8 launches are in the report" in told
     assert ("no permission" in told) == (launches != 8)

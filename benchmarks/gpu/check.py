@@ -82,7 +82,8 @@ def main(
     visit = _Visit(out, started + slower * limit_s - visit_steps.SUMMARY_S, slower)
     try:
         (first,) = visit.run([visit_steps.versions()])
-        chosen = visit_steps.steps(out, facts_of(first.tail), device=device.value)
+        visit.facts = facts_of(first.tail)
+        chosen = visit_steps.steps(out, visit.facts, device=device.value)
         visit.run([replace(s, absent=SKIPPED) if s.name in (skip or ()) else s for s in chosen])
     finally:  # an interrupt, too, leaves what there is
         visit.end(time.monotonic() - started)
@@ -95,6 +96,7 @@ class _Visit:
 
     def __init__(self, out: Path, deadline: float, slower: float) -> None:
         self.outcomes: list[Outcome] = []
+        self.facts = Facts()
         self._out, self._deadline, self._slower = out, deadline, slower
         self._log = Log(out / LOG, _say)
 
@@ -124,6 +126,7 @@ class _Visit:
 
     def _tables(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH)
+        console.print(self.facts.about, markup=False)
         try:
             print_summary(console, read(self._out))
         except Exception:  # figures that nobody has thought of must not end the visit

@@ -1,4 +1,4 @@
-"""Hardware counters of eight launches: ``python -m benchmarks.gpu.profiling ncu.txt``.
+"""Hardware counters of eight launches: ``python -m benchmarks.gpu.profiling ncu.txt 'a card'``.
 
 The report goes to a file. Exit status: 1 if it has not all of them.
 """
@@ -31,9 +31,16 @@ def command(report: Path) -> list[str]:
     return [*words, sys.executable, "-m", "benchmarks.gpu.launches"]
 
 
-def main(report: Path) -> int:
-    """Profiles, and says how many launches are in the report, or what it says instead."""
+def main(report: Path, about: str) -> int:
+    """Profiles, and says how many launches are in the report, or what it says instead.
+
+    Args:
+        report: the file.
+        about: the device and the commit, for its last line.
+    """
     done = subprocess.run(command(report), check=False)
+    with report.open("a") as file:
+        file.write(f"\n{about}\n")
     lines = report.read_text(errors="replace").splitlines() if report.exists() else []
     found = sum(KERNEL in line and not line.startswith("==") for line in lines)
     if done.returncode or found < launches.LAUNCHES:
@@ -43,4 +50,4 @@ def main(report: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

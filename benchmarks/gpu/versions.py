@@ -48,6 +48,11 @@ class Facts:
     device: str = ""
     commit: str = ""
 
+    @property
+    def about(self) -> str:
+        """Of all results."""
+        return ", commit ".join(filter(None, (self.device or "no GPU", self.commit)))
+
 
 def facts_of(lines: list[str]) -> Facts:
     """From what the step wrote; if it did not come to its end, everything is tried."""

@@ -80,6 +80,7 @@ class Visit:
 
     def __init__(self, out: Path, facts: Facts, device: str) -> None:
         self._out, self._facts, self._device = out, facts, device
+        self._about = facts.about
         self._is_dry = device == "cpu"
         self._absent = {"cuda": facts.no_build or facts.no_cuda, "triton": facts.no_triton, "": ""}
         if self._is_dry:
@@ -176,7 +177,7 @@ class Visit:
             test_s=TEST_S if backend else LONG_TEST_S,
             processes=min(TEST_PROCESSES, os.cpu_count() or 1),
             results=self._out / RESULTS,
-            about=f"{self._facts.device or self._device}, commit {self._facts.commit}",
+            about=self._about,
         )
         command = _python("-m", "pytest", *command)
         return self._step(name, command, limit_s, grace_s=20.0, absent=absent, needed=needed)
@@ -205,7 +206,9 @@ class Visit:
     def profile(self, limit_s: float) -> Step:
         """Hardware counters of eight launches, at the clock that the card has anyway."""
         absent = self._absent["cuda"] or ("" if tool(PROFILER) else f"{PROFILER} was not found")
-        command = _python("-m", "benchmarks.gpu.profiling", str(self._out / profiling.REPORT))
+        command = _python(
+            "-m", "benchmarks.gpu.profiling", str(self._out / profiling.REPORT), self._about
+        )
         return self._step("profile", command, limit_s, absent=absent)
 
 
