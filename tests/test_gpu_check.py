@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ from benchmarks import gpu_check
 from benchmarks.gpu import check, steps, visit_steps
 from benchmarks.gpu.log import MOST_LINES, Log
 from benchmarks.gpu.steps import Step, run_steps
+from benchmarks.gpu.versions import FACTS
 
 from .processes import PATIENCE_S
 
@@ -86,9 +88,9 @@ def invoke(*arguments: str):
 def visit(monkeypatch, tmp_path):
     """Runs the command line with other steps, on a GPU that is not there."""
     monkeypatch.setattr(check, "no_gpu", lambda: "")
-    monkeypatch.setattr(
-        visit_steps, "versions", lambda: Step("versions", python("pass"), PATIENCE_S)
-    )
+    told = FACTS + json.dumps({"device": "a card", "commit": "abc"})
+    first = Step("versions", python(f"print({told!r})"), PATIENCE_S)
+    monkeypatch.setattr(visit_steps, "versions", lambda: first)
 
     def visit(*known: Step, arguments: tuple[str, ...] = ()):
         monkeypatch.setattr(visit_steps, "steps", lambda out, facts, device="cuda": list(known))
@@ -139,6 +141,7 @@ def test_the_flow_goes_on_after_steps_that_fail(visit, tmp_path):
     assert re.search(r"^\[ *\d+\.\d first\] one\n\[ *\d+\.\d first\] first is done$", log, re.M)
     assert "about to fail" in log
     summary = (tmp_path / check.SUMMARY).read_text()
+    assert summary.startswith("a card, commit abc\n")
     assert "about to fail" in summary
     assert "last is done" in summary
 
