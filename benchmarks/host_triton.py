@@ -11,7 +11,6 @@ node with the same inputs and results that only allocates: what it takes is torc
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,14 +37,11 @@ from .environment import Environment, environment
 from .grouped import Checker, Iteration, Normed, random_grads, weights_model
 from .results import FUSED, OURS, TORCH
 from .shapes import LayerCase
-from .timing import Contender, no_garbage_collection
+from .timing import Contender, least
 
 SHAPES = ((32, 16, 3), (32, 16, 5), (32, 16, 7))
 NOTHING = "nothing"
 HIT, MISS = f"{FUSED}, tables found", f"{FUSED}, tables made"
-SAMPLES = 20
-"""Of about a millisecond, in a turn."""
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -163,27 +159,6 @@ def without_launches(who: str) -> Iterator[None]:
         yield
 
 
-def least(contenders: Mapping[str, Contender], times: int, seconds: float) -> dict[str, float]:
-    """Seconds of a call of each: the least of samples of so many calls, in turns."""
-    best = dict.fromkeys(contenders, float("inf"))
-    with no_garbage_collection():
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            for who, run in contenders.items():
-                with without_launches(who):
-                    for _ in range(SAMPLES):
-                        best[who] = min(best[who], sample(run, times))
-    return best
-
-
-def sample(run: Contender, times: int) -> float:
-    """Seconds of a call, from so many."""
-    start = time.perf_counter()
-    for _ in range(times):
-        run()
-    return (time.perf_counter() - start) / times
-
-
 def show(console: Console, title: str, found: Mapping[str, Mapping[str, float]], per: int) -> None:
     """Print microseconds by phase and contender."""
     table = Table("us", *found, title=title)
@@ -207,7 +182,9 @@ def main(
         (f"{layers} small layers, for each", of_steps, 1, layers),
         ("one call for a small weight", of_calls, 50, 1),
     ):
-        found = {phase: least(who, times, seconds) for phase, who in phases.items()}
+        found = {
+            phase: least(who, times, seconds, without_launches) for phase, who in phases.items()
+        }
         show(console, title, found, per)
     console.print(f"{where.device_name}, torch {where.torch}, triton {where.triton}; torch's own")
     console.print("figures have its kernels on a CPU, and its launches on a GPU, in them.")

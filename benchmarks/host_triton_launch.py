@@ -9,7 +9,6 @@ least of many samples.
 from __future__ import annotations
 
 import os
-import time
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ from wnkernel.backends.triton import launch
 from wnkernel.backends.triton.launch_table import tiles
 
 from .environment import environment
-from .timing import Contender, no_garbage_collection
+from .timing import Contender, least
 
 TIMES = 1000
 """Calls in a sample."""
@@ -88,27 +87,13 @@ def ways() -> dict[str, Contender]:
     return found
 
 
-def sample(run: Contender) -> float:
-    """Seconds of a call."""
-    start = time.perf_counter()
-    for _ in range(TIMES):
-        run()
-    return (time.perf_counter() - start) / TIMES
-
-
 def main(
     seconds: Annotated[float, typer.Option(help="For all measurements.")] = 10.0,
 ) -> None:
     """Host time of a launch, ours and Triton's."""
     where = environment("cpu", threads=1)
     triton.runtime.driver.set_active(Driver())
-    contenders = ways()
-    best = dict.fromkeys(contenders, float("inf"))
-    with no_garbage_collection():
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            for who, run in contenders.items():
-                best[who] = min(best[who], sample(run))
+    best = least(ways(), TIMES, seconds)
     table = Table("launch of", "us", title="host time of a launch, without the driver's")
     for who, found in best.items():
         table.add_row(who, f"{1e6 * found:.2f}")

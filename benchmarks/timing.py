@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,10 @@ from .blame import blamed
 Contender = Callable[[], object]
 Sampler = Callable[[Contender, int], float]
 """Runs a contender n times in a row and returns the seconds that all n took."""
+
+
+SAMPLES = 20
+"""In a turn of :func:`least`."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,32 @@ def measure(
                 times[name].append(seconds / counts[name])
         other_cores = others.cores()
     return {name: _stats(values, other_cores) for name, values in times.items()}
+
+
+def least(
+    contenders: Mapping[str, Contender],
+    times: int,
+    seconds: float,
+    during: Callable[[str], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, float]:
+    """Seconds of a call of each, for figures that other work can only add to: the least of samples
+    of so many calls, in turns.
+
+    Args:
+        contenders: who takes turns.
+        times: calls of a sample.
+        seconds: for all turns.
+        during: what surrounds a turn of the contender that it is given.
+    """
+    best = dict.fromkeys(contenders, float("inf"))
+    with no_garbage_collection():
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for who, run in contenders.items():
+                with during(who):
+                    for _ in range(SAMPLES):
+                        best[who] = min(best[who], _sample_wall(run, times) / times)
+    return best
 
 
 def _warm_up(run: Contender, sample: Sampler, min_sample_s: float) -> int:

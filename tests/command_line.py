@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +23,12 @@ from wnkernel import cli
 from wnkernel.cli import output
 
 from .layers import APPLY
+from .on_the_cpu import on_the_cpu
+
+__all__ = ["on_the_cpu"]
 
 KIND = {"legacy": "legacy", "parametrized": "torch", "folded": None}
 """By which weight norm of torch a layout is made."""
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu() -> Iterator[None]:
-    with torch.device("cpu"):  # whatever device the other tests run on
-        yield
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,11 @@ from wnkernel.backends import BACKENDS
 from wnkernel.problem import check
 
 from .gpu_stand_ins import eager_is_ours
+from .on_the_cpu import on_the_cpu
 
-__all__ = ["eager_is_ours"]
+__all__ = ["eager_is_ours", "on_the_cpu"]
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu():
-    with torch.device("cpu"):  # whatever device the other tests run on
-        yield
 
 
 def problem(shape, dim):

@@ -28,13 +28,10 @@ from benchmarks.gpu.log import MOST_LINES, Log
 from benchmarks.gpu.steps import Step, run_steps
 from benchmarks.gpu.versions import FACTS
 
+from .on_the_cpu import on_the_cpu
 from .processes import PATIENCE_S
 
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu():
-    with torch.device("cpu"):  # whatever device the other tests run on
-        yield
+__all__ = ["on_the_cpu"]
 
 
 @pytest.fixture

@@ -38,16 +38,13 @@ from benchmarks.shapes import LayerCase, grid
 from wnkernel.backends.triton import launch_table
 from wnkernel.problem import canonical_dim, row_view
 
+from .on_the_cpu import on_the_cpu
 from .triton_cases import OLDEST_TRITON
+
+__all__ = ["on_the_cpu"]
 
 BUDGET_S = 480.0
 """Two visits fit into a quarter of an hour, with the starts of the machine."""
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu():
-    with torch.device("cpu"):  # whatever device the other tests run on
-        yield
 
 
 @pytest.fixture

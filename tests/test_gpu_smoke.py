@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("typer", reason="the command line of the benchmark needs typer")
 pytest.importorskip("rich", reason="the tables of the benchmark need rich")
@@ -14,14 +13,9 @@ from benchmarks.gpu import launches, smoke
 from benchmarks.gpu.plan import TINY, Part
 
 from .gpu_stand_ins import eager_is_ours
+from .on_the_cpu import on_the_cpu
 
-__all__ = ["eager_is_ours"]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu():
-    with torch.device("cpu"):  # whatever device the other tests run on
-        yield
+__all__ = ["eager_is_ours", "on_the_cpu"]
 
 
 def small_smoke(monkeypatch):

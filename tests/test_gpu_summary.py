@@ -8,7 +8,6 @@ import io
 import math
 
 import pytest
-import torch
 
 pytest.importorskip("typer", reason="the command line of the benchmark needs typer")
 pytest.importorskip("rich", reason="the tables of the benchmark need rich")
@@ -22,11 +21,9 @@ from benchmarks.gpu.traffic import BACKWARD, FORWARD
 from benchmarks.results import COPY, FUSED, OURS, TORCH, Result
 from benchmarks.timing import Stats
 
+from .on_the_cpu import on_the_cpu
 
-@pytest.fixture(autouse=True)
-def _on_the_cpu():
-    with torch.device("cpu"):  # whatever device the other tests run on
-        yield
+__all__ = ["on_the_cpu"]
 
 
 def row(where, contender, ms, *, shape="768x48x128", dim="2", phase=FORWARD, case="single", **more):

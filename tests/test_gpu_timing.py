@@ -12,13 +12,11 @@ import torch
 from benchmarks.gpu import graphs, samplers
 from benchmarks.verify import VerificationError
 
+from .on_the_cpu import on_the_cpu
+
+__all__ = ["on_the_cpu"]
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu():
-    with torch.device("cpu"):  # whatever device the other tests run on
-        yield
 
 
 class Clock:

@@ -20,6 +20,7 @@ import wnkernel
 from wnkernel.functional import weight_norm, weight_norms
 
 from .. import verify
+from ..layers import dtype_text
 from .device import is_usable
 from .raw import backends
 
@@ -83,10 +84,10 @@ def cases(backend: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, 
     with wnkernel.use_backend(backend):
         for chosen in ([weight] for weight in every):
             v, _, dim = chosen[0]
-            yield f"{backend} {_text(dtype)} {list(v.shape)} dim {dim}", _error(chosen, device)
-        yield f"{backend} {_text(dtype)}, all of them as a list", _error(every, device)
+            yield f"{backend} {dtype_text(dtype)} {list(v.shape)} dim {dim}", _error(chosen, device)
+        yield f"{backend} {dtype_text(dtype)}, all of them as a list", _error(every, device)
         rows = [weight for weight in every if weight[2] == 0]
-        yield f"{backend} {_text(dtype)}, a list of rows only", _error(rows, device)
+        yield f"{backend} {dtype_text(dtype)}, a list of rows only", _error(rows, device)
 
 
 def weights(dtype: torch.dtype) -> list[Weight]:
@@ -131,10 +132,6 @@ def run(chosen: Sequence[Weight], device: str) -> None:
         # in float64 the reference sums no better
         title = f"{list(v.shape)} dim {dim}"
         verify.check(title, got, want, long_sums=v.dtype == torch.float64)
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -223,9 +223,10 @@ class _Running:
             self._is_late = True
             self._log.line(self.step.name, f"is asked to end ({signal.Signals(request).name})")
             self._signal(request)
-            at_end = request == signal.SIGINT
-            self._next_request_s = self._limit_s - LAST_S if at_end else seconds + LAST_S
-            self._next_request_s = max(self._next_request_s, seconds)
+            if request == signal.SIGINT:
+                self._next_request_s = max(self._limit_s - LAST_S, seconds)
+            else:
+                self._next_request_s = seconds + LAST_S
         return False
 
     def has_failed(self) -> bool:

@@ -40,8 +40,6 @@ BACKENDS_OF_TESTS = {
 }
 """By the device, and what a step is called after."""
 
-BUILD = "build"
-
 
 def versions() -> Step:
     """The first step, which says what the others have to know."""
@@ -80,7 +78,6 @@ class Visit:
 
     def __init__(self, out: Path, facts: Facts, device: str) -> None:
         self._out, self._facts, self._device = out, facts, device
-        self._about = facts.about
         self._is_dry = device == "cpu"
         self._absent = {"cuda": facts.no_build or facts.no_cuda, "triton": facts.no_triton, "": ""}
         if self._is_dry:
@@ -95,7 +92,7 @@ class Visit:
         """For this card alone. A build that fails is to be mended at once: nothing comes after it.
         Where nothing can be built, what needs no build is run."""
         return self._step(
-            BUILD,
+            "build",
             _python("-m", "benchmarks.gpu.build"),
             130.0,
             decides=True,
@@ -177,7 +174,7 @@ class Visit:
             test_s=TEST_S if backend else LONG_TEST_S,
             processes=min(TEST_PROCESSES, os.cpu_count() or 1),
             results=self._out / RESULTS,
-            about=self._about,
+            about=self._facts.about,
         )
         command = _python("-m", "pytest", *command)
         return self._step(name, command, limit_s, grace_s=20.0, absent=absent, needed=needed)
@@ -207,7 +204,7 @@ class Visit:
         """Hardware counters of eight launches, at the clock that the card has anyway."""
         absent = self._absent["cuda"] or ("" if tool(PROFILER) else f"{PROFILER} was not found")
         command = _python(
-            "-m", "benchmarks.gpu.profiling", str(self._out / profiling.REPORT), self._about
+            "-m", "benchmarks.gpu.profiling", str(self._out / profiling.REPORT), self._facts.about
         )
         return self._step("profile", command, limit_s, absent=absent)
 
