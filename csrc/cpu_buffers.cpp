@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <list>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -149,7 +150,10 @@ class Pool final : public c10::Allocator {
 
   static bool wanted() {
     const char* setting = std::getenv("WNKERNEL_CPU_BUFFERS");
-    return !setting || std::string(setting) != "0";
+    const std::string wanted = setting ? setting : "";
+    if (!wanted.empty() && wanted != "0" && wanted != "1")
+      throw std::invalid_argument("WNKERNEL_CPU_BUFFERS: expected 0 or 1, got " + wanted);
+    return wanted != "0";
   }
 
   const bool enabled_ = wanted();

@@ -13,7 +13,7 @@ namespace wnkernel {
 // when the last tensor, view or array on its storage is gone, never earlier. Idle and used
 // buffers together take at most twice what was used at once lately; what is idle longest goes back
 // to the system first. The environment variable WNKERNEL_CPU_BUFFERS=0 makes it torch's own
-// allocator.
+// allocator; the first call throws std::invalid_argument if that is neither 0 nor 1.
 c10::Allocator* cpu_buffers();
 
 struct BufferStatistics {

@@ -115,8 +115,17 @@ def test_the_environment_switches_them_off():
         "w = F.weight_norm(torch.randn(128, 64, 8), torch.ones(128, 1, 1));"
         "print(wnkernel.cpu_buffers()['used_bytes'])"
     )
-    result = python("-c", code, WNKERNEL_CPU_BUFFERS="0")
-    assert result.stdout.strip() == "0", result.stderr
+    for setting, used in (("0", 0), ("1", 128 * 64 * 8 * 4), ("", 128 * 64 * 8 * 4)):
+        result = python("-c", code, WNKERNEL_CPU_BUFFERS=setting)
+        assert result.stdout.strip() == str(used), result.stderr
+
+
+@pytest.mark.parametrize("value", ["off", "2", "false"])
+def test_nonsense_in_the_environment_is_an_error_of_the_import(value):
+    result = python("-c", "import wnkernel", WNKERNEL_CPU_BUFFERS=value)
+    assert result.returncode == 1
+    said = f"ValueError: WNKERNEL_CPU_BUFFERS: expected 0 or 1, got {value}"
+    assert result.stderr.splitlines()[-1] == said
 
 
 def test_what_was_used_before_a_release_does_not_count():

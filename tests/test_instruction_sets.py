@@ -51,3 +51,14 @@ def test_results_are_right(name: str) -> None:
     if used != name:
         pytest.skip(f"this processor has no {name}: {used} ran")
     assert verdict == "right"
+
+
+def test_a_name_that_there_is_not_is_an_error_of_the_import() -> None:
+    if not _ops.loaded():
+        pytest.skip(_ops.load_error())
+    result = python("-c", "import wnkernel", WNKERNEL_CPU_ISA="avx1024")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ValueError: WNKERNEL_CPU_ISA: expected ")
+    assert all(name in last for name in NAMES)
+    assert last.endswith("got avx1024")

@@ -31,6 +31,7 @@ def _load() -> tuple[ModuleType | None, dict[str, Any], str]:
     except ImportError as error:
         return None, {}, f"wnkernel._C cannot be loaded: {error}"
     info = _C.build_info()
+    _C.cpu_buffers()  # which reads its setting: what is wrong with that is an error now, not later
     if CUDA_VERSION:
         info |= {"cuda": CUDA_VERSION, "cuda_architectures": CUDA_ARCHITECTURES}
     return _C, info, ""

@@ -24,8 +24,14 @@ const InstructionSet& choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool known = wanted == kAvx512.name || wanted == kAvx2.name || wanted == kBaseline.name;
+  const std::string names = "avx512, avx2 or sse2";
+#else
+  const bool known = wanted == kBaseline.name;
+  const std::string names = kBaseline.name;
+#endif
   if (!wanted.empty() && !known)
-    throw std::invalid_argument("WNKERNEL_CPU_ISA: expected avx512, avx2 or sse2, got " + wanted);
+    throw std::invalid_argument("WNKERNEL_CPU_ISA: expected " + names + ", got " + wanted);
+#if defined(__x86_64__)
   if ((wanted.empty() || wanted == kAvx512.name) && has_avx512()) return kAvx512;
   if (wanted != kBaseline.name && has_avx2()) return kAvx2;
 #endif
