@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "cpu/surroundings.h"
 #include "cpu_buffers.h"
 #include "cuda_devices.h"
 #include "fastcall.h"
@@ -181,6 +182,29 @@ pybind11::dict py_cpu_buffers() {
   return dict;
 }
 
+pybind11::dict facts(const cpu::Machine& machine) {
+  pybind11::dict sources;
+  sources["l1d"] = machine.sources.l1d;
+  sources["l2"] = machine.sources.l2;
+  sources["l3"] = machine.sources.l3;
+  sources["page"] = machine.sources.page;
+  pybind11::dict dict;
+  dict["l1d"] = machine.l1d;
+  dict["l2"] = machine.l2;
+  dict["l3"] = machine.l3;
+  dict["page"] = machine.page;
+  dict["sources"] = sources;
+  return dict;
+}
+
+pybind11::dict py_machine() { return facts(cpu::machine()); }
+
+// For tests.
+pybind11::dict py_machine_in(std::string sysfs, std::vector<int> cpus, bool hypervisor,
+                             cpu::CpuidCaches cpuid) {
+  return facts(cpu::machine_in({std::move(sysfs), std::move(cpus), hypervisor, std::move(cpuid)}));
+}
+
 }  // namespace
 }  // namespace wnkernel
 
@@ -190,6 +214,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_reason", wnkernel::py_cuda_reason,
         "Why kernels cannot run on a CUDA device; empty if they can.");
   m.def("row_view", wnkernel::py_row_view, "(outer, rows, inner) of a dense, non-empty tensor.");
+  m.def("machine", wnkernel::py_machine, "Caches and pages of this machine; docs/performance.md.");
+  m.def("machine_in", wnkernel::py_machine_in,
+        "(sysfs, cpus, hypervisor, cpuid): the same of a machine that is made up, for tests.");
   m.def("cpu_buffers", wnkernel::py_cpu_buffers, "Bytes that idle buffers and tensors hold.");
   m.def("release_cpu_buffers", wnkernel::release_cpu_buffers, "Free all idle buffers.");
   if (PyModule_AddFunctions(m.ptr(), wnkernel::kMethods) != 0 || !wnkernel::add_slots(m.ptr()))

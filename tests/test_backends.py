@@ -191,6 +191,7 @@ print(json.dumps([_ops.loaded(), _ops.load_error(), wnkernel.info()]))
     assert error.startswith("wnkernel._C ")
     assert info["load_error"] == error
     assert info["compiled"] is None
+    assert info["cpu"] is None
     assert info["backends"]["cpu"] == [error]
     assert info["backends"]["eager"] == []
 

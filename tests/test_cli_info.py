@@ -25,6 +25,7 @@ def test_info_in_json_is_what_the_function_returns():
     assert said.keys() == facts.keys()
     assert said["backends"] == facts["backends"]
     assert said["compiled"] == facts["compiled"]
+    assert said["cpu"] == facts["cpu"]
 
 
 def test_info_as_a_table_has_every_fact(monkeypatch):
@@ -33,6 +34,13 @@ def test_info_as_a_table_has_every_fact(monkeypatch):
         "compiled": {"devices": ["cpu", "cuda"], "openmp": True},
         "load_error": "",
         "backends": {"cpu": [], "cuda": ["there is no [red]GPU[/red]", "nor a driver"]},
+        "cpu": {
+            "l1d": 49152,
+            "l2": 2 << 20,
+            "l3": 1441792,
+            "page": 4096,
+            "sources": {"l1d": "sysfs", "l2": "cpuid", "l3": "default", "page": "system"},
+        },
         "triton": None,
     }
     monkeypatch.setattr("wnkernel.cli.app.facts", lambda: facts)
@@ -45,6 +53,10 @@ def test_info_as_a_table_has_every_fact(monkeypatch):
         ("load_error", "-"),
         ("backend cpu", "runs"),
         ("backend cuda", "there is no [red]GPU[/red]; nor a driver"),
+        ("cpu: l1d", "48 KiB (sysfs)"),
+        ("cpu: l2", "2 MiB (cpuid)"),
+        ("cpu: l3", "1.375 MiB (default)"),
+        ("cpu: page", "4 KiB (system)"),
         ("triton", "-"),
     ]
 

@@ -20,6 +20,8 @@ def info() -> dict[str, Any]:
         module was built with (torch, compiler, devices), the instruction set in use; or None.
         ``load_error``: why it is not loaded, empty when it is. ``backends``: for every backend, in
         the order of the automatic choice, the reasons why it cannot run here (empty: it can).
+        ``cpu``: bytes of the caches (``l1d``, ``l2``, ``l3``: what a thread may count on) and of a
+        ``page``, and the ``sources`` of these facts; None without the compiled module.
         ``cpu_buffers``: bytes that results on the CPU use and hold.
         ``triton``: variants of the Triton kernels that this process has launched, and how many one
         combination of dtypes can come to; None where they cannot run.
@@ -34,6 +36,7 @@ def info() -> dict[str, Any]:
         "compiled": _ops.BUILD_INFO or None,
         "load_error": _ops.load_error(),
         "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
+        "cpu": _ops.MACHINE or None,
         "cpu_buffers": _ops.cpu_buffers(),
         "triton": BACKENDS["triton"].variants(),
         "forced_backend": choice.forced,

@@ -44,6 +44,10 @@ def _minor(version: str) -> list[str]:
 _C, BUILD_INFO, _LOAD_ERROR = _load()
 """BUILD_INFO: what ``wnkernel._C`` was built with; empty without it."""
 
+MACHINE: dict[str, Any] = {} if _C is None else _C.machine()
+"""Bytes of this machine's caches and pages, as the CPU kernels see them, and where each fact is
+from; empty without ``wnkernel._C``."""
+
 
 def loaded() -> bool:
     """Whether ``wnkernel._C`` is there and was loaded."""

@@ -98,12 +98,19 @@ def print_info(content: dict[str, Any]) -> None:
         if key == "backends":
             for name, reasons in value.items():
                 table.add_row(f"backend {name}", escape("; ".join(reasons) or "runs"))
+        elif key == "cpu" and value:
+            for name, source in value["sources"].items():
+                table.add_row(f"cpu: {name}", f"{_size(value[name])} ({source})")
         elif isinstance(value, dict):
             for name, item in value.items():
                 table.add_row(f"{key}: {name}", escape(_plain(item)))
         else:
             table.add_row(key, escape(_plain(value)))
     console().print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.4g} MiB" if count >= 2**20 else f"{count / 2**10:.4g} KiB"
 
 
 def _plain(value: Any) -> str:
