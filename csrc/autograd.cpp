@@ -1,18 +1,22 @@
-// Autograd under the dispatcher: one node for a list of weight norms, whose backward is again a
-// differentiable operator.
+// Autograd under the dispatcher: one node for a list of weight norms, and a cheaper one for a single
+// weight, whose backward is again a differentiable operator.
 //
-// Nothing goes through save_for_backward: v, g and norm live in saved_data, and their versions are
+// Nothing goes through save_for_backward: v, g and norm live in the node, and their versions are
 // compared here. So a node may run backward any number of times, and activation checkpointing,
 // which counts saved tensors, sees none of it. Outputs are never kept: that would be a reference
 // cycle.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "composed.h"
 #include "ops.h"
@@ -48,8 +52,29 @@ bool is_transformed(at::TensorList tensors) {
   return false;
 }
 
+// Whether nobody waits between autograd and the CPU kernels, so that one weight need not go through
+// the dispatcher again: no mode, no tracer, no profiler, and tensors that are memory and no more.
+bool is_direct(c10::DispatchKeySet tensors) {
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  const c10::DispatchKeySet above =  // that have no kernels of this library
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset |
+      c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
+  const c10::DispatchKeySet left = (tensors | local.included_) - local.excluded_ - above;
+  return left.highestPriorityTypeId() == c10::DispatchKey::CPU && !at::hasCallbacks();
+}
+
 // What a node keeps of one weight.
 struct Saved {
+  Saved(const at::Tensor& v, const at::Tensor& g, const at::Tensor& extra, int64_t dim, double eps)
+      : v(v),
+        g(g),
+        extra(extra),
+        dim(dim),
+        eps(eps),
+        v_version(version_of(v)),
+        g_version(version_of(g)),
+        extra_version(version_of(extra)) {}
+
   at::Tensor v, g, extra;  // extra: norm, or grad_w
   int64_t dim;
   double eps;
@@ -71,8 +96,7 @@ struct SavedWeights : torch::CustomClassHolder {
     auto saved = c10::make_intrusive<SavedWeights>();
     saved->weights.reserve(v.size());
     for (size_t k = 0; k < v.size(); ++k)
-      saved->weights.push_back({v[k], g[k], extra[k], dim[k], eps[k], version_of(v[k]),
-                                version_of(g[k]), version_of(extra[k])});
+      saved->weights.emplace_back(v[k], g[k], extra[k], dim[k], eps[k]);
     ctx->saved_data["weights"] = c10::IValue::make_capsule(std::move(saved));
   }
 
@@ -199,17 +223,75 @@ struct WeightNorms : torch::autograd::Function<WeightNorms> {
   }
 };
 
+// The node of one weight norm, without what lists and the recording of their arguments cost.
+class WeightNorm final : public torch::autograd::Node {
+ public:
+  WeightNorm(const at::Tensor& v, const at::Tensor& g, const at::Tensor& norm, int64_t dim,
+             double eps)
+      : Node(torch::autograd::collect_next_edges(v, g)), weight_(v, g, norm, dim, eps) {}
+
+  std::string name() const override { return "WeightNormBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    const at::Tensor& grad_w = grads[0];
+    const Saved& w = weight_;
+    const bool need_v = task_should_compute_output(0), need_g = task_should_compute_output(1);
+    if (!grad_w.defined() || !(need_v || need_g)) return variable_list(2);
+    w.check_versions("norm");
+    const at::Tensor inputs[] = {grad_w, w.v, w.g};
+    if (is_direct(grad_w.key_set() | w.v.key_set() | w.g.key_set()) && !needs_grad(inputs)) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      auto [grad_v, grad_g] =
+          backward_on_cpu(grad_w, w.v, w.g, w.extra, w.dim, w.eps, need_v, need_g);
+      return {std::move(grad_v), std::move(grad_g)};
+    }
+    const int64_t wanted[] = {need_v, need_g};
+    auto [grad_v, grad_g] = first_derivatives(grad_w, w.v, w.g, w.extra, w.dim, w.eps,
+                                              at::IntArrayRef(wanted[0]), at::IntArrayRef(wanted[1]));
+    variable_list found(2);
+    if (need_v) found[0] = std::move(grad_v[0]);
+    if (need_g) found[1] = std::move(grad_g[0]);
+    return found;
+  }
+
+ private:
+  const Saved weight_;
+};
+
+// The pointer that this version of torch has for nodes.
+using NodePointer = std::decay_t<decltype(std::declval<at::Tensor&>().grad_fn())>;
+
+template <class Pointer = NodePointer>
+Pointer make_node(const at::Tensor& v, const at::Tensor& g, const at::Tensor& norm, int64_t dim,
+                  double eps) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    const auto end = [](auto* node) { deleteNode(node); };  // of torch, without recursion
+    return Pointer(new WeightNorm(v, g, norm, dim, eps), end);
+  } else {
+    return c10::make_intrusive<WeightNorm>(v, g, norm, dim, eps);
+  }
+}
+
 at::Tensor weight_norm_autograd(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
                                 std::optional<at::ScalarType> out_dtype) {
   const at::Tensor inputs[] = {v, g};
   if (is_transformed(inputs)) return composed::weight_norm(v, g, dim, eps, out_dtype);
-  if (needs_grad(inputs)) {
-    Tensors norms;
-    return WeightNorms::apply(at::TensorList(v), at::TensorList(g), at::IntArrayRef(dim),
-                              at::ArrayRef<double>(eps), out_dtype, &norms)[0];
+  const bool records = needs_grad(inputs);
+  std::pair<at::Tensor, at::Tensor> w_norm;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    if (is_direct(v.key_set() | g.key_set())) {
+      w_norm = forward_on_cpu(v, g, dim, eps, out_dtype);
+    } else if (!records) {
+      return weight_norm(v, g, dim, eps, out_dtype);
+    } else {
+      auto [w, norm] = forward(v, g, dim, eps, out_dtype);
+      w_norm = {std::move(w[0]), std::move(norm[0])};
+    }
   }
-  at::AutoDispatchBelowADInplaceOrView below;
-  return weight_norm(v, g, dim, eps, out_dtype);
+  auto& [w, norm] = w_norm;
+  if (records) torch::autograd::set_history(w, make_node(v, g, norm, dim, eps));
+  return w;
 }
 
 std::tuple<Tensors, Tensors> forward_autograd(at::TensorList v, at::TensorList g,

@@ -23,7 +23,11 @@ namespace {
 
 // Smaller requests stay within malloc's own free lists and cost no page faults.
 constexpr size_t kSmallest = 64 << 10;
-constexpr size_t kPage = 4096;
+// Loads and stores are told apart by their addresses modulo this at first. A buffer has as many
+// bytes to spare, which nobody counts, to choose where in it a result starts.
+constexpr size_t kAlias = 4096;
+// Where a result may start.
+constexpr size_t kLine = 64;
 // Idle and used buffers together stay below this many times the most that was used at once ...
 constexpr int64_t kSlack = 2;
 // ... lately: within the last one or two stretches in which this many times that much was served.
@@ -36,13 +40,16 @@ constexpr size_t kHugePage = 2 << 20;
 void* allocate_memory(size_t size) {
   const bool huge = size >= kHugePage;
   void* data = nullptr;
-  const int error = posix_memalign(&data, huge ? kHugePage : kPage, size);
+  const int error = posix_memalign(&data, huge ? kHugePage : kAlias, size);
   TORCH_CHECK(error == 0, "wnkernel: cannot allocate ", size, " bytes for a result on the CPU");
 #if defined(__linux__)
   if (huge) madvise(data, size, MADV_HUGEPAGE);  // advice: nothing depends on the answer
 #endif
   return data;
 }
+
+// Where the results of this thread are to start within kAlias; see KeepApart.
+thread_local size_t start = 0;
 
 struct Buffer {
   void* data;
@@ -54,18 +61,18 @@ class Pool final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kSmallest || !enabled_) return c10::GetCPUAllocator()->allocate(bytes);
-    const size_t size = (bytes + kPage - 1) / kPage * kPage;
+    const size_t size = (bytes + kAlias - 1) / kAlias * kAlias;
     Buffer* buffer = take(size);
     if (!buffer) {
       buffer = new Buffer{nullptr, size, {}};
       try {
-        buffer->data = allocate_memory(size);
+        buffer->data = allocate_memory(size + kAlias);
       } catch (...) {
         forget(buffer);
         throw;
       }
     }
-    return {buffer->data, buffer, [](void* freed) { pool().give(static_cast<Buffer*>(freed)); },
+    return {static_cast<char*>(buffer->data) + start, buffer, [](void* freed) { pool().give(static_cast<Buffer*>(freed)); },
             c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -165,6 +172,21 @@ class Pool final : public c10::Allocator {
 };
 
 }  // namespace
+
+KeepApart::KeepApart(std::initializer_list<const at::Tensor*> tensors) {
+  if (tensors.size() == 0) return;
+  const auto place = [](const at::Tensor* t) {
+    return reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kAlias;
+  };
+  const size_t first = place(*tensors.begin()), second = place(*(tensors.end() - 1));
+  // From the first to the second, and around from there to the first: halfway along the longer way.
+  const size_t between = (second + kAlias - first) % kAlias;
+  const size_t halfway = 2 * between > kAlias ? first + between / 2
+                                              : second + (kAlias - between) / 2;
+  start = halfway % kAlias / kLine * kLine;
+}
+
+KeepApart::~KeepApart() { start = 0; }
 
 c10::Allocator* cpu_buffers() { return &Pool::pool(); }
 BufferStatistics cpu_buffer_statistics() { return Pool::pool().statistics(); }

@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace wnkernel {
@@ -25,5 +26,15 @@ std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, a
                                       at::TensorList norm, at::IntArrayRef dim,
                                       at::ArrayRef<double> eps, at::IntArrayRef need_v,
                                       at::IntArrayRef need_g);
+
+// w and norm of one CPU tensor, and its first derivatives (undefined where they are not wanted):
+// the operators without the dispatcher, for callers who know that nobody waits there.
+std::pair<at::Tensor, at::Tensor> forward_on_cpu(const at::Tensor& v, const at::Tensor& g,
+                                                 int64_t dim, double eps,
+                                                 std::optional<at::ScalarType> out_dtype);
+std::pair<at::Tensor, at::Tensor> backward_on_cpu(const at::Tensor& grad_w, const at::Tensor& v,
+                                                  const at::Tensor& g, const at::Tensor& norm,
+                                                  int64_t dim, double eps, bool need_v,
+                                                  bool need_g);
 
 }  // namespace wnkernel

@@ -19,7 +19,9 @@ Threads threads() {
 struct Cpu {
   explicit Cpu(const at::Tensor&) {}
 
-  static at::Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  static at::Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype,
+                          std::initializer_list<const at::Tensor*> apart_from) {
+    const KeepApart apart(apart_from);
     return at::detail::empty_strided_generic(sizes, strides, cpu_buffers(),
                                              c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
   }
@@ -33,6 +35,19 @@ struct Cpu {
 };
 
 }  // namespace
+
+std::pair<at::Tensor, at::Tensor> forward_on_cpu(const at::Tensor& v, const at::Tensor& g,
+                                                 int64_t dim, double eps,
+                                                 std::optional<at::ScalarType> out_dtype) {
+  return forward_one<Cpu>(v, g, dim, eps, out_dtype);
+}
+
+std::pair<at::Tensor, at::Tensor> backward_on_cpu(const at::Tensor& grad_w, const at::Tensor& v,
+                                                  const at::Tensor& g, const at::Tensor& norm,
+                                                  int64_t dim, double eps, bool need_v,
+                                                  bool need_g) {
+  return backward_one<Cpu>(grad_w, v, g, norm, dim, eps, need_v, need_g);
+}
 
 TORCH_LIBRARY_IMPL(wnkernel, CPU, m) {
   m.impl("weight_norm", weight_norm_on<Cpu>);

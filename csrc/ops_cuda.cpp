@@ -29,7 +29,8 @@ class Cuda {
  public:
   explicit Cuda(const at::Tensor& v) : guard_(v.device()) {}
 
-  static at::Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  static at::Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype,
+                          std::initializer_list<const at::Tensor*>) {
     return at::detail::empty_strided_generic(sizes, strides, c10::cuda::CUDACachingAllocator::get(),
                                              c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype);
   }

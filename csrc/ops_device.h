@@ -3,7 +3,8 @@
 // kernels for and how they are launched:
 //
 //   explicit Device(const at::Tensor& v)
-//   static at::Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType)
+//   static at::Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType,
+//                           std::initializer_list<const at::Tensor*> apart_from)
 //   static at::Tensor empty_norm(at::IntArrayRef sizes, at::ScalarType)
 //   static bool takes(DType v, DType w)
 //   void forward(const Forward*, int64_t count)
@@ -11,6 +12,10 @@
 #pragma once
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
+
+#include <initializer_list>
+#include <utility>
+#include <vector>
 
 #include "ops.h"
 #include "problem.h"
@@ -33,9 +38,11 @@ inline at::Tensor with_type(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }
 
+// Memory laid out like a dense tensor. apart_from: what a kernel reads while it writes there.
 template <class Device>
-at::Tensor empty_like(const at::Tensor& dense, at::ScalarType dtype) {
-  return Device::empty(dense.sizes(), dense.strides(), dtype);
+at::Tensor empty_like(const at::Tensor& dense, at::ScalarType dtype,
+                      std::initializer_list<const at::Tensor*> apart_from = {}) {
+  return Device::empty(dense.sizes(), dense.strides(), dtype, apart_from);
 }
 
 // t in the memory order of v: itself, or one copy.
@@ -62,44 +69,153 @@ Types types_of(at::ScalarType v, at::ScalarType w) {
   return {v, Device::takes(dtype_of(v), dtype_of(w)) ? w : v};
 }
 
+// One weight of a forward: its arguments as kernels take them, its results, and its line of the
+// problem table, which points into both. To be checked before.
+template <class Device>
+struct ForwardWeight {
+  at::Tensor v, g, w, norm;
+  Forward line{};
+
+  ForwardWeight(const at::Tensor& v_, const at::Tensor& g_, int64_t dim, double eps,
+                std::optional<at::ScalarType> out_dtype) {
+    const auto [v_type, w_type] =
+        types_of<Device>(v_.scalar_type(), out_dtype.value_or(v_.scalar_type()));
+    v = with_type(dense(v_), v_type);
+    g = g_.contiguous();
+    w = empty_like<Device>(v, w_type, {&v});
+    norm = Device::empty_norm(g.sizes(), accumulation_dtype(v_type));
+    if (is_empty()) {
+      norm.zero_();
+      return;
+    }
+    line = {v.const_data_ptr(),
+            g.const_data_ptr(),
+            w.mutable_data_ptr(),
+            norm.mutable_data_ptr(),
+            row_view(v, dim),
+            dtype_of(v_type),
+            dtype_of(g.scalar_type()),
+            dtype_of(w_type),
+            dtype_of(divisor_dtype(v_, g)),
+            eps};
+  }
+
+  bool is_empty() const { return v.numel() == 0; }
+};
+
+inline void check_forward_weight(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                                 std::optional<at::ScalarType> out_dtype) {
+  check_forward(v, g, dim, eps, out_dtype);
+  check_memory("v", v);
+  check_memory("g", g);
+}
+
+// w and norm of one weight.
+template <class Device>
+std::pair<at::Tensor, at::Tensor> forward_one(const at::Tensor& v, const at::Tensor& g, int64_t dim,
+                                              double eps, std::optional<at::ScalarType> out_dtype) {
+  check_forward_weight(v, g, dim, eps, out_dtype);
+  Device device(v);
+  ForwardWeight<Device> weight(v, g, dim, eps, out_dtype);
+  if (!weight.is_empty()) device.forward(&weight.line, 1);
+  return {with_type(weight.w, out_dtype.value_or(v.scalar_type())), std::move(weight.norm)};
+}
+
+template <class Device>
+at::Tensor weight_norm_on(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                          std::optional<at::ScalarType> out_dtype) {
+  return forward_one<Device>(v, g, dim, eps, out_dtype).first;
+}
+
 template <class Device>
 std::tuple<Tensors, Tensors> forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
                                         at::ArrayRef<double> eps,
                                         std::optional<at::ScalarType> out_dtype) {
   const size_t count = v.size();
   check_forward_lengths(v, g, dim, eps);
-  for (size_t k = 0; k < count; ++k) {
-    check_forward(v[k], g[k], dim[k], eps[k], out_dtype);
-    check_memory("v", v[k]);
-    check_memory("g", g[k]);
-  }
+  for (size_t k = 0; k < count; ++k) check_forward_weight(v[k], g[k], dim[k], eps[k], out_dtype);
   check_one_device(v);
   if (count == 0) return {};
 
   Device device(v[0]);
-  Tensors w(count), norm(count);
-  c10::SmallVector<at::Tensor, 2> alive;  // what the table points into
-  alive.reserve(2 * count);               // references to its elements are taken
+  std::vector<ForwardWeight<Device>> weights;
+  weights.reserve(count);
   c10::SmallVector<Forward, 1> table;
   for (size_t k = 0; k < count; ++k) {
-    const auto [v_type, w_type] =
-        types_of<Device>(v[k].scalar_type(), out_dtype.value_or(v[k].scalar_type()));
-    const at::Tensor& vk = alive.emplace_back(with_type(dense(v[k]), v_type));
-    const at::Tensor& gk = alive.emplace_back(g[k].contiguous());
-    w[k] = empty_like<Device>(vk, w_type);
-    norm[k] = Device::empty_norm(gk.sizes(), accumulation_dtype(v_type));
-    if (vk.numel() == 0) {
-      norm[k].zero_();
-      continue;
-    }
-    table.push_back({vk.const_data_ptr(), gk.const_data_ptr(), w[k].mutable_data_ptr(),
-                     norm[k].mutable_data_ptr(), row_view(vk, dim[k]), dtype_of(v_type),
-                     dtype_of(gk.scalar_type()), dtype_of(w_type),
-                     dtype_of(divisor_dtype(v[k], gk)), eps[k]});
+    const auto& weight = weights.emplace_back(v[k], g[k], dim[k], eps[k], out_dtype);
+    if (!weight.is_empty()) table.push_back(weight.line);
   }
   device.forward(table.data(), static_cast<int64_t>(table.size()));
-  for (size_t k = 0; k < count; ++k) w[k] = with_type(w[k], out_dtype.value_or(v[k].scalar_type()));
+  Tensors w(count), norm(count);
+  for (size_t k = 0; k < count; ++k) {
+    w[k] = with_type(weights[k].w, out_dtype.value_or(v[k].scalar_type()));
+    norm[k] = std::move(weights[k].norm);
+  }
   return {std::move(w), std::move(norm)};
+}
+
+// One weight of a backward, likewise. grad_v and grad_g are undefined where they are not wanted.
+template <class Device>
+struct BackwardWeight {
+  at::Tensor grad_w, v, g, norm, grad_v, grad_g;
+  Backward line{};
+
+  BackwardWeight(const at::Tensor& grad_w_, const at::Tensor& v_, const at::Tensor& g_,
+                 const at::Tensor& norm_, int64_t dim, double eps, bool need_v, bool need_g) {
+    const auto [v_type, w_type] = types_of<Device>(v_.scalar_type(), grad_w_.scalar_type());
+    v = with_type(dense(v_), v_type);
+    g = g_.contiguous();
+    grad_w = with_type(ordered_like<Device>(grad_w_, v), w_type);
+    void *to_v = nullptr, *to_g = nullptr;
+    if (need_v) {
+      grad_v = empty_like<Device>(v, v_type, {&v, &grad_w});
+      to_v = grad_v.mutable_data_ptr();
+    }
+    if (need_g) {
+      grad_g = empty_like<Device>(g, g.scalar_type());
+      to_g = grad_g.mutable_data_ptr();
+    }
+    if (is_empty()) {  // a row of no elements: its norm does not depend on anything
+      if (need_g) grad_g.zero_();
+      return;
+    }
+    norm = norm_.contiguous();
+    line = {grad_w.const_data_ptr(),
+            v.const_data_ptr(),
+            g.const_data_ptr(),
+            norm.const_data_ptr(),
+            to_v,
+            to_g,
+            row_view(v, dim),
+            dtype_of(v_type),
+            dtype_of(g.scalar_type()),
+            dtype_of(w_type),
+            eps};
+  }
+
+  bool is_empty() const { return v.numel() == 0; }
+};
+
+inline void check_backward_weight(const at::Tensor& grad_w, const at::Tensor& v,
+                                  const at::Tensor& g, const at::Tensor& norm, int64_t dim,
+                                  double eps) {
+  check_backward(grad_w, v, g, norm, dim, eps);
+  check_memory("grad_w", grad_w);
+  check_memory("v", v);
+  check_memory("g", g);
+}
+
+// grad_v and grad_g of one weight, each undefined if it is not wanted.
+template <class Device>
+std::pair<at::Tensor, at::Tensor> backward_one(const at::Tensor& grad_w, const at::Tensor& v,
+                                               const at::Tensor& g, const at::Tensor& norm,
+                                               int64_t dim, double eps, bool need_v, bool need_g) {
+  check_backward_weight(grad_w, v, g, norm, dim, eps);
+  Device device(v);
+  BackwardWeight<Device> weight(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  if (!weight.is_empty()) device.backward(&weight.line, 1);
+  if (need_v) weight.grad_v = with_type(weight.grad_v, v.scalar_type());
+  return {std::move(weight.grad_v), std::move(weight.grad_g)};
 }
 
 template <class Device>
@@ -109,54 +225,31 @@ std::tuple<Tensors, Tensors> backward_on(at::TensorList grad_w, at::TensorList v
                                          at::IntArrayRef need_g) {
   const size_t count = v.size();
   check_backward_lengths(grad_w, v, g, norm, dim, eps, need_v, need_g);
-  for (size_t k = 0; k < count; ++k) {
-    check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
-    check_memory("grad_w", grad_w[k]);
-    check_memory("v", v[k]);
-    check_memory("g", g[k]);
-  }
+  for (size_t k = 0; k < count; ++k)
+    check_backward_weight(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
   check_one_device(v);
   if (count == 0) return {};
 
   Device device(v[0]);
-  Tensors grad_v, grad_g;
-  c10::SmallVector<at::Tensor, 4> alive;
-  alive.reserve(4 * count);
+  std::vector<BackwardWeight<Device>> weights;
+  weights.reserve(count);
   c10::SmallVector<Backward, 1> table;
   for (size_t k = 0; k < count; ++k) {
     if (!need_v[k] && !need_g[k]) continue;
-    const auto [v_type, w_type] = types_of<Device>(v[k].scalar_type(), grad_w[k].scalar_type());
-    const at::Tensor& vk = alive.emplace_back(with_type(dense(v[k]), v_type));
-    const at::Tensor& gk = alive.emplace_back(g[k].contiguous());
-    void *to_v = nullptr, *to_g = nullptr;
-    if (need_v[k]) to_v = grad_v.emplace_back(empty_like<Device>(vk, v_type)).mutable_data_ptr();
-    if (need_g[k])
-      to_g = grad_g.emplace_back(empty_like<Device>(gk, gk.scalar_type())).mutable_data_ptr();
-    if (vk.numel() == 0) {  // a row of no elements: its norm does not depend on anything
-      if (need_g[k]) grad_g.back().zero_();
-      continue;
-    }
-    const at::Tensor& grad =
-        alive.emplace_back(with_type(ordered_like<Device>(grad_w[k], vk), w_type));
-    const at::Tensor& norms = alive.emplace_back(norm[k].contiguous());
-    table.push_back({grad.const_data_ptr(), vk.const_data_ptr(), gk.const_data_ptr(),
-                     norms.const_data_ptr(), to_v, to_g, row_view(vk, dim[k]), dtype_of(v_type),
-                     dtype_of(gk.scalar_type()), dtype_of(w_type), eps[k]});
+    const auto& weight = weights.emplace_back(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k],
+                                              need_v[k], need_g[k]);
+    if (!weight.is_empty()) table.push_back(weight.line);
   }
   device.backward(table.data(), static_cast<int64_t>(table.size()));
-  auto grad = grad_v.begin();
-  for (size_t k = 0; k < count; ++k)
-    if (need_v[k]) {
-      *grad = with_type(*grad, v[k].scalar_type());
-      ++grad;
-    }
+  Tensors grad_v, grad_g;
+  auto weight = weights.begin();
+  for (size_t k = 0; k < count; ++k) {
+    if (!need_v[k] && !need_g[k]) continue;
+    if (need_v[k]) grad_v.push_back(with_type(weight->grad_v, v[k].scalar_type()));
+    if (need_g[k]) grad_g.push_back(std::move(weight->grad_g));
+    ++weight;
+  }
   return {std::move(grad_v), std::move(grad_g)};
-}
-
-template <class Device>
-at::Tensor weight_norm_on(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
-                          std::optional<at::ScalarType> out_dtype) {
-  return std::get<0>(forward_on<Device>(v, g, dim, eps, out_dtype))[0];
 }
 
 }  // namespace wnkernel

@@ -1,11 +1,13 @@
 // Runs a table of problems: cuts every problem by its plan, spreads all chunks evenly over the
 // threads, and keeps the order of every sum fixed.
 //
-// Phase 1: one-phase chunks whole, partial sums of the others. Bytes: all of it, or the inputs.
+// Phase 1: one-phase chunks whole, partial sums of the others. Bytes: all of it, or the inputs. The
+// backward begins with the last chunk: the caches still hold the end of what was written from the
+// beginning, grad_w, and of what the forward has read.
 //
 // Phase 2: partial sums to row sums, norms and coefficients. Bytes: almost none.
 //
-// Phase 3: the map of the others, last chunk first: it is the one that the cache still holds.
+// Phase 3: the map of the others, in the opposite order: what was read last is still in a cache.
 //
 // Phase 4: rows that leave the float range, again, exactly. Usually there are none.
 #include <atomic>
@@ -14,6 +16,7 @@
 #include <vector>
 
 #include "instruction_set.h"
+#include "machine.h"
 #include "rows.h"
 #include "strips.h"
 
@@ -23,11 +26,6 @@ namespace {
 // Below this many elements per thread, waking another thread costs more than it saves.
 constexpr int64_t kThreadGrain = 16384;
 
-// Results larger than this are not found in a cache when they are read again: writing them past it
-// saves reading every line first (measured from 6 MiB up: forward 10 %, backward 25 %; below, a
-// loss).
-constexpr int64_t kStreamBytes = 6 << 20;
-
 template <class P>
 class Launch {
  public:
@@ -35,25 +33,26 @@ class Launch {
       : threads_(threads), many_(count > 1 ? count : 0), count_(count) {
     jobs_ = count > 1 ? many_.data() : &single_;
     const InstructionSet& set = instruction_set();
-    int64_t bytes = 0, words = 0;
+    int64_t words = 0, bytes = 0;  // bytes: that the launch touches
     for (int64_t k = 0; k < count; ++k) {
       const P& p = problems[k];
       Job<P>& job = jobs_[k];
       job.p = &p;
-      job.plan = make_plan(p.view);
+      job.plan = make_plan(p.view, bytes_read(p), machine());
       job.set = &set;
       job.k = &kernels(set, p);
       job.acc = accumulation(p.v_type);
       elements_ += p.view.numel();
-      bytes += p.view.numel() * element_size(out_type(p));
+      bytes += p.view.numel() * (bytes_read(p) + bytes_written(p));
       words += job.plan.workspace();
     }
-    for (int64_t k = 0; k < count; ++k) jobs_[k].stream = bytes >= kStreamBytes;
+    stream_results(bytes);
     if (words > 0) share_workspace(words);
   }
 
   void run() {
-    each_chunk<false>([](const Job<P>& job, int64_t task) {
+    constexpr bool kFromTheEnd = Job<P>::kBackward;
+    each_chunk<kFromTheEnd>([](const Job<P>& job, int64_t task) {
       switch (job.plan.kind) {
         case Plan::Kind::rows:
           return whole_rows(job, task);
@@ -70,7 +69,7 @@ class Launch {
       const int64_t bad = pieces ? piece_finish(job, row, rows) : strip_finish(job, row, rows);
       if (bad) unsafe.fetch_add(bad, std::memory_order_relaxed);
     });
-    each_chunk<true>([](const Job<P>& job, int64_t task) {
+    each_chunk<!kFromTheEnd>([](const Job<P>& job, int64_t task) {
       if (job.plan.one_phase || !wants_map(*job.p)) return;
       job.plan.kind == Plan::Kind::pieces ? piece_map(job, task) : strip_map(job, task);
     });
@@ -81,6 +80,19 @@ class Launch {
   }
 
  private:
+  // Results that are not found in a cache when they are read again are written past it, which saves
+  // reading every line first. They stay in the last-level cache as long as all that the launch
+  // touches takes three quarters of the share that its threads have in it: others have theirs.
+  void stream_results(int64_t bytes) {
+    const int64_t room = machine().l3 / 4 * 3 * parts();
+    for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room;
+  }
+
+  // How many threads share the work.
+  int64_t parts() const {
+    return std::clamp<int64_t>(elements_ / kThreadGrain, 1, std::max(1, threads_.threads));
+  }
+
   void share_workspace(int64_t words) {
     workspace_.reset(new double[words]);
     double* free = workspace_.get();
@@ -99,8 +111,7 @@ class Launch {
   // of all elements, so the threads' shares are even and neighbours in memory.
   template <bool reversed, class F>
   void each_chunk(F&& body) {
-    const int64_t parts =
-        std::clamp<int64_t>(elements_ / kThreadGrain, 1, std::max(1, threads_.threads));
+    const int64_t parts = this->parts();
     parallel(parts, [&](int part) {
       const int64_t from = elements_ * part / parts, to = elements_ * (part + 1) / parts;
       int64_t start = reversed ? elements_ : 0;

@@ -27,8 +27,13 @@ inline const char* x_at(const Forward& p, int64_t k) { return at(p.v, k, p.v_typ
 inline const char* x_at(const Backward& p, int64_t k) { return at(p.grad_w, k, p.w_type); }
 inline char* out_at(const Forward& p, int64_t k) { return at(p.w, k, p.w_type); }
 inline char* out_at(const Backward& p, int64_t k) { return at(p.grad_v, k, p.v_type); }
-inline DType out_type(const Forward& p) { return p.w_type; }
-inline DType out_type(const Backward& p) { return p.v_type; }
+// Of an element.
+inline int64_t bytes_read(const Forward& p) { return element_size(p.v_type); }
+inline int64_t bytes_read(const Backward& p) {
+  return element_size(p.v_type) + element_size(p.w_type);
+}
+inline int64_t bytes_written(const Forward& p) { return element_size(p.w_type); }
+inline int64_t bytes_written(const Backward& p) { return p.grad_v ? element_size(p.v_type) : 0; }
 inline bool wants_map(const Forward&) { return true; }
 inline bool wants_map(const Backward& p) { return p.grad_v != nullptr; }
 

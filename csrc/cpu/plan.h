@@ -1,10 +1,12 @@
-// How one problem is cut into chunks. A plan depends on the problem's own shape only, never on
-// threads or neighbours: that is what makes results bit-identical alone, grouped and for any number
-// of threads. The numbers are explained in docs/performance.md.
+// How one problem is cut into chunks. Where a sum begins and ends depends on the problem's own shape
+// only, never on threads, neighbours or the machine: that is what makes results bit-identical alone,
+// grouped and for any number of threads. How many whole rows make a chunk is no matter of sums, and
+// goes by the caches. The numbers are explained in docs/performance.md.
 #pragma once
 #include <algorithm>
 
 #include "../weight_norm.h"
+#include "machine.h"
 
 namespace wnkernel::cpu {
 
@@ -12,9 +14,6 @@ namespace wnkernel::cpu {
 constexpr int64_t kChunk = 16384;
 // A row, or a strip of columns, of up to this many elements is still done in one phase.
 constexpr int64_t kOnePhase = 65536;
-// Short rows are reduced and mapped this many elements at a time: they stay in the first-level
-// cache.
-constexpr int64_t kBlock = 2048;
 // Runs shorter than this are reduced down the columns, across rows, instead of along the run.
 constexpr int64_t kShortRun = 256;
 // Width of a strip of columns: its coefficients stay in the first-level cache.
@@ -27,7 +26,7 @@ constexpr int64_t kMinStrip = 1024;
 constexpr int64_t kStripChunk = 65536;
 constexpr int64_t kMaxTerms = 256;
 // Rows whose sums and coefficients a thread keeps at a time.
-constexpr int64_t kMaxRows = 1024;
+constexpr int64_t kMaxRows = 256;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -59,12 +58,15 @@ struct Plan {
   int64_t workspace() const { return one_phase ? 0 : view.rows + partials() + 2 * coefficients(); }
 };
 
-inline Plan plan_rows(const RowView& view) {
+// Rows that are reduced and mapped at a time: what is read takes two thirds of the first-level
+// cache, so that the map finds it there, and what it writes finds room beside it.
+inline Plan plan_rows(const RowView& view, int64_t bytes_read, const Machine& machine) {
+  const int64_t elements = machine.l1d * 2 / 3 / bytes_read;
   Plan p{};
   p.kind = Plan::Kind::rows;
   p.one_phase = true;
   p.view = view;
-  p.rows_per_task = std::clamp<int64_t>(kBlock / view.row_size(), 1, kMaxRows);
+  p.rows_per_task = std::clamp<int64_t>(elements / view.row_size(), 1, kMaxRows);
   p.tasks = ceil_div(view.rows, p.rows_per_task);
   return p;
 }
@@ -103,9 +105,10 @@ inline Plan plan_columns(const RowView& view) {
   return p;
 }
 
-inline Plan make_plan(const RowView& view) {
+// bytes_read: of an element, by the launch.
+inline Plan make_plan(const RowView& view, int64_t bytes_read, const Machine& machine) {
   if (view.outer > 1 && view.rows > 1 && view.inner < kShortRun) return plan_columns(view);
-  return view.row_size() <= kOnePhase ? plan_rows(view) : plan_pieces(view);
+  return view.row_size() <= kOnePhase ? plan_rows(view, bytes_read, machine) : plan_pieces(view);
 }
 
 }  // namespace wnkernel::cpu

@@ -18,8 +18,6 @@ namespace wnkernel::cpu::WNKERNEL_ISA {
 
 // Floats are added up in runs of this many elements, then as doubles.
 constexpr int64_t kFloatRun = 8192;
-// Rows up to this length share their horizontal sums.
-constexpr int64_t kShortRow = 256;
 constexpr int kUnroll = 4;      // independent sums along a row
 constexpr int kWideUnroll = 8;  // vectors of column sums in registers
 constexpr int64_t kStreams = 8;
@@ -65,7 +63,7 @@ struct KernelsOf {
     const X* x = static_cast<const X*>(x_);
     const V* y = static_cast<const V*>(y_);
     int64_t r = 0;
-    for (; n <= kShortRow && r + N <= rows; r += N) {
+    for (; n <= kFloatRun && r + N <= rows; r += N) {  // these share their horizontal sums
       Vec<A> products[N];
       for (int k = 0; k < N; ++k, x += n, y += n) products[k] = dot_run(x, y, n);
       const Vec<A> totals = horizontal_sums<A, 1>(products);
