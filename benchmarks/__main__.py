@@ -27,7 +27,7 @@ from . import (
     summary,
 )
 from .blame import ContenderError
-from .environment import Environment, environment
+from .environment import Environment, environment, results_folder
 from .plan import Job, Plan
 from .results import Result, write_csv
 from .verify import VerificationError
@@ -116,7 +116,10 @@ def main(
         from .grouped_plot import plot
 
         console.print(f"Wrote {plot(out)}")
-    console.print(f"Took {time.perf_counter() - started:.0f} s.")
+    console.print(
+        f"Took {time.perf_counter() - started:.0f} s. What is kept of this machine's results "
+        f"belongs in benchmarks/results/{results_folder(where)}."
+    )
 
 
 def _jobs(

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ import torch
 from wnkernel.backends import choose
 
 ROOT = Path(__file__).parent.parent
+CPUINFO = Path("/proc/cpuinfo")
+CPU_NUMBERS = ("cpu family", "model", "CPU implementer", "CPU part")
+"""What tells CPUs apart whose name does not: the first two on x86, the others on Arm."""
+
 SOURCES = ("csrc", "wnkernel", "benchmarks")
 SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")
 
@@ -77,12 +82,40 @@ def environment(device: str, threads: int | None) -> Environment:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What the system says of its first CPU; nothing where it does not tell."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first, _, _ = CPUINFO.read_text().partition("\n\n")
     except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return {}
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def results_folder(where: Environment) -> str:
+    """Where below ``benchmarks/results`` the results of this machine belong: by its CPU or card.
+
+    Virtual machines often call their CPU "Intel(R) Xeon(R) Processor", and Arm has no names. Where
+    a name has no number in it that could be a model's, those of :data:`CPU_NUMBERS` follow.
+    """
+    if where.device.type != "cpu":
+        return _slug(where.device_name)
+    numbers: list[str] = []
+    if not re.search(r"\d{3}", where.device_name):
+        facts = _cpuinfo()
+        numbers = [facts[field] for field in CPU_NUMBERS if field in facts]
+    return _slug(" ".join(("cpu", _without_filler(where.device_name), *numbers)))
+
+
+def _without_filler(name: str) -> str:
+    return re.sub(r"\((r|tm)\)|\b(processor|cpu|\d+-core)\b|@.*", " ", name, flags=re.IGNORECASE)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def version_of(*distributions: str) -> str:
