@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .gan import NORMS, STEP
-from .report import number, speedup, three_digits
+from .report import faults, number, speedup, three_digits
 from .results import (
     COPY,
     FUSED,
@@ -53,7 +53,12 @@ def _print_models(
     table = _table(title, ("of", "layers", "MiB of v"))
     for name in names:
         table.add_column(f"{name}\nms", justify="right")
-    for head in ("torch /\nfused", "fused /\n2.5 copies", "torch /\n2.5 copies"):
+    for head in (
+        "torch /\nfused",
+        "fused /\n2.5 copies",
+        "torch /\n2.5 copies",
+        "page faults,\ntorch / fused",
+    ):
         table.add_column(head, justify="right")
     for m in measured:
         fused = m[FUSED]
@@ -65,6 +70,7 @@ def _print_models(
             speedup(fused.ratio_to_torch),
             number(fused.ratio_to_limit, 2),
             number(m[TORCH].ratio_to_limit, 2),
+            faults(m, fused),
         )
     console.print(table)
 

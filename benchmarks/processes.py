@@ -19,7 +19,14 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple, TypeVar
 
 from .environment import Environment
-from .timing import Contender, Stats, device_sampler, measure, no_garbage_collection
+from .timing import (
+    Contender,
+    Stats,
+    device_sampler,
+    measure,
+    no_garbage_collection,
+    page_faults,
+)
 from .verify import VerificationError
 
 T = TypeVar("T")
@@ -61,6 +68,8 @@ class Turn(NamedTuple):
     seconds: float
     cpu_s: float
     """CPU time of the process so far."""
+    faults: float
+    """Page faults of the turn."""
 
 
 class Worker:
@@ -75,6 +84,8 @@ class Worker:
         self._connection, self._process = _start(_serve, prepare, where)
         self.cpu_s = 0.0
         """CPU time of the process up to its last turn."""
+        self.faults = 0.0
+        """Page faults of all its turns."""
 
     def __call__(self) -> None:
         """Nothing: there is nothing to warm."""
@@ -89,6 +100,7 @@ class Worker:
         """The seconds of the turn that is running; of the preparation, nothing."""
         turn: Turn = _receive(self._connection)
         self.cpu_s = turn.cpu_s
+        self.faults += turn.faults
         return turn.seconds
 
     def close(self) -> None:
@@ -108,6 +120,7 @@ def measure_apart(
             budget_s,
             min_sample_s=MIN_SAMPLE_S,
             own_cpu_s=lambda: time.process_time() + sum(w.cpu_s for w in workers.values()),
+            faults_of=lambda worker: worker.faults,
         )
 
 
@@ -170,12 +183,15 @@ def _serve(connection: Connection, prepare: Callable[[], Contender], where: Envi
         if is_short:
             sample(run, WARM_CALLS[1] - WARM_CALLS[0])
         with no_garbage_collection():
-            connection.send(Turn(0.0, time.process_time()))
+            connection.send(Turn(0.0, time.process_time(), 0.0))
             while True:
                 times = connection.recv()
                 if is_short:
                     run()
-                connection.send(Turn(sample(run, times), time.process_time()))
+                before = page_faults()
+                seconds = sample(run, times)
+                faults = page_faults() - before
+                connection.send(Turn(seconds, time.process_time(), faults))
 
 
 def _answer(connection: Connection, function: Callable[[], object], where: Environment) -> None:

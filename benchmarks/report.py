@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -79,7 +79,7 @@ def _print(
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("times\ntorch", justify="right")
     if with_limit:
-        for head in ("GB/s", "times the\ncopy limit"):
+        for head in ("GB/s", "times the\ncopy limit", f"page faults,\n{TORCH} / ours"):
             table.add_column(head, justify="right")
     for m in measurements:
         ours = m[OURS]
@@ -89,7 +89,7 @@ def _print(
         cells += [_time(m[name], unit, spread) if name in m else "" for name in names]
         cells.append(speedup(ours.ratio_to_torch))
         if with_limit:
-            cells += [number(ours.gb_per_s, 1), number(ours.ratio_to_limit, 2)]
+            cells += [number(ours.gb_per_s, 1), number(ours.ratio_to_limit, 2), faults(m, ours)]
         table.add_row(*cells)
     console.print(table)
 
@@ -108,6 +108,12 @@ def three_digits(x: float) -> str:
 def speedup(x: float) -> str:
     """A ratio in red where it is below 1."""
     return f"[red]{x:.2f}[/red]" if x < 1 else f"{x:.2f}"
+
+
+def faults(m: Mapping[str, Result], ours: Result) -> str:
+    """Page faults of a call, torch's and one of ours; nothing where they were not counted."""
+    both = [number(r.faults, 0) for r in (m[TORCH], ours)]
+    return " / ".join(both) if all(both) else ""
 
 
 def number(x: float, digits: int) -> str:

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 
 from .environment import Environment
@@ -74,7 +74,7 @@ class Result:
     label: str
     device: str
     torch: str
-    triton: str
+    triton: str = field(default="", kw_only=True)  # files from before GPUs do not have it
     commit: str
     backend: str
     threads: int
@@ -105,6 +105,9 @@ class Result:
     peak_bytes: float = NAN
     """Peak memory over that of the model itself. Such a row has no times, and its
     ``ratio_to_torch`` is torch's peak divided by this one."""
+    faults: float = NAN
+    """Page faults of a call, for each of which the system clears a page: where fresh memory costs
+    any, times are those of the allocator as much as of the contender."""
 
 
 def rows(
@@ -150,6 +153,7 @@ def rows(
             error=(errors or {}).get(name, NAN),
             compile_s=(compile_s or {}).get(name, NAN),
             other_cores=s.other_cores,
+            faults=s.faults,
         )
         out.append(row)
     return out

@@ -23,6 +23,11 @@ from wnkernel.cli.timing import MAX_ROUNDS, MIN_ROUNDS, MIN_SAMPLE_S, no_garbage
 
 from .blame import blamed
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 Contender = Callable[[], object]
 Sampler = Callable[[Contender, int], float]
 """Runs a contender n times in a row and returns the seconds that all n took."""
@@ -42,6 +47,16 @@ class Stats:
     rounds: int
     other_cores: float
     """Cores that other processes used meanwhile."""
+    faults: float = math.nan
+    """Page faults of one call, the median as well; NaN where the system does not tell."""
+
+
+def page_faults() -> float:
+    """How often this process touched a page so far that the system had to find and clear first
+    (minor page faults): what fresh memory costs. NaN where the system does not tell."""
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def device_sampler(device: torch.device) -> Sampler:
@@ -88,6 +103,7 @@ def measure(
     *,
     min_sample_s: float = MIN_SAMPLE_S,
     own_cpu_s: Callable[[], float] = time.process_time,
+    faults_of: Callable[[Contender], float] = lambda _: page_faults(),
 ) -> dict[str, Stats]:
     """Time all contenders round by round until ``budget_s`` seconds are spent.
 
@@ -99,6 +115,7 @@ def measure(
         budget_s: for all rounds.
         min_sample_s: how long a turn lasts at least.
         own_cpu_s: see :class:`~wnkernel.cli.load.OtherLoad`.
+        faults_of: the page faults of a contender's process so far.
 
     Raises:
         ContenderError: one of them fails.
@@ -108,6 +125,7 @@ def measure(
         with blamed(name):
             counts[name] = _warm_up(run, sample, min_sample_s)
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    faults: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
     with no_garbage_collection():
         others = OtherLoad(own_cpu_s)
@@ -117,11 +135,14 @@ def measure(
                 break
             shuffle(order)
             for name in order:
+                run = contenders[name]
+                before = faults_of(run)
                 with blamed(name):
-                    seconds = sample(contenders[name], counts[name])
+                    seconds = sample(run, counts[name])
+                faults[name].append((faults_of(run) - before) / counts[name])
                 times[name].append(seconds / counts[name])
         other_cores = others.cores()
-    return {name: _stats(values, other_cores) for name, values in times.items()}
+    return {name: _stats(times[name], other_cores, faults[name]) for name in contenders}
 
 
 def least(
@@ -161,6 +182,6 @@ def _warm_up(run: Contender, sample: Sampler, min_sample_s: float) -> int:
         times = max(times + 1, math.ceil(1.1 * times * min_sample_s / max(seconds, 1e-7)))
 
 
-def _stats(seconds: list[float], other_cores: float) -> Stats:
-    p20, median, p80 = np.percentile(np.asarray(seconds) * 1e3, (20, 50, 80))
-    return Stats(float(median), float(p20), float(p80), len(seconds), other_cores)
+def _stats(seconds: list[float], other_cores: float, faults: list[float]) -> Stats:
+    p20, median, p80 = map(float, np.percentile(np.asarray(seconds) * 1e3, (20, 50, 80)))
+    return Stats(median, p20, p80, len(seconds), other_cores, float(np.median(faults)))

@@ -122,5 +122,9 @@ def measure_graphs(
 
 def _per_call(s: Stats, calls: int) -> Stats:
     return replace(
-        s, median_ms=s.median_ms / calls, p20_ms=s.p20_ms / calls, p80_ms=s.p80_ms / calls
+        s,
+        median_ms=s.median_ms / calls,
+        p20_ms=s.p20_ms / calls,
+        p80_ms=s.p80_ms / calls,
+        faults=s.faults / calls,
     )
