@@ -56,9 +56,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 @app.command()
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="A sample, in about a minute.")] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Longer samples, forward alone too.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Longer samples, no limit.")] = False,
     only: Annotated[list[Case] | None, typer.Option(help="Only this case; repeatable.")] = None,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,

@@ -17,7 +17,7 @@ from .environment import Environment
 from .layers import copy, forward_backward, operators, subject, tensors, verified
 from .models import Alone, alone_subject, build, check_alone, copy_all, freed
 from .plan import Job, Plan
-from .results import COMPILED, COPY, OURS, TORCH, Result, rows
+from .results import COMPILED, COPY, FORWARD_BACKWARD, OURS, TORCH, Result, rows
 from .shapes import LayerCase, grid, shape_text
 from .timing import device_sampler, measure
 
@@ -81,7 +81,7 @@ def run_layer(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:
     timed = {who: forward_backward(operator, t) for who, operator in contenders.items()}
     timed[COPY] = copy(t.v)
     stats = measure(timed, device_sampler(where.device), plan.compile_budget_s)
-    about = subject(case, torch.float32, "compile", "forward+backward")
+    about = subject(case, torch.float32, "compile", FORWARD_BACKWARD)
     return rows(about, where, stats, errors=errors, compile_s=compile_s)
 
 

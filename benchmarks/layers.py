@@ -13,7 +13,17 @@ import wnkernel
 from . import verify
 from .environment import Environment
 from .plan import Job, Plan
-from .results import COPY, OURS, TORCH, Result, Subject, rows
+from .results import (
+    COPY,
+    FORWARD,
+    FORWARD_BACKWARD,
+    OURS,
+    READ,
+    TORCH,
+    Result,
+    Subject,
+    rows,
+)
 from .shapes import ADDED, LayerCase, grid, shape_text
 from .timing import Contender, device_sampler, measure
 
@@ -81,6 +91,19 @@ def forward(operator: Operator, t: Tensors) -> Contender:
     return lambda: operator(t.v, t.g)
 
 
+def forward_and_reader(operator: Operator, t: Tensors) -> Contender:
+    """Forward with autograd recording, and what reads w at once: its product with a vector, as a
+    matrix of rows along dim 0. The product is not recorded."""
+    rows, length = t.v.shape[0], t.v.numel() // t.v.shape[0]
+    x = torch.randn(length, generator=torch.Generator().manual_seed(1)).to(t.v.device, t.v.dtype)
+    return lambda: torch.mv(operator(t.v, t.g).detach().view(rows, length), x)
+
+
+PHASES = {FORWARD_BACKWARD: forward_backward, FORWARD: forward, READ: forward_and_reader}
+READ_DTYPES = (torch.float32,)
+"""Of the weights that are read. (A run has no time for more.)"""
+
+
 def copy(v: Tensor) -> Contender:
     """The yardstick: v's bytes into memory that is there already. (A fresh buffer would measure the
     page faults of malloc, several times the copy.)"""
@@ -130,8 +153,9 @@ def run(case: LayerCase, dtype: torch.dtype, plan: Plan, where: Environment) -> 
     name = f"{dtype_text(dtype)} {shape_text(case.shape)} dim {case.dim}"
     errors = verified(name, contenders, t, case.dim, where)
     out = []
-    for phase in plan.phases:
-        make = forward if phase == "forward" else forward_backward
+    for phase, make in PHASES.items():
+        if phase == READ and dtype not in READ_DTYPES:
+            continue
         timed = {who: make(operator, t) for who, operator in contenders.items()}
         timed[COPY] = copy(t.v)
         stats = measure(timed, device_sampler(where.device), plan.layer_budget_s)

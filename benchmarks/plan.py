@@ -26,7 +26,6 @@ class Plan:
     """Take every n-th weight of the grid (and all that are not normed along dim 0)."""
     max_numel: int | None
     """Leave out larger weights."""
-    phases: tuple[str, ...]
     models: tuple[str, ...] | None
     """None: all."""
     compile_layers: int
@@ -56,7 +55,6 @@ QUICK = Plan(
     step_budget_s=1.5,
     every=4,
     max_numel=5_000_000,
-    phases=("forward+backward",),
     models=("SpeechT5HifiGan", "EncodecModel"),
     compile_layers=1,
     compile_model=False,
@@ -73,14 +71,13 @@ QUICK = Plan(
 
 DEFAULT = Plan(
     limit_s=480.0,
-    layer_budget_s=0.15,
+    layer_budget_s=0.2,
     host_budget_s=0.12,
     compile_budget_s=0.5,
     model_budget_s=1.5,
     step_budget_s=2.5,
     every=1,
     max_numel=None,
-    phases=("forward+backward",),
     models=None,
     compile_layers=3,
     compile_model=True,
@@ -104,7 +101,6 @@ FULL = Plan(
     step_budget_s=12.0,
     every=1,
     max_numel=None,
-    phases=("forward+backward", "forward"),
     models=None,
     compile_layers=99,
     compile_model=True,

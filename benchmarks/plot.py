@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .results import OURS, TORCH
+from .results import FORWARD_BACKWARD, OURS, TORCH
 
 COLOURS = {
     ("float32", "first"): "tab:blue",
@@ -43,7 +43,7 @@ def plot(folder: Path) -> Path:
         1, 3, figsize=(18, 6), layout="constrained", width_ratios=(1.2, 1.2, 0.9)
     )
     if "layers" in frames:
-        layers = frames["layers"].query("phase == 'forward+backward'")
+        layers = frames["layers"].query("phase == @FORWARD_BACKWARD")
         _speed(axes[0], layers)
         _distance(axes[1], layers)
     if "models" in frames:
@@ -52,7 +52,7 @@ def plot(folder: Path) -> Path:
         axis.set_visible(drawn in frames)
     about = next(iter(frames.values())).iloc[0]
     figure.suptitle(
-        f"wnkernel ({about.backend} backend) and torch {about.torch}: forward+backward, "
+        f"wnkernel ({about.backend} backend) and torch {about.torch}: {FORWARD_BACKWARD}, "
         f"{about.device}, {about.threads} threads"
     )
     path = folder / "results.png"

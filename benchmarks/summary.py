@@ -12,7 +12,17 @@ from rich.table import Table
 
 from wnkernel.cli.load import disturbed
 
-from .results import FUSED, GROUPED, LEGACY, OURS, TORCH, UNCHANGED, VERSION, Result
+from .results import (
+    FORWARD_BACKWARD,
+    FUSED,
+    GROUPED,
+    LEGACY,
+    OURS,
+    TORCH,
+    UNCHANGED,
+    VERSION,
+    Result,
+)
 
 LARGE = 1_000_000
 """Above this many elements the memory limit is what counts; below, it is lost in call overhead."""
@@ -38,10 +48,7 @@ class Aim:
 
 def _layers(dtype: str, *kinds: str) -> Callable[[Result], bool]:
     return lambda r: (
-        r.case == "layers"
-        and r.phase == "forward+backward"
-        and r.dtype == dtype
-        and r.kind in kinds
+        r.case == "layers" and r.phase == FORWARD_BACKWARD and r.dtype == dtype and r.kind in kinds
     )
 
 
