@@ -22,6 +22,7 @@ from . import (
     memory,
     model_zoo,
     models,
+    operators,
     plan,
     report,
     summary,
@@ -41,6 +42,7 @@ class Case(str, enum.Enum):
     """A part of the benchmark that `--only` can ask for."""
 
     LAYERS = "layers"
+    OPERATORS = "operators"
     HOST = "host"
     FUSED = "fused"
     FLAT = "flat"
@@ -95,6 +97,7 @@ def main(
         raise typer.Exit(1) from None
 
     if results:
+        summary.print_losses(console, results)
         report.print_results(console, results)
         grouped_report.print_results(console, results)
         summary.print_summary(console, results, where.device)
@@ -126,6 +129,8 @@ def _jobs(
     jobs: list[Job] = []
     if Case.LAYERS in wanted:
         jobs += layers.jobs(size, where)
+    if Case.OPERATORS in wanted:
+        jobs += operators.jobs(size, where)
     if Case.HOST in wanted:
         jobs += host.jobs(size, where)
     if Case.FUSED in wanted:

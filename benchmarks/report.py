@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .environment import Environment
+from .operators import ENGINE
 from .results import COMPILED, COPY, LEGACY, OURS, TORCH, UNCHANGED, Result, by_subject
 
 LAYER_GROUPS = (
@@ -43,6 +44,8 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
                 if r.phase == phase and r.dtype == dtype and r.kind in kinds
             ]
             _print(console, f"Single weights, {phase}, {title}", chosen, (OURS, TORCH), "ms")
+    title = "One call of the operator, 64 elements"
+    _print(console, title, cases.get("operators", []), (OURS, TORCH, ENGINE), "µs")
     kinds = (OURS, TORCH, LEGACY)
     host = (UNCHANGED, *kinds)
     _print(console, "Host cost of one layer.weight", cases.get("host", []), host, "µs")

@@ -18,9 +18,9 @@ from rich.console import Console
 from benchmarks import grouped_report, report, results, timing
 from benchmarks.environment import environment
 from benchmarks.processes import measure_apart
-from benchmarks.results import COPY, FUSED, OURS, TORCH, Subject
-from benchmarks.timing import Stats
+from benchmarks.results import COPY, FUSED, OURS, TORCH
 
+from .benchmark_rows import measured
 from .on_the_cpu import on_the_cpu
 
 __all__ = ["on_the_cpu"]
@@ -84,15 +84,9 @@ def test_a_system_that_does_not_tell(monkeypatch):
     assert math.isnan(timing.measure({"who": int}, WALL, 0.0)["who"].faults)
 
 
-def measured(case: str, phase: str, faults: dict[str, float]) -> list[results.Result]:
-    about = Subject(case, "model", phase, "float32", "8x4", "0", "first", 32, 128)
-    stats = {who: Stats(1.0, 1.0, 1.0, 3, 0.0, n) for who, n in faults.items()}
-    return results.rows(about, environment("cpu", None), stats)
-
-
 def test_faults_are_kept_in_files(tmp_path):
-    (path,) = results.write_csv(measured("layers", "forward", {OURS: 0.25, TORCH: 512.0}), tmp_path)
-    assert [r.faults for r in results.read_csv(path)] == [0.25, 512.0]
+    (path,) = results.write_csv(measured(faults={OURS: 0.25, TORCH: 512.0}), tmp_path)
+    assert [r.faults for r in results.read_csv(path)] == [0.25, 512.0, 0.0]
 
 
 def test_files_without_faults_are_read():
@@ -109,9 +103,8 @@ def shown(rows: list[results.Result], print_results=report.print_results) -> str
 
 
 def test_tables_have_faults_of_torch_and_ours():
-    faults = {TORCH: 512.0, OURS: 3.0, FUSED: 4.0, COPY: 0.0}
-    assert "512 / 3" in shown(measured("layers", "forward", faults))
-    rows = measured("fused", "weight norms alone", faults)
-    assert "512 / 4" in shown(rows, grouped_report.print_results)
-    unknown = shown(measured("layers", "forward", {**faults, TORCH: math.nan}))
-    assert "/ 3" not in unknown
+    faults = {TORCH: 512.0, OURS: 3.0, FUSED: 4.0}
+    assert "512 / 3" in shown(measured(faults=faults))
+    assert "/ 3" not in shown(measured(faults={**faults, TORCH: math.nan}))
+    times = dict.fromkeys((TORCH, OURS, FUSED, COPY), 1.0)
+    assert "512 / 4" in shown(measured("fused", times, faults=faults), grouped_report.print_results)
