@@ -27,6 +27,7 @@ from . import (
     report,
     summary,
 )
+from .against import compare, print_comparison, read_earlier, to_repeat
 from .blame import ContenderError
 from .environment import Environment, environment, results_folder
 from .plan import Job, Plan
@@ -66,6 +67,10 @@ def main(
         str, typer.Option(help="Whose weights torch.compile gets.")
     ] = "SpeechT5HifiGan",
     out: Annotated[Path, typer.Option(help="Folder for the CSV files and the plot.")] = OUT,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="CSV file of an earlier run, or folder. Exit code 1: a ratio got worse."),
+    ] = None,
 ) -> None:
     """Compare wnkernel with PyTorch's weight norms: verify against float64, then time.
 
@@ -81,21 +86,26 @@ def main(
     if compile_model not in model_zoo.BY_NAME:
         known = ", ".join(model_zoo.BY_NAME)
         raise typer.BadParameter(f"--compile-model: expected one of {known}, got {compile_model}")
+    wanted = set(only or Case)
     try:
         where = environment(device, threads)
+        earlier = read_earlier(against, wanted) if against else []
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     report.print_header(console, where)
 
     size = plan.QUICK if quick else plan.FULL if full else plan.DEFAULT
     notes: list[str] = []
-    jobs = _jobs(set(only or Case), size, where, compile_model, notes)
+    jobs = _jobs(wanted, size, where, compile_model, notes)
     try:
-        results = _run(console, jobs, size.limit_s, notes)
+        measured = _run(console, jobs, size.limit_s, notes)
+        again = to_repeat(earlier, measured)
+        second = _run(console, [jobs[i] for i in again], size.limit_s, notes)
     except (VerificationError, ContenderError) as error:
         console.print(f"Verification failed. {error}", style="bold red", markup=False)
         raise typer.Exit(1) from None
 
+    results = [r for rows in measured for r in rows]
     if results:
         summary.print_losses(console, results)
         report.print_results(console, results)
@@ -105,22 +115,17 @@ def main(
         console.print(note, markup=False)
     if not results:
         console.print("Nothing was measured.")
-        return
-    for path in write_csv(results, out):
-        console.print(f"Wrote {path}")
-    measured = {r.case for r in results}
-    if measured & {Case.LAYERS, Case.MODELS}:
-        from .plot import plot  # matplotlib takes a second to import
-
-        console.print(f"Wrote {plot(out)}")
-    if measured & {Case.FUSED, Case.FLAT}:
-        from .grouped_plot import plot
-
-        console.print(f"Wrote {plot(out)}")
+        raise typer.Exit(1 if earlier else 0)
+    _write(console, results, out)
+    comparison = compare(earlier, measured, dict(zip(again, second, strict=False)))
+    if earlier:
+        print_comparison(console, comparison, earlier, results[0], against)
     console.print(
         f"Took {time.perf_counter() - started:.0f} s. What is kept of this machine's results "
         f"belongs in benchmarks/results/{results_folder(where)}."
     )
+    if earlier and not comparison.passed:
+        raise typer.Exit(1)
 
 
 def _jobs(
@@ -156,9 +161,10 @@ def _jobs(
 
 def _run(
     console: Console, jobs: list[Job], limit_s: float | None, notes: list[str]
-) -> list[Result]:
+) -> list[list[Result]]:
+    """What each job gave, up to the one for which there was no time."""
     deadline = float("inf") if limit_s is None else time.perf_counter() + limit_s
-    results: list[Result] = []
+    results: list[list[Result]] = []
     columns = (
         TextColumn("{task.description:<36}"),
         BarColumn(),
@@ -178,9 +184,23 @@ def _run(
                 break
             progress.update(task, description=job.title)
             progress.refresh()
-            results += job.run()
+            results.append(job.run())
             progress.advance(task)
     return results
+
+
+def _write(console: Console, results: list[Result], out: Path) -> None:
+    for path in write_csv(results, out):
+        console.print(f"Wrote {path}")
+    measured = {r.case for r in results}
+    if measured & {Case.LAYERS, Case.MODELS}:
+        from .plot import plot  # matplotlib takes a second to import
+
+        console.print(f"Wrote {plot(out)}")
+    if measured & {Case.FUSED, Case.FLAT}:
+        from .grouped_plot import plot
+
+        console.print(f"Wrote {plot(out)}")
 
 
 if __name__ == "__main__":
