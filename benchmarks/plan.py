@@ -71,7 +71,7 @@ QUICK = Plan(
 
 DEFAULT = Plan(
     limit_s=480.0,
-    layer_budget_s=0.2,
+    layer_budget_s=0.15,
     host_budget_s=0.12,
     compile_budget_s=0.5,
     model_budget_s=1.5,
