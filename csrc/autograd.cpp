@@ -1,5 +1,5 @@
-// Autograd under the dispatcher: one node for a list of weight norms, and a cheaper one for a single
-// weight, whose backward is again a differentiable operator.
+// Autograd under the dispatcher: one node for a list of weight norms, and a cheaper one for a
+// single weight, whose backward is again a differentiable operator.
 //
 // Nothing goes through save_for_backward: v, g and norm live in the node, and their versions are
 // compared here. So a node may run backward any number of times, and activation checkpointing,
@@ -60,7 +60,8 @@ bool is_direct(c10::DispatchKeySet tensors) {
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset |
       c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
   const c10::DispatchKeySet left = (tensors | local.included_) - local.excluded_ - above;
-  return left.highestPriorityTypeId() == c10::DispatchKey::CPU && !at::hasCallbacks();
+  return left.highestPriorityTypeId() == c10::DispatchKey::CPU &&
+         !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
 }
 
 // What a node keeps of one weight.
@@ -246,8 +247,9 @@ class WeightNorm final : public torch::autograd::Node {
       return {std::move(grad_v), std::move(grad_g)};
     }
     const int64_t wanted[] = {need_v, need_g};
-    auto [grad_v, grad_g] = first_derivatives(grad_w, w.v, w.g, w.extra, w.dim, w.eps,
-                                              at::IntArrayRef(wanted[0]), at::IntArrayRef(wanted[1]));
+    auto [grad_v, grad_g] =
+        first_derivatives(grad_w, w.v, w.g, w.extra, w.dim, w.eps, at::IntArrayRef(wanted[0]),
+                          at::IntArrayRef(wanted[1]));
     variable_list found(2);
     if (need_v) found[0] = std::move(grad_v[0]);
     if (need_g) found[1] = std::move(grad_g[0]);

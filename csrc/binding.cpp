@@ -200,9 +200,8 @@ pybind11::dict facts(const cpu::Machine& machine) {
 pybind11::dict py_machine() { return facts(cpu::machine()); }
 
 // For tests.
-pybind11::dict py_machine_in(std::string sysfs, std::vector<int> cpus, bool hypervisor,
-                             cpu::CpuidCaches cpuid) {
-  return facts(cpu::machine_in({std::move(sysfs), std::move(cpus), hypervisor, std::move(cpuid)}));
+pybind11::dict py_machine_in(std::string sysfs, std::vector<int> cpus, cpu::CpuidCaches cpuid) {
+  return facts(cpu::machine_in({std::move(sysfs), std::move(cpus), std::move(cpuid)}));
 }
 
 }  // namespace
@@ -216,7 +215,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_view", wnkernel::py_row_view, "(outer, rows, inner) of a dense, non-empty tensor.");
   m.def("machine", wnkernel::py_machine, "Caches and pages of this machine; docs/performance.md.");
   m.def("machine_in", wnkernel::py_machine_in,
-        "(sysfs, cpus, hypervisor, cpuid): the same of a machine that is made up, for tests.");
+        "(sysfs, cpus, cpuid): the same of a machine that is made up, for tests.");
   m.def("cpu_buffers", wnkernel::py_cpu_buffers, "Bytes that idle buffers and tensors hold.");
   m.def("release_cpu_buffers", wnkernel::release_cpu_buffers, "Free all idle buffers.");
   if (PyModule_AddFunctions(m.ptr(), wnkernel::kMethods) != 0 || !wnkernel::add_slots(m.ptr()))

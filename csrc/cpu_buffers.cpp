@@ -18,6 +18,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/machine.h"
+
 namespace wnkernel {
 namespace {
 
@@ -40,7 +42,8 @@ constexpr size_t kHugePage = 2 << 20;
 void* allocate_memory(size_t size) {
   const bool huge = size >= kHugePage;
   void* data = nullptr;
-  const int error = posix_memalign(&data, huge ? kHugePage : kAlias, size);
+  const size_t whole = std::max(kAlias, static_cast<size_t>(cpu::machine().page));
+  const int error = posix_memalign(&data, huge ? kHugePage : whole, size);
   TORCH_CHECK(error == 0, "wnkernel: cannot allocate ", size, " bytes for a result on the CPU");
 #if defined(__linux__)
   if (huge) madvise(data, size, MADV_HUGEPAGE);  // advice: nothing depends on the answer
@@ -72,7 +75,8 @@ class Pool final : public c10::Allocator {
         throw;
       }
     }
-    return {static_cast<char*>(buffer->data) + start, buffer, [](void* freed) { pool().give(static_cast<Buffer*>(freed)); },
+    return {static_cast<char*>(buffer->data) + start, buffer,
+            [](void* freed) { pool().give(static_cast<Buffer*>(freed)); },
             c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -181,8 +185,8 @@ KeepApart::KeepApart(std::initializer_list<const at::Tensor*> tensors) {
   const size_t first = place(*tensors.begin()), second = place(*(tensors.end() - 1));
   // From the first to the second, and around from there to the first: halfway along the longer way.
   const size_t between = (second + kAlias - first) % kAlias;
-  const size_t halfway = 2 * between > kAlias ? first + between / 2
-                                              : second + (kAlias - between) / 2;
+  const size_t halfway =
+      2 * between > kAlias ? first + between / 2 : second + (kAlias - between) / 2;
   start = halfway % kAlias / kLine * kLine;
 }
 

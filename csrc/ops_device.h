@@ -236,8 +236,8 @@ std::tuple<Tensors, Tensors> backward_on(at::TensorList grad_w, at::TensorList v
   c10::SmallVector<Backward, 1> table;
   for (size_t k = 0; k < count; ++k) {
     if (!need_v[k] && !need_g[k]) continue;
-    const auto& weight = weights.emplace_back(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k],
-                                              need_v[k], need_g[k]);
+    const auto& weight =
+        weights.emplace_back(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k], need_v[k], need_g[k]);
     if (!weight.is_empty()) table.push_back(weight.line);
   }
   device.backward(table.data(), static_cast<int64_t>(table.size()));

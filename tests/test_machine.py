@@ -53,9 +53,9 @@ def write(root: Path, caches: list[Files], cpu: int = 0) -> None:
                 (folder / name).write_text(content + "\n")
 
 
-def facts(root: Path, cpus=(0,), hypervisor: bool = False, cpuid=()) -> tuple[dict, dict]:
+def facts(root: Path, cpus=(0,), cpuid=()) -> tuple[dict, dict]:
     """Bytes and sources of the three levels."""
-    found = _ops._C.machine_in(str(root), list(cpus), hypervisor, list(cpuid))
+    found = _ops._C.machine_in(str(root), list(cpus), list(cpuid))
     sources = found.pop("sources")
     assert (found.pop("page"), sources.pop("page")) == (os.sysconf("SC_PAGESIZE"), "system")
     return found, sources
@@ -167,12 +167,11 @@ def test_cpuid_that_says_nothing(tmp_path):
     assert facts(tmp_path, cpuid=nothing) == (DEFAULTS, all_from("default"))
 
 
-@pytest.mark.parametrize(("hypervisor", "most"), [(False, 48 * MiB), (True, 32 * MiB)])
-def test_nobody_has_a_whole_third_level(tmp_path, hypervisor, most):
+def test_nobody_has_a_whole_third_level(tmp_path):
     write(tmp_path, [L1D, L2, ("3", "Unified", "266240K", "0-1")])
-    found, sources = facts(tmp_path, hypervisor=hypervisor)
-    assert (found["l3"], sources["l3"]) == (most, "sysfs")
-    assert facts(tmp_path / "nowhere", hypervisor=hypervisor, cpuid=INTEL)[0]["l3"] == most
+    found, sources = facts(tmp_path)
+    assert (found["l3"], sources["l3"]) == (48 * MiB, "sysfs")
+    assert facts(tmp_path / "nowhere", cpuid=INTEL)[0]["l3"] == 48 * MiB
 
 
 def said_by_info(**environment: str) -> dict:
@@ -191,9 +190,8 @@ def test_this_machine():
     read = [name for name in names if cpu["sources"][name] == "sysfs"]
     if not read:
         pytest.skip("there is no sysfs here")
-    guest = "hypervisor" in Path("/proc/cpuinfo").read_text()
     folder = Path("/sys/devices/system/cpu")
-    found, _ = facts(folder, sorted(os.sched_getaffinity(0)), hypervisor=guest)
+    found, _ = facts(folder, sorted(os.sched_getaffinity(0)))
     assert {name: cpu[name] for name in read} == {name: found[name] for name in read}
 
 

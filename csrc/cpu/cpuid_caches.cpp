@@ -45,15 +45,9 @@ CpuidCaches ask_cpuid() {
   return registers;
 }
 
-bool hypervisor_present() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && bits(ecx, 31, 31);
-}
-
 #else
 
 CpuidCaches ask_cpuid() { return {}; }
-bool hypervisor_present() { return false; }
 
 #endif
 

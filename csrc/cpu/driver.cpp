@@ -11,6 +11,7 @@
 //
 // Phase 4: rows that leave the float range, again, exactly. Usually there are none.
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -23,8 +24,10 @@
 namespace wnkernel::cpu {
 namespace {
 
-// Below this many elements per thread, waking another thread costs more than it saves.
-constexpr int64_t kThreadGrain = 16384;
+// Below this many elements per thread, another thread costs more than it saves: a microsecond,
+// which a core takes for as many. Not more, for the layer that reads w has its threads at work as
+// well, and they should find their part of w in caches of their own.
+constexpr int64_t kThreadGrain = 8192;
 
 template <class P>
 class Launch {
@@ -34,15 +37,15 @@ class Launch {
     jobs_ = count > 1 ? many_.data() : &single_;
     const InstructionSet& set = instruction_set();
     int64_t words = 0, bytes = 0;  // bytes: that the launch touches
+    for (int64_t k = 0; k < count; ++k) elements_ += problems[k].view.numel();
     for (int64_t k = 0; k < count; ++k) {
       const P& p = problems[k];
       Job<P>& job = jobs_[k];
       job.p = &p;
-      job.plan = make_plan(p.view, bytes_read(p), machine());
+      job.plan = make_plan(p.view, whole_rows_of(p));
       job.set = &set;
       job.k = &kernels(set, p);
       job.acc = accumulation(p.v_type);
-      elements_ += p.view.numel();
       bytes += p.view.numel() * (bytes_read(p) + bytes_written(p));
       words += job.plan.workspace();
     }
@@ -81,11 +84,21 @@ class Launch {
 
  private:
   // Results that are not found in a cache when they are read again are written past it, which saves
-  // reading every line first. They stay in the last-level cache as long as all that the launch
-  // touches takes three quarters of the share that its threads have in it: others have theirs.
+  // reading every line first. They stay in the last cache as long as all that the launch touches
+  // takes three quarters of the share that its threads have in it: others have theirs.
   void stream_results(int64_t bytes) {
-    const int64_t room = machine().l3 / 4 * 3 * parts();
+    const int64_t room = std::max(machine().l2, machine().l3) / 4 * 3 * parts();
     for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room;
+  }
+
+  // How many whole rows of a problem are a chunk: what is read takes two thirds of the first-level
+  // cache, so that the map finds it there, and what it writes finds room beside it. The share of
+  // every thread is a number of equal chunks.
+  int64_t whole_rows_of(const P& p) const {
+    const int64_t most = machine().l1d * 2 / 3 / bytes_read(p) / p.view.row_size();
+    const double shares = static_cast<double>(p.view.numel()) * parts() / elements_;
+    const int64_t rows = std::ceil(p.view.rows / std::max(1.0, std::round(shares)));
+    return ceil_div(rows, ceil_div(rows, std::clamp<int64_t>(most, 1, kMaxRows)));
   }
 
   // How many threads share the work.

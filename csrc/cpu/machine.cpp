@@ -32,10 +32,9 @@ constexpr Limits kLimits[] = {
     {"WNKERNEL_CPU_L3", "16K to 1024M", 16 * kKiB, 1024 * kMiB, kMiB},
 };
 
-// No CPU has more of a third level to itself (Epyc 7373X: 768 MiB for 16 cores).
+// No CPU has more of a third level to itself (Epyc 7373X: 768 MiB for 16 cores). A virtual machine
+// shows all of its host's as its own.
 constexpr int64_t kMostL3 = 48 * kMiB;
-// A virtual machine shares it with others that neither sysfs nor cpuid lets it see.
-constexpr int64_t kMostL3OfGuests = 32 * kMiB;
 
 struct Fact {
   int64_t bytes;  // 0: not known
@@ -94,7 +93,7 @@ void replace(int level, int64_t& bytes, const char*& source) {
 
 Machine find() {
   const char* sysfs = "/sys/devices/system/cpu";
-  Machine found = machine_in({sysfs, allowed_cpus(), hypervisor_present(), ask_cpuid()});
+  Machine found = machine_in({sysfs, allowed_cpus(), ask_cpuid()});
   replace(1, found.l1d, found.sources.l1d);
   replace(2, found.l2, found.sources.l2);
   replace(3, found.l3, found.sources.l3);
@@ -116,7 +115,7 @@ Machine machine_in(const Surroundings& around) {
   const Fact l1d = or_usual(known(1), 1), second = known(2), third = known(3);
   const Fact l2 = or_usual(second, 2);
   Fact l3 = or_usual(third.bytes ? third : second, 3);  // without a third level, the second is last
-  l3.bytes = std::min(l3.bytes, around.hypervisor ? kMostL3OfGuests : kMostL3);
+  l3.bytes = std::min(l3.bytes, kMostL3);
   const Fact pages = page();
   const Machine::Sources sources{l1d.source, l2.source, l3.source, pages.source};
   return {l1d.bytes, l2.bytes, l3.bytes, pages.bytes, sources};

@@ -1,12 +1,11 @@
-// How one problem is cut into chunks. Where a sum begins and ends depends on the problem's own shape
-// only, never on threads, neighbours or the machine: that is what makes results bit-identical alone,
-// grouped and for any number of threads. How many whole rows make a chunk is no matter of sums, and
-// goes by the caches. The numbers are explained in docs/performance.md.
+// How one problem is cut into chunks. Where a sum begins and ends depends on the problem's own
+// shape only, never on threads, neighbours or the machine: that is what makes results bit-identical
+// alone, grouped and for any number of threads. How many whole rows make a chunk is no matter of
+// sums: that goes by caches and threads. The numbers are explained in docs/performance.md.
 #pragma once
 #include <algorithm>
 
 #include "../weight_norm.h"
-#include "machine.h"
 
 namespace wnkernel::cpu {
 
@@ -58,16 +57,13 @@ struct Plan {
   int64_t workspace() const { return one_phase ? 0 : view.rows + partials() + 2 * coefficients(); }
 };
 
-// Rows that are reduced and mapped at a time: what is read takes two thirds of the first-level
-// cache, so that the map finds it there, and what it writes finds room beside it.
-inline Plan plan_rows(const RowView& view, int64_t bytes_read, const Machine& machine) {
-  const int64_t elements = machine.l1d * 2 / 3 / bytes_read;
+inline Plan plan_rows(const RowView& view, int64_t rows_per_task) {
   Plan p{};
   p.kind = Plan::Kind::rows;
   p.one_phase = true;
   p.view = view;
-  p.rows_per_task = std::clamp<int64_t>(elements / view.row_size(), 1, kMaxRows);
-  p.tasks = ceil_div(view.rows, p.rows_per_task);
+  p.rows_per_task = rows_per_task;
+  p.tasks = ceil_div(view.rows, rows_per_task);
   return p;
 }
 
@@ -105,10 +101,10 @@ inline Plan plan_columns(const RowView& view) {
   return p;
 }
 
-// bytes_read: of an element, by the launch.
-inline Plan make_plan(const RowView& view, int64_t bytes_read, const Machine& machine) {
+// whole_rows: how many of them make a chunk, at most kMaxRows.
+inline Plan make_plan(const RowView& view, int64_t whole_rows) {
   if (view.outer > 1 && view.rows > 1 && view.inner < kShortRun) return plan_columns(view);
-  return view.row_size() <= kOnePhase ? plan_rows(view, bytes_read, machine) : plan_pieces(view);
+  return view.row_size() <= kOnePhase ? plan_rows(view, whole_rows) : plan_pieces(view);
 }
 
 }  // namespace wnkernel::cpu

@@ -17,7 +17,6 @@ using CpuidCaches = std::vector<std::array<uint32_t, 3>>;
 struct Surroundings {
   std::string sysfs;      // the folder /sys/devices/system/cpu
   std::vector<int> cpus;  // those that this process may run on
-  bool hypervisor;        // whether this is a virtual machine
   CpuidCaches cpuid;
 };
 
@@ -39,8 +38,7 @@ std::vector<Cache> sysfs_caches(const std::string& folder, const std::vector<int
 
 std::vector<Cache> cpuid_caches(const CpuidCaches& registers);
 
-// Of the CPU that asks; empty and false where there is no such instruction.
+// Of the CPU that asks; empty where there is no such instruction.
 CpuidCaches ask_cpuid();
-bool hypervisor_present();
 
 }  // namespace wnkernel::cpu
