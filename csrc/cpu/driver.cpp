@@ -24,10 +24,16 @@
 namespace wnkernel::cpu {
 namespace {
 
-// Below this many elements per thread, another thread costs more than it saves: a microsecond,
-// which a core takes for as many. Not more, for the layer that reads w has its threads at work as
+// Below this much work per thread, another thread costs more than it saves: a microsecond, which a
+// core takes for as many elements. Not more, for the layer that reads w has its threads at work as
 // well, and they should find their part of w in caches of their own.
 constexpr int64_t kThreadGrain = 8192;
+// What a row costs beside its elements, counted in elements: a root, divisions, a horizontal sum.
+constexpr int64_t kRowWork = 32;
+// Rows that share their horizontal sums, with the widest vectors.
+constexpr int64_t kRowsAtATime = 16;
+
+int64_t work_of(const RowView& view) { return view.numel() + kRowWork * view.rows; }
 
 template <class P>
 class Launch {
@@ -36,8 +42,8 @@ class Launch {
       : threads_(threads), many_(count > 1 ? count : 0), count_(count) {
     jobs_ = count > 1 ? many_.data() : &single_;
     const InstructionSet& set = instruction_set();
-    int64_t words = 0, bytes = 0;  // bytes: that the launch touches
-    for (int64_t k = 0; k < count; ++k) elements_ += problems[k].view.numel();
+    int64_t words = 0, bytes = 0;  // bytes: that the launch reads and writes
+    for (int64_t k = 0; k < count; ++k) work_ += work_of(problems[k].view);
     for (int64_t k = 0; k < count; ++k) {
       const P& p = problems[k];
       Job<P>& job = jobs_[k];
@@ -46,7 +52,8 @@ class Launch {
       job.set = &set;
       job.k = &kernels(set, p);
       job.acc = accumulation(p.v_type);
-      bytes += p.view.numel() * (bytes_read(p) + bytes_written(p));
+      const int64_t reads = job.plan.one_phase ? 1 : 2;
+      bytes += p.view.numel() * (reads * bytes_read(p) + bytes_written(p));
       words += job.plan.workspace();
     }
     stream_results(bytes);
@@ -84,8 +91,8 @@ class Launch {
 
  private:
   // Results that are not found in a cache when they are read again are written past it, which saves
-  // reading every line first. They stay in the last cache as long as all that the launch touches
-  // takes three quarters of the share that its threads have in it: others have theirs.
+  // reading every line first. They stay in the last cache as long as all that the launch reads and
+  // writes takes three quarters of the share that its threads have in it: others have theirs.
   void stream_results(int64_t bytes) {
     const int64_t room = std::max(machine().l2, machine().l3) / 4 * 3 * parts();
     for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room;
@@ -96,14 +103,16 @@ class Launch {
   // every thread is a number of equal chunks.
   int64_t whole_rows_of(const P& p) const {
     const int64_t most = machine().l1d * 2 / 3 / bytes_read(p) / p.view.row_size();
-    const double shares = static_cast<double>(p.view.numel()) * parts() / elements_;
-    const int64_t rows = std::ceil(p.view.rows / std::max(1.0, std::round(shares)));
-    return ceil_div(rows, ceil_div(rows, std::clamp<int64_t>(most, 1, kMaxRows)));
+    const double shares = static_cast<double>(work_of(p.view)) * parts() / work_;
+    const int64_t share = std::ceil(p.view.rows / std::max(1.0, std::round(shares)));
+    const int64_t rows = ceil_div(share, ceil_div(share, std::clamp<int64_t>(most, 1, kMaxRows)));
+    const int64_t full = rows / kRowsAtATime * kRowsAtATime;
+    return full > 0 && share % full == 0 ? full : rows;
   }
 
   // How many threads share the work.
   int64_t parts() const {
-    return std::clamp<int64_t>(elements_ / kThreadGrain, 1, std::max(1, threads_.threads));
+    return std::clamp<int64_t>(work_ / kThreadGrain, 1, std::max(1, threads_.threads));
   }
 
   void share_workspace(int64_t words) {
@@ -121,16 +130,16 @@ class Launch {
   }
 
   // body(job, task) for every chunk of every job. Thread t takes the chunks that start in its share
-  // of all elements, so the threads' shares are even and neighbours in memory.
+  // of all work, so the threads' shares are even and neighbours in memory.
   template <bool reversed, class F>
   void each_chunk(F&& body) {
     const int64_t parts = this->parts();
     parallel(parts, [&](int part) {
-      const int64_t from = elements_ * part / parts, to = elements_ * (part + 1) / parts;
-      int64_t start = reversed ? elements_ : 0;
+      const int64_t from = work_ * part / parts, to = work_ * (part + 1) / parts;
+      int64_t start = reversed ? work_ : 0;
       for (int64_t j = 0; j < count_; ++j) {
         const Job<P>& job = jobs_[reversed ? count_ - 1 - j : j];
-        const int64_t size = job.plan.view.numel();
+        const int64_t size = work_of(job.plan.view);
         if (reversed) start -= size;
         const int64_t first = first_chunk(job, start, from), last = first_chunk(job, start, to);
         for (int64_t k = first; k < last; ++k) body(job, reversed ? first + last - 1 - k : k);
@@ -139,12 +148,11 @@ class Launch {
     });
   }
 
-  // The first chunk of a job, whose elements begin at `start` of all, that begins at `limit` or
-  // later.
+  // The first chunk of a job, whose work begins at `start` of all, that begins at `limit` or later.
   static int64_t first_chunk(const Job<P>& job, int64_t start, int64_t limit) {
     if (limit <= start) return 0;
     const auto tasks = static_cast<unsigned __int128>(job.plan.tasks);
-    const auto size = static_cast<unsigned __int128>(job.plan.view.numel());
+    const auto size = static_cast<unsigned __int128>(work_of(job.plan.view));
     const auto first = ((limit - start) * tasks + size - 1) / size;
     return first < tasks ? static_cast<int64_t>(first) : job.plan.tasks;
   }
@@ -179,7 +187,7 @@ class Launch {
   std::vector<Job<P>> many_;
   Job<P>* jobs_;
   int64_t count_;
-  int64_t elements_ = 0;
+  int64_t work_ = 0;  // of all problems
   std::unique_ptr<double[]> workspace_;
 };
 
