@@ -3,6 +3,7 @@
 //
 // What the compiler's portable vectors cannot say, an instruction set may say itself, before it
 // includes this file: WNKERNEL_WIDEN_HALF and WNKERNEL_NARROW_HALF (half conversions),
+// WNKERNEL_WIDEN_U16 and WNKERNEL_NARROW_U32 (16-bit integers to 32 and back),
 // WNKERNEL_MASKED_MOVES (partial vectors in one instruction), WNKERNEL_STREAM (stores that bypass
 // the cache).
 #pragma once
@@ -83,18 +84,23 @@ struct Convert<A, f16> : ConvertByElement<A, f16> {};
 template <class A>
 struct Convert<A, bf16> : ConvertByElement<A, bf16> {};
 
+#if !defined(WNKERNEL_WIDEN_U16)
+#define WNKERNEL_WIDEN_U16(raw) __builtin_convertvector(raw, Vec<uint32_t>)
+#define WNKERNEL_NARROW_U32(x) __builtin_convertvector(x, U16)
+#endif
+
 template <>
 struct Convert<float, bf16> {
   using U32 = Vec<uint32_t>;
   using U16 = Raw<bf16, float>;
   WNKERNEL_INLINE Vec<float> widen(U16 raw) {
-    return bit_cast<Vec<float>>(__builtin_convertvector(raw, U32) << 16);
+    return bit_cast<Vec<float>>(WNKERNEL_WIDEN_U16(raw) << 16);
   }
   WNKERNEL_INLINE U16 narrow(Vec<float> x) {
     const U32 bits = bit_cast<U32>(x);
     const U32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     const U32 quiet_nan = U32{} + 0x7fc0u;
-    return __builtin_convertvector(x == x ? rounded : quiet_nan, U16);
+    return WNKERNEL_NARROW_U32(x == x ? rounded : quiet_nan);
   }
 };
 
