@@ -22,6 +22,7 @@
   bit_cast<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(raw)))
 #define WNKERNEL_NARROW_U32(x) \
   bit_cast<U16>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(x)))
+#define WNKERNEL_ROUND_UPPER(x) round_upper(x)
 #define WNKERNEL_MASKED_MOVES
 #define WNKERNEL_STREAM
 #include "x86_stream.h"

@@ -88,6 +88,10 @@ struct Convert<A, bf16> : ConvertByElement<A, bf16> {};
 #define WNKERNEL_WIDEN_U16(raw) __builtin_convertvector(raw, Vec<uint32_t>)
 #define WNKERNEL_NARROW_U32(x) __builtin_convertvector(x, U16)
 #endif
+// Whose upper halves are those of the integers, rounded to nearest even.
+#if !defined(WNKERNEL_ROUND_UPPER)
+#define WNKERNEL_ROUND_UPPER(x) (x + 0x7fffu + (x >> 16 & 1u))
+#endif
 
 template <>
 struct Convert<float, bf16> {
@@ -98,7 +102,7 @@ struct Convert<float, bf16> {
   }
   WNKERNEL_INLINE U16 narrow(Vec<float> x) {
     const U32 bits = bit_cast<U32>(x);
-    const U32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const U32 rounded = WNKERNEL_ROUND_UPPER(bits) >> 16;
     const U32 quiet_nan = U32{} + 0x7fc0u;
     return WNKERNEL_NARROW_U32(x == x ? rounded : quiet_nan);
   }
@@ -201,8 +205,8 @@ template <bool streaming>
 WNKERNEL_INLINE void store_interleaved(bf16* p, Vec2<float> x) {
   using U32 = Vec<uint32_t>;
   const U32 even = bit_cast<U32>(x.first), odd = bit_cast<U32>(x.second);
-  const U32 low = (even + 0x7fffu + (even >> 16 & 1u)) >> 16;
-  const U32 high = (odd + 0x7fffu + (odd >> 16 & 1u)) & 0xffff0000u;
+  const U32 low = WNKERNEL_ROUND_UPPER(even) >> 16;
+  const U32 high = WNKERNEL_ROUND_UPPER(odd) & 0xffff0000u;
   const Vec<float> packed = bit_cast<Vec<float>>(low | high);
   if constexpr (streaming) {
     store_streaming<float>(reinterpret_cast<float*>(p), packed);
