@@ -88,6 +88,10 @@ class WeightNormList(WeightNormOriginals):
 
     def is_as_made(self) -> bool:
         """Whether calling it computes one weight norm and does nothing else."""
+        return self.is_untouched() and classes_are_as_made()
+
+    def is_untouched(self) -> bool:
+        """The same where :func:`classes_are_as_made`."""
         modules = self._modules
         norm = modules.get("0")
         return (
@@ -96,18 +100,6 @@ class WeightNormList(WeightNormOriginals):
             and len(modules) == 1
             and _is_untouched(self)
             and _is_untouched(norm)
-            and WeightNorm.forward is _NORM_FORWARD
-            and WeightNormList.forward is _LIST_FORWARD
-            and WeightNorm.__call__ is _MODULE_CALL
-            and WeightNormOriginals.__call__ is _MODULE_CALL
-            and WeightNorm._call_impl is _CALL_IMPL
-            and WeightNormList._call_impl is _CALL_IMPL
-            and not (
-                _global_forward_hooks
-                or _global_forward_pre_hooks
-                or _global_backward_hooks
-                or _global_backward_pre_hooks
-            )
         )
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -120,6 +112,24 @@ class WeightNormList(WeightNormOriginals):
 
 
 _NORM_FORWARD, _LIST_FORWARD = WeightNorm.forward, WeightNormList.forward
+
+
+def classes_are_as_made() -> bool:
+    """Whether nobody has replaced what the classes do, or hooks into all modules."""
+    return (
+        WeightNorm.forward is _NORM_FORWARD
+        and WeightNormList.forward is _LIST_FORWARD
+        and WeightNorm.__call__ is _MODULE_CALL
+        and WeightNormOriginals.__call__ is _MODULE_CALL
+        and WeightNorm._call_impl is _CALL_IMPL
+        and WeightNormList._call_impl is _CALL_IMPL
+        and not (
+            _global_forward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_hooks
+            or _global_backward_pre_hooks
+        )
+    )
 
 
 def _is_untouched(module: nn.Module) -> bool:

@@ -65,7 +65,8 @@ struct KernelsOf {
     int64_t r = 0;
     for (; n <= kFloatRun && r + N <= rows; r += N) {  // these share their horizontal sums
       Vec<A> products[N];
-      for (int k = 0; k < N; ++k, x += n, y += n) products[k] = dot_run(x, y, n);
+      for (int k = 0; k < N; ++k, x += n, y += n)
+        products[k] = n < N ? add_product_partial(Vec<A>{}, x, y, n) : dot_run(x, y, n);
       const Vec<A> totals = horizontal_sums<A, 1>(products);
       for (int k = 0; k < N; ++k) sums[r + k] += totals[k];
     }
@@ -121,6 +122,12 @@ struct KernelsOf {
     }
   }
 
+  WNKERNEL_INLINE void map_partial(const X* x, const V* y, Out* out, int64_t n, Vec<A> a,
+                                   Vec<A> b) {
+    const Vec<A> vx = backward ? load_partial<A>(x, n) : a;
+    store_partial<A>(out, combine(a, b, vx, load_partial<A>(y, n)), n);
+  }
+
   template <bool streaming>
   WNKERNEL_INLINE void map_row(const X* x, const V* y, Out* out, int64_t n, Vec<A> a, Vec<A> b) {
     int64_t k = 0;
@@ -132,9 +139,7 @@ struct KernelsOf {
       }
     for (; k + N <= n; k += N)
       put<streaming>(out + k, combine(a, b, backward ? load<A>(x + k) : a, load<A>(y + k)));
-    if (k == n) return;
-    const Vec<A> tail = backward ? load_partial<A>(x + k, n - k) : a;
-    store_partial<A>(out + k, combine(a, b, tail, load_partial<A>(y + k, n - k)), n - k);
+    if (k < n) map_partial(x + k, y + k, out + k, n - k, a, b);
   }
 
   static void map_rows(const void* x_, const void* y_, void* out_, int64_t rows, int64_t n,
@@ -146,7 +151,9 @@ struct KernelsOf {
     for (int64_t r = 0; r < rows; ++r, x += n, y += n, out += n) {
       const Vec<A> a = Vec<A>{} + static_cast<const A*>(a_)[r];
       const Vec<A> b = backward ? Vec<A>{} + static_cast<const A*>(b_)[r] : Vec<A>{};
-      if (stream) {
+      if (n < N) {
+        map_partial(x, y, out, n, a, b);
+      } else if (stream) {
         map_row<true>(x, y, out, n, a, b);
       } else {
         map_row<false>(x, y, out, n, a, b);
@@ -166,9 +173,7 @@ struct KernelsOf {
     if (c == columns) return;
     const int64_t n = columns - c;
     const Vec<A> va = load_partial<A>(a + c, n);
-    const Vec<A> vb = backward ? load_partial<A>(b + c, n) : va;
-    const Vec<A> vx = backward ? load_partial<A>(x + c, n) : va;
-    store_partial<A>(out + c, combine(va, vb, vx, load_partial<A>(y + c, n)), n);
+    map_partial(x + c, y + c, out + c, n, va, backward ? load_partial<A>(b + c, n) : va);
   }
 
   static void map_columns(const void* x_, const void* y_, void* out_, int64_t outer, int64_t stride,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .. import functional
+from ..parametrization import classes_are_as_made
 from .slots import PythonSlot, slots
 
 if TYPE_CHECKING:
@@ -52,19 +53,19 @@ def launch(
     Returns:
         Their slots. None at all if a weight has something wrong with it: read alone, it says what.
     """
+    if not classes_are_as_made():
+        return []
     sharding = sharding_modules()
     simple = not (sharding or roster.autocast)
     chosen, vs, gs, dims, eps = [], [], [], [], []
     for index in indices:
         member = roster.members[index]()
         weights = None if member is None else member.weights()
-        if weights is None:
+        if weights is None or member.bucket != bucket.number or not weights.is_untouched():
             continue
         parameters = weights._parameters
         v, g = parameters.get("original1"), parameters.get("original0")
-        if not weights.is_as_made() or not can_be_launched(v, g):
-            continue
-        if member.bucket != bucket.number or v.device != bucket.device:
+        if not can_be_launched(v, g) or v.device != bucket.device:
             continue
         if not simple and bucket_of(member, v, sharding) != bucket:
             continue
