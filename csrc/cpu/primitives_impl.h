@@ -21,6 +21,8 @@ constexpr int64_t kFloatRun = 8192;
 constexpr int kUnroll = 4;      // independent sums along a row
 constexpr int kWideUnroll = 8;  // vectors of column sums in registers
 constexpr int64_t kStreams = 8;
+// From here on, results of a row are worth being brought to the lines of the cache.
+constexpr int64_t kLongRow = 128;
 
 template <class V, class W, bool backward>
 struct KernelsOf {
@@ -128,9 +130,24 @@ struct KernelsOf {
     store_partial<A>(out, combine(a, b, vx, load_partial<A>(y, n)), n);
   }
 
+  // Elements of out before the first vector that lies within a line of the cache. None where a
+  // partial vector costs more than what it saves the others.
+  WNKERNEL_INLINE int64_t until_line([[maybe_unused]] const Out* out) {
+#if defined(WNKERNEL_MASKED_MOVES)
+    constexpr uintptr_t kBytes = sizeof(Raw<Out, A>);
+    return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) % kBytes / sizeof(Out));
+#else
+    return 0;
+#endif
+  }
+
   template <bool streaming>
   WNKERNEL_INLINE void map_row(const X* x, const V* y, Out* out, int64_t n, Vec<A> a, Vec<A> b) {
     int64_t k = 0;
+    if (const int64_t head = until_line(out); head > 0 && n >= kLongRow) {
+      map_partial(x, y, out, head, a, b);
+      k = head;
+    }
     if constexpr (kInterleaved)
       for (; k + 2 * N <= n; k += 2 * N) {
         const Vec2<A> vy = load_two<A, true>(y + k), vx = backward ? load_two<A, true>(x + k) : vy;
