@@ -6,6 +6,19 @@
 
 namespace wnkernel::cpu {
 
+// Asks for the lines that are written first: they come while the coefficients are made. As many as
+// a core can have on their way.
+inline void ask_for_lines(const char* out) {
+  constexpr int kLines = 16, kLine = 64;
+  for (int k = 0; k < kLines; ++k, out += kLine) {
+#if defined(__x86_64__)  // where compilers make a prefetch for reading of it, or nothing
+    asm volatile("prefetchw %0" : : "m"(*out));
+#else
+    __builtin_prefetch(out, /*for writing*/ 1);
+#endif
+  }
+}
+
 // Several whole rows, from v to every output.
 template <class P>
 void whole_rows(const Job<P>& job, int64_t task) {
@@ -18,6 +31,7 @@ void whole_rows(const Job<P>& job, int64_t task) {
     const int64_t k = (o * view.rows + row) * view.inner;
     job.k->dot_rows(job.x(k), job.y(k), rows, view.inner, sums);
   }
+  if (wants_map(*job.p) && !job.stream) ask_for_lines(job.out(row * view.inner));
   const int64_t unsafe = finish(*job.set, *job.p, row, rows, sums, a, b);
   if (wants_map(*job.p))
     for (int64_t o = 0; o < view.outer; ++o) {
