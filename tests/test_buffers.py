@@ -16,10 +16,27 @@ from .reference import assert_close, forward
 pytestmark = pytest.mark.usefixtures("recycling")
 
 SHAPE = (128, 64, 8)  # 256 KiB in float32: above the size from which buffers are recycled
+PAGE, LINE = 4096, 64
+"""Bytes: loads and stores are told apart by addresses modulo the one at first; of a cache line."""
+OFFSETS = [0, 64, 1024, 1984, 2048, 2112, 3072, 4032, 24]
 
 
 def weight(shape=SHAPE):
     return torch.randn(shape), torch.rand(shape[0], 1, 1) + 0.5
+
+
+def placed(offset: int, shape=SHAPE, dtype=torch.float32) -> torch.Tensor:
+    """Normal random numbers, dense, from some bytes after a multiple of a page on."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    room = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
+    start = (offset - room.data_ptr()) % PAGE
+    return room[start : start + size].view(dtype).view(shape).copy_(torch.randn(shape))
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How far apart two tensors start, modulo a page."""
+    distance = (a.data_ptr() - b.data_ptr()) % PAGE
+    return min(distance, PAGE - distance)
 
 
 def memory() -> int:
@@ -166,6 +183,74 @@ for _ in range(60):
     os.waitpid(child, 0)
 stop.set()
 for t in threads: t.join()
+print("alive")
+"""
+    result = python("-c", code)
+    assert result.stdout.strip() == "alive", result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_w_starts_half_a_page_from_v(offset, dtype):
+    v, (_, g) = placed(offset, dtype=dtype), weight()
+    single = F.weight_norm(v, g)
+    several = F.weight_norms([v, v], [g, g], [0, 0])
+    other_type = F.weight_norm(v, g, out_dtype=torch.float32)
+    for w in (single, *several, other_type):
+        assert apart(w, v) > PAGE // 2 - LINE
+        assert w.data_ptr() % LINE == 0
+
+
+@pytest.mark.parametrize("offset_of_grad", OFFSETS)
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_grad_v_starts_apart_from_both_inputs(offset, offset_of_grad):
+    """Halfway along the longer way around the page from one to the other."""
+    v, grad_w = placed(offset), placed(offset_of_grad)
+    longer = PAGE - apart(v, grad_w)
+    g = weight()[1]
+    single, several = v.requires_grad_(), v.detach().requires_grad_()
+    results = [
+        *torch.autograd.grad(F.weight_norm(single, g), single, grad_w),
+        *torch.autograd.grad(F.weight_norms([several], [g], [0]), several, grad_w),
+    ]
+    for grad_v in results:
+        assert apart(grad_v, v) > longer // 2 - LINE
+        assert apart(grad_v, grad_w) > longer // 2 - LINE
+        assert grad_v.data_ptr() % LINE == 0
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_where_a_result_starts_takes_no_bytes(offset):
+    """A buffer is as large as its result, in whole pages, and serves results that start anywhere
+    in it."""
+    shape = (131, 127)
+    size, g = 131 * 127 * 4, torch.ones(131, 1)
+    pages = -(-size // PAGE) * PAGE
+    before = wnkernel.cpu_buffers()["used_bytes"]
+    w = F.weight_norm(placed(0, shape), g)
+    first = w.data_ptr()
+    assert w.untyped_storage().nbytes() == size
+    assert wnkernel.cpu_buffers() == {"used_bytes": before + pages, "held_bytes": 0}
+    del w
+    w = F.weight_norm(placed(offset, shape), g)
+    assert abs(w.data_ptr() - first) < PAGE
+    assert w.untyped_storage().nbytes() == size
+    assert wnkernel.cpu_buffers() == {"used_bytes": before + pages, "held_bytes": 0}
+
+
+def test_results_end_within_their_buffers():
+    """Or malloc finds its own memory destroyed, and ends the process."""
+    code = """
+import torch, wnkernel
+from tests.test_buffers import LINE, PAGE, placed
+from wnkernel import functional as F
+shape, g = (128, 128), torch.ones(128, 1)
+for offset in range(0, PAGE, LINE):
+    results = [F.weight_norm(placed(offset, shape), g) for _ in range(4)]
+    for w in results:
+        w.fill_(1)
+    del results, w
+    wnkernel.release_cpu_buffers()
 print("alive")
 """
     result = python("-c", code)
