@@ -70,7 +70,7 @@ QUICK = Plan(
 )
 
 DEFAULT = Plan(
-    limit_s=480.0,
+    limit_s=600.0,
     layer_budget_s=0.15,
     host_budget_s=0.12,
     compile_budget_s=0.5,
