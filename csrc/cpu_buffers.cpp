@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <list>
 #include <mutex>
 #include <stdexcept>
@@ -57,7 +58,7 @@ thread_local size_t start = 0;
 struct Buffer {
   void* data;
   size_t size;
-  std::list<Buffer*>::iterator place;  // in Pool::idle_, while idle
+  std::list<Buffer*>::iterator place;  // in Pool::idle_ or Pool::taken_
 };
 
 class Pool final : public c10::Allocator {
@@ -65,9 +66,8 @@ class Pool final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kSmallest || !enabled_) return c10::GetCPUAllocator()->allocate(bytes);
     const size_t size = (bytes + kAlias - 1) / kAlias * kAlias;
-    Buffer* buffer = take(size);
-    if (!buffer) {
-      buffer = new Buffer{nullptr, size, {}};
+    Buffer* const buffer = take(size);
+    if (!buffer->data) {
       try {
         buffer->data = allocate_memory(size + kAlias);
       } catch (...) {
@@ -98,7 +98,7 @@ class Pool final : public c10::Allocator {
         served_ = 0;
       }
       while (!idle_.empty() && (all || held_ + used_ > kSlack * std::max(peak_, last_peak_)))
-        freed.push_back(pop(idle_.front()));
+        freed.push_back(evict());
     }
     for (Buffer* buffer : freed) {
       std::free(buffer->data);
@@ -119,7 +119,8 @@ class Pool final : public c10::Allocator {
                    [] { pool().mutex_.unlock(); });
   }
 
-  // The most recently freed buffer of this size: the cache may still hold it.
+  // The most recently freed buffer of this size: the cache may still hold it. If there is none, one
+  // that has no memory yet.
   Buffer* take(size_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ += static_cast<int64_t>(size);
@@ -129,8 +130,17 @@ class Pool final : public c10::Allocator {
       last_peak_ = std::exchange(peak_, used_);
       served_ = 0;
     }
-    const auto found = by_size_.find(size);
-    return found == by_size_.end() ? nullptr : pop(found->second.back());
+    auto& same_size = by_size_[size];
+    if (same_size.empty()) {
+      taken_.push_back(new Buffer{nullptr, size, {}});
+      taken_.back()->place = std::prev(taken_.end());
+      return taken_.back();
+    }
+    Buffer* const buffer = same_size.back();
+    same_size.pop_back();
+    held_ -= static_cast<int64_t>(size);
+    taken_.splice(taken_.end(), idle_, buffer->place);
+    return buffer;
   }
 
   void give(Buffer* buffer) {
@@ -138,17 +148,19 @@ class Pool final : public c10::Allocator {
       const std::lock_guard<std::mutex> lock(mutex_);
       used_ -= static_cast<int64_t>(buffer->size);
       held_ += static_cast<int64_t>(buffer->size);
-      buffer->place = idle_.insert(idle_.end(), buffer);
+      idle_.splice(idle_.end(), taken_, buffer->place);
       by_size_[buffer->size].push_back(buffer);
     }
     release(/*all=*/false);
   }
 
-  Buffer* pop(Buffer* buffer) {
+  // The buffer that is idle longest, which is the first of its size too.
+  Buffer* evict() {
+    Buffer* const buffer = idle_.front();
+    idle_.pop_front();
     held_ -= static_cast<int64_t>(buffer->size);
-    idle_.erase(buffer->place);
     auto& same_size = by_size_[buffer->size];
-    same_size.erase(std::find(same_size.begin(), same_size.end(), buffer));
+    same_size.erase(same_size.begin());
     if (same_size.empty()) by_size_.erase(buffer->size);
     return buffer;
   }
@@ -156,6 +168,7 @@ class Pool final : public c10::Allocator {
   void forget(Buffer* buffer) {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ -= static_cast<int64_t>(buffer->size);
+    taken_.erase(buffer->place);
     delete buffer;
   }
 
@@ -169,7 +182,8 @@ class Pool final : public c10::Allocator {
 
   const bool enabled_ = wanted();
   std::mutex mutex_;
-  std::list<Buffer*> idle_;                                   // longest idle first
+  std::list<Buffer*> idle_;   // longest idle first
+  std::list<Buffer*> taken_;  // by tensors: their places move between the lists, without allocation
   std::unordered_map<size_t, std::vector<Buffer*>> by_size_;  // idle, longest idle first
   int64_t held_ = 0, used_ = 0;
   int64_t served_ = 0, peak_ = 0, last_peak_ = 0;  // see kMemory
