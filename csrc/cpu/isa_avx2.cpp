@@ -14,9 +14,11 @@
 #define WNKERNEL_VECTOR_BYTES 32
 #define WNKERNEL_WIDEN_HALF(raw) _mm256_cvtph_ps(bit_cast<__m128i>(raw))
 #define WNKERNEL_NARROW_HALF(x) _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT)
+#define WNKERNEL_MASKED_LOAD(bytes, p, n) masked_load<bytes>(p, n)
 #define WNKERNEL_STREAM
 #include "x86_stream.h"
 
+#include "avx2_masked.h"
 #include "primitives_impl.h"  // after what it builds on
 
 namespace wnkernel::cpu {

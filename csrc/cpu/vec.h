@@ -4,8 +4,8 @@
 // What the compiler's portable vectors cannot say, an instruction set may say itself, before it
 // includes this file: WNKERNEL_WIDEN_HALF and WNKERNEL_NARROW_HALF (half conversions),
 // WNKERNEL_WIDEN_U16 and WNKERNEL_NARROW_U32 (16-bit integers to 32 and back),
-// WNKERNEL_MASKED_MOVES (partial vectors in one instruction), WNKERNEL_STREAM (stores that bypass
-// the cache).
+// WNKERNEL_MASKED_LOAD (n elements of 4 or 8 bytes in a vector), WNKERNEL_MASKED_MOVES (all partial
+// vectors in one instruction), WNKERNEL_STREAM (stores that bypass the cache).
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -138,6 +138,10 @@ WNKERNEL_INLINE Vec<A> load_partial(const T* p, int64_t n) {
 #if defined(WNKERNEL_MASKED_MOVES)
   return Convert<A, T>::widen(bit_cast<Raw<T, A>>(masked_load<sizeof(Raw<T, A>), sizeof(T)>(p, n)));
 #else
+#if defined(WNKERNEL_MASKED_LOAD)
+  if constexpr (sizeof(T) >= 4 && sizeof(Raw<T, A>) == WNKERNEL_VECTOR_BYTES)
+    return Convert<A, T>::widen(bit_cast<Raw<T, A>>(WNKERNEL_MASKED_LOAD(sizeof(T), p, n)));
+#endif
   T padded[kLanes<A>] = {};
   for (int64_t k = 0; k < n; ++k) padded[k] = p[k];
   return load<A>(padded);
