@@ -15,6 +15,7 @@
 #define WNKERNEL_WIDEN_HALF(raw) _mm256_cvtph_ps(bit_cast<__m128i>(raw))
 #define WNKERNEL_NARROW_HALF(x) _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT)
 #define WNKERNEL_MASKED_LOAD(bytes, p, n) masked_load<bytes>(p, n)
+#define WNKERNEL_ROUND_PRODUCT(x) asm("" : "+x"(x))
 #define WNKERNEL_STREAM
 #include "x86_stream.h"
 

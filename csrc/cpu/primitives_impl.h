@@ -40,10 +40,10 @@ struct KernelsOf {
     return sum + vy * vy;
   }
 
-  WNKERNEL_INLINE Vec<A> add_product_partial(Vec<A> sum, const X* x, const V* y, int64_t n) {
+  WNKERNEL_INLINE Vec<A> product_partial(const X* x, const V* y, int64_t n) {
     const Vec<A> vy = load_partial<A>(y, n);
-    if constexpr (backward) return sum + load_partial<A>(x, n) * vy;
-    return sum + vy * vy;
+    if constexpr (backward) return load_partial<A>(x, n) * vy;
+    return vy * vy;
   }
 
   WNKERNEL_INLINE Vec<A> dot_run(const X* x, const V* y, int64_t n) {
@@ -57,7 +57,13 @@ struct KernelsOf {
         sum[u + 1] += vx.second * vy.second;
       }
     for (; k + N <= n; k += N) sum[0] = add_product(sum[0], x + k, y + k);
-    if (k < n) sum[1] = add_product_partial(sum[1], x + k, y + k, n - k);
+    if (k < n) {
+      Vec<A> tail = product_partial(x + k, y + k, n - k);
+#if defined(WNKERNEL_ROUND_PRODUCT)
+      if constexpr (backward) WNKERNEL_ROUND_PRODUCT(tail);
+#endif
+      sum[1] += tail;
+    }
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
@@ -68,7 +74,7 @@ struct KernelsOf {
     for (; n <= kFloatRun && r + N <= rows; r += N) {  // these share their horizontal sums
       Vec<A> products[N];
       for (int k = 0; k < N; ++k, x += n, y += n)
-        products[k] = n < N ? add_product_partial(Vec<A>{}, x, y, n) : dot_run(x, y, n);
+        products[k] = n < N ? product_partial(x, y, n) : dot_run(x, y, n);
       const Vec<A> totals = horizontal_sums<A, 1>(products);
       for (int k = 0; k < N; ++k) sums[r + k] += totals[k];
     }
@@ -105,7 +111,7 @@ struct KernelsOf {
       const int64_t n = columns - c;
       Vec<A> sum = load_partial<A>(sums + c, n);
       for (int64_t k = 0; k < rows; ++k)
-        sum = add_product_partial(sum, x + k * stride + c, y + k * stride + c, n);
+        sum += product_partial(x + k * stride + c, y + k * stride + c, n);
       store_partial<A>(sums + c, sum, n);
     }
   }
