@@ -117,8 +117,8 @@ def main(
         console.print("Nothing was measured.")
         raise typer.Exit(1 if earlier else 0)
     _write(console, results, out)
-    comparison = compare(earlier, measured, dict(zip(again, second, strict=False)))
     if earlier:
+        comparison = compare(earlier, measured, dict(zip(again, second, strict=False)))
         print_comparison(console, comparison, earlier, results[0], against)
     console.print(
         f"Took {time.perf_counter() - started:.0f} s. What is kept of this machine's results "

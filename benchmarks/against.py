@@ -13,8 +13,9 @@ turns, so that their ratio can be held against an earlier one. What moves it whe
   page faults of torch differ by as much as 5 % of its time, the ratio is set aside.
 
 Worse is what lost more than three times its noise, and as much again when it was run once more: a
-burst of other work does not come back. A loss that is too small for a single ratio shows in groups:
-the median change of many is known better than that of one.
+burst of other work does not come back. The second time has a limit of its own, as long as the
+first. A loss that is too small for a single ratio shows in groups, which are not run again: the
+median change of many is known better than that of one.
 
 Peaks of memory are not compared, for they have no spread.
 """

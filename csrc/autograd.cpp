@@ -54,6 +54,7 @@ bool is_transformed(at::TensorList tensors) {
 
 // Whether nobody waits between autograd and the CPU kernels, so that one weight need not go through
 // the dispatcher again: no mode, no tracer, no profiler, and tensors that are memory and no more.
+// (An observer that samples is asked twice, here and by the dispatcher.)
 bool is_direct(c10::DispatchKeySet tensors) {
   const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
   const c10::DispatchKeySet above =  // that have no kernels of this library
@@ -240,7 +241,8 @@ class WeightNorm final : public torch::autograd::Node {
     if (!grad_w.defined() || !(need_v || need_g)) return variable_list(2);
     w.check_versions("norm");
     const at::Tensor inputs[] = {grad_w, w.v, w.g};
-    if (is_direct(grad_w.key_set() | w.v.key_set() | w.g.key_set()) && !needs_grad(inputs)) {
+    const auto keys = grad_w.key_set() | w.v.key_set() | w.g.key_set() | w.extra.key_set();
+    if (is_direct(keys) && !is_transformed(inputs) && !needs_grad(inputs)) {
       at::AutoDispatchBelowADInplaceOrView below;
       auto [grad_v, grad_g] =
           backward_on_cpu(grad_w, w.v, w.g, w.extra, w.dim, w.eps, need_v, need_g);

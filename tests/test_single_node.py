@@ -10,20 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 from wnkernel import _ops
+from wnkernel import functional as F
 
 from .cases import randn, randn_g
-from .messages import here
 from .processes import python
 from .test_single_path import Seen, assert_same_bits, in_a_list, leaves, pair, weight_norm
 
 __all__ = ["weight_norm"]
 
-pytestmark = [
-    pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error()),
-    pytest.mark.skipif(here().type != "cpu", reason="other devices have no such node"),
-]
+pytestmark = pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error())
 
 SHAPE = (5, 6, 7)
 
@@ -249,13 +248,36 @@ import torch
 from wnkernel import functional as F
 w, g = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1, requires_grad=True)
 for _ in range(100_000):
-    w = F.weight_norm(w, g).neg()
+    w = F.weight_norm(w, g)
 w.sum().backward()
 del w
 print("alive", g.grad.item())
 """
     result = python("-c", code)
     assert result.stdout.startswith("alive "), result.stderr
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_tangents_of_a_gradient_are_kept(create_graph):
+    """A dual tensor shows in no dispatch key, and without create_graph nothing is recorded."""
+    v, g = pair()
+    grad_w, tangent = randn(SHAPE), randn(SHAPE)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(grad_w, tangent)
+        grads = torch.autograd.grad(F.weight_norm(v, g), (v, g), dual, create_graph=create_graph)
+        tangents = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+    want = torch.autograd.grad(F.weight_norm(v, g), (v, g), tangent)  # it is linear in grad_w
+    for got, expected in zip(tangents, want, strict=True):
+        torch.testing.assert_close(got.detach(), expected)
+
+
+def test_a_norm_without_memory_is_none_for_the_kernels():
+    """A mode may have wrapped what a forward of real tensors gave."""
+    v, g = pair()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        w = F.weight_norm(v, g)
+    grads = torch.autograd.grad(w, (v, g), torch.ones(v.shape))
+    assert [type(grad) for grad in grads] == [FakeTensor, FakeTensor]
 
 
 def test_anomalies_are_found(weight_norm):

@@ -1,4 +1,5 @@
-// Partial vectors in one instruction, by size of vector and element; see vec.h.
+// What masks are for: partial vectors in one instruction, by size of vector and element, and
+// rounding; see vec.h.
 #pragma once
 #include <immintrin.h>
 

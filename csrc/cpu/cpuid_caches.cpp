@@ -1,5 +1,7 @@
 #include "surroundings.h"
 
+#include <algorithm>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -12,7 +14,9 @@ constexpr int64_t bits(uint32_t x, int high, int low) {
   return (x >> low) & ((uint64_t{1} << (high - low + 1)) - 1);
 }
 
-constexpr int kNone = 0, kInstructions = 2;  // types
+constexpr int kNone = 0, kData = 1, kUnified = 3;  // types
+
+constexpr int64_t kMostSets = 1 << 26;  // more than in any cache, and the product stays in range
 
 }  // namespace
 
@@ -20,9 +24,9 @@ std::vector<Cache> cpuid_caches(const CpuidCaches& registers) {
   std::vector<Cache> caches;
   for (const auto& [eax, ebx, ecx] : registers) {
     const int64_t type = bits(eax, 4, 0);
-    if (type == kNone || type == kInstructions) continue;
+    if (type != kData && type != kUnified) continue;
     const int64_t ways = bits(ebx, 31, 22) + 1, partitions = bits(ebx, 21, 12) + 1;
-    const int64_t line = bits(ebx, 11, 0) + 1, sets = int64_t{ecx} + 1;
+    const int64_t line = bits(ebx, 11, 0) + 1, sets = std::min(int64_t{ecx}, kMostSets) + 1;
     caches.push_back({bits(eax, 7, 5), ways * partitions * line * sets, bits(eax, 25, 14) + 1});
   }
   return caches;

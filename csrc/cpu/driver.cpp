@@ -24,9 +24,9 @@
 namespace wnkernel::cpu {
 namespace {
 
-// Below this much work per thread, another thread costs more than it saves: a microsecond, which a
-// core takes for as many elements. Not more, for the layer that reads w has its threads at work as
-// well, and they should find their part of w in caches of their own.
+// Elements per thread from which on another one joins. It costs a microsecond, which a core takes
+// for as many, so that it saves little at first; but the layer that reads w has its threads at work
+// as well, and they should find their part of w in caches of their own.
 constexpr int64_t kThreadGrain = 8192;
 // What a row costs beside its elements, counted in elements: a root, divisions, a horizontal sum.
 constexpr int64_t kRowWork = 32;
@@ -48,7 +48,7 @@ class Launch {
       const P& p = problems[k];
       Job<P>& job = jobs_[k];
       job.p = &p;
-      job.plan = make_plan(p.view, whole_rows_of(p));
+      job.plan = make_plan(p.view, chunks_of_rows(p));
       job.set = &set;
       job.k = &kernels(set, p);
       job.acc = accumulation(p.v_type);
@@ -91,23 +91,27 @@ class Launch {
 
  private:
   // Results that are not found in a cache when they are read again are written past it, which saves
-  // reading every line first. They stay in the last cache as long as all that the launch reads and
-  // writes takes three quarters of the share that its threads have in it: others have theirs.
+  // reading every line first. They stay in the last cache (of third levels that are no larger
+  // than the second, that) as long as all that the launch reads and writes takes three quarters of
+  // the share that its threads have in it: others have theirs.
   void stream_results(int64_t bytes) {
     const int64_t room = std::max(machine().l2, machine().l3) / 4 * 3 * parts();
     for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room;
   }
 
-  // How many whole rows of a problem are a chunk: what is read takes two thirds of the first-level
-  // cache, so that the map finds it there, and what it writes finds room beside it. The share of
-  // every thread is a number of equal chunks.
-  int64_t whole_rows_of(const P& p) const {
-    const int64_t most = machine().l1d * 2 / 3 / bytes_read(p) / p.view.row_size();
-    const double shares = static_cast<double>(work_of(p.view)) * parts() / work_;
-    const int64_t share = std::ceil(p.view.rows / std::max(1.0, std::round(shares)));
-    const int64_t rows = ceil_div(share, ceil_div(share, std::clamp<int64_t>(most, 1, kMaxRows)));
-    const int64_t full = rows / kRowsAtATime * kRowsAtATime;
-    return full > 0 && share % full == 0 ? full : rows;
+  // How many chunks a problem of whole rows makes. What a chunk reads takes two thirds of the
+  // first-level cache, so that the map finds it there, and what it writes finds room beside it. All
+  // threads have as many chunks, to within a row as large.
+  int64_t chunks_of_rows(const P& p) const {
+    const int64_t fit = machine().l1d * 2 / 3 / bytes_read(p) / p.view.row_size();
+    const int64_t most = std::clamp<int64_t>(fit, 1, kMaxRows);
+    const double part = static_cast<double>(work_of(p.view)) / work_;
+    const int64_t threads = std::max(1.0, std::round(part * parts()));
+    const int64_t share = ceil_div(p.view.rows, threads);
+    const int64_t full = most / kRowsAtATime * kRowsAtATime;
+    for (int64_t rows = full; rows > most / 2; rows -= kRowsAtATime)
+      if (share % rows == 0) return threads * (share / rows);
+    return threads * ceil_div(share, most);
   }
 
   // How many threads share the work.

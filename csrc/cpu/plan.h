@@ -39,13 +39,18 @@ struct Plan {
   bool one_phase;
   RowView view;
   int64_t tasks;           // chunks, each with one reduction and one map
-  int64_t rows_per_task;   // rows, columns: adjacent rows of one chunk
+  int64_t rows_per_task;   // columns: adjacent rows of one chunk
   int64_t row_blocks;      // columns: strips
   int64_t outer_per_task;  // pieces with short runs, columns: rows of memory of one chunk
   int64_t outer_blocks;    // chunks down the outer dimension: partial sums of a row
   int64_t run_pieces;      // pieces with long runs: chunks of one run
   int64_t repeat;          // columns: rows of memory side by side in one super-row
 
+  // The first row of a chunk of whole rows; that of the chunk behind the last is the number of
+  // rows.
+  int64_t first_row(int64_t task) const {
+    return view.rows / tasks * task + view.rows % tasks * task / tasks;
+  }
   // Columns of one super-row; for pieces, the rows.
   int64_t coefficients() const {
     return kind == Kind::columns ? repeat * view.rows * view.inner : view.rows;
@@ -57,13 +62,12 @@ struct Plan {
   int64_t workspace() const { return one_phase ? 0 : view.rows + partials() + 2 * coefficients(); }
 };
 
-inline Plan plan_rows(const RowView& view, int64_t rows_per_task) {
+inline Plan plan_rows(const RowView& view, int64_t chunks) {
   Plan p{};
   p.kind = Plan::Kind::rows;
   p.one_phase = true;
   p.view = view;
-  p.rows_per_task = rows_per_task;
-  p.tasks = ceil_div(view.rows, rows_per_task);
+  p.tasks = std::min(chunks, view.rows);
   return p;
 }
 
@@ -101,10 +105,10 @@ inline Plan plan_columns(const RowView& view) {
   return p;
 }
 
-// whole_rows: how many of them make a chunk, at most kMaxRows.
-inline Plan make_plan(const RowView& view, int64_t whole_rows) {
+// chunks: how many, if they are of whole rows, of at most kMaxRows each.
+inline Plan make_plan(const RowView& view, int64_t chunks) {
   if (view.outer > 1 && view.rows > 1 && view.inner < kShortRun) return plan_columns(view);
-  return view.row_size() <= kOnePhase ? plan_rows(view, whole_rows) : plan_pieces(view);
+  return view.row_size() <= kOnePhase ? plan_rows(view, chunks) : plan_pieces(view);
 }
 
 }  // namespace wnkernel::cpu

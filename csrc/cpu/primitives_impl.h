@@ -136,15 +136,15 @@ struct KernelsOf {
     store_partial<A>(out, combine(a, b, vx, load_partial<A>(y, n)), n);
   }
 
-  // Elements of out before the first vector that lies within a line of the cache. None where a
-  // partial vector costs more than what it saves the others.
+  // Elements of out before the first of the cache lines that its vectors fill. None where vectors
+  // are shorter, or a partial one costs more than what it saves the others.
   WNKERNEL_INLINE int64_t until_line([[maybe_unused]] const Out* out) {
 #if defined(WNKERNEL_MASKED_MOVES)
     constexpr uintptr_t kBytes = sizeof(Raw<Out, A>);
-    return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) % kBytes / sizeof(Out));
-#else
-    return 0;
+    if constexpr (kBytes == WNKERNEL_VECTOR_BYTES)
+      return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) % kBytes / sizeof(Out));
 #endif
+    return 0;
   }
 
   template <bool streaming>

@@ -8,9 +8,9 @@ namespace wnkernel::cpu {
 
 // Asks for the lines that are written first: they come while the coefficients are made. As many as
 // a core can have on their way.
-inline void ask_for_lines(const char* out) {
-  constexpr int kLines = 16, kLine = 64;
-  for (int k = 0; k < kLines; ++k, out += kLine) {
+inline void ask_for_lines(const char* out, int64_t bytes) {
+  constexpr int64_t kLines = 16, kLine = 64;
+  for (const char* end = out + std::min(bytes, kLines * kLine); out < end; out += kLine) {
 #if defined(__x86_64__)  // where compilers make a prefetch for reading of it, or nothing
     asm volatile("prefetchw %0" : : "m"(*out));
 #else
@@ -23,15 +23,15 @@ inline void ask_for_lines(const char* out) {
 template <class P>
 void whole_rows(const Job<P>& job, int64_t task) {
   const RowView& view = job.plan.view;
-  const int64_t row = task * job.plan.rows_per_task;
-  const int64_t rows = std::min(job.plan.rows_per_task, view.rows - row);
+  const int64_t row = job.plan.first_row(task), rows = job.plan.first_row(task + 1) - row;
   double sums[kMaxRows], a[kMaxRows], b[kMaxRows];
   std::fill(sums, sums + rows, 0.0);
   for (int64_t o = 0; o < view.outer; ++o) {
     const int64_t k = (o * view.rows + row) * view.inner;
     job.k->dot_rows(job.x(k), job.y(k), rows, view.inner, sums);
   }
-  if (wants_map(*job.p) && !job.stream) ask_for_lines(job.out(row * view.inner));
+  if (wants_map(*job.p) && !job.stream)
+    ask_for_lines(job.out(row * view.inner), rows * view.inner * bytes_written(*job.p));
   const int64_t unsafe = finish(*job.set, *job.p, row, rows, sums, a, b);
   if (wants_map(*job.p))
     for (int64_t o = 0; o < view.outer; ++o) {

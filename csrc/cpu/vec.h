@@ -3,7 +3,8 @@
 //
 // What the compiler's portable vectors cannot say, an instruction set may say itself, before it
 // includes this file: WNKERNEL_WIDEN_HALF and WNKERNEL_NARROW_HALF (half conversions),
-// WNKERNEL_WIDEN_U16 and WNKERNEL_NARROW_U32 (16-bit integers to 32 and back),
+// WNKERNEL_WIDEN_U16 and WNKERNEL_NARROW_U32 (16-bit integers, U16, to 32 bits, U32, and back),
+// WNKERNEL_ROUND_UPPER (U32 whose upper halves are rounded),
 // WNKERNEL_MASKED_LOAD (n elements of 4 or 8 bytes in a vector), WNKERNEL_MASKED_MOVES (all partial
 // vectors in one instruction), WNKERNEL_ROUND_PRODUCT (products at the end of a row are
 // rounded before they are added, not fused with the sum, as gcc has always done), WNKERNEL_STREAM
