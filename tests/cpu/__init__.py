@@ -1,0 +1,1 @@
+"""The CPU kernels without torch: which thread does what of a launch."""

@@ -1,0 +1,103 @@
+"""Compiles shares.cpp with csrc/cpu, once for all test processes of a session, and reads what it
+prints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ..processes import PATIENCE_S, ROOT
+
+COMPILER = os.environ.get("CXX", "c++")
+"""As in setup.py."""
+FLAGS = ["-std=c++17", "-O1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "tests" / "cpu" / "shares.cpp"]
+
+F16, BF16, F32, F64 = range(4)
+"""Types, as csrc/weight_norm.h counts them."""
+
+
+class Weight(NamedTuple):
+    """[outer, rows, inner] as in csrc/weight_norm.h, and how many of its rows leave the float
+    range."""
+
+    outer: int
+    rows: int
+    inner: int
+    v_type: int = F32
+    w_type: int = F32
+    huge_rows: int = 0
+
+    @property
+    def numel(self) -> int:
+        return self.outer * self.rows * self.inner
+
+
+class Launch(NamedTuple):
+    """What was done, in elements of w (or grad_v) of every weight."""
+
+    hash: str
+    """Of all results."""
+    outside: list[int]
+    """By the thread that launches, without asking for others."""
+    calls: list[list[list[int]]]
+    """For each time that threads were asked for, what each of them did."""
+
+
+def missing() -> str:
+    """Why nothing can be compiled here, or nothing."""
+    if os.name == "nt" or not shutil.which(COMPILER.split()[0]):
+        return f"there is no C++ compiler {COMPILER}"
+    return ""
+
+
+def program(folders: pytest.TempPathFactory) -> Path:
+    import fcntl  # Windows has none
+
+    base = folders.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cpu_launches"
+    folder.mkdir(exist_ok=True)
+    result, part = folder / "shares", folder / "part"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            command = [*COMPILER.split(), *FLAGS, *map(str, SOURCES), "-o", str(part)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+            part.rename(result)
+    return result
+
+
+def launches(
+    program: Path,
+    direction: str,
+    threads: Sequence[int],
+    weights: Sequence[Weight],
+    **environment: str,
+) -> dict[int, Launch]:
+    """One for each number of threads, of a list of weights, "forward" or "backward"."""
+    command = [str(program), direction, ",".join(map(str, threads))]
+    command += [",".join(map(str, weight)) for weight in weights]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, timeout=PATIENCE_S
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return {count: _parse(line, len(weights)) for count, line in zip(threads, lines, strict=True)}
+
+
+def _parse(line: str, weights: int) -> Launch:
+    outside, *calls = line.split("|")
+    name, *counts = outside.split()
+    numbers = [list(map(int, call.split())) for call in calls]
+    return Launch(
+        name,
+        list(map(int, counts)),
+        [[call[k : k + weights] for k in range(0, len(call), weights)] for call in numbers],
+    )
