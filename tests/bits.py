@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ SHAPES = (
     (1, 70001), (256, 8, 41), (48, 100, 5), (512, 128, 3), (64, 40, 3, 3), (19, 48, 128),
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
 MIXED = ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32))
+SETS = ("sse2", "avx2", "avx512") if platform.machine() == "x86_64" else ("neon",)
+"""The baseline first."""
 
 
 def tensors(
@@ -46,32 +48,35 @@ def tensors(
     return [v.to(v_type), g.to(v_type), grad_w.to(w_type)]
 
 
-def print_hashes() -> None:
-    """Of this process's instruction set."""
+def hashes(
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    pairs: Sequence[tuple[torch.dtype, torch.dtype]] = (*((t, t) for t in DTYPES), *MIXED),
+) -> Iterator[str]:
+    """Lines of this process's instruction set."""
     ops = torch.ops.wnkernel
     name = info()["compiled"]["cpu_instruction_set"]
-    if name != os.environ["WNKERNEL_CPU_ISA"]:
-        return  # this machine does not have it
-    pairs = [(t, t) for t in DTYPES] + list(MIXED)
-    for shape, (v_type, w_type) in itertools.product(SHAPES, pairs):
+    for shape, (v_type, w_type) in itertools.product(shapes, pairs):
         for dim in (*range(len(shape)), -1):
             v, g, grad_w = tensors(shape, dim, v_type, w_type)
-            (w,), (norm,) = ops.forward([v], [g], [dim], [1e-12], w_type)
-            given = [grad_w], [v], [g], [norm], [dim], [1e-12]
-            (grad_v,), (grad_g,) = ops.backward(*given, [1], [1])
+            dims, eps, yes = [dim], [1e-12], [1]
+            (w,), (norm,) = ops.forward([v], [g], dims, eps, w_type)
+            (grad_v,), (grad_g,) = ops.backward([grad_w], [v], [g], [norm], dims, eps, yes, yes)
             digest = hashlib.sha256()
             for t in (w, norm, grad_v, grad_g):
                 digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
             text = "x".join(map(str, shape))
-            print(name, text, dim, v_type, w_type, digest.hexdigest()[:16])
+            yield f"{name} {text} {dim} {v_type} {w_type} {digest.hexdigest()[:16]}"
 
 
 def main() -> None:
     """A process for every instruction set."""
-    for isa in ("sse2", "avx2", "avx512") if IS_X86 else ("neon",):
+    for isa in SETS:
         environment = os.environ | {"WNKERNEL_CPU_ISA": isa}
         subprocess.run([sys.executable, "-m", "tests.bits", "one"], env=environment, check=True)
 
 
 if __name__ == "__main__":
-    print_hashes() if len(sys.argv) > 1 else main()
+    if len(sys.argv) > 1:
+        print(*hashes(), sep="\n")
+    else:
+        main()

@@ -5,15 +5,12 @@ The choice is made once per process, so each set runs in one of its own.
 
 from __future__ import annotations
 
-import platform
-
 import pytest
 
 from wnkernel import _ops
 
+from .bits import SETS
 from .processes import python
-
-NAMES = ("avx512", "avx2", "sse2") if platform.machine() == "x86_64" else ("neon",)
 
 CHECK = """
 import torch, wnkernel
@@ -41,7 +38,7 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SETS)
 def test_results_are_right(name: str) -> None:
     if not _ops.loaded():
         pytest.skip(_ops.load_error())
@@ -53,6 +50,26 @@ def test_results_are_right(name: str) -> None:
     assert verdict == "right"
 
 
+HASHES = """
+import torch
+from tests.bits import hashes
+types = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+print(*hashes(shapes=[(7, 5, 3), (40, 70)], pairs=types), sep="\\n")
+"""
+
+
+def test_hashes_of_results() -> None:
+    """A line for each weight, types and dim, the same in every process."""
+    if not _ops.loaded():
+        pytest.skip(_ops.load_error())
+    first, second = (python("-c", HASHES, WNKERNEL_CPU_ISA=SETS[0]) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    lines = first.stdout.splitlines()
+    assert lines == second.stdout.splitlines()
+    assert {line.split()[0] for line in lines} == {SETS[0]}
+    assert len({line.rpartition(" ")[2] for line in lines}) == len(lines) == 2 * (4 + 3)
+
+
 def test_a_name_that_there_is_not_is_an_error_of_the_import() -> None:
     if not _ops.loaded():
         pytest.skip(_ops.load_error())
@@ -60,5 +77,5 @@ def test_a_name_that_there_is_not_is_an_error_of_the_import() -> None:
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ValueError: WNKERNEL_CPU_ISA: expected ")
-    assert all(name in last for name in NAMES)
+    assert all(name in last for name in SETS)
     assert last.endswith("got avx1024")
