@@ -19,7 +19,7 @@ PY := $(BIN)python
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
-CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/simt tests/cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build bench test gpu-check cuda-build-check lint format clean
 

@@ -62,7 +62,8 @@ class Launch {
 
   void run() {
     constexpr bool kFromTheEnd = Job<P>::kBackward;
-    each_chunk<kFromTheEnd>([](const Job<P>& job, int64_t task) {
+    const auto all = [](const Job<P>&) { return true; };
+    each_chunk<kFromTheEnd>(all, [](const Job<P>& job, int64_t task) {
       switch (job.plan.kind) {
         case Plan::Kind::rows:
           return whole_rows(job, task);
@@ -79,8 +80,8 @@ class Launch {
       const int64_t bad = pieces ? piece_finish(job, row, rows) : strip_finish(job, row, rows);
       if (bad) unsafe.fetch_add(bad, std::memory_order_relaxed);
     });
-    each_chunk<!kFromTheEnd>([](const Job<P>& job, int64_t task) {
-      if (job.plan.one_phase || !wants_map(*job.p)) return;
+    const auto mapped = [](const Job<P>& job) { return !job.plan.one_phase && wants_map(*job.p); };
+    each_chunk<!kFromTheEnd>(mapped, [](const Job<P>& job, int64_t task) {
       job.plan.kind == Plan::Kind::pieces ? piece_map(job, task) : strip_map(job, task);
     });
     if (unsafe.load() == 0) return;
@@ -133,16 +134,20 @@ class Launch {
     }
   }
 
-  // body(job, task) for every chunk of every job. Thread t takes the chunks that start in its share
-  // of all work, so the threads' shares are even and neighbours in memory.
-  template <bool reversed, class F>
-  void each_chunk(F&& body) {
+  // body(job, task) for every chunk of every job that takes part. Thread t takes the chunks that
+  // start in its share of their work, so the threads' shares are even and neighbours in memory.
+  template <bool reversed, class TakesPart, class F>
+  void each_chunk(const TakesPart& takes_part, F&& body) {
+    int64_t work = 0;
+    for (int64_t k = 0; k < count_; ++k)
+      if (takes_part(jobs_[k])) work += work_of(jobs_[k].plan.view);
     const int64_t parts = this->parts();
     parallel(parts, [&](int part) {
-      const int64_t from = work_ * part / parts, to = work_ * (part + 1) / parts;
-      int64_t start = reversed ? work_ : 0;
+      const int64_t from = work * part / parts, to = work * (part + 1) / parts;
+      int64_t start = reversed ? work : 0;
       for (int64_t j = 0; j < count_; ++j) {
         const Job<P>& job = jobs_[reversed ? count_ - 1 - j : j];
+        if (!takes_part(job)) continue;
         const int64_t size = work_of(job.plan.view);
         if (reversed) start -= size;
         const int64_t first = first_chunk(job, start, from), last = first_chunk(job, start, to);

@@ -97,8 +97,9 @@ inline Plan plan_columns(const RowView& view) {
   p.rows_per_task = rows_within(std::min(kMaxColumns, std::max(kMinStrip, kOnePhase / super_rows)));
   p.one_phase = width() * super_rows <= kOnePhase;
   if (!p.one_phase) p.rows_per_task = rows_within(kMaxColumns);
-  p.row_blocks = ceil_div(view.rows, p.rows_per_task);
   const int64_t terms = std::clamp<int64_t>(kStripChunk / width(), 1, kMaxTerms);
+  p.row_blocks = ceil_div(view.rows, p.rows_per_task);
+  p.rows_per_task = ceil_div(view.rows, p.row_blocks);  // as wide, all of them
   p.outer_per_task = p.one_phase ? view.outer : p.repeat * terms;
   p.outer_blocks = ceil_div(view.outer, p.outer_per_task);
   p.tasks = p.row_blocks * p.outer_blocks;
