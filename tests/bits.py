@@ -76,7 +76,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(*hashes(), sep="\n")
-    else:
+    if len(sys.argv) == 1:
         main()
+    elif info()["compiled"]["cpu_instruction_set"] == os.environ["WNKERNEL_CPU_ISA"]:
+        print(*hashes(), sep="\n")  # a machine without that set has taken another
