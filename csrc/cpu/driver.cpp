@@ -92,9 +92,9 @@ class Launch {
 
  private:
   // Results that are not found in a cache when they are read again are written past it, which saves
-  // reading every line first. They stay in the last cache (of third levels that are no larger
-  // than the second, that) as long as all that the launch reads and writes takes three quarters of
-  // the share that its threads have in it: others have theirs.
+  // reading every line first. They stay in the third level (or the second, where that is larger) as
+  // long as all that the launch reads and writes takes three quarters of the share that its threads
+  // have in it: others have theirs.
   void stream_results(int64_t bytes) {
     const int64_t room = std::max(machine().l2, machine().l3) / 4 * 3 * parts();
     for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room;
