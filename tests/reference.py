@@ -19,6 +19,11 @@ import torch
 from torch import Tensor
 
 
+def bits(t: Tensor) -> Tensor:
+    """As integers, for comparisons without tolerance: NaN is NaN, 0 is not -0."""
+    return t.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
 @dataclass(frozen=True)
 class Expected:
     """A float64 result and what its rounding errors are proportional to."""

@@ -13,6 +13,7 @@ import torch
 from wnkernel import functional as F
 
 from .cases import DTYPES, randn, randn_g
+from .reference import bits
 
 # (shape, dim): below any threshold for threads; rows cut into chunks; many rows per chunk;
 # and 2.4 M elements, where torch itself would share the work, for every kind of dim.
@@ -56,8 +57,7 @@ def problem(shape, dim, dtype):
 
 def assert_same_bits(a, b):
     for name, x, y in zip(("w", "norm", "grad_v", "grad_g"), a, b, strict=True):
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        assert torch.equal(x.view(bits), y.view(bits)), name
+        assert torch.equal(bits(x), bits(y)), name
 
 
 def case_id(case):

@@ -28,6 +28,7 @@ from .cases import (
     shape_dims,
 )
 from .messages import here
+from .reference import bits
 
 pytestmark = [
     pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error()),
@@ -57,8 +58,7 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
     for name in ("dtype", "shape", "stride"):
         a, b = getattr(got, name), getattr(want, name)
         assert (a() == b()) if callable(a) else (a == b), name
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
-    assert torch.equal(got.detach().view(bits), want.detach().view(bits))
+    assert torch.equal(bits(got), bits(want))
 
 
 def leaves(v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from ..compiling import alone_in, compile_to, shared_folder
 from ..processes import PATIENCE_S, ROOT
 
 COMPILER = os.environ.get("CXX", "c++")
@@ -58,19 +59,11 @@ def missing() -> str:
 
 
 def program(folders: pytest.TempPathFactory) -> Path:
-    import fcntl  # Windows has none
-
-    base = folders.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cpu_launches"
-    folder.mkdir(exist_ok=True)
-    result, part = folder / "shares", folder / "part"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = shared_folder(folders, "cpu_launches")
+    result = folder / "shares"
+    with alone_in(folder):
         if not result.exists():
-            command = [*COMPILER.split(), *FLAGS, *map(str, SOURCES), "-o", str(part)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-            part.rename(result)
+            compile_to(result, [*COMPILER.split(), *FLAGS, *map(str, SOURCES)])
     return result
 
 

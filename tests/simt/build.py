@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..compiling import alone_in, compile_to
 from ..processes import ROOT
 
 CSRC = ROOT / "csrc"
@@ -48,9 +49,6 @@ def library(
     """The shared library with the kernels of some pairs of types, from csrc or what ``write`` puts
     there instead; two compilers at a time. ``folder`` keeps what is compiled, and is for one state
     of the sources."""
-    import fcntl  # Windows has none, nor these sanitizers
-
-    folder.mkdir(parents=True, exist_ok=True)
     csrc = folder / "csrc" if write else CSRC
     result = folder / f"lib{'-'.join(pairs) or 'plan'}.so"
     units = [*(f"types_{pair}.cu" for pair in pairs), "dispatch.cpp"]
@@ -61,22 +59,14 @@ def library(
 
     def compile_one(source: Path, result: Path) -> None:
         if not result.exists():
-            _run(["g++", *flags, str(source)], result)
+            compile_to(result, ["g++", *flags, str(source)])
 
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone_in(folder):
         if not result.exists():
             if write:
                 write(csrc)
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(compile_one, sources, objects))
-            _run(["g++", "-shared", "-fsanitize=address,undefined", *map(str, objects)], result)
+            link = ["g++", "-shared", "-fsanitize=address,undefined", *map(str, objects)]
+            compile_to(result, link)
     return result
-
-
-def _run(command: list[str], result: Path) -> None:
-    """A result is there in whole or not at all."""
-    part = result.with_suffix(".part")
-    done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-    part.rename(result)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ..compiling import shared_folder
 from ..processes import PATIENCE_S, ROOT
 from .build import PAIRS, library, runtimes
 from .protocol import read, write
@@ -71,8 +72,7 @@ def worker(
 ) -> Iterator[Worker]:
     """One for the kernels of some pairs of types, as in library(); ``name`` is for what is written.
     Compiled once for all processes of pytest-xdist."""
-    base = folders.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    process = Worker(library(shared / name, pairs, write), folders.mktemp("worker") / "log")
+    kernels = library(shared_folder(folders, name), pairs, write)
+    process = Worker(kernels, folders.mktemp("worker") / "log")
     yield process
     process.close()
