@@ -132,11 +132,12 @@ PyObject* py_weight_norms(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const auto out_dtype = as_dtype(args[4]);
   std::optional<pybind11::gil_scoped_release> no_gil(std::in_place);
-  const Tensors w = std::get<0>(forward(v, g, dim, eps, out_dtype));
+  const Tensors results = forward(v, g, dim, eps, out_dtype);
   no_gil.reset();
   THPObjectPtr list(PyList_New(size));
   if (!list) throw python_error();
-  for (Py_ssize_t k = 0; k < size; ++k) PyList_SET_ITEM(list.get(), k, THPVariable_Wrap(w[k]));
+  for (Py_ssize_t k = 0; k < size; ++k)  // every w; after them come the norms
+    PyList_SET_ITEM(list.get(), k, THPVariable_Wrap(results[k]));
   return list.release();
   END_HANDLE_TH_ERRORS
 }

@@ -3,6 +3,9 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
+#include <tuple>
+#include <utility>
+
 #include "problem.h"
 
 namespace wnkernel::composed {
@@ -74,41 +77,55 @@ struct Terms {
 }  // namespace
 
 at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
-                       std::optional<at::ScalarType> out_dtype) {
+                       std::optional<at::ScalarType> out_dtype, Bucket) {
   check_forward(v, g, dim, eps, out_dtype);
   const Terms t(v, g, dim, eps);
   return (t.v * (t.g / t.divisor_as(divisor_dtype(v, g)))).to(out_dtype.value_or(v.scalar_type()));
 }
 
-std::tuple<Tensors, Tensors> forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
-                                     at::ArrayRef<double> eps,
-                                     std::optional<at::ScalarType> out_dtype) {
-  check_forward_lengths(v, g, dim, eps);
-  Tensors w, norm;
-  for (size_t k = 0; k < v.size(); ++k) {
-    w.push_back(weight_norm(v[k], g[k], dim[k], eps[k], out_dtype));
-    const Terms t(v[k].detach(), g[k].detach(), dim[k], 0.0);
-    norm.push_back(t.norm(t.v));
-  }
-  return {std::move(w), std::move(norm)};
+TensorPair forward_one(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                       std::optional<at::ScalarType> out_dtype, Bucket) {
+  at::Tensor w = weight_norm(v, g, dim, eps, out_dtype);
+  const Terms t(v.detach(), g.detach(), dim, 0.0);
+  return {std::move(w), t.norm(t.v)};
 }
 
-std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, at::TensorList g,
-                                      at::TensorList norm, at::IntArrayRef dim,
-                                      at::ArrayRef<double> eps, at::IntArrayRef need_v,
-                                      at::IntArrayRef need_g) {
+TensorPair backward_one(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
+                        const at::Tensor& norm, int64_t dim, double eps, bool need_v, bool need_g,
+                        Bucket) {
+  check_backward(grad_w, v, g, norm, dim, eps);
+  const Terms t(v, g, dim, eps);
+  const at::Tensor dw = grad_w.to(t.acc), inverse = t.inverse(), u = t.v * inverse,
+                   s = t.row_sum(dw * u);
+  at::Tensor grad_v, grad_g;
+  if (need_v) grad_v = ((t.g * inverse) * (dw - u * t.unclamped(s))).to(v.scalar_type());
+  if (need_g) grad_g = s.to(g.scalar_type());
+  return {need_v ? std::move(grad_v) : not_wanted(v), need_g ? std::move(grad_g) : not_wanted(g)};
+}
+
+Tensors forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim, at::ArrayRef<double> eps,
+                std::optional<at::ScalarType> out_dtype) {
+  check_forward_lengths(v, g, dim, eps);
+  const size_t count = v.size();
+  Tensors results(2 * count);
+  for (size_t k = 0; k < count; ++k)
+    std::tie(results[k], results[count + k]) = forward_one(v[k], g[k], dim[k], eps[k], out_dtype);
+  return results;
+}
+
+Tensors backward(at::TensorList grad_w, at::TensorList v, at::TensorList g, at::TensorList norm,
+                 at::IntArrayRef dim, at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                 at::IntArrayRef need_g) {
   check_backward_lengths(grad_w, v, g, norm, dim, eps, need_v, need_g);
-  Tensors grad_v, grad_g;
+  Tensors grads, grads_g;
   for (size_t k = 0; k < v.size(); ++k) {
-    check_backward(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k]);
-    const Terms t(v[k], g[k], dim[k], eps[k]);
-    const at::Tensor dw = grad_w[k].to(t.acc), inverse = t.inverse(), u = t.v * inverse,
-                     s = t.row_sum(dw * u);
-    if (need_v[k])
-      grad_v.push_back(((t.g * inverse) * (dw - u * t.unclamped(s))).to(v[k].scalar_type()));
-    if (need_g[k]) grad_g.push_back(s.to(g[k].scalar_type()));
+    auto [grad_v, grad_g] =
+        backward_one(grad_w[k], v[k], g[k], norm[k], dim[k], eps[k], need_v[k], need_g[k]);
+    if (need_v[k]) grads.push_back(std::move(grad_v));
+    if (need_g[k]) grads_g.push_back(std::move(grad_g));
   }
-  return {std::move(grad_v), std::move(grad_g)};
+  grads.insert(grads.end(), grads_g.begin(), grads_g.end());
+  return grads;
 }
 
 std::array<at::Tensor, 3> double_backward(const at::Tensor& grad_w, const at::Tensor& v,

@@ -8,16 +8,19 @@
 
 namespace wnkernel::composed {
 
-// The three operators, with their checks.
+// The operators, with their checks.
 at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
-                       std::optional<at::ScalarType> out_dtype);
-std::tuple<Tensors, Tensors> forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
-                                     at::ArrayRef<double> eps,
-                                     std::optional<at::ScalarType> out_dtype);
-std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, at::TensorList g,
-                                      at::TensorList norm, at::IntArrayRef dim,
-                                      at::ArrayRef<double> eps, at::IntArrayRef need_v,
-                                      at::IntArrayRef need_g);
+                       std::optional<at::ScalarType> out_dtype, Bucket = std::nullopt);
+TensorPair forward_one(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                       std::optional<at::ScalarType> out_dtype, Bucket = std::nullopt);
+TensorPair backward_one(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
+                        const at::Tensor& norm, int64_t dim, double eps, bool need_v, bool need_g,
+                        Bucket = std::nullopt);
+Tensors forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim, at::ArrayRef<double> eps,
+                std::optional<at::ScalarType> out_dtype);
+Tensors backward(at::TensorList grad_w, at::TensorList v, at::TensorList g, at::TensorList norm,
+                 at::IntArrayRef dim, at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                 at::IntArrayRef need_g);
 
 // Gradients of <gg_v, grad_v> + <gg_g, grad_g> by (grad_w, v, g); gg_v, gg_g may be undefined.
 std::array<at::Tensor, 3> double_backward(const at::Tensor& grad_w, const at::Tensor& v,

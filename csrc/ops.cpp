@@ -4,13 +4,20 @@
 //
 // weight_norm: w of one weight. Differentiable to any order.
 //
-// forward: w and norm of a list in one launch. norm is not clamped by eps, and float32 for half
-// types. w is differentiable, all of the list through one node; norm is not.
+// forward_one: w and norm of one weight. norm is not clamped by eps, and float32 for half types. w
+// is differentiable, norm is not.
 //
-// backward: first derivatives of a list in one launch. grad_v holds those with need_v, grad_g those
-// with need_g. Differentiable; norm counts as a function of v there, not as an input.
+// backward_one: first derivatives of one weight, each without elements if it is not wanted.
+// Differentiable; norm counts as a function of v there, not as an input.
+//
+// forward and backward: the same for a list in one launch, and one autograd node. The results are
+// one list, as other lists cannot be returned to C++ code that torch.compile generates: every w and
+// then every norm; grad_v of those with need_v and then grad_g of those with need_g.
+//
+// bucket is a note for wnkernel/compiled_graphs.py, which makes lists of single weights.
 #include "ops.h"
 
+#include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -18,14 +25,20 @@ namespace wnkernel {
 
 TORCH_LIBRARY(wnkernel, m) {
   m.def(
-      "weight_norm(Tensor v, Tensor g, int dim, float eps=0., ScalarType? out_dtype=None) -> "
-      "Tensor");
+      "weight_norm(Tensor v, Tensor g, int dim, float eps=0., ScalarType? out_dtype=None, int? "
+      "bucket=None) -> Tensor");
+  m.def(
+      "forward_one(Tensor v, Tensor g, int dim, float eps=0., ScalarType? out_dtype=None, int? "
+      "bucket=None) -> (Tensor w, Tensor norm)");
+  m.def(
+      "backward_one(Tensor grad_w, Tensor v, Tensor g, Tensor norm, int dim, float eps, bool "
+      "need_v, bool need_g, int? bucket=None) -> (Tensor grad_v, Tensor grad_g)");
   m.def(
       "forward(Tensor[] v, Tensor[] g, int[] dim, float[] eps, ScalarType? out_dtype=None) -> "
-      "(Tensor[] w, Tensor[] norm)");
+      "Tensor[]");
   m.def(
       "backward(Tensor[] grad_w, Tensor[] v, Tensor[] g, Tensor[] norm, int[] dim, float[] eps, "
-      "int[] need_v, int[] need_g) -> (Tensor[] grad_v, Tensor[] grad_g)");
+      "int[] need_v, int[] need_g) -> Tensor[]");
 }
 
 namespace {
@@ -38,22 +51,35 @@ c10::TypedOperatorHandle<F> find(const char* name, F*) {
 }  // namespace
 
 at::Tensor weight_norm(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
-                       std::optional<at::ScalarType> out_dtype) {
+                       std::optional<at::ScalarType> out_dtype, Bucket bucket) {
   static const auto op = find("wnkernel::weight_norm", weight_norm);
-  return op.call(v, g, dim, eps, out_dtype);
+  return op.call(v, g, dim, eps, out_dtype, bucket);
 }
 
-std::tuple<Tensors, Tensors> forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
-                                     at::ArrayRef<double> eps,
-                                     std::optional<at::ScalarType> out_dtype) {
+TensorPair forward_one(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                       std::optional<at::ScalarType> out_dtype, Bucket bucket) {
+  static const auto op = find("wnkernel::forward_one", forward_one);
+  return op.call(v, g, dim, eps, out_dtype, bucket);
+}
+
+TensorPair backward_one(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
+                        const at::Tensor& norm, int64_t dim, double eps, bool need_v, bool need_g,
+                        Bucket bucket) {
+  static const auto op = find("wnkernel::backward_one", backward_one);
+  return op.call(grad_w, v, g, norm, dim, eps, need_v, need_g, bucket);
+}
+
+at::Tensor not_wanted(const at::Tensor& like) { return at::empty({0}, like.options()); }
+
+Tensors forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim, at::ArrayRef<double> eps,
+                std::optional<at::ScalarType> out_dtype) {
   static const auto op = find("wnkernel::forward", forward);
   return op.call(v, g, dim, eps, out_dtype);
 }
 
-std::tuple<Tensors, Tensors> backward(at::TensorList grad_w, at::TensorList v, at::TensorList g,
-                                      at::TensorList norm, at::IntArrayRef dim,
-                                      at::ArrayRef<double> eps, at::IntArrayRef need_v,
-                                      at::IntArrayRef need_g) {
+Tensors backward(at::TensorList grad_w, at::TensorList v, at::TensorList g, at::TensorList norm,
+                 at::IntArrayRef dim, at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                 at::IntArrayRef need_g) {
   static const auto op = find("wnkernel::backward", backward);
   return op.call(grad_w, v, g, norm, dim, eps, need_v, need_g);
 }

@@ -36,21 +36,21 @@ struct Cpu {
 
 }  // namespace
 
-std::pair<at::Tensor, at::Tensor> forward_on_cpu(const at::Tensor& v, const at::Tensor& g,
-                                                 int64_t dim, double eps,
-                                                 std::optional<at::ScalarType> out_dtype) {
-  return forward_one<Cpu>(v, g, dim, eps, out_dtype);
+TensorPair forward_on_cpu(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                          std::optional<at::ScalarType> out_dtype) {
+  return forward_one_on<Cpu>(v, g, dim, eps, out_dtype);
 }
 
-std::pair<at::Tensor, at::Tensor> backward_on_cpu(const at::Tensor& grad_w, const at::Tensor& v,
-                                                  const at::Tensor& g, const at::Tensor& norm,
-                                                  int64_t dim, double eps, bool need_v,
-                                                  bool need_g) {
-  return backward_one<Cpu>(grad_w, v, g, norm, dim, eps, need_v, need_g);
+TensorPair backward_on_cpu(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
+                           const at::Tensor& norm, int64_t dim, double eps, bool need_v,
+                           bool need_g) {
+  return gradients_on<Cpu>(grad_w, v, g, norm, dim, eps, need_v, need_g);
 }
 
 TORCH_LIBRARY_IMPL(wnkernel, CPU, m) {
   m.impl("weight_norm", weight_norm_on<Cpu>);
+  m.impl("forward_one", forward_one_on<Cpu>);
+  m.impl("backward_one", backward_one_on<Cpu>);
   m.impl("forward", forward_on<Cpu>);
   m.impl("backward", backward_on<Cpu>);
 }

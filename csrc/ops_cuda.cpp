@@ -65,6 +65,8 @@ class Cuda {
 
 TORCH_LIBRARY_IMPL(wnkernel, CUDA, m) {
   m.impl("weight_norm", weight_norm_on<Cuda>);
+  m.impl("forward_one", forward_one_on<Cuda>);
+  m.impl("backward_one", backward_one_on<Cuda>);
   m.impl("forward", forward_on<Cuda>);
   m.impl("backward", backward_on<Cuda>);
 }

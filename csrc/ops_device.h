@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include <initializer_list>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -112,8 +113,8 @@ inline void check_forward_weight(const at::Tensor& v, const at::Tensor& g, int64
 
 // w and norm of one weight.
 template <class Device>
-std::pair<at::Tensor, at::Tensor> forward_one(const at::Tensor& v, const at::Tensor& g, int64_t dim,
-                                              double eps, std::optional<at::ScalarType> out_dtype) {
+TensorPair forward_one_on(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
+                          std::optional<at::ScalarType> out_dtype, Bucket = std::nullopt) {
   check_forward_weight(v, g, dim, eps, out_dtype);
   Device device(v);
   ForwardWeight<Device> weight(v, g, dim, eps, out_dtype);
@@ -123,14 +124,13 @@ std::pair<at::Tensor, at::Tensor> forward_one(const at::Tensor& v, const at::Ten
 
 template <class Device>
 at::Tensor weight_norm_on(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
-                          std::optional<at::ScalarType> out_dtype) {
-  return forward_one<Device>(v, g, dim, eps, out_dtype).first;
+                          std::optional<at::ScalarType> out_dtype, Bucket) {
+  return std::get<0>(forward_one_on<Device>(v, g, dim, eps, out_dtype));
 }
 
 template <class Device>
-std::tuple<Tensors, Tensors> forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
-                                        at::ArrayRef<double> eps,
-                                        std::optional<at::ScalarType> out_dtype) {
+Tensors forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                   at::ArrayRef<double> eps, std::optional<at::ScalarType> out_dtype) {
   const size_t count = v.size();
   check_forward_lengths(v, g, dim, eps);
   for (size_t k = 0; k < count; ++k) check_forward_weight(v[k], g[k], dim[k], eps[k], out_dtype);
@@ -146,12 +146,12 @@ std::tuple<Tensors, Tensors> forward_on(at::TensorList v, at::TensorList g, at::
     if (!weight.is_empty()) table.push_back(weight.line);
   }
   device.forward(table.data(), static_cast<int64_t>(table.size()));
-  Tensors w(count), norm(count);
+  Tensors results(2 * count);
   for (size_t k = 0; k < count; ++k) {
-    w[k] = with_type(weights[k].w, out_dtype.value_or(v[k].scalar_type()));
-    norm[k] = std::move(weights[k].norm);
+    results[k] = with_type(weights[k].w, out_dtype.value_or(v[k].scalar_type()));
+    results[count + k] = std::move(weights[k].norm);
   }
-  return {std::move(w), std::move(norm)};
+  return results;
 }
 
 // One weight of a backward, likewise. grad_v and grad_g are undefined where they are not wanted.
@@ -207,9 +207,8 @@ inline void check_backward_weight(const at::Tensor& grad_w, const at::Tensor& v,
 
 // grad_v and grad_g of one weight, each undefined if it is not wanted.
 template <class Device>
-std::pair<at::Tensor, at::Tensor> backward_one(const at::Tensor& grad_w, const at::Tensor& v,
-                                               const at::Tensor& g, const at::Tensor& norm,
-                                               int64_t dim, double eps, bool need_v, bool need_g) {
+TensorPair gradients_on(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
+                        const at::Tensor& norm, int64_t dim, double eps, bool need_v, bool need_g) {
   check_backward_weight(grad_w, v, g, norm, dim, eps);
   Device device(v);
   BackwardWeight<Device> weight(grad_w, v, g, norm, dim, eps, need_v, need_g);
@@ -219,10 +218,17 @@ std::pair<at::Tensor, at::Tensor> backward_one(const at::Tensor& grad_w, const a
 }
 
 template <class Device>
-std::tuple<Tensors, Tensors> backward_on(at::TensorList grad_w, at::TensorList v, at::TensorList g,
-                                         at::TensorList norm, at::IntArrayRef dim,
-                                         at::ArrayRef<double> eps, at::IntArrayRef need_v,
-                                         at::IntArrayRef need_g) {
+TensorPair backward_one_on(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
+                           const at::Tensor& norm, int64_t dim, double eps, bool need_v,
+                           bool need_g, Bucket) {
+  auto [grad_v, grad_g] = gradients_on<Device>(grad_w, v, g, norm, dim, eps, need_v, need_g);
+  return {need_v ? std::move(grad_v) : not_wanted(v), need_g ? std::move(grad_g) : not_wanted(g)};
+}
+
+template <class Device>
+Tensors backward_on(at::TensorList grad_w, at::TensorList v, at::TensorList g, at::TensorList norm,
+                    at::IntArrayRef dim, at::ArrayRef<double> eps, at::IntArrayRef need_v,
+                    at::IntArrayRef need_g) {
   const size_t count = v.size();
   check_backward_lengths(grad_w, v, g, norm, dim, eps, need_v, need_g);
   for (size_t k = 0; k < count; ++k)
@@ -241,15 +247,15 @@ std::tuple<Tensors, Tensors> backward_on(at::TensorList grad_w, at::TensorList v
     if (!weight.is_empty()) table.push_back(weight.line);
   }
   device.backward(table.data(), static_cast<int64_t>(table.size()));
-  Tensors grad_v, grad_g;
+  Tensors grads;
   auto weight = weights.begin();
   for (size_t k = 0; k < count; ++k) {
-    if (!need_v[k] && !need_g[k]) continue;
-    if (need_v[k]) grad_v.push_back(with_type(weight->grad_v, v[k].scalar_type()));
-    if (need_g[k]) grad_g.push_back(std::move(weight->grad_g));
-    ++weight;
+    if (need_v[k]) grads.push_back(with_type(weight->grad_v, v[k].scalar_type()));
+    if (need_v[k] || need_g[k]) ++weight;
   }
-  return {std::move(grad_v), std::move(grad_g)};
+  for (auto& w : weights)
+    if (w.grad_g.defined()) grads.push_back(std::move(w.grad_g));
+  return grads;
 }
 
 }  // namespace wnkernel

@@ -59,8 +59,8 @@ def hashes(
         for dim in (*range(len(shape)), -1):
             v, g, grad_w = tensors(shape, dim, v_type, w_type)
             dims, eps, yes = [dim], [1e-12], [1]
-            (w,), (norm,) = ops.forward([v], [g], dims, eps, w_type)
-            (grad_v,), (grad_g,) = ops.backward([grad_w], [v], [g], [norm], dims, eps, yes, yes)
+            w, norm = ops.forward([v], [g], dims, eps, w_type)
+            grad_v, grad_g = ops.backward([grad_w], [v], [g], [norm], dims, eps, yes, yes)
             digest = hashlib.sha256()
             for t in (w, norm, grad_v, grad_g):
                 digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -32,8 +32,8 @@ def check_traced() -> None:
     with FakeTensorMode():
         v = torch.empty(6, 4, 3, device="cuda", dtype=torch.bfloat16)
         g = torch.empty(6, 1, 1, device="cuda")
-        (w,), (norm,) = ops.forward([v], [g], [0], [0.0], torch.float32)
-        (grad_v,), (grad_g,) = ops.backward([w], [v], [g], [norm], [0], [0.0], [1], [1])
+        w, norm = ops.forward([v], [g], [0], [0.0], torch.float32)
+        grad_v, grad_g = ops.backward([w], [v], [g], [norm], [0], [0.0], [1], [1])
         alone = ops.weight_norm(v.requires_grad_(), g, 0)
     for t, like, dtype in (
         (w, v, torch.float32), (norm, g, torch.float32), (grad_v, v, v.dtype),

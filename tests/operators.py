@@ -35,3 +35,9 @@ def lists(*problems: Problem) -> tuple[list[Any], ...]:
         for t, d in zip(v, dim, strict=True)
     ]
     return grad_w, v, g, norm, dim, [0.0] * len(v)
+
+
+def halves(results: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What forward and backward return as one list: w and norm, or grad_v and grad_g."""
+    count = len(results) // 2
+    return results[:count], results[count:]

@@ -106,8 +106,9 @@ def check_training(compiled: Callable, reference: Callable, order: str, reuse: s
     got, frames, frames_after_remove = train(compiled, order, reuse)
     for ours, theirs in zip(got, want, strict=True):
         assert_same(ours, theirs)
-    assert frames == 1
-    assert frames_after_remove <= 2  # without the hooks it is another program
+    before = order == ORDERS[2]  # a graph without a group, which then no longer holds
+    assert frames == 1 + before
+    assert frames_after_remove <= 2 + before  # without the group it is another program
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def check_training(compiled: Callable, reference: Callable, order: str, reuse: s
 )
 def test_ten_calls_compile_once(compiled, order, reuse, launched):
     check_training(compiled, whole, order, reuse)
-    assert launched == []  # inside a graph every weight is an operator of its own
+    assert launched == []  # what a graph computes is none of the eager launches
 
 
 @pytest.mark.parametrize(

@@ -80,14 +80,14 @@ def check(
 ) -> None:
     """w and its gradients, recorded and not, are those of a list and of both operators on lists."""
     ops, d = torch.ops.wnkernel, [-1 if dim is None else dim]
-    (w,), (norm,) = ops.forward([v], [g], d, [eps], out)
+    w, norm = ops.forward([v], [g], d, [eps], out)
     grads = ops.backward([grad_w], [v], [g], [norm], d, [eps], [1], [1])
     assert_same_bits(weight_norm(v, g, dim, eps, out), w)
     for f in (weight_norm, in_a_list):
         a, b = leaves(v, g)
         again = f(a, b, dim, eps, out)
         assert_same_bits(again, w)
-        for got, (want,) in zip(torch.autograd.grad(again, (a, b), grad_w), grads, strict=True):
+        for got, want in zip(torch.autograd.grad(again, (a, b), grad_w), grads, strict=True):
             assert_same_bits(got, want)
 
 
@@ -146,12 +146,12 @@ def test_a_mode_sees_the_operators(weight_norm):
     v, g = pair()
     with Seen() as seen:
         w = weight_norm(v, g)
-        assert seen.names == ["forward"]
+        assert seen.names == ["forward_one"]
         w.sum().backward()
-        assert seen.names == ["forward", "backward"]
+        assert seen.names == ["forward_one", "backward_one"]
         with torch.no_grad():
             weight_norm(v, g)
-        assert seen.names == ["forward", "backward", "weight_norm"]
+        assert seen.names == ["forward_one", "backward_one", "weight_norm"]
 
 
 def test_a_mode_sees_a_backward_alone(weight_norm):
@@ -160,7 +160,7 @@ def test_a_mode_sees_a_backward_alone(weight_norm):
     w = weight_norm(v, g)
     with Seen() as seen:
         grads = torch.autograd.grad(w, (v, g), torch.ones_like(w), retain_graph=True)
-    assert seen.names == ["backward"]
+    assert seen.names == ["backward_one"]
     for got, want in zip(grads, torch.autograd.grad(w, (v, g), torch.ones_like(w)), strict=True):
         assert_same_bits(got, want)
 
@@ -170,7 +170,7 @@ def test_a_profiler_sees_the_operators(weight_norm):
     with torch.profiler.profile() as seen:
         weight_norm(v, g).sum().backward()
     names = {event.name for event in seen.events()}
-    assert {"wnkernel::forward", "wnkernel::backward", "WeightNormBackward"} <= names
+    assert {"wnkernel::forward_one", "wnkernel::backward_one", "WeightNormBackward"} <= names
 
 
 def test_a_tracer_sees_the_operators(weight_norm):
@@ -179,7 +179,7 @@ def test_a_tracer_sees_the_operators(weight_norm):
 
     targets = {node.target for node in make_fx(gradients)(*pair()).graph.nodes}
     ops = torch.ops.wnkernel
-    assert {ops.forward.default, ops.backward.default} <= targets
+    assert {ops.forward_one.default, ops.backward_one.default} <= targets
 
 
 class Wrapped(Tensor):
@@ -208,17 +208,17 @@ def test_a_subclass_with_a_dispatch_of_its_own(weight_norm):
     v, g = pair()
     calls: list[str] = []
     w = weight_norm(Wrapped(v.detach(), calls), g)
-    assert calls == ["wnkernel::forward"]
+    assert calls == ["wnkernel::forward_one"]
     assert_same_bits(w, weight_norm(v, g))
     w.backward(torch.ones_like(w))
-    assert calls[1:] == ["wnkernel::backward"]
+    assert calls[1:] == ["wnkernel::backward_one"]
 
 
 def test_a_gradient_with_a_dispatch_of_its_own(weight_norm):
     v, g = pair()
     w, calls, grad_w = weight_norm(v, g), [], randn((5, 6, 7))
     got = torch.autograd.grad(w, (v, g), Wrapped(grad_w, calls))
-    assert "wnkernel::backward" in calls
+    assert "wnkernel::backward_one" in calls
     for a, b in zip(got, torch.autograd.grad(w, (v, g), grad_w), strict=True):
         assert_same_bits(a, b)
 

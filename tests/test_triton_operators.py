@@ -20,13 +20,13 @@ import wnkernel
 from wnkernel import _ops
 from wnkernel import functional as F
 from wnkernel.backends import gpu_operators
-from wnkernel.backends.operators import KEYS
+from wnkernel.backends.operators import KEYS, OPERATORS
 
 from . import reference
 from .cases import DTYPES, LAYOUTS, layout_dims, randn, randn_g
 from .exports import of_ours, operators
 from .messages import message
-from .operators import arguments, lists
+from .operators import arguments, halves, lists
 from .triton_cases import DEVICE, TRITON, Launch, fresh, needs_triton, record_launches
 
 pytestmark = [
@@ -45,7 +45,7 @@ def _on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
     monkeypatch.setattr(gpu_operators, "devices", [DEVICE.type])
     library = Library("wnkernel", "IMPL", {**KEYS, "cpu": "CPU"}[DEVICE.type])
-    for name in ("weight_norm", "forward", "backward"):
+    for name in OPERATORS:
         library.impl(name, getattr(gpu_operators, name))
     with profile():  # one weight on the CPU goes through the dispatcher if somebody waits there
         yield
@@ -76,7 +76,7 @@ def test_they_are_the_kernels_of_triton(ops, launches):
     v, g, dim = arguments(1, grad=True)
     w = ops.weight_norm(v, g, dim)
     torch.autograd.grad(w.sum(), (v, g))
-    (w,), (norm,) = ops.forward([v], [g], [dim], [0.0])
+    w, norm = ops.forward([v], [g], [dim], [0.0])
     ops.backward([w], [v], [g], [norm], [dim], [0.0], [1], [1])
     assert kernels(launches) == 2 * ["forward_one", "backward_one"]
 
@@ -135,7 +135,7 @@ def test_a_list_is_one_launch_each_way(ops, launches):
     problems = [arguments(d, shape=(3, 4 + k, 5), grad=True) for k, d in enumerate(dims)]
     v, g, dim = (list(column) for column in zip(*problems, strict=True))
     grad_w = [torch.randn_like(t) for t in v]
-    w, norm = ops.forward(v, g, dim, [0.0] * 4)
+    w, norm = halves(ops.forward(v, g, dim, [0.0] * 4))
     torch.autograd.backward(w, grad_w)
     assert kernels(launches) == ["forward_list", "backward_list"]
     for k in range(4):
@@ -151,10 +151,10 @@ def test_nothing_of_a_list_is_contiguous(ops):
     v = [randn((6, 5, 8), layout="cut") for _ in range(2)]
     g = [torch.randn(6, 2, 1)[:, :1] for _ in range(2)]
     grad_w = [randn((6, 5, 8), layout="transposed") for _ in range(2)]
-    w, norm = ops.forward(v, g, [0] * 2, [0.0] * 2)
+    w, norm = halves(ops.forward(v, g, [0] * 2, [0.0] * 2))
     spaced = [torch.stack([n, 2 * n], 1).select(1, 0) for n in norm]
     assert not any(n.is_contiguous() for n in spaced)
-    grads = ops.backward(grad_w, v, g, spaced, [0] * 2, [0.0] * 2, [1, 1], [1, 1])
+    grads = halves(ops.backward(grad_w, v, g, spaced, [0] * 2, [0.0] * 2, [1, 1], [1, 1]))
     for k in range(2):
         reference.assert_close("w", w[k], reference.forward(v[k], g[k], 0))
         want = reference.backward(v[k], g[k], grad_w[k], 0)

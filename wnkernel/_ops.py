@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import compiled_graphs
 from .problem import Problem, check, check_backward, check_forward, is_dense
 
 
@@ -107,9 +108,45 @@ if _C is not None:
 
     @torch.library.register_fake("wnkernel::weight_norm")
     def _(
-        v: Tensor, g: Tensor, dim: int, eps: float = 0.0, out_dtype: torch.dtype | None = None
+        v: Tensor,
+        g: Tensor,
+        dim: int,
+        eps: float = 0.0,
+        out_dtype: torch.dtype | None = None,
+        bucket: int | None = None,
     ) -> Tensor:
+        compiled_graphs.install()
         return _fake_forward(check(v, g, dim, eps, out_dtype))[0]
+
+    @torch.library.register_fake("wnkernel::forward_one")
+    def _(
+        v: Tensor,
+        g: Tensor,
+        dim: int,
+        eps: float = 0.0,
+        out_dtype: torch.dtype | None = None,
+        bucket: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        compiled_graphs.install()
+        return _fake_forward(check(v, g, dim, eps, out_dtype))
+
+    @torch.library.register_fake("wnkernel::backward_one")
+    def _(
+        grad_w: Tensor,
+        v: Tensor,
+        g: Tensor,
+        norm: Tensor,
+        dim: int,
+        eps: float,
+        need_v: bool,
+        need_g: bool,
+        bucket: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        check_backward([grad_w], [v], [g], [norm], [dim], [eps], [need_v], [need_g])
+        return (
+            _fake_like(v, v.dtype) if need_v else v.new_empty(0),
+            torch.empty_like(g) if need_g else g.new_empty(0),
+        )
 
     @torch.library.register_fake("wnkernel::forward")
     def _(
@@ -118,9 +155,9 @@ if _C is not None:
         dim: Sequence[int],
         eps: Sequence[float],
         out_dtype: torch.dtype | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> list[Tensor]:
         results = [_fake_forward(p) for p in check_forward(v, g, dim, eps, out_dtype)]
-        return [w for w, _ in results], [norm for _, norm in results]
+        return [w for w, _ in results] + [norm for _, norm in results]
 
     @torch.library.register_fake("wnkernel::backward")
     def _(
@@ -132,9 +169,7 @@ if _C is not None:
         eps: Sequence[float],
         need_v: Sequence[int],
         need_g: Sequence[int],
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> list[Tensor]:
         check_backward(grad_w, v, g, norm, dim, eps, need_v, need_g)
-        return (
-            [_fake_like(x, x.dtype) for x, need in zip(v, need_v, strict=True) if need],
-            [torch.empty_like(x) for x, need in zip(g, need_g, strict=True) if need],
-        )
+        grad_v = [_fake_like(x, x.dtype) for x, need in zip(v, need_v, strict=True) if need]
+        return grad_v + [torch.empty_like(x) for x, need in zip(g, need_g, strict=True) if need]

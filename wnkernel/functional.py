@@ -88,6 +88,20 @@ def weight_norm(
     return _on_python_backend(problems, backend)[0]
 
 
+def weight_norm_in_graph(
+    v: Tensor,
+    g: Tensor,
+    dim: int,
+    eps: float,
+    out_dtype: torch.dtype | None,
+    bucket: int | None,
+) -> Tensor:
+    """:func:`weight_norm` for code that Dynamo traces. Weights of one ``bucket`` share a launch."""
+    if has_torch_function((v, g)):
+        return handle_torch_function(weight_norm, (v, g), v, g, dim, eps=eps, out_dtype=out_dtype)
+    return _traced(check(v, g, dim, eps, out_dtype), bucket)
+
+
 def weight_norms(
     v: Sequence[Tensor],
     g: Sequence[Tensor],
@@ -140,7 +154,7 @@ def weight_norms(
     backend = choose(v[0])
     if isinstance(backend, CompiledBackend):
         dim, eps, _ = map(list, zip(*problems.options, strict=True))
-        return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
+        return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[: len(v)]
     return _on_python_backend(problems, backend)
 
 
@@ -201,7 +215,7 @@ def _norms(v: Tensor, dim: int, eps: float) -> Tensor:
     acc = accumulation_dtype(v.dtype)
     g, backend = v.new_ones(norm_shape(v.shape, dim), dtype=acc), choose(v)
     if isinstance(backend, CompiledBackend):
-        return torch.ops.wnkernel.forward([v], [g], [dim], [eps])[1][0]
+        return torch.ops.wnkernel.forward_one(v, g, dim, eps)[1]
     norm = backend.forward(forms.known(v, g, dim, eps, None))[1][0]
     if backend.name == "eager":  # torch's kernels lose rows whose squares leave the float range
         is_right = (norm > 0) & norm.isfinite()
@@ -221,13 +235,13 @@ def _on_python_backend(problems: Problems, backend: PythonBackend) -> list[Tenso
     return _autograd.weight_norms(problems, backend)
 
 
-def _traced(p: Problem) -> Tensor:
+def _traced(p: Problem, bucket: int | None = None) -> Tensor:
     """What a compiler sees: one operator if there are kernels of ours behind it. What an exporter
     sees: the plain formula."""
     if exporting.is_exporting():
         return composed.plain_weight_norm(p, p.divisor_dtype)
     if not (_is_distributed(p.v) or _is_distributed(p.g)) and _has_operators(p.v):
-        return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype)
+        return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype, bucket)
     return composed.weight_norm(p)
 
 
@@ -238,7 +252,7 @@ def _traced_list(problems: Sequence[Problem], out_dtype: torch.dtype | None) -> 
         return [composed.weight_norm(p) for p in problems]
     columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
     v, g, dim, eps = (list(column) for column in columns)
-    return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[0]
+    return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[: len(v)]
 
 
 def _in_torchscript(

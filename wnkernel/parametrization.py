@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor, is_inference_mode_enabled, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import (
@@ -73,14 +74,24 @@ class WeightNormList(WeightNormOriginals):
     """
 
     owner: Owner | None = None
-    """Whom to ask for the weight; None: it is computed here."""
+    """Whom to ask for the weight; None: it is computed here. Compiled graphs ask nobody."""
+
+    bucket: int | None = None
+    """In a group: which launch of a compiled graph the weight joins."""
+
+    casts: bool = False
+    """In a group: whether compiled graphs compute the weight in the dtype of autocast."""
 
     def __call__(self) -> Tensor:
         parameters = self._parameters
         if "original0" in parameters and "original1" in parameters and self.is_as_made():
             v, g, norm = parameters["original1"], parameters["original0"], self._modules["0"]
-            # Read once: a first forward in another thread may take it away.
-            owner = None if is_dynamo_compiling() else self.owner
+            if is_dynamo_compiling():
+                out_dtype = autocast_dtype(v) if self.casts else None
+                return functional.weight_norm_in_graph(
+                    v, g, norm.dim, norm.eps, out_dtype, self.bucket
+                )
+            owner = self.owner  # read once: a first forward in another thread may take it away
             if owner is not None:
                 return owner.read(v, g, norm.dim, norm.eps)
             return functional.weight_norm(v, g, norm.dim, eps=norm.eps)
@@ -109,6 +120,17 @@ class WeightNormList(WeightNormOriginals):
             "TorchScript cannot compile: call wnkernel.fold(model) first, on a copy if the model "
             "is to be trained further"
         )
+
+
+def autocast_dtype(v: Tensor) -> torch.dtype | None:
+    """The dtype that autocast casts ``w`` to; None: it leaves it in v's.
+
+    Autocast does not touch float64, and half types would be rounded once instead of twice.
+    """
+    kind = v.device.type
+    if v.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 _NORM_FORWARD, _LIST_FORWARD = WeightNorm.forward, WeightNormList.forward

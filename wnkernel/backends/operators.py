@@ -19,8 +19,11 @@ KEYS = {"cuda": "CUDA", "xpu": "XPU"}
 """Dispatch keys of the devices that Triton has."""
 
 
+OPERATORS = ("weight_norm", "forward_one", "backward_one", "forward", "backward")
+
+
 class Operators:
-    """Kernels of the three operators, for as long as this lives."""
+    """Kernels of the operators, for as long as this lives."""
 
     def __init__(self, triton: TritonBackend, eager: EagerBackend) -> None:
         self._triton, self._eager = triton, eager
@@ -28,8 +31,8 @@ class Operators:
         self._libraries = []
         for device in self.devices:
             library = torch.library.Library("wnkernel", "IMPL", KEYS[device])
-            for kernel in (self.weight_norm, self.forward, self.backward):
-                library.impl(kernel.__name__, kernel)
+            for name in OPERATORS:
+                library.impl(name, getattr(self, name))
             self._libraries.append(library)
 
     def are_on(self, device: torch.device) -> bool:
@@ -37,9 +40,45 @@ class Operators:
         return device.type in self.devices
 
     def weight_norm(
-        self, v: Tensor, g: Tensor, dim: int, eps: float = 0.0, out_dtype: torch.dtype | None = None
+        self,
+        v: Tensor,
+        g: Tensor,
+        dim: int,
+        eps: float = 0.0,
+        out_dtype: torch.dtype | None = None,
+        bucket: int | None = None,
     ) -> Tensor:
-        return self.forward([v], [g], [dim], [eps], out_dtype)[0][0]
+        return self.forward_one(v, g, dim, eps, out_dtype)[0]
+
+    def forward_one(
+        self,
+        v: Tensor,
+        g: Tensor,
+        dim: int,
+        eps: float = 0.0,
+        out_dtype: torch.dtype | None = None,
+        bucket: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        w, norm = self.forward([v], [g], [dim], [eps], out_dtype)
+        return w, norm
+
+    def backward_one(
+        self,
+        grad_w: Tensor,
+        v: Tensor,
+        g: Tensor,
+        norm: Tensor,
+        dim: int,
+        eps: float,
+        need_v: bool,
+        need_g: bool,
+        bucket: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        grads = self.backward([grad_w], [v], [g], [norm], [dim], [eps], [need_v], [need_g])
+        return (
+            grads[0] if need_v else v.new_empty(0),
+            grads[-1] if need_g else g.new_empty(0),
+        )
 
     def forward(
         self,
@@ -48,11 +87,13 @@ class Operators:
         dim: Sequence[int],
         eps: Sequence[float],
         out_dtype: torch.dtype | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> list[Tensor]:
         problems = check_forward(v, g, dim, eps, out_dtype)
         if not self._triton.reasons(v[0]):
-            return self._triton.forward(problems, apart=True)
-        return self._eager.forward([_without_gaps(p) for p in problems])
+            w, norm = self._triton.forward(problems, apart=True)
+        else:
+            w, norm = self._eager.forward([_without_gaps(p) for p in problems])
+        return [*w, *norm]
 
     def backward(
         self,
@@ -64,7 +105,7 @@ class Operators:
         eps: Sequence[float],
         need_v: Sequence[int],
         need_g: Sequence[int],
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> list[Tensor]:
         problems = check_backward(grad_w, v, g, norm, dim, eps, need_v, need_g)
         wanted = [bool(x) for x in need_v], [bool(x) for x in need_g]
         if not self._triton.reasons(v[0]):
@@ -77,7 +118,7 @@ class Operators:
                 None if t is None else ordered_like("grad_v", t, p.v)
                 for t, p in zip(grad_v, problems, strict=True)
             ]
-        return [t for t in grad_v if t is not None], [t for t in grad_g if t is not None]
+        return [t for t in (*grad_v, *grad_g) if t is not None]
 
 
 def _without_gaps(p: Problem) -> Problem:

@@ -101,7 +101,7 @@ class WeightNormGroup:
         for member in (ref() for ref in self._roster.members):
             weights = None if member is None else member.weights()
             if weights is not None:
-                weights.owner = None
+                weights.owner, weights.bucket, weights.casts = None, None, False
         for container in (ref() for ref in self._roster.containers):
             module = None if container is None else container.module()
             if module is not None:
@@ -168,6 +168,7 @@ def fuse(
     try:
         for (name, weights, around), bucket in zip(found, buckets, strict=True):
             weights.owner = Member(roster, weights, name, bucket, around)
+            weights.bucket, weights.casts = bucket, autocast
         index = {id(weights): k for k, (_, weights, _) in enumerate(found)}
         for module in model.modules():
             members = [index[id(m)] for m in module.modules() if id(m) in index]

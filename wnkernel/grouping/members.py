@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..parametrization import WeightNormList
+from ..parametrization import WeightNormList, autocast_dtype
 from .launches import Launches
 from .modes import Mode
 
@@ -44,16 +44,8 @@ class Roster:
         self.root = weakref.ref(root, lambda _: drop_all(threads)) if root is not None else _nobody
 
     def out_dtype(self, v: Tensor) -> torch.dtype | None:
-        """The dtype that autocast casts ``w`` to, if the group does that for it; None: v's own.
-
-        Autocast leaves float64 alone, and half types would be rounded once instead of twice.
-        """
-        if not self.autocast or v.dtype != torch.float32:
-            return None
-        kind = v.device.type
-        if not torch.is_autocast_enabled(kind):
-            return None
-        return torch.get_autocast_dtype(kind)
+        """The dtype that ``w`` is computed in; None: v's own."""
+        return autocast_dtype(v) if self.autocast else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Roster:
         root = self.root()

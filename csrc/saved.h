@@ -1,0 +1,47 @@
+// What autograd keeps of one weight: the tensors that its backward reads, and their versions.
+//
+// Nothing goes through save_for_backward: v, g and norm live in the node, and their versions are
+// compared here. So a node may run backward any number of times, and activation checkpointing,
+// which counts saved tensors, sees none of it. Outputs are never kept: that would be a reference
+// cycle.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include "problem.h"
+
+namespace wnkernel {
+
+struct Saved {
+  Saved(const at::Tensor& v, const at::Tensor& g, const at::Tensor& extra, int64_t dim, double eps)
+      : v(v),
+        g(g),
+        extra(extra),
+        dim(dim),
+        eps(eps),
+        v_version(version_of(v)),
+        g_version(version_of(g)),
+        extra_version(version_of(extra)) {}
+
+  at::Tensor v, g, extra;  // extra: norm, or grad_w
+  int64_t dim;
+  double eps;
+  int64_t v_version, g_version, extra_version;
+
+  // Throws if any of them was written to since.
+  void check_versions(const char* extra_name) const {
+    check_version("v", v, v_version);
+    check_version("g", g, g_version);
+    check_version(extra_name, extra, extra_version);
+  }
+
+ private:
+  static void check_version(const char* name, const at::Tensor& t, int64_t expected) {
+    TORCH_CHECK(version_of(t) == expected,
+                "one of the variables needed for gradient computation has been modified by an "
+                "inplace operation: ",
+                name, " of shape ", t.sym_sizes(), " of a weight norm is at version ",
+                version_of(t), "; expected version ", expected, " instead");
+  }
+};
+
+}  // namespace wnkernel

@@ -1,0 +1,240 @@
+"""One launch for the weight norms of a graph that ``torch.compile`` makes.
+
+Dynamo and AOTAutograd see one operator for each weight. In the graphs that come to Inductor, one
+for the forward and one for the backward, a pass puts operators on lists in their place. Nothing in
+these graphs changes its value, so a weight that is computed from a changed parameter is another
+node, and no weight can be out of date.
+
+Weights of a fused model come with the number of their bucket, and all of a bucket are computed
+together. Other weights share launches of up to :data:`SHARED_BYTES`, in the order in which they are
+read. The bits are those of single weights.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ._version import __version__
+
+SHARED_BYTES = 16 << 20
+"""How many bytes of v may be in one launch of weights that are in no group. Sharing saves some tens
+of microseconds for each weight, and costs as much memory as w and grad_w of those that are computed
+early or whose gradients have to wait."""
+
+SLOT = "post_grad_custom_pre_pass"
+"""The setting of Inductor that holds a user's own pass over forward and backward graphs."""
+
+
+def install() -> None:
+    """Let Inductor run :func:`merge_weight_norms`, after the pass that somebody else has set.
+
+    This is called whenever an operator is traced, because settings come and go.
+    """
+    config = sys.modules.get("torch._inductor.config")
+    if config is None:
+        return
+    before = getattr(config, SLOT)
+    if not isinstance(before, GraphPass):
+        setattr(config, SLOT, _pass_class()(before))
+
+
+class GraphPass:
+    """What Inductor calls.
+
+    Args:
+        before: what was set before: a pass, several, or None.
+    """
+
+    def __init__(self, before: Any) -> None:
+        several = isinstance(before, (list, tuple))
+        self.before = tuple(before) if several else () if before is None else (before,)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for other in self.before:
+            other(graph)
+        merge_weight_norms(graph)
+
+    def uuid(self) -> Any:
+        """What compiled graphs are cached by; None: they cannot be."""
+        others = [other.uuid() if hasattr(other, "uuid") else None for other in self.before]
+        return None if None in others else ("wnkernel", __version__, SHARED_BYTES, *others)
+
+
+def _pass_class() -> type[GraphPass]:
+    """Since torch 2.5 only subclasses of CustomGraphPass are cached."""
+    module = sys.modules.get("torch._inductor.custom_graph_pass")
+    if module is None:
+        return GraphPass
+    return type(GraphPass.__name__, (GraphPass, module.CustomGraphPass), {})
+
+
+def merge_weight_norms(graph: fx.Graph) -> None:
+    """Replace the operators on single weights of a graph by operators on lists, where two or more
+    can be computed at the same time."""
+    ops = torch.ops.wnkernel
+    while launch := _next_launch(graph, (ops.weight_norm.default, ops.forward_one.default)):
+        _replace_forward(graph, launch)
+    while launch := _next_launch(graph, (ops.backward_one.default,)):
+        _replace_backward(graph, launch)
+
+
+@dataclass
+class Launch:
+    """Operators that can be computed at one place of a graph."""
+
+    nodes: list[fx.Node] = field(default_factory=list)
+    ready: int = -1
+    """The place of the last of their inputs."""
+    needed: float = math.inf
+    """The place of the first that uses a result."""
+    nbytes: int = 0
+
+
+def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Launch | None:
+    """Two or more of some operators that can be computed at the same place."""
+    place = {node: k for k, node in enumerate(graph.nodes)}
+    launches: dict[Any, Launch] = {}
+    for node in graph.nodes:
+        if node.target not in singles or not _can_be_moved(node):
+            continue
+        named = _arguments(node)
+        v = named["v"].meta["val"]
+        key = named["bucket"], v.device, named.get("out_dtype")
+        launch = launches.setdefault(key, Launch())
+        ready = max(place[x] for x in node.all_input_nodes)
+        needed = min((place[x] for x in _users(node)), default=math.inf)
+        fits = named["bucket"] is not None or launch.nbytes + _bytes(v) <= SHARED_BYTES
+        if not fits or max(launch.ready, ready) >= min(launch.needed, needed):
+            if len(launch.nodes) > 1:
+                return launch
+            launch = launches[key] = Launch()
+        launch.nodes.append(node)
+        launch.ready = max(launch.ready, ready)
+        launch.needed = min(launch.needed, needed)
+        launch.nbytes += _bytes(v)
+    return next((launch for launch in launches.values() if len(launch.nodes) > 1), None)
+
+
+def _can_be_moved(node: fx.Node) -> bool:
+    """Whether nothing in the graph writes to an input, and only wanted gradients are used."""
+    for tensor in node.all_input_nodes:
+        for user in tensor.users:
+            if isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable:
+                return False
+    named = _arguments(node)
+    wanted = named.get("need_v", True), named.get("need_g", True)
+    return all(
+        user.target is not operator.getitem or wanted[user.args[1]] or not user.users
+        for user in node.users
+    )
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    """Who uses the results of an operator; taking one of several out is no use."""
+    for user in node.users:
+        if user.target is operator.getitem:
+            yield from user.users
+        else:
+            yield user
+
+
+def _bytes(v: torch.Tensor) -> int:
+    """A size that is not known counts as a large one: to ask would make the graph depend on it."""
+    numel = v.numel()
+    return numel * v.element_size() if isinstance(numel, int) else SHARED_BYTES
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name, those that are not given included."""
+    return _named(node.target, node.args, node.kwargs)
+
+
+def _fake_arguments(node: fx.Node) -> dict[str, Any]:
+    """The same with fake tensors. Inductor may choose other strides than these have; where it notes
+    the strides that a tensor has without a compiler, the operator is given those."""
+    fakes = _named(node.target, *fx.map_arg((node.args, node.kwargs), _fake))
+    noted = _named(node.target, *node.meta.get("eager_input_vals", ((), {})))
+    return fakes | {name: x for name, x in noted.items() if isinstance(x, torch.Tensor)}
+
+
+def _named(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
+    arguments = target._schema.arguments
+    given = dict(zip((a.name for a in arguments), args, strict=False))
+    return {a.name: a.default_value for a in arguments} | given | kwargs
+
+
+def _fake(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _replace_forward(graph: fx.Graph, launch: Launch) -> None:
+    def arguments(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+        return *_columns(rows, "v", "g", "dim", "eps"), rows[0]["out_dtype"]
+
+    results = _call(graph, launch, torch.ops.wnkernel.forward.default, arguments)
+    for k, node in enumerate(launch.nodes):
+        if node.target is torch.ops.wnkernel.weight_norm.default:
+            _take(graph, results, k, node)
+        else:
+            _take_pair(graph, results, (k, len(launch.nodes) + k), node)
+
+
+def _replace_backward(graph: fx.Graph, launch: Launch) -> None:
+    need_v, need_g = _needs(_arguments(node) for node in launch.nodes)
+
+    def arguments(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+        return *_columns(rows, "grad_w", "v", "g", "norm", "dim", "eps"), need_v, need_g
+
+    results = _call(graph, launch, torch.ops.wnkernel.backward.default, arguments)
+    for k, node in enumerate(launch.nodes):
+        _take_pair(graph, results, (sum(need_v[:k]), sum(need_v) + sum(need_g[:k])), node)
+
+
+def _needs(rows: Iterable[dict[str, Any]]) -> list[list[int]]:
+    return [[int(x) for x in column] for column in _columns(list(rows), "need_v", "need_g")]
+
+
+def _columns(rows: list[dict[str, Any]], *names: str) -> list[list[Any]]:
+    return [[row[name] for row in rows] for name in names]
+
+
+def _call(
+    graph: fx.Graph,
+    launch: Launch,
+    target: Callable[..., Any],
+    arguments: Callable[[list[dict[str, Any]]], tuple[Any, ...]],
+) -> fx.Node:
+    """Call an operator on lists as soon as all that it needs is there."""
+    nodes = list(graph.nodes)
+    inputs = sum(node.op == "placeholder" for node in nodes)
+    with graph.inserting_before(nodes[max(launch.ready + 1, inputs)]):
+        new = graph.call_function(target, arguments([_arguments(x) for x in launch.nodes]))
+    fakes = arguments([_fake_arguments(x) for x in launch.nodes])
+    with torch.no_grad():
+        new.meta["val"] = target(*fakes)
+    new.meta["eager_input_vals"] = fakes, {}
+    return new
+
+
+def _take_pair(graph: fx.Graph, results: fx.Node, places: tuple[int, int], node: fx.Node) -> None:
+    """Let results of a list stand for those of an operator on one weight."""
+    for item in list(node.users):
+        _take(graph, results, places[item.args[1]], item)
+    graph.erase_node(node)
+
+
+def _take(graph: fx.Graph, results: fx.Node, place: int, old: fx.Node) -> None:
+    """Let a result of a list stand for a tensor."""
+    with graph.inserting_after(results):
+        new = graph.call_function(operator.getitem, (results, place))
+    new.meta = {"val": old.meta["val"]}
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
