@@ -21,7 +21,7 @@ from .checkpoint import (
 )
 from .legacy_names import forget_legacy_names, pruned_original
 from .lost_writes import FirstReads, stop_watching
-from .module_class import adopt_class, own_class
+from .module_class import adopt_class, own_class, share_class
 from .parametrization import (
     TORCH_HOOK,
     WeightNorm,
@@ -86,6 +86,7 @@ def weight_norm(
     check_v(weight, dim)
     register(module, name, WeightNorm(dim, eps=check_eps(eps)))
     update_flat_weights(module, name)
+    share_class(module)
     return module
 
 

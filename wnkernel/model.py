@@ -27,7 +27,7 @@ from .grouping.group import WeightNormGroup
 from .grouping.watches import end_watches
 from .layers import folded_weight, make_ours, make_plain, register, update_flat_weights
 from .legacy_names import answer_to_legacy_names, pruned_original
-from .module_class import own_class
+from .module_class import own_class, share_class
 from .parametrization import (
     OURS,
     TORCH_HOOK,
@@ -71,6 +71,8 @@ def convert(model: nn.Module) -> list[str]:
     with _all_or_nothing(e.module for e in found):
         for e in reversed(found):  # each hook's list goes before those that are there
             (_convert_hook if e.kind == TORCH_HOOK else _convert_parametrization)(e.module, e.name)
+    for e in found:
+        share_class(e.module)
     _forget_stale_hooks(model)
     return [e.path for e in found]
 

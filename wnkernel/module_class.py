@@ -9,21 +9,24 @@ parametrized tensor. This file changes what such a class does:
 - ``type(module)(...)`` makes a plain module, and shows the signature of one;
 - modules can be pickled, and RNNs copied after a forward.
 
+Modules whose classes come out alike share one, and get their own before it is changed.
+
 A class may stand on another of these: that of what ``type(module)(...)`` made and was normed again.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .assigning import assign, refuse
-from .checkpoint import WeightNormOriginals, unregister_load_hook
+from .checkpoint import WeightNormOriginals, legacy_keys, unregister_load_hook
 from .checkpoint.loading import loads_for
 from .hook_ids import count_on_from, last_hook_id
 from .legacy_names import (
@@ -39,21 +42,50 @@ from .write_guards import WRITE_GUARDS
 def own_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own, before that is changed.
 
-    Copies made by deepcopy share the class that parametrize made, and (un)parametrizing one more
-    parameter changes properties of that class: the copies would lose their weights. As long as
-    nothing changes they go on sharing it, since compilers compile code once for a class. One of
-    which no copy is known is left as it is: registries of subclasses see each that is made.
+    Modules share classes, see :func:`share_class`, and so do copies made by deepcopy.
+    (Un)parametrizing one more parameter changes properties of the class: the others would lose
+    their weights. A class that nobody shares is left as it is: registries of subclasses see each
+    that is made.
     """
     cls = type(module)
-    if is_ours(cls) and _COPIED not in vars(cls):
+    if is_ours(cls) and _SHARED not in vars(cls):
         return
-    left_out = ("__dict__", "__weakref__", _COPIED)
+    left_out = ("__dict__", "__weakref__", _SHARED)
     members = {k: v for k, v in vars(cls).items() if k not in left_out}
     module.__class__ = type(cls)(cls.__name__, cls.__bases__, members)
 
 
-_COPIED = "_weight_norm_copied"
+def share_class(module: nn.Module) -> None:
+    """Give a module with weight norms the class of another that differs in nothing.
+
+    A compiler compiles code again for each class that it meets, and gives up after a few: blocks
+    that are compiled one by one are one program only if their layers have the same classes.
+    """
+    lists = module.parametrizations
+    if all(isinstance(weights, WeightNormOriginals) for weights in lists.values()):
+        _share_class(module, lists)
+
+
+def _share_class(module: nn.Module, normed: Iterable[str]) -> None:
+    cls = type(module)
+    members = frozenset(vars(cls)) - _MEMBERS
+    expected = {key for name in normed for key in (name, *legacy_keys(name))}
+    is_as_made = is_ours(cls) and members <= expected
+    if is_as_made and not _is_registered(cls):
+        shared = _shared_classes.setdefault((cls.__bases__, members), cls)
+        setattr(shared, _SHARED, True)
+        module.__class__ = shared
+
+
+def _is_registered(cls: type[nn.Module]) -> bool:
+    """Whether somebody sees each class that is made, and is not to see more than torch makes."""
+    return type(cls) is not type or any("__init_subclass__" in vars(c) for c in cls.__mro__[:-1])
+
+
+_SHARED = "_weight_norm_shared"
 """Marks a class that may be that of several modules."""
+
+_shared_classes: WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = WeakValueDictionary()
 
 
 def is_ours(cls: type[nn.Module]) -> bool:
@@ -77,6 +109,16 @@ def adopt_class(module: nn.Module, name: str) -> None:
     cls.__signature__ = _Signature()
     cls.__reduce_ex__ = _reduce
     cls.__deepcopy__ = _deepcopy_by(cls.__deepcopy__)
+
+
+_MEMBERS = frozenset(
+    (
+        *("register_parameter", "register_buffer", "__delattr__", *WRITE_GUARDS, "__new__"),
+        *("__signature__", "__reduce_ex__", "__deepcopy__", "__getstate__", "__module__"),
+        *("__doc__", "__dict__", "__weakref__", _SHARED),
+    )
+)
+"""What every class has that :func:`adopt_class` changed."""
 
 
 def _add_property(cls: type[nn.Module], name: str) -> None:
@@ -194,8 +236,8 @@ def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     base = _last_of_ours(cls).__bases__[0]
     if args or kwargs:
         return base(*args, **kwargs)
-    if _COPIED not in vars(cls):
-        setattr(cls, _COPIED, True)
+    if _SHARED not in vars(cls):
+        setattr(cls, _SHARED, True)
     return base.__new__(cls)
 
 
@@ -264,4 +306,6 @@ def _unpickled(
             parametrize._inject_property(module, name)
     for name in legacy:
         answer_to_legacy_names(module, name)
+    if names and set(names) == set(normed):
+        _share_class(module, names)
     return module

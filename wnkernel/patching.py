@@ -17,7 +17,7 @@ from torch.nn.utils import weight_norm as torchs_legacy
 from . import layers
 from .checkpoint import stacked_in, unregister_load_hook
 from .legacy_names import answer_to_legacy_names
-from .module_class import own_class
+from .module_class import own_class, share_class
 from .parametrization import TORCH_HOOK, weight_norm_kind
 
 torchs = parametrizations.weight_norm
@@ -27,7 +27,9 @@ torchs_remove = parametrize.remove_parametrizations
 def _legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
     """:func:`torch.nn.utils.weight_norm`; the layer answers to ``weight_g`` and ``weight_v``."""
     layers.weight_norm(module, name, dim)
+    own_class(module)
     answer_to_legacy_names(module, name)
+    share_class(module)
     return module
 
 
