@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 import wnkernel
 from wnkernel import functional as F
@@ -24,13 +26,13 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-def model(dim=0):
+def model(dim=0, norm=wnkernel.weight_norm):
     return nn.Sequential(
-        wnkernel.weight_norm(nn.Conv1d(2, 4, 3), dim=dim),
+        norm(nn.Conv1d(2, 4, 3), dim=dim),
         nn.Tanh(),
-        wnkernel.weight_norm(nn.ConvTranspose1d(4, 3, 2), dim=dim),
+        norm(nn.ConvTranspose1d(4, 3, 2), dim=dim),
         nn.Flatten(),
-        wnkernel.weight_norm(nn.Linear(21, 2), dim=dim),
+        norm(nn.Linear(21, 2), dim=dim),
     )
 
 
@@ -157,3 +159,84 @@ def test_deepcopy_after_compile(route):
     x = torch.randn(2, 2, 8)
     torch.compile(module, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(copy.deepcopy(module)(x), module(x))
+
+
+MODES = {
+    "train": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_no_more_graphs_than_with_torchs(dynamic):
+    """In all modes, one after the other, and in the same modes of a fused model."""
+    frames, outputs = {}, {}
+    for kind in ("torch", "ours", "fused"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        module = model(norm=weight_norm if kind == "torch" else wnkernel.weight_norm)
+        if kind == "fused":
+            wnkernel.fuse(module)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=dynamic)
+        outputs[kind] = []
+        for training in (True, False):
+            module.train(training)
+            for mode in MODES.values():
+                with mode():
+                    outputs[kind].append(compiled(torch.ones(2, 2, 8)).float())
+        frames[kind] = counter.frame_count
+    assert frames["ours"] <= frames["torch"]
+    assert frames["fused"] <= frames["torch"]
+    for kind in ("ours", "fused"):
+        torch.testing.assert_close(outputs[kind], outputs["torch"], rtol=1e-2, atol=1e-2)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = wnkernel.weight_norm(nn.Conv1d(2, 2, 3, padding=1))
+        self.second = wnkernel.weight_norm(nn.Conv1d(2, 2, 3, padding=1), dim=None)
+
+    def forward(self, x):
+        return x + self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("make", [Block, lambda: nn.Sequential(Block(), Block())])
+def test_many_blocks_compiled_one_by_one_are_one_program(make, fused):
+    """Dynamo compiles a forward eight times at most, and again for each class of a layer."""
+    blocks = nn.Sequential(*(make() for _ in range(10)))
+    if fused:
+        wnkernel.fuse(blocks)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+    blocks(torch.randn(2, 2, 8)).sum().backward()
+    assert counter.frame_count == 2  # the input of the first block requires no grad
+
+
+def test_a_whole_training_step_in_one_graph(route):
+    """Forward, backward and optimizer."""
+    if not hasattr(torch._dynamo.config, "compiled_autograd"):
+        pytest.skip(f"torch {torch.__version__} cannot trace a backward")
+    results = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        module = model()
+        wnkernel.fuse(module)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+        def train(x, module=module, optimizer=optimizer):
+            module(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with torch._dynamo.config.patch(compiled_autograd=backend is not None):
+            run = train if backend is None else torch.compile(train, backend=backend)
+            for k in range(3):
+                run(torch.full((2, 2, 8), 0.1 * k))
+        results.append([p.detach() for p in module.parameters()])
+    torch.testing.assert_close(*results)

@@ -2,7 +2,7 @@
 
 Nothing goes through ``save_for_backward``: v, g and norm are attributes of the node, and their
 versions are compared here. So the node may run backward any number of times, and activation
-checkpointing, which counts saved tensors, sees none of it. csrc/autograd.cpp is the twin for the
+checkpointing, which counts saved tensors, sees none of it. csrc/node.cpp is the twin for the
 compiled operators.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from . import composed
 from .backends.base import PythonBackend
@@ -99,6 +100,9 @@ class _Forward(Function):
             norms, grad_ws, need_v, need_g, of_v, of_g = columns
             versions = of_v + of_g
         inputs = *problems.v, *problems.g
+        if is_dynamo_compiling():  # compiled autograd, whose graphs know no versions
+            grads = _composed_derivative(problems, norms, grad_ws, need_v, need_g)
+            return None, None, *spread(grads[0], live, n), *spread(grads[1], live, n)
         if _versions_of(inputs) != versions:
             names = "v" * len(live) + "g" * len(live)
             for changed in zip(names, inputs, versions, strict=True):
@@ -122,6 +126,16 @@ def _derivative(
         grad_ws = [t.clone() for t in grad_ws]
     if backend.is_traceable or have_addresses(grad_ws):
         return backend.backward(problems, norms, grad_ws, need_v, need_g)
+    return _composed_derivative(problems, norms, grad_ws, need_v, need_g)
+
+
+def _composed_derivative(
+    problems: Problems,
+    norms: Sequence[Tensor],
+    grad_ws: Sequence[Tensor],
+    need_v: Sequence[bool],
+    need_g: Sequence[bool],
+) -> Grads:
     grads = map(composed.backward, problems, norms, grad_ws)
     return composed.wanted(grads, need_v, need_g)
 

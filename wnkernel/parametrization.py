@@ -47,6 +47,15 @@ class WeightNorm(nn.Module):
         self.dim = WHOLE_TENSOR if dim is None else int_of(dim)
         self.eps = eps
 
+    has_eps = True
+    """Whether ``eps`` is not 0. With ``dynamic=True`` torch.compile makes every float that it reads
+    an input of the graph, finds that nobody needs it, and compiles once more."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "eps":
+            self.has_eps = bool(value)
+
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         return functional.weight_norm(weight_v, weight_g, self.dim, eps=self.eps)
 
@@ -87,10 +96,9 @@ class WeightNormList(WeightNormOriginals):
         if "original0" in parameters and "original1" in parameters and self.is_as_made():
             v, g, norm = parameters["original1"], parameters["original0"], self._modules["0"]
             if is_dynamo_compiling():
+                eps = norm.eps if norm.has_eps else 0.0
                 out_dtype = autocast_dtype(v) if self.casts else None
-                return functional.weight_norm_in_graph(
-                    v, g, norm.dim, norm.eps, out_dtype, self.bucket
-                )
+                return functional.weight_norm_in_graph(v, g, norm.dim, eps, out_dtype, self.bucket)
             owner = self.owner  # read once: a first forward in another thread may take it away
             if owner is not None:
                 return owner.read(v, g, norm.dim, norm.eps)

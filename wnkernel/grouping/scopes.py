@@ -19,22 +19,27 @@ from .members import Container
 
 ATTRIBUTE = "_weight_norm_container"
 
+HOOK_ID = -17
+"""The number of our hooks in every module. With the numbers that torch gives, all different, a
+compiler would compile the code of a module again for each module that has it."""
+
 
 def attach(module: nn.Module, container: Container) -> None:
     """Make the forward of ``module`` a scope."""
     detach(module)  # hooks that a copy of a part brought along
     setattr(module, ATTRIBUTE, container)
-    module.register_forward_pre_hook(_enter, prepend=True)
-    module.register_forward_hook(_leave, always_call=True)
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    before[HOOK_ID], after[HOOK_ID] = _enter, _leave
+    before.move_to_end(HOOK_ID, last=False)
+    module._forward_hooks_always_called[HOOK_ID] = True
 
 
 def detach(module: nn.Module) -> None:
     """Undo :func:`attach`, also on a copy of the module."""
     module.__dict__.pop(ATTRIBUTE, None)
-    for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
-        for key in [key for key, hook in hooks.items() if hook is ours]:
-            del hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        hooks.pop(HOOK_ID, None)
+    module._forward_hooks_always_called.pop(HOOK_ID, None)
 
 
 def container_of(module: nn.Module) -> Container | None:
