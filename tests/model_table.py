@@ -192,10 +192,9 @@ _AFTER = f"""
   nothing patched. "{BROKEN}": VITS's raises with torch's weight norm too.
 - "`torch.compile`": the same outputs. A model that breaks its own graphs breaks them here as well,
   and then weight norm adds to them: a layer that is called between two breaks is compiled alone,
-  once for each class, and every normed layer has a class of its own. Past Dynamo's limit of
-  recompilations such layers run uncompiled. VitsModel reaches it: it becomes 15 graphs converted
-  and 7 folded (`python -m tests.model_table VitsModel`, torch 2.13.0). Fold what is compiled to
-  serve.
+  once for each class that it has. Layers of a kind share one, with weight norm or without.
+  VitsModel becomes 10 graphs converted and 7 folded (`python -m tests.model_table VitsModel`,
+  torch 2.13.0). Fold what is compiled to serve.
 - "`torch.export`": of the model as it is, unfolded. "{NEITHER}": the model's own code, also without
   any weight norm. ONNX, AOTInductor and TorchScript start from the same formula
   ([export.md](export.md)).

@@ -7,17 +7,19 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import wnkernel
 from wnkernel import _ops, compiled_graphs
 from wnkernel import functional as F
+from wnkernel.compiled_graphs import merge_weight_norms
 
 from .cases import randn, randn_g
 from .compiled import Net, assert_same, change, model, step, twins
 from .compiled import randn as input_of_model
-from .graphs import Graphs, compiled
+from .graphs import Graphs, Operators, compiled, operators
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -176,6 +178,121 @@ def test_weights_that_depend_on_one_another():
     )
     assert_same(list(got), list(want))
     assert graphs.found == [{"forward": 1, "forward_one": 1}, {"backward": 1, "backward_one": 1}]
+
+
+def test_launches_of_other_dtypes():
+    v, g = randn((4, 5)), randn_g((4, 5), 0)
+
+    def f(v: Tensor, g: Tensor) -> list[Tensor]:
+        return [F.weight_norm(v, g, out_dtype=t) for t in (None, torch.bfloat16) for _ in range(2)]
+
+    run, graphs = compiled(lambda v, g: [2 * w for w in f(v, g)] + f(v + 1, g))
+    want = [2 * w for w in f(v, g)] + f(v + 1, g)
+    for got, expected in zip(run(v, g), want, strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+    assert set(graphs.found[0]) == {"forward"}
+
+
+def merged(f: Callable, *arguments: Tensor) -> tuple[fx.GraphModule, Operators]:
+    """The graph of a function as it is, writes to tensors included, with the pass."""
+    module = make_fx(f, tracing_mode="fake")(*arguments)
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.mul_.Tensor:  # what reads after it reads the tensor itself
+            node.replace_all_uses_with(node.args[0])
+    merge_weight_norms(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module, operators(module.graph)
+
+
+@pytest.mark.parametrize("where", ["between", "at the end"])
+def test_a_graph_that_writes_to_an_input(ops, where):
+    """FSDP frees parameters within a graph, and compiled steps of optimizers end with writes."""
+    leaves = [randn((4, 5)), randn_g((4, 5), 0), randn((3, 5)), randn_g((3, 5), 0)]
+
+    def f(v: Tensor, g: Tensor, x: Tensor, h: Tensor) -> list[Tensor]:
+        first = ops.forward_one(v, g, 0)[0]
+        if where == "between":
+            torch.ops.aten.mul_(h, 3)
+        second = ops.forward_one(x, h, 0)[0]
+        torch.ops.aten.mul_(h, 2)
+        return [first, second]
+
+    module, found = merged(f, *leaves)
+    assert_same(module(*(t.clone() for t in leaves)), f(*(t.clone() for t in leaves)))
+    assert found == ({"forward": 1} if where == "at the end" else {"forward_one": 2})
+
+
+def test_a_write_that_depends_on_a_gradient(ops):
+    """What reads the tensor before it and after it reads what it read."""
+    v, g, w, t = randn((4, 5)), randn_g((4, 5), 0), randn((4, 5)), randn((4, 5))
+    norm = ops.forward_one(v, g, 0)[1]
+
+    def f(t: Tensor, *rest: Tensor) -> list[Tensor]:
+        first, _ = ops.backward_one(*rest, 0, 0.0, True, False)
+        torch.ops.aten.mul_(t, first)
+        second, _ = ops.backward_one(torch.sin(t), *rest[1:], 0, 0.0, True, False)
+        return [second]
+
+    module, _ = merged(f, t, w, v, g, norm)
+    assert_same(list(module(t.clone(), w, v, g, norm)), f(t.clone(), w, v, g, norm))
+
+
+def test_strides_that_inductor_notes(ops):
+    """It lays out its own results as it likes, and gives operators what is noted."""
+    v, g = randn((4, 5)), randn_g((4, 5), 0)
+
+    def f(v: Tensor, g: Tensor) -> list[Tensor]:
+        return [ops.forward_one(v, g, 0)[0] for _ in range(2)]
+
+    graph = make_fx(f, tracing_mode="fake")(v, g).graph
+    for node in graph.nodes:
+        if node.target is ops.forward_one.default:
+            by_columns = node.args[0].meta["val"].t().contiguous().t()
+            node.meta["eager_input_vals"] = (by_columns, None, None), {}
+    merge_weight_norms(graph)
+    (node,) = (n for n in graph.nodes if n.target is ops.forward.default)
+    vs, gs, *_ = node.meta["eager_input_vals"][0]
+    assert [t.stride() for t in vs] == 2 * [(1, 4)]
+    assert [t.stride() for t in gs] == 2 * [(1, 1)]
+
+
+def test_gradients_that_nobody_wants(ops):
+    """What stands in their place may be returned."""
+    v, g, w = randn((4, 5)), randn_g((4, 5), 0), randn((4, 5))
+    norm = ops.forward_one(v, g, 0)[1]
+
+    def f(*t: Tensor) -> list[Tensor]:
+        needs = (True, False), (False, True), (True, True)
+        return [x for need in needs for x in ops.backward_one(*t, 0, 0.0, *need)]
+
+    module, _ = merged(f, w, v, g, norm)
+    assert_same(list(module(w, v, g, norm)), f(w, v, g, norm))
+
+
+def test_a_whole_training_step():
+    """The graph ends with writes to all parameters."""
+    if not hasattr(torch._dynamo.config, "compiled_autograd"):
+        pytest.skip(f"torch {torch.__version__} cannot trace a backward")
+    m, twin, _ = twins()
+
+    def train(module: nn.Module, x: Tensor) -> None:
+        module(x).square().sum().backward()
+        with torch.no_grad():
+            for p in module.parameters():
+                p.sub_(0.1 * p.grad)
+                p.grad = None
+
+    graphs = Graphs()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        run = torch.compile(train, backend=graphs)
+        for _ in range(2):
+            x = input_of_model()
+            run(m, x)
+            train(twin, x)
+    assert_same(list(m.parameters()), list(twin.parameters()))
+    assert sum(graphs.found, Operators()) == {"forward": 1, "backward": 1}
 
 
 def test_checkpointed_blocks(apart):

@@ -12,11 +12,9 @@ read. The bits are those of single weights.
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -86,16 +84,40 @@ def merge_weight_norms(graph: fx.Graph) -> None:
         _replace_backward(graph, launch)
 
 
-@dataclass
 class Launch:
     """Operators that can be computed at one place of a graph."""
 
-    nodes: list[fx.Node] = field(default_factory=list)
-    ready: int = -1
-    """The place of the last of their inputs."""
-    needed: float = math.inf
-    """The place of the first that uses a result."""
-    nbytes: int = 0
+    def __init__(self) -> None:
+        self.nodes: list[fx.Node] = []
+        self.ready = -1
+        """The place of the last of their inputs."""
+        self.nbytes = 0
+        self.later: dict[fx.Node, int] = {}
+        """Them and all that depends on them, with their places."""
+        self.bounds: list[int] = []
+        """Places that they cannot be moved past: what depends on them or writes to their inputs."""
+
+    def add(self, node: fx.Node, place: dict[fx.Node, int], nbytes: int) -> bool:
+        """Take one more operator, if it can be computed with those that are there."""
+        if any(x in self.later for x in node.all_input_nodes):
+            return False
+        ready = max(self.ready, *(place[x] for x in node.all_input_nodes))
+        bounds = self.bounds + [place[x] for x in _writers(node)]
+        places = [place[x] for x in (*self.nodes, node)]
+        if any(min(ready, *places) < bound < max(ready, *places) for bound in bounds):
+            return False
+        self.nodes.append(node)
+        self.ready, self.bounds = ready, bounds
+        self.nbytes += nbytes
+        self.later[node] = place[node]
+        return True
+
+    def pass_by(self, node: fx.Node, place: int) -> None:
+        """Look at what comes after the operators that are there."""
+        if any(x in self.later for x in node.all_input_nodes):
+            self.later[node] = place
+            if not _can_be_moved(node):
+                self.bounds.append(place)
 
 
 def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Launch | None:
@@ -103,47 +125,51 @@ def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Laun
     place = {node: k for k, node in enumerate(graph.nodes)}
     launches: dict[Any, Launch] = {}
     for node in graph.nodes:
-        if node.target not in singles or not _can_be_moved(node):
-            continue
-        named = _arguments(node)
-        v = named["v"].meta["val"]
-        key = named["bucket"], v.device, named.get("out_dtype")
-        launch = launches.setdefault(key, Launch())
-        ready = max(place[x] for x in node.all_input_nodes)
-        needed = min((place[x] for x in _users(node)), default=math.inf)
-        fits = named["bucket"] is not None or launch.nbytes + _bytes(v) <= SHARED_BYTES
-        if not fits or max(launch.ready, ready) >= min(launch.needed, needed):
-            if len(launch.nodes) > 1:
-                return launch
-            launch = launches[key] = Launch()
-        launch.nodes.append(node)
-        launch.ready = max(launch.ready, ready)
-        launch.needed = min(launch.needed, needed)
-        launch.nbytes += _bytes(v)
+        if node.target in singles and _only_wanted_are_used(node):
+            named = _arguments(node)
+            v = _fake(named["v"])
+            key = named["bucket"], v.device, named.get("out_dtype")
+            launch = launches.setdefault(key, Launch())
+            fits = named["bucket"] is not None or launch.nbytes + _bytes(v) <= SHARED_BYTES
+            if not (launch.nodes and fits and launch.add(node, place, _bytes(v))):
+                if len(launch.nodes) > 1:
+                    return launch
+                launches[key] = Launch()
+                launches[key].add(node, place, _bytes(v))
+        for launch in launches.values():
+            launch.pass_by(node, place[node])
     return next((launch for launch in launches.values() if len(launch.nodes) > 1), None)
 
 
-def _can_be_moved(node: fx.Node) -> bool:
-    """Whether nothing in the graph writes to an input, and only wanted gradients are used."""
+def _writers(node: fx.Node) -> Iterator[fx.Node]:
+    """What writes to an input of an operator: little does in graphs that come to Inductor."""
     for tensor in node.all_input_nodes:
-        for user in tensor.users:
-            if isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable:
-                return False
+        yield from (user for user in tensor.users if _writes(user))
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _can_be_moved(node: fx.Node) -> bool:
+    """Whether the result of a node is the same at a later place, and nobody waits for it there."""
+    target = node.target
+    if target is operator.getitem:
+        return True
+    is_operator = isinstance(target, torch._ops.OpOverload)
+    return (
+        is_operator and not _writes(node) and torch.Tag.nondeterministic_seeded not in target.tags
+    )
+
+
+def _only_wanted_are_used(node: fx.Node) -> bool:
+    """Whether nobody uses what stands in the place of a gradient that is not wanted."""
     named = _arguments(node)
     wanted = named.get("need_v", True), named.get("need_g", True)
     return all(
         user.target is not operator.getitem or wanted[user.args[1]] or not user.users
         for user in node.users
     )
-
-
-def _users(node: fx.Node) -> Iterator[fx.Node]:
-    """Who uses the results of an operator; taking one of several out is no use."""
-    for user in node.users:
-        if user.target is operator.getitem:
-            yield from user.users
-        else:
-            yield user
 
 
 def _bytes(v: torch.Tensor) -> int:
@@ -212,11 +238,17 @@ def _call(
     target: Callable[..., Any],
     arguments: Callable[[list[dict[str, Any]]], tuple[Any, ...]],
 ) -> fx.Node:
-    """Call an operator on lists as soon as all that it needs is there."""
+    """Call an operator on lists as soon as all that it needs is there, and put what depends on it
+    behind it."""
     nodes = list(graph.nodes)
     inputs = sum(node.op == "placeholder" for node in nodes)
     with graph.inserting_before(nodes[max(launch.ready + 1, inputs)]):
         new = graph.call_function(target, arguments([_arguments(x) for x in launch.nodes]))
+    last = new
+    for node, place in launch.later.items():
+        if place <= launch.ready:
+            last.append(node)
+            last = node
     fakes = arguments([_fake_arguments(x) for x in launch.nodes])
     with torch.no_grad():
         new.meta["val"] = target(*fakes)
