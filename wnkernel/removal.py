@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import assume_constant_result
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 from torch.utils.hooks import RemovableHandle
@@ -67,6 +68,7 @@ class HiddenHooks(OrderedDict[int, Callable[..., Any]]):
     hooks. Whoever goes through the hooks finds all of them.
     """
 
+    @assume_constant_result  # before torch 2.7 Dynamo cannot go through a subclass of dict
     def __bool__(self) -> bool:
         for hook in self.values():  # noqa: SIM110, any() takes twice as long
             if type(hook) is not RemovalHook:
