@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from .problem import WHOLE_TENSOR, Problem, norm_shape
 
@@ -30,12 +31,20 @@ def norm_except_dim(v: Tensor, dim: int) -> Tensor:
     shape = norm_shape(v.shape, dim)
     if v.numel() == 0:
         return v.sum(dims).reshape(shape)
-    scale = v.detach().abs().amax(dims, keepdim=True)
+    scale = _largest(v.detach(), dims)
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
     squares = (v / scale).square().sum(dims, keepdim=True)
     is_zero = squares == 0
     root = squares.masked_fill(is_zero, 1.0).sqrt()
     return (root.masked_fill(is_zero, 0.0) * scale).reshape(shape)
+
+
+def _largest(v: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The largest absolute values. ``amax`` is ten times as fast as the norm that is the same, and
+    DTensors have no rule for it in torch 2.6."""
+    if type(v) in (Tensor, Parameter):
+        return v.abs().amax(dims, keepdim=True)
+    return torch.linalg.vector_norm(v, torch.inf, dims, keepdim=True)
 
 
 def weight_norm(p: Problem) -> Tensor:
