@@ -9,6 +9,7 @@ import torch
 
 from . import _ops
 from ._version import __version__
+from ._versions import limits
 from .backends import BACKENDS, choice
 
 
@@ -16,10 +17,11 @@ def info() -> dict[str, Any]:
     """Versions, the compiled module and every backend, as plain JSON types.
 
     Returns:
-        ``wnkernel``, ``torch``, ``python``, ``platform``: versions. ``compiled``: what the compiled
-        module was built with (torch, compiler, devices), the instruction set in use; or None.
-        ``load_error``: why it is not loaded, empty when it is. ``backends``: for every backend, in
-        the order of the automatic choice, the reasons why it cannot run here (empty: it can).
+        ``wnkernel``, ``torch``, ``python``, ``platform``: versions. ``limits``: what this torch
+        cannot do. ``compiled``: what the compiled module was built with (torch, compiler, devices),
+        the instruction set in use; or None. ``load_error``: why it is not loaded, empty when it is.
+        ``backends``: for every backend, in the order of the automatic choice, the reasons why it
+        cannot run here (empty: it can).
         ``cpu``: bytes of the caches (``l1d``, ``l2``, ``l3``: what a thread may count on) and of a
         ``page``, and the ``sources`` of these facts; None without the compiled module.
         ``cpu_buffers``: bytes that results on the CPU use and hold.
@@ -32,6 +34,7 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "limits": limits(torch.__version__),
         "threads": torch.get_num_threads(),
         "compiled": _ops.BUILD_INFO or None,
         "load_error": _ops.load_error(),

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled_graphs
+from . import _versions, compiled_graphs
 from .problem import Problem, check, check_backward, check_forward, is_dense
 
 
 def _load() -> tuple[ModuleType | None, dict[str, Any], str]:
     """The compiled module and what it was built with, or None and one line on why it is not
     there."""
+    if reason := _versions.untried():
+        return None, {}, reason
     try:
         from ._build_info import CUDA_ARCHITECTURES, CUDA_VERSION, TORCH_VERSION
     except ImportError:
         return None, {}, "wnkernel._C is not built (a pure-Python install)"
-    if _minor(TORCH_VERSION) != _minor(torch.__version__):
+    if _versions.release(TORCH_VERSION) != _versions.release(torch.__version__):
         here = torch.__version__
         return None, {}, f"wnkernel._C was built for torch {TORCH_VERSION}, this is torch {here}"
     try:
@@ -36,10 +38,6 @@ def _load() -> tuple[ModuleType | None, dict[str, Any], str]:
     if CUDA_VERSION:
         info |= {"cuda": CUDA_VERSION, "cuda_architectures": CUDA_ARCHITECTURES}
     return _C, info, ""
-
-
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]
 
 
 _C, BUILD_INFO, _LOAD_ERROR = _load()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import composed
+from .._versions import release
 from ..problem import Problem
 
 
@@ -49,7 +50,7 @@ class EagerBackend:
 
 
 # torch's CPU kernel takes float16 since 2.8.
-_CPU_HAS_HALF = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+_CPU_HAS_HALF = release(torch.__version__) >= (2, 8)
 
 
 def torch_has_kernel(v: Tensor, dim: int) -> bool:

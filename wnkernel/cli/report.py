@@ -98,6 +98,8 @@ def print_info(content: dict[str, Any]) -> None:
         if key == "backends":
             for name, reasons in value.items():
                 table.add_row(f"backend {name}", escape("; ".join(reasons) or "runs"))
+        elif key == "limits":
+            table.add_row(key, escape("; ".join(value) or "-"))
         elif key == "cpu" and value:
             for name, source in value["sources"].items():
                 table.add_row(f"cpu: {name}", f"{_size(value[name])} ({source})")

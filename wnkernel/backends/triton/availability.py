@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch.compiler import assume_constant_result
 
+from ..._versions import untried
+
 OLDEST = (3, 4)
 """The tiles of a list are a compile-time tuple of tuples, which came with this one (torch 2.8)."""
 
@@ -23,6 +25,8 @@ GPUS = ("cuda", "xpu")
 @cache
 def missing() -> str:
     """Why there are no kernels at all; empty when there are."""
+    if reason := untried():
+        return reason
     try:
         triton = importlib.import_module("triton")
     except Exception as error:  # whatever a broken installation raises

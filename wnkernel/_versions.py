@@ -1,0 +1,66 @@
+"""Which versions of torch were tried, and what some of them cannot do.
+
+The tests, docs/versions.md and :func:`wnkernel.info` say what stands here.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+
+OLDEST, NEWEST = (2, 4), (2, 15)
+"""The oldest and the newest torch that the tests were run with: docs/versions.md."""
+
+ANY_TORCH = "WNKERNEL_ANY_TORCH"
+"""Environment variable: 1 runs the compiled kernels and those of Triton with any torch."""
+
+
+class Limit(NamedTuple):
+    """Something that torch lacked at first."""
+
+    since: tuple[int, int]
+    """The first torch that has it."""
+    what: str
+
+
+LIMITS = {
+    "triton": Limit((2, 8), "the triton backend needs Triton 3.4, which torch 2.8 brings"),
+    "fully_shard": Limit((2, 6), "torch.distributed.fsdp.fully_shard came with torch 2.6"),
+}
+
+
+def release(version: str) -> tuple[int, int]:
+    """``(2, 13)`` for ``"2.13.0+cpu"``."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def limits(version: str) -> list[str]:
+    """What a torch lacks, in words."""
+    return [limit.what for limit in LIMITS.values() if release(version) < limit.since]
+
+
+def untried() -> str:
+    """Why no kernels of ours run with this torch; empty if it was tried, or if the environment
+    says that they are to run all the same."""
+    if OLDEST <= release(torch.__version__) <= NEWEST or _any_torch():
+        return ""
+    oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+    return f"torch: expected {oldest} to {newest}, which were tried, got {torch.__version__}"
+
+
+def _any_torch() -> bool:
+    value = os.environ.get(ANY_TORCH, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{ANY_TORCH}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+if _reason := untried():
+    warnings.warn(
+        f"wnkernel: {_reason}; the eager backend runs, {ANY_TORCH}=1 asks for the others",
+        stacklevel=3,  # whoever imports the package
+    )
