@@ -11,6 +11,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 import wnkernel
+from wnkernel._versions import release
 from wnkernel.grouping import batch
 
 
@@ -65,6 +66,8 @@ def by_inductor(module: nn.Module) -> Callable:
     compile: what they compute is not ours."""
     quick = {"cpp.vec_isa_ok": False}
     known = torch._inductor.config.get_config_copy()
+    if release(torch.__version__) < (2, 6):  # which takes no value where the default is None
+        known = {key: value for key, value in known.items() if value is not None}
     options = {key: value for key, value in quick.items() if key in known}
     return torch.compile(module, fullgraph=True, options=options or None)
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import wnkernel
 from wnkernel.grouping import batch
 
 from .processes import PATIENCE_S, ROOT
+from .versions import DTensor
 
 WORLD = 2
 OTHERS_S = 5

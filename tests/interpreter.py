@@ -40,6 +40,17 @@ def use_interpreter() -> None:
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
+    # Spread over a block, a comparison of scalars has their type and not its own, and Triton 3.9
+    # takes no such mask.
+    create_splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_typed_splat(self, type_, value):
+        data = create_splat(self, type_, value).data
+        return interpreter.TensorHandle(
+            data.astype(interpreter._get_np_dtype(type_.scalar)), type_.scalar
+        )
+
+    interpreter.InterpreterBuilder.create_splat = create_typed_splat
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.GridExecutor.__call__ = launch_anew
     interpreter.InterpretedFunction.__call__ = call

@@ -17,7 +17,10 @@ from wnkernel.backends import choice
 from wnkernel.cli.signals import ENDING
 from wnkernel.grouping.optimizers import steps
 
-LIBRARIES = ("_TORCH", "TORCH", "KMP_", "PYTEST_", "LOKY_", "JOBLIB_", "ACCELERATE_", "PL_")
+LIBRARIES = (
+    *("_TORCH", "TORCH", "CUDA_MODULE_LOADING", "KMP_"),
+    *("PYTEST_", "LOKY_", "JOBLIB_", "ACCELERATE_", "PL_"),
+)
 """How variables begin that libraries set for themselves, some when they are first used."""
 
 

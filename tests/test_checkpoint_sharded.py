@@ -8,18 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import wnkernel
 
 from .checkpoints import g_and_v, load_error, loaded, nothing_loaded, ours, saved
+from .versions import DTensor, needs
+
+pytestmark = needs("fully_shard")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def linear():
 @pytest.fixture
 def sharded(mesh):
     """A layer whose g and v are DTensors."""
-    layer = fully_shard(ours(linear()), mesh=mesh)
+    layer = fsdp.fully_shard(ours(linear()), mesh=mesh)
     assert all(isinstance(t, DTensor) for t in loaded(layer))
     return layer
 
@@ -51,7 +53,8 @@ def test_sharded_pairs_load_from_both_layouts(mesh, sharded, layout, assign):
     source = ours(linear())
     source.load_state_dict(saved(linear(), "legacy"))
     want = [t.clone() for t in loaded(source)]
-    checkpoint = wnkernel.convert_state_dict(fully_shard(source, mesh=mesh).state_dict(), layout)
+    source = fsdp.fully_shard(source, mesh=mesh)
+    checkpoint = wnkernel.convert_state_dict(source.state_dict(), layout)
     assert all(isinstance(t, DTensor) for t in checkpoint.values())
     sharded.load_state_dict(checkpoint, strict=True, assign=assign)
     for got, t in zip(full(sharded), want, strict=True):
@@ -83,7 +86,7 @@ def test_a_plain_weight_is_not_split(sharded, mesh):
     assert "sharded layer cannot split" in load_error(
         lambda: sharded.load_state_dict(plain.state_dict(), strict=False)
     )
-    dtensors = fully_shard(copy.deepcopy(plain), mesh=mesh).state_dict()
+    dtensors = fsdp.fully_shard(copy.deepcopy(plain), mesh=mesh).state_dict()
     error = load_error(lambda: sharded.load_state_dict(dtensors, strict=False))
     assert 'weight: expected g and v, got the plain weight "weight"' in error
     assert "convert_state_dict" in error
@@ -94,7 +97,7 @@ def test_a_plain_weight_is_not_split(sharded, mesh):
 
 
 def test_a_sharded_plain_weight_is_not_split(mesh):
-    target, checkpoint = ours(linear()), fully_shard(linear(), mesh=mesh).state_dict()
+    target, checkpoint = ours(linear()), fsdp.fully_shard(linear(), mesh=mesh).state_dict()
     with nothing_loaded(target.parametrizations):
         error = load_error(lambda: target.load_state_dict(checkpoint))
     assert "sharded layer cannot split" in error

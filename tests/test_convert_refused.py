@@ -16,6 +16,7 @@ from wnkernel import model as surgery
 from wnkernel.parametrization import TORCH, TORCH_HOOK, weight_norm_kinds
 
 from .layers import APPLY, assert_same_state, legacy_weight_norm, originals, run
+from .versions import needs
 
 torchs_kinds = pytest.mark.parametrize("kind", ["torch", "legacy"])
 
@@ -136,6 +137,7 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@needs("fully_shard")
 @pytest.mark.parametrize("surgeon", [wnkernel.convert, wnkernel.fold])
 @torchs_kinds
 def test_sharded_modules(one_process, kind, surgeon):

@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import wnkernel
 
@@ -33,6 +33,9 @@ from .distributed_worker import (
     whole,
 )
 from .groups import REUSE
+from .versions import fully_shard_on_cpus
+
+pytestmark = fully_shard_on_cpus
 
 G = "first.2.parametrizations.weight.original0"
 
@@ -50,8 +53,8 @@ def build() -> Net:
 
 def blocks(model: Net, **options: object) -> Net:
     for block in (model.first, model.second):
-        fully_shard(block, **options)
-    return fully_shard(model, **options)
+        fsdp.fully_shard(block, **options)
+    return fsdp.fully_shard(model, **options)
 
 
 def as_scalar(record: Record) -> Record:
@@ -78,7 +81,7 @@ def whole_tensor_fused(order: str, reuse: str) -> None:
 
 @each(())
 def whole_tensor_in_bfloat16() -> None:
-    options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    options = {"mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
     model, twin = build(), blocks(build(), **options)
     wnkernel.fuse(model)
     model = blocks(model, **options)

@@ -200,7 +200,7 @@ def test_functional_call_with_other_parameters(backend: str, reuse: str) -> None
             key: moved(p).requires_grad_() for key, p in model.named_parameters() if some in key
         }
         for _ in range(2):
-            assert_same(functional_call(model, other), functional_call(twin, other))
+            assert_same(functional_call(model, other, ()), functional_call(twin, other, ()))
             for p in other.values():
                 in_place(p)
         assert_same_models(model, twin)

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed import fsdp
 
 import wnkernel
 from wnkernel import functional
@@ -39,6 +38,9 @@ from .distributed_worker import (
     train,
 )
 from .groups import REUSE
+from .versions import fully_shard_on_cpus, since
+
+pytestmark = fully_shard_on_cpus
 
 BOTH = [(order, reuse) for order in ORDERS for reuse in REUSE]
 RESHARD = [True, False]
@@ -50,8 +52,8 @@ def blocks(**options: object) -> Callable[[Net], Net]:
 
     def wrap(model: Net) -> Net:
         for block in (model.first, model.second):
-            fully_shard(block, **options)
-        return fully_shard(model, **options)
+            fsdp.fully_shard(block, **options)
+        return fsdp.fully_shard(model, **options)
 
     return wrap
 
@@ -61,8 +63,8 @@ def layers(**options: object) -> Callable[[Net], Net]:
 
     def wrap(model: Net) -> Net:
         for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
-            fully_shard(layer, **options)
-        return fully_shard(model, **options)
+            fsdp.fully_shard(layer, **options)
+        return fsdp.fully_shard(model, **options)
 
     return wrap
 
@@ -73,7 +75,7 @@ def accumulate(model: nn.Module, x: Callable[[int], Tensor], k: int, read: bool 
     for part in range(3):
         if read:
             assert model.last.weight is not None
-        if isinstance(model, FSDPModule):
+        if isinstance(model, fsdp.FSDPModule):
             model.set_requires_gradient_sync(part == 2)
             model.set_reshard_after_backward(part == 2)
         loss(model(x(part))).backward()
@@ -104,10 +106,10 @@ def fully_sharded_units_have_a_node_each(order: str) -> None:
 
 @each(*((order,) for order in ORDERS))
 def fully_sharded_with_other_units(order: str) -> None:
-    assert check(fully_shard, order, build=matrices) == 3 * [ALL]
+    assert check(fsdp.fully_shard, order, build=matrices) == 3 * [ALL]
     assert all(len(names) <= 1 for names in check(layers(), order, build=matrices))
     with Launched() as launched:
-        model = fused(matrices(), lambda m: fully_shard(m.second) and m, order)[0]
+        model = fused(matrices(), lambda m: fsdp.fully_shard(m.second) and m, order)[0]
         model(share(inputs(0)))
     assert launched.names == [UNITS[0] | UNITS[2], UNITS[1]]
 
@@ -168,7 +170,7 @@ def fully_sharded_with_checkpoints(reuse: str) -> None:
 @each(*BOTH)
 def fully_sharded_in_bfloat16(order: str, reuse: str) -> None:
     """What is gathered is in another dtype than what is sharded."""
-    wrap = blocks(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    wrap = blocks(mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     model, twin = fused(matrices(), wrap, order, reuse=reuse)[0], wrap(matrices())
     got, want = (train(m, one_backward, lambda *of: share(inputs(*of))) for m in (model, twin))
     assert_same(got, want)
@@ -227,9 +229,9 @@ def test_two_processes(tmp_path):
     assert_no_failures(__name__, "fully_sharded", tmp_path)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < (2, 13),
-    reason="before torch 2.13 (seen with 2.11) a DTensor of shape [1, n] that is sharded along its "
+@since(
+    "2.13",
+    "before torch 2.13 (seen with 2.11) a DTensor of shape [1, n] that is sharded along its "
     "first dimension cannot be expanded, which the backward of a sum does",
 )
 def test_two_processes_that_read_sharded_weights(tmp_path):

@@ -129,7 +129,7 @@ def of_dual_tensors(model: nn.Module) -> Tensor:
         duals = {
             key: forward_ad.make_dual(p.detach(), along[key]) for key, p in model.named_parameters()
         }
-        return forward_ad.unpack_dual(functional_call(model, duals)).tangent.clone()
+        return forward_ad.unpack_dual(functional_call(model, duals, ())).tangent.clone()
 
 
 def of_one_dual_tensor(model: nn.Module) -> Tensor:
@@ -138,19 +138,19 @@ def of_one_dual_tensor(model: nn.Module) -> Tensor:
     p = dict(model.named_parameters())[key]
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(p, ramp(*p.shape))
-        y = forward_ad.unpack_dual(functional_call(model, {key: dual}))
+        y = forward_ad.unpack_dual(functional_call(model, {key: dual}, ()))
         return torch.stack([y.primal, y.tangent])
 
 
 def of_jvp(model: nn.Module) -> Tensor:
     parameters = {key: p.detach() for key, p in model.named_parameters()}
-    both = jvp(lambda p: functional_call(model, p), (parameters,), (tangents(model),))
+    both = jvp(lambda p: functional_call(model, p, ()), (parameters,), (tangents(model),))
     return torch.stack(both)
 
 
 def of_grad(model: nn.Module) -> Tensor:
     parameters = {key: p.detach() for key, p in model.named_parameters()}
-    grads = grad(lambda p: functional_call(model, p).square().mean())(parameters)
+    grads = grad(lambda p: functional_call(model, p, ()).square().mean())(parameters)
     return torch.cat([g.flatten().double() for g in grads.values()])
 
 

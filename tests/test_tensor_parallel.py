@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -20,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 import wnkernel
 
 from .distributed_worker import WORLD, assert_no_failures, each
+from .versions import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
 STYLES = {
     "ColwiseParallel": {"up": ColwiseParallel()},

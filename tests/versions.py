@@ -1,0 +1,55 @@
+"""Tests that a torch cannot hold, by no fault of ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wnkernel._versions import LIMITS, release
+
+if release(torch.__version__) >= (2, 5):
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_module,
+        distribute_tensor,
+    )
+else:
+    from torch.distributed._tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_module,
+        distribute_tensor,
+    )
+
+__all__ = [
+    "DTensor",
+    "Replicate",
+    "Shard",
+    "distribute_module",
+    "distribute_tensor",
+    "fully_shard_on_cpus",
+    "needs",
+    "since",
+]
+
+
+def since(version: str, reason: str) -> pytest.MarkDecorator:
+    """Leaves a test out with an older torch.
+
+    Args:
+        version: the first torch that holds it, as ``"2.6"``.
+        reason: what is wrong with the others, for whoever reads the results.
+    """
+    return pytest.mark.skipif(release(torch.__version__) < release(version), reason=reason)
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Leaves a test out with a torch that lacks what stands under a name in ``LIMITS``."""
+    limit = LIMITS[name]
+    return since(".".join(map(str, limit.since)), limit.what)
+
+
+fully_shard_on_cpus = since("2.7", "torch 2.6 cannot run fully_shard on a CPU")
