@@ -1,6 +1,8 @@
 # make bench, make test: everything from a fresh clone, in a virtual environment of their own.
 # make bench VENV= : the same in the environment that is active, with the torch that it has.
 # make cuda-build-check : builds against a CUDA torch (several GB) where nvcc is; needs no GPU.
+# make test-matrix ARGS="--session torch-2.6.0-py3.12 -- --discard" : one of the versions of
+#   docs/versions.md, in an environment of its own (5 GB); without ARGS all of them, --list shows which.
 # make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
@@ -21,7 +23,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
 CPP := $(shell find csrc tests/simt tests/cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build bench test gpu-check cuda-build-check lint format clean
+.PHONY: build bench test test-matrix gpu-check cuda-build-check lint format clean
 
 # torch first: the compiled module is built against the one that is there. Of the models that tests
 # build, two come from packages whose dependencies they do not need, torchaudio among them.
@@ -30,7 +32,7 @@ $(STAMP): pyproject.toml
 	$(if $(BIN),$(PYTHON) -m venv $(VENV))
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
 	$(PIP) install -q 'setuptools>=77' ninja pybind11
-	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[bench,lint,test]'
+	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[bench,lint,matrix,test]'
 	$(PIP) install -q --no-deps encodec einops ChatTTS
 	@touch $@
 
@@ -44,6 +46,10 @@ bench: build
 # Threads that spin while they wait for each other keep the other processes from running.
 test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) $(ARGS)
+
+# A leg whose Python is not there is skipped. The table is of all legs that were ever run.
+test-matrix: $(STAMP)
+	$(PY) -m nox $(ARGS); status=$$?; $(PY) -m tests.matrix table; exit $$status
 
 # Builds by itself, so that a failed build does not stop the rest.
 gpu-check: $(if $(BIN),$(STAMP))
