@@ -174,7 +174,7 @@ def test_legacy_names_of_a_converted_layer_say_what_is_wrong():
         del layer.weight_g
     assert layer.weight_g is originals(layer)[0]
     wnkernel.remove_weight_norm(layer)
-    with pytest.raises(AttributeError, match="no attribute 'weight_g'"):
+    with pytest.raises(AttributeError, match="weight_g"):  # all that Python 3.10 says
         del layer.weight_g
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
 import wnkernel
 
 from .checkpoints import all_layouts, assert_loaded, g_and_v, ours, saved
+from .versions import load_pre_hook
 
 PLACES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "layer": lambda m: m,
@@ -34,7 +35,7 @@ def add_hook(module: nn.Module, change: Callable[[dict[str, Any], str], None]) -
         for key in [key for key in state_dict if key.startswith(prefix)]:
             change(state_dict, key)
 
-    module.register_load_state_dict_pre_hook(hook)
+    load_pre_hook(module, hook)
 
 
 def times_three(state_dict: dict[str, Tensor], key: str) -> None:
@@ -124,7 +125,7 @@ def test_hooks_of_others_are_called_once(layout):
     """Also those of the list, which calls them itself; and nothing of the dict is kept."""
     layer, calls = ours(linear()), []
     for place, module in PLACES.items():
-        module(layer).register_load_state_dict_pre_hook(lambda *a, p=place: calls.append(p))
+        load_pre_hook(module(layer), lambda *a, p=place: calls.append(p))
     for _ in range(2):
         layer.load_state_dict(saved(linear(), layout))
     assert calls == 2 * ["layer", "parametrizations", "list"]

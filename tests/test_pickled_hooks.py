@@ -14,6 +14,7 @@ import wnkernel
 from wnkernel.grouping import scopes
 
 from .checkpoints import assert_loaded, saved
+from .versions import load_pre_hook
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_loading(in_a_new_process):
     got = in_a_new_process(model)
     for layer in got:
         for _ in range(50):
-            layer.register_load_state_dict_pre_hook(nothing)
+            load_pre_hook(layer, nothing)
         checkpoint = saved(nn.Linear(5, 4), "legacy")
         layer.load_state_dict(checkpoint)
         assert_loaded(layer, checkpoint, "legacy")
