@@ -38,7 +38,7 @@ from .distributed_worker import (
     train,
 )
 from .groups import REUSE
-from .versions import fully_shard_on_cpus, since
+from .versions import fully_shard_on_cpus, needs
 
 pytestmark = fully_shard_on_cpus
 
@@ -229,10 +229,6 @@ def test_two_processes(tmp_path):
     assert_no_failures(__name__, "fully_sharded", tmp_path)
 
 
-@since(
-    "2.13",
-    "before torch 2.13 (seen with 2.11) a DTensor of shape [1, n] that is sharded along its "
-    "first dimension cannot be expanded, which the backward of a sum does",
-)
+@needs("sharded weights")
 def test_two_processes_that_read_sharded_weights(tmp_path):
     assert_no_failures(__name__, "weights", tmp_path)

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 import wnkernel
 
 from .distributed_worker import WORLD, assert_no_failures, each
-from .versions import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from .versions import DTensor, Replicate, Shard, distribute_module, distribute_tensor, needs
 
 STYLES = {
     "ColwiseParallel": {"up": ColwiseParallel()},
@@ -60,7 +60,7 @@ def whole(t: Tensor) -> Tensor:
 
 
 @each(*((style, bias, frozen) for style in STYLES for bias in (True, False) for frozen in (0, 1)))
-def parallel_unfolded_is_an_error(style: str, bias: bool, frozen: int) -> None:
+def unfolded_is_an_error(style: str, bias: bool, frozen: int) -> None:
     model = block(bias=bias).requires_grad_(not frozen)
     want, before = model(x()), dict(model.named_parameters())
     hooks = [len(m._forward_pre_hooks) for m in model.modules()]
@@ -147,6 +147,11 @@ def parallel_sharded_by_hand() -> None:
 
 def test_two_processes(tmp_path):
     assert_no_failures(__name__, "parallel", tmp_path)
+
+
+@needs("tensor parallelism")
+def test_two_processes_with_unfolded_layers(tmp_path):
+    assert_no_failures(__name__, "unfolded", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["bias", "weight"])

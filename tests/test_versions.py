@@ -69,11 +69,14 @@ def test_another_value_of_the_environment_is_an_error():
 
 
 def test_the_facts_say_what_a_torch_lacks(monkeypatch):
-    triton, fully_shard = (limit.what for limit in _versions.LIMITS.values())
-    lacks = {"2.4.1": [triton, fully_shard], "2.7.1+cpu": [triton], "2.8.0": [], "2.15.0": []}
-    assert {version: _versions.limits(version) for version in lacks} == lacks
-    monkeypatch.setattr("torch.__version__", "2.5.1")
-    assert wnkernel.info()["limits"] == [triton, fully_shard]
+    whats = [limit.what for limit in _versions.LIMITS.values()]
+    sharded, *_, fully_shard = whats
+    assert _versions.limits("2.4.1") == _versions.limits("2.5.1+cu121") == whats
+    assert _versions.limits("2.6.0") == [what for what in whats if what != fully_shard]
+    assert _versions.limits("2.12.1") == [sharded]
+    assert _versions.limits("2.13.0+cpu") == _versions.limits("2.15.0") == []
+    monkeypatch.setattr("torch.__version__", "2.12.1")
+    assert wnkernel.info()["limits"] == [sharded]
 
 
 def test_legs_are_from_the_oldest_torch_to_the_newest():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
 from wnkernel._versions import LIMITS, release
 
@@ -31,6 +34,8 @@ __all__ = [
     "distribute_module",
     "distribute_tensor",
     "fully_shard_on_cpus",
+    "layers_in_graphs",
+    "load_pre_hook",
     "needs",
     "since",
 ]
@@ -52,4 +57,14 @@ def needs(name: str) -> pytest.MarkDecorator:
     return since(".".join(map(str, limit.since)), limit.what)
 
 
+def load_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    """``register_load_state_dict_pre_hook``, which is private before torch 2.5."""
+    module._register_load_state_dict_pre_hook(hook, with_module=True)
+
+
 fully_shard_on_cpus = since("2.7", "torch 2.6 cannot run fully_shard on a CPU")
+
+layers_in_graphs = since(
+    "2.5",
+    "torch.compile of torch 2.4 does not look into layers of torch.nn, and calls them as a whole",
+)

@@ -27,9 +27,26 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
+    "sharded weights": Limit(
+        (2, 13),
+        "weights of sharded layers have no backward where they are read outside of a forward "
+        "(a DTensor of shape [1, n] cannot be expanded)",
+    ),
+    "strict export of hooks": Limit(
+        (2, 10), "torch.export(strict=True) takes no model with hooks, as fused ones have"
+    ),
+    "export of RNNs": Limit(
+        (2, 10), "torch.export(strict=False) takes no RNN whose weights are parametrized"
+    ),
     "triton": Limit((2, 8), "the triton backend needs Triton 3.4, which torch 2.8 brings"),
+    "tensor parallelism": Limit(
+        (2, 8),
+        "tensor parallelism of layers that were not folded may fail after their bias changed",
+    ),
+    "scopes in graphs": Limit((2, 7), "torch.compile cannot trace `with group.scope()`"),
     "fully_shard": Limit((2, 6), "torch.distributed.fsdp.fully_shard came with torch 2.6"),
 }
+"""By names for the tests."""
 
 
 def release(version: str) -> tuple[int, int]:
