@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import remove_parametrizations
 
@@ -78,7 +78,7 @@ def weight_norm(
             f"name: expected a parameter of {type(module).__name__} (it has: {known}), got {name!r}"
         )
     weight = getattr(module, name)
-    if isinstance(weight, UninitializedParameter):
+    if is_lazy(weight):  # before torch 2.5 or so isinstance() is true of any subclass of Tensor
         raise ValueError(
             f"name: expected an initialised parameter, got {name!r}: a normed module can't "
             "have uninitialized parameters; run it once before applying weight norm"
