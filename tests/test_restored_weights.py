@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wnkernel
+from wnkernel._versions import release
 
 from . import reference
 from .cases import DENSE_LAYOUTS, DTYPES, LAYOUTS, randn
@@ -141,6 +142,8 @@ def test_as_pytorch_tests_it(dim, dtype):
     """``test_weight_norm`` of PyTorch compares outputs before and after, of random layers. For
     halves it does so with dim=None in fact: with others torch's own weight norm fails one draw in
     four, as ours does."""
+    if dtype == torch.float16 and dim is not None and release(torch.__version__) < (2, 8):
+        pytest.skip("before torch 2.8 its weight norm of float16 on CPUs is another formula")
     draws = 25
     same = dict.fromkeys(APPLY, 0)
     for _ in range(draws):

@@ -39,11 +39,11 @@ LIMITS = {
         (2, 10), "torch.export(strict=False) takes no RNN whose weights are parametrized"
     ),
     "triton": Limit((2, 8), "the triton backend needs Triton 3.4, which torch 2.8 brings"),
+    "scopes in graphs": Limit((2, 8), "torch.compile cannot trace `with group.scope()`"),
     "tensor parallelism": Limit(
-        (2, 8),
+        (2, 7),
         "tensor parallelism of layers that were not folded may fail after their bias changed",
     ),
-    "scopes in graphs": Limit((2, 7), "torch.compile cannot trace `with group.scope()`"),
     "fully_shard": Limit((2, 6), "torch.distributed.fsdp.fully_shard came with torch 2.6"),
 }
 """By names for the tests."""
