@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 import wnkernel
 
 from .distributed_worker import WORLD, assert_no_failures, each
-from .versions import DTensor, Replicate, Shard, distribute_module, distribute_tensor, needs
+from .versions import DTensor, Replicate, Shard, distribute_module, distribute_tensor, needs, since
 
 STYLES = {
     "ColwiseParallel": {"up": ColwiseParallel()},
@@ -114,7 +114,7 @@ def parallel_inputs_are_prepared_for_a_normed_layer() -> None:
 
 
 @each(())
-def parallel_replicated_by_distribute_module() -> None:
+def replicated_by_distribute_module() -> None:
     """Which gives each module its own parameters, g and v included."""
     model, plain = block(), block()
     distribute_module(model, mesh())
@@ -147,6 +147,11 @@ def parallel_sharded_by_hand() -> None:
 
 def test_two_processes(tmp_path):
     assert_no_failures(__name__, "parallel", tmp_path)
+
+
+@since("2.5", "a replicated layer norm has no backward in torch 2.4")
+def test_two_processes_with_replicated_layers(tmp_path):
+    assert_no_failures(__name__, "replicated", tmp_path)
 
 
 @needs("tensor parallelism")
