@@ -149,14 +149,32 @@ Tensors first_derivatives(at::TensorList grad_w, at::TensorList v, at::TensorLis
 
 namespace {
 
+// Deletes a node that a shared pointer held, without recursion. torch's deleteNode sees to edges,
+// but v may hold the last pointer to the node before: tensors are let go of one by one, by
+// whoever deletes the first node of a chain. A template, because newer versions of torch have no
+// deleteNode.
+template <class Node>
+void delete_without_recursion(Node* node) {
+  thread_local Tensors left;
+  thread_local bool is_nested = false;
+  node->leave_tensors(left);
+  deleteNode(node);
+  if (std::exchange(is_nested, true)) return;
+  while (!left.empty()) {
+    const at::Tensor last = std::move(left.back());
+    left.pop_back();
+  }
+  is_nested = false;
+}
+
 // The pointer that this version of torch has for nodes.
 using NodePointer = std::decay_t<decltype(std::declval<at::Tensor&>().grad_fn())>;
 
 template <class Pointer = NodePointer>
 Pointer make_node(torch::autograd::edge_list edges, WeightNorm::Weights weights, Bucket bucket) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    const auto end = [](auto* node) { deleteNode(node); };  // of torch, without recursion
-    return Pointer(new WeightNorm(std::move(edges), std::move(weights), bucket), end);
+    return Pointer(new WeightNorm(std::move(edges), std::move(weights), bucket),
+                   delete_without_recursion<WeightNorm>);
   } else {
     return c10::make_intrusive<WeightNorm>(std::move(edges), std::move(weights), bucket);
   }

@@ -38,6 +38,12 @@ class WeightNorm final : public torch::autograd::Node {
   // Weights that nothing was computed from get no gradient.
   variable_list apply(variable_list&& grad_w) override;
 
+  // For what deletes this node: its tensors outlive it in `there`.
+  void leave_tensors(Tensors& there) {
+    for (Saved& w : weights_)
+      for (at::Tensor* t : {&w.v, &w.g, &w.extra}) there.push_back(std::move(*t));
+  }
+
   // Compiled autograd makes a graph of the node: what that depends on, and the graph.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args)
       WNKERNEL_COMPILED_ARGS_CONST override;

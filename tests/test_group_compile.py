@@ -24,6 +24,7 @@ from .compiled import (
     step,
     twins,
 )
+from .versions import layers_in_graphs, needs
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -111,6 +112,7 @@ def check_training(compiled: Callable, reference: Callable, order: str, reuse: s
     assert frames_after_remove <= 2 + before  # without the group it is another program
 
 
+@layers_in_graphs
 @pytest.mark.parametrize(
     ("compiled", "order", "reuse"),
     [
@@ -125,6 +127,7 @@ def test_ten_calls_compile_once(compiled, order, reuse, launched):
     assert launched == []  # what a graph computes is none of the eager launches
 
 
+@layers_in_graphs
 @pytest.mark.parametrize(
     ("compiled", "order", "reuse"),
     [
@@ -141,7 +144,13 @@ def test_compiled_part_of_an_eager_model_compiles_once(compiled, order, reuse, l
     assert launched == [5] + 9 * [2]
 
 
-@pytest.mark.parametrize("where", ["around", "within"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("around", marks=layers_in_graphs),
+        pytest.param("within", marks=needs("scopes in graphs")),
+    ],
+)
 def test_explicit_scope_does_not_recompile(where, launched):
     m, twin, group = twins()
     counter = CompileCounterWithBackend("eager")

@@ -286,5 +286,8 @@ def _is_distributed(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor, which has rules for torch's own operators only."""
     if type(t) in (Tensor, Parameter):  # torch 2.6 and 2.7 cannot trace `in` of a frozenset
         return False
-    module = sys.modules.get("torch.distributed.tensor")  # there if anybody made a DTensor
-    return module is not None and isinstance(t, module.DTensor)
+    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):  # before torch 2.5
+        kind = getattr(sys.modules.get(name), "DTensor", None)  # there if anybody made a DTensor
+        if kind is not None:
+            return isinstance(t, kind)
+    return False
