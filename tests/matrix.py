@@ -192,13 +192,13 @@ def results() -> dict[str, dict[str, Any]]:
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The generated part of docs/versions.md."""
-    from wnkernel._versions import limits  # noxfile.py has no torch
+    from wnkernel._versions import LIMITS, release  # noxfile.py has no torch
 
-    header = ["torch", "Python", "numpy", *SHOWN, "date", "commit", "what this torch cannot do"]
+    header = ["torch", "Python", "numpy", *SHOWN, "date", "commit", "this torch lacks"]
     rows = [header, ["---"] * len(header)]
     skips: dict[str, list[str]] = {}
     for leg in LEGS:
-        lacks = "; ".join(limits(leg.torch))
+        lacks = ", ".join(k for k, limit in LIMITS.items() if release(leg.torch) < limit.since)
         if (result := found.get(leg.name)) is None:
             numbers = [leg.torch, leg.python, leg.numpy, *["not run"] * len(SHOWN), "", ""]
         else:
@@ -209,6 +209,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
                 skips.setdefault(reason, []).append(f"{count} in {leg.name}")
         rows.append([*numbers, lacks])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", "What a torch lacks (`wnkernel info` says it of the one that is there):", ""]
+    for name, limit in LIMITS.items():
+        lines.append(f"- {name}, before torch {limit.since[0]}.{limit.since[1]}: {limit.what}.")
     machines = sorted({f"{result['cpu']}, {result['platform']}" for result in found.values()})
     lines += ["", *(f"Run on: {machine}." for machine in machines)]
     if skips:
