@@ -63,9 +63,6 @@ def main(
     only: Annotated[list[Case] | None, typer.Option(help="Only this case; repeatable.")] = None,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
-    compile_model: Annotated[
-        str, typer.Option(help="Whose weights torch.compile gets.")
-    ] = "SpeechT5HifiGan",
     out: Annotated[Path, typer.Option(help="Folder for the CSV files and the plot.")] = OUT,
     against: Annotated[
         Path | None,
@@ -83,9 +80,6 @@ def main(
         console = Console(width=PIPE_WIDTH)
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
-    if compile_model not in model_zoo.BY_NAME:
-        known = ", ".join(model_zoo.BY_NAME)
-        raise typer.BadParameter(f"--compile-model: expected one of {known}, got {compile_model}")
     wanted = set(only or Case)
     try:
         where = environment(device, threads)
@@ -96,7 +90,7 @@ def main(
 
     size = plan.QUICK if quick else plan.FULL if full else plan.DEFAULT
     notes: list[str] = []
-    jobs = _jobs(wanted, size, where, compile_model, notes)
+    jobs = _jobs(wanted, size, where, notes)
     try:
         measured = _run(console, jobs, size.limit_s, notes)
         again = to_repeat(earlier, measured)
@@ -128,9 +122,7 @@ def main(
         raise typer.Exit(1)
 
 
-def _jobs(
-    wanted: set[Case], size: Plan, where: Environment, compile_model: str, notes: list[str]
-) -> list[Job]:
+def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -> list[Job]:
     jobs: list[Job] = []
     if Case.LAYERS in wanted:
         jobs += layers.jobs(size, where)
@@ -149,13 +141,12 @@ def _jobs(
     elif Case.MEMORY in wanted:
         notes.append("Peak memory skipped: this system does not tell that of a process.")
     with_models = model_zoo.available()
-    if not with_models and wanted & {Case.MODELS, Case.COMPILE}:
+    if not with_models and Case.MODELS in wanted:
         notes.append("Whole models skipped: transformers is not installed.")
     if Case.MODELS in wanted and with_models:
         jobs += models.jobs(size, where)
     if Case.COMPILE in wanted:  # last, for the compiler leaves worker processes and caches behind
-        model = compile_model if with_models and size.compile_model else None
-        jobs += compiled.jobs(size, where, model, notes.append)
+        jobs += compiled.jobs(size, where, notes.append)
     return jobs
 
 

@@ -34,10 +34,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .results import COMPILED, GROUPED, OURS, TORCH, Result, by_subject, parse_csv
+from .results import GROUPED, TORCH, Result, by_subject, parse_csv
 from .summary import geometric_mean
 
-CONTENDERS = (*GROUPED, OURS + COMPILED)
 SURE = 3.0
 """Times the noise."""
 
@@ -156,7 +155,7 @@ def ratios(results: Iterable[Result]) -> dict[Key, Ratio]:
         for m in by_subject(r for r in results if _is_timed(r))
         if TORCH in m
         for who, r in m.items()
-        if who in CONTENDERS
+        if who in GROUPED
     }
 
 

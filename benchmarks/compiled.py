@@ -1,4 +1,5 @@
-"""Case "compile": torch.compile as a contender, on single weights and on all weights of one model.
+"""Case "compile": torch.compile as a contender, on single weights and on all weights of a model,
+on one thread and on all.
 
 Only the weight norm is compiled, with ``fullgraph``; a model's other operators would hide it.
 """
@@ -8,17 +9,27 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from . import kinds
+from . import fused
 from .environment import Environment
 from .layers import copy, forward_backward, operators, subject, tensors, verified
-from .models import Alone, alone_subject, build, check_alone, copy_all, freed
+from .models import freed
 from .plan import Job, Plan
-from .results import COMPILED, COPY, FORWARD_BACKWARD, OURS, TORCH, Result, rows
-from .shapes import LayerCase, grid, shape_text
+from .results import (
+    COMPILED,
+    COPY,
+    FORWARD_BACKWARD,
+    FUSED,
+    LEGACY,
+    OURS,
+    TORCH,
+    Result,
+    rows,
+)
+from .shapes import LayerCase, grid, shape_text, weight_list
 from .timing import device_sampler, measure
 
 SHAPES = (
@@ -32,11 +43,25 @@ SHAPES = (
 )
 """A taste of every memory pattern; the first few in a default run, for each has to be compiled."""
 
+CONTENDERS = (
+    TORCH,
+    TORCH + COMPILED,
+    LEGACY,
+    OURS,
+    FUSED,
+    OURS + COMPILED,
+    FUSED + COMPILED,
+)
+"""On all weights of a model."""
+
+FAILED = "torch._inductor.exc.InductorError"
+"""What a traceback says where a compiler fails: there is none for C++ at run time, most often."""
+
 Report = Callable[[str], None]
 
 
-def jobs(plan: Plan, where: Environment, model: str | None, report: Report) -> list[Job]:
-    """One job per weight, and one for the model, if any."""
+def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
+    """One job per weight, and one per model and number of threads."""
     by_key = {(c.shape, c.dim): c for c in grid()}
     cases = [by_key[key] for key in SHAPES[: plan.compile_layers]]
     out = [
@@ -46,9 +71,11 @@ def jobs(plan: Plan, where: Environment, model: str | None, report: Report) -> l
         )
         for c in cases
     ]
-    if model is not None:
-        run = functools.partial(run_model, model, plan, where)
-        out.append(Job(f"compile {model}", lambda: _if_compilable(run, report)))
+    for name in plan.compile_models:
+        for threads in sorted({1, where.threads}):
+            run = functools.partial(run_model, name, plan, replace(where, threads=threads))
+            title = f"compile {name}, threads: {threads}"
+            out.append(Job(title, lambda run=run: _if_compilable(run, report)))
     return out
 
 
@@ -57,8 +84,11 @@ def _if_compilable(run: Callable[[], list[Result]], report: Report) -> list[Resu
 
     try:
         return freed(run())
-    except BackendCompilerFailed as error:  # no C++ compiler at run time, most often
-        report(f"torch.compile skipped: {str(error).strip().splitlines()[0]}")
+    except RuntimeError as error:  # of a process of its own, a traceback
+        lines = [x for x in str(error).strip().splitlines() if FAILED in x]
+        if not lines and not isinstance(error, BackendCompilerFailed):
+            raise
+        report(f"torch.compile skipped: {(lines or str(error).strip().splitlines())[0]}")
         return []
     finally:
         torch._dynamo.reset()
@@ -86,30 +116,8 @@ def run_layer(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:
 
 
 def run_model(name: str, plan: Plan, where: Environment) -> list[Result]:
-    """All weights of a model in one compiled function, beside the uncompiled reads."""
-    torch._dynamo.reset()
-    original = kinds.strip(build(name, where.device))
-    grads = original.grads()
-    timed: dict[str, Alone] = {}
-    compile_s: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    for kind in (OURS, TORCH):
-        _, layers = original.with_kind(kind)
-        timed[kind] = Alone(layers, grads)
-        if kind == TORCH or plan.compile_model_ours:
-            read = torch.compile(_reader(layers), fullgraph=True, dynamic=False)
-            fast = Alone(layers, grads, read)
-            start = time.perf_counter()
-            fast()
-            compile_s[kind + COMPILED] = time.perf_counter() - start
-            timed[kind + COMPILED] = fast
-    errors = check_alone(name, timed, where)
-    about = alone_subject(name, "compile", timed[TORCH].layers)
-    contenders = {**timed, COPY: copy_all(timed[TORCH].layers)}
-    stats = measure(contenders, device_sampler(where.device), plan.model_budget_s)
-    return rows(about, where, stats, errors=errors, compile_s=compile_s)
-
-
-def _reader(layers: list[kinds.NormedLayer]) -> Callable[[], list[Tensor]]:
-    modules = [layer.module for layer in layers]
-    return lambda: [m.weight for m in modules]
+    """All weights of a model, computed in all ways, each in a process of its own."""
+    cases = weight_list(name)
+    label = f"{name}, {where.threads} thread{'s' if where.threads > 1 else ''}"
+    about = fused.subject("compile", label, cases)
+    return fused.compare(about, cases, CONTENDERS, plan.compile_model_budget_s, where)

@@ -20,7 +20,7 @@ import wnkernel
 from . import kinds, verify
 from .environment import Environment
 from .kinds import NormedLayer
-from .results import FUSED, OURS, TORCH, UNCHANGED, VERSION
+from .results import COMPILED, FUSED, LEGACY, OURS, TORCH, UNCHANGED, VERSION
 from .shapes import LayerCase
 
 
@@ -34,6 +34,8 @@ class Grouping:
     """None: every weight on its own."""
     changing: bool = True
     """Whether parameters count as changed after every iteration."""
+    compiled: bool = False
+    """Whether torch.compile makes one graph of all reads."""
 
 
 GROUPINGS = {
@@ -42,6 +44,10 @@ GROUPINGS = {
     FUSED: Grouping(OURS, "forward"),
     VERSION: Grouping(OURS, "version"),
     UNCHANGED: Grouping(OURS, "version", changing=False),
+    LEGACY: Grouping(LEGACY),
+    TORCH + COMPILED: Grouping(TORCH, compiled=True),
+    OURS + COMPILED: Grouping(OURS, compiled=True),
+    FUSED + COMPILED: Grouping(OURS, "forward", compiled=True),
 }
 
 
@@ -56,6 +62,8 @@ class Normed:
     """What a forward is."""
     changed: Callable[[], None]
     """What stands for an optimizer that wrote to the parameters."""
+    compiled: bool
+    """See :class:`Grouping`."""
 
 
 def norm(who: str, model: nn.Module, convs: Sequence[tuple[nn.Module, int | None]]) -> Normed:
@@ -70,11 +78,12 @@ def norm(who: str, model: nn.Module, convs: Sequence[tuple[nn.Module, int | None
         for layer in layers:
             layer.g.mul_((0.8 + 0.4 * torch.rand(layer.g.shape, generator=random)).to(layer.g))
     if grouping.reuse is None:
-        return Normed(model, layers, nullcontext, _nothing)
+        return Normed(model, layers, nullcontext, _nothing, grouping.compiled)
     group = wnkernel.fuse(model, reuse=grouping.reuse)
     # without an optimizer, a refresh is the one change that this mode has to be told about
     tell = grouping.changing and grouping.reuse == "version"
-    return Normed(model, layers, group.scope, group.refresh if tell else _nothing)
+    changed = group.refresh if tell else _nothing
+    return Normed(model, layers, group.scope, changed, grouping.compiled)
 
 
 def _nothing() -> None:
@@ -113,7 +122,7 @@ class Iteration:
     def __init__(self, model: Normed, grads: list[Tensor]) -> None:
         self.model = model
         self.grads = grads
-        self._modules = [layer.module for layer in model.layers]
+        self._read = _reader(model)
         self._parameters = [p for layer in model.layers for p in (layer.v, layer.g)]
 
     def __call__(self) -> None:
@@ -126,7 +135,7 @@ class Iteration:
         """``(w, grad_v, grad_g)`` of every layer, of one more iteration."""
         self._forward_backward()
         with self.model.scope():
-            weights = [module.weight for module in self._modules]
+            weights = self._read()
         out = [
             (w, layer.v.grad, layer.g.grad)
             for w, layer in zip(weights, self.model.layers, strict=True)
@@ -137,8 +146,16 @@ class Iteration:
 
     def _forward_backward(self) -> None:
         with self.model.scope():
-            loss = _Root.apply(self.grads, *[module.weight for module in self._modules])
+            loss = _Root.apply(self.grads, *self._read())
         loss.backward()
+
+
+def _reader(model: Normed) -> Callable[[], list[Tensor]]:
+    """What reads all weights. Compiled, it is one graph, which guards what a model's would."""
+    if not model.compiled:
+        return lambda: [layer.weight() for layer in model.layers]
+    modules = [layer.module for layer in model.layers]
+    return torch.compile(lambda: [m.weight for m in modules], fullgraph=True, dynamic=False)
 
 
 class _Root(torch.autograd.Function):
@@ -179,21 +196,23 @@ class Checker:
             VerificationError: outside the tolerance, or weights that should be computed together
                 are not.
         """
+        grouping = GROUPINGS[who]
         nodes = {w.grad_fn for w, _, _ in results}
-        if len(nodes) != (1 if GROUPINGS[who].reuse else len(results)):
+        if len(nodes) != (1 if grouping.reuse or grouping.compiled else len(results)):
             raise verify.VerificationError(
                 f"{who}, {self._title}: {len(results)} weights have {len(nodes)} autograd nodes"
             )
         bits = [t.detach() for result in results for t in result]
-        if who != TORCH and self._passed and all(map(torch.equal, bits, self._passed[0])):
+        ours = grouping.kind == OURS
+        if ours and self._passed and all(map(torch.equal, bits, self._passed[0])):
             return self._passed[1]
-        long_sums = who == TORCH or not self._own_kernels
+        long_sums = not ours or not self._own_kernels
         worst = 0.0
         for i, (layer, got, grad_w) in enumerate(zip(layers, results, grads, strict=True)):
             want = verify.reference(layer.v, layer.g, layer.dim, grad_w)
             about = f"{who}, {self._title}, weight {i} of shape {list(layer.v.shape)}"
             worst = max(worst, verify.check(about, got, want, long_sums=long_sums))
-        if who != TORCH:
+        if ours:
             self._passed = bits, worst
         return worst
 

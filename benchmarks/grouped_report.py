@@ -1,4 +1,4 @@
-"""The tables of the cases about whole models: fused, flat, gan, memory."""
+"""The tables of the cases about whole models: fused, flat, compile, gan, memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from . import compiled
 from .gan import NORMS, STEP
+from .models import ALONE
 from .report import faults, number, speedup, three_digits
 from .results import (
+    COMPILED,
     COPY,
     FUSED,
     OURS,
@@ -33,7 +36,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     """A table per case that was measured."""
     cases = {
         case: by_subject(r for r in results if r.case == case)
-        for case in ("fused", "flat", "gan", "memory")
+        for case in ("fused", "flat", "compile", "gan", "memory")
     }
     title = "All weight norms of a model, forward and backward, a process per contender"
     names = (TORCH, OURS, FUSED, VERSION, UNCHANGED, COPY)
@@ -41,6 +44,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     _print_slower(console, cases["fused"])
     title = "The same bytes in more layers"
     _print_models(console, title, cases["flat"], (TORCH, OURS, FUSED, VERSION, COPY))
+    _print_compiled(console, [m for m in cases["compile"] if m[OURS].phase == ALONE])
     _print_gan(console, cases["gan"])
     _print_memory(console, cases["memory"])
 
@@ -85,6 +89,39 @@ def _print_slower(console: Console, measured: Sequence[Mapping[str, Result]]) ->
             f"Fused is slower than torch on {m[FUSED].label}: {m[FUSED].ratio_to_torch:.2f} times "
             f"as fast. torch is at {limit:.2f} times the copy limit ({near})."
         )
+
+
+def _print_compiled(console: Console, measured: Sequence[Mapping[str, Result]]) -> None:
+    """A row per contender, for every model and number of threads."""
+    if not measured:
+        return
+    title = "torch.compile, all weight norms of a model, forward and backward, a process each"
+    table = _table(title, ("of",))
+    table.add_column("contender")
+    for head in (
+        "ms",
+        "times\ntorch",
+        "times torch,\ncompiled",
+        "times\n2.5 copies",
+        "first call,\ns",
+        "page\nfaults",
+    ):
+        table.add_column(head, justify="right")
+    for m in measured:
+        for name in compiled.CONTENDERS:
+            r = m[name]
+            table.add_row(
+                r.label if name == TORCH else "",
+                name,
+                three_digits(r.median_ms),
+                speedup(r.ratio_to_torch),
+                speedup(m[TORCH + COMPILED].median_ms / r.median_ms),
+                number(r.ratio_to_limit, 2),
+                number(r.compile_s, 1),
+                number(r.faults, 0),
+                end_section=name == compiled.CONTENDERS[-1],
+            )
+    console.print(table)
 
 
 def _print_gan(console: Console, measured: Sequence[Mapping[str, Result]]) -> None:

@@ -29,9 +29,9 @@ class Plan:
     models: tuple[str, ...] | None
     """None: all."""
     compile_layers: int
-    compile_model: bool
-    compile_model_ours: bool
-    """Also compile the model with our layers, not only with torch's."""
+    compile_models: tuple[str, ...]
+    """Of shapes.csv; almost a minute each on each number of threads."""
+    compile_model_budget_s: float
     fused_models: tuple[str, ...] | None
     """Of shapes.csv. None: all that the case knows."""
     fused_budget_s: float
@@ -57,8 +57,8 @@ QUICK = Plan(
     max_numel=5_000_000,
     models=("SpeechT5HifiGan", "EncodecModel"),
     compile_layers=1,
-    compile_model=False,
-    compile_model_ours=False,
+    compile_models=(),
+    compile_model_budget_s=1.0,
     fused_models=("SpeechT5HifiGan", "ParallelWaveGAN"),
     fused_budget_s=0.8,
     flat_layers=(4, 64),
@@ -80,8 +80,8 @@ DEFAULT = Plan(
     max_numel=None,
     models=None,
     compile_layers=3,
-    compile_model=True,
-    compile_model_ours=False,
+    compile_models=("HiFi-GAN-V1",),
+    compile_model_budget_s=4.0,
     fused_models=None,
     fused_budget_s=2.5,
     flat_layers=(1, 4, 16, 64, 256),
@@ -103,8 +103,8 @@ FULL = Plan(
     max_numel=None,
     models=None,
     compile_layers=99,
-    compile_model=True,
-    compile_model_ours=True,
+    compile_models=("HiFi-GAN-V1", "DAC", "ParallelWaveGAN"),
+    compile_model_budget_s=12.0,
     fused_models=None,
     fused_budget_s=10.0,
     flat_layers=(1, 2, 4, 8, 16, 32, 64, 128, 256),

@@ -27,10 +27,10 @@ UNCHANGED = "fused, version, unchanged"
 """The same with parameters that do not change, so that weights are read and not computed."""
 PLAIN = "no weight norm"
 """The same model with folded weights."""
-GROUPED = (OURS, FUSED, VERSION, UNCHANGED)
-"""All that wnkernel computes."""
 COMPILED = ", compiled"
 """What follows the name of a contender that went through torch.compile."""
+GROUPED = (OURS, FUSED, VERSION, UNCHANGED, OURS + COMPILED, FUSED + COMPILED)
+"""All that wnkernel computes."""
 
 FORWARD_BACKWARD = "forward+backward"
 FORWARD = "forward"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from wnkernel.cli.load import disturbed
 from .models import ALONE, STEP
 from .report import faults
 from .results import (
+    COMPILED,
     FORWARD,
     FORWARD_BACKWARD,
     FUSED,
@@ -116,19 +118,22 @@ AIMS = (
     Aim("models of 50 MB and more, one by one", _large),
     Aim("the same, fused", _large, contender=FUSED, limit=1.2),
     Aim("the same, fused, version", _large, contender=VERSION),
+    Aim("models compiled, one by one", _of_case("compile", ALONE), contender=OURS + COMPILED),
+    Aim("the same, fused", _of_case("compile", ALONE), contender=FUSED + COMPILED),
     Aim("ParallelWaveGAN, fused", _fused("ParallelWaveGAN"), 2.0, contender=FUSED),
 )
 
 
 def print_losses(console: Console, results: Sequence[Result]) -> None:
-    """Every case in which torch is faster, the worst first."""
+    """Every case in which torch is faster, the worst first. What is compiled has to be faster than
+    torch's compiled and uncompiled."""
     found = [
-        (r, m)
+        (_best_torch(m, r).median_ms / r.median_ms, r, m)
         for m in by_subject(results)
         for r in m.values()
         if r.rounds and r.contender in GROUPED
     ]
-    lost = [(r, m) for r, m in found if r.ratio_to_torch < 1]
+    lost = [(ratio, r, m) for ratio, r, m in found if ratio < 1]
     if not lost:
         console.print("Where we lose: nowhere in this run.")
         return
@@ -137,7 +142,7 @@ def print_losses(console: Console, results: Sequence[Result]) -> None:
         table.add_column(head)
     for head in ("ms", "torch ms", "times torch", "page faults,\ntorch / ours"):
         table.add_column(head, justify="right")
-    for r, m in sorted(lost, key=lambda pair: pair[0].ratio_to_torch):
+    for ratio, r, m in sorted(lost, key=operator.itemgetter(0)):
         table.add_row(
             r.case,
             r.phase,
@@ -147,11 +152,16 @@ def print_losses(console: Console, results: Sequence[Result]) -> None:
             r.dim,
             r.label,
             f"{r.median_ms:.4g}",
-            f"{m[TORCH].median_ms:.4g}",
-            f"{r.ratio_to_torch:.2f}",
+            f"{_best_torch(m, r).median_ms:.4g}",
+            f"{ratio:.2f}",
             faults(m, r),
         )
     console.print(table)
+
+
+def _best_torch(m: Mapping[str, Result], r: Result) -> Result:
+    names = (TORCH, TORCH + COMPILED) if r.contender.endswith(COMPILED) else (TORCH,)
+    return min((m[name] for name in names if name in m), key=lambda one: one.median_ms)
 
 
 def print_summary(console: Console, results: Sequence[Result], device: torch.device) -> None:
