@@ -4,6 +4,7 @@ modes, its C++ wrapper."""
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,6 +126,9 @@ def test_the_pass_is_there_once():
         assert isinstance(first, GraphPass)
         install()
         assert getattr(config, SLOT) is first
+        again = pickle.loads(pickle.dumps(first))  # for Inductor in a process of its own
+        assert isinstance(again, GraphPass)
+        assert again.uuid() == first.uuid()
 
 
 def test_graphs_with_a_pass_that_cannot_be_cached_are_not():

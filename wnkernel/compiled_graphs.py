@@ -41,7 +41,7 @@ def install() -> None:
         return
     before = getattr(config, SLOT)
     if not isinstance(before, GraphPass):
-        setattr(config, SLOT, _pass_class()(before))
+        setattr(config, SLOT, _graph_pass(before))
 
 
 class GraphPass:
@@ -65,13 +65,16 @@ class GraphPass:
         others = [other.uuid() if hasattr(other, "uuid") else None for other in self.before]
         return None if None in others else ("wnkernel", __version__, SHARED_BYTES, *others)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _graph_pass, (self.before,)
 
-def _pass_class() -> type[GraphPass]:
-    """Since torch 2.5 only subclasses of CustomGraphPass are cached."""
+
+def _graph_pass(before: Any) -> GraphPass:
+    """Since torch 2.5 a pass has to be a CustomGraphPass, or graphs are not cached."""
     module = sys.modules.get("torch._inductor.custom_graph_pass")
     if module is None:
-        return GraphPass
-    return type(GraphPass.__name__, (GraphPass, module.CustomGraphPass), {})
+        return GraphPass(before)
+    return type(GraphPass.__name__, (GraphPass, module.CustomGraphPass), {})(before)
 
 
 def merge_weight_norms(graph: fx.Graph) -> None:
