@@ -239,6 +239,21 @@ def test_a_write_that_depends_on_a_gradient(ops):
     assert_same(list(module(t.clone(), w, v, g, norm)), f(t.clone(), w, v, g, norm))
 
 
+def test_a_write_to_what_is_read_beside_a_gradient(ops):
+    v, g, w, t = randn((4, 5)), randn_g((4, 5), 0), randn((4, 5)), randn((4, 5))
+    norm = ops.forward_one(v, g, 0)[1]
+
+    def f(t: Tensor, *rest: Tensor) -> list[Tensor]:
+        first, _ = ops.backward_one(*rest, 0, 0.0, True, False)
+        read = t * first
+        torch.ops.aten.mul_(t, 3)
+        second, _ = ops.backward_one(torch.sin(rest[0]), *rest[1:], 0, 0.0, True, False)
+        return [read, second]
+
+    module, _ = merged(f, t, w, v, g, norm)
+    assert_same(list(module(t.clone(), w, v, g, norm)), f(t.clone(), w, v, g, norm))
+
+
 def test_strides_that_inductor_notes(ops):
     """It lays out its own results as it likes, and gives operators what is noted."""
     v, g = randn((4, 5)), randn_g((4, 5), 0)

@@ -98,7 +98,8 @@ class Launch:
         self.later: dict[fx.Node, int] = {}
         """Them and all that depends on them, with their places."""
         self.bounds: list[int] = []
-        """Places that they cannot be moved past: what depends on them or writes to their inputs."""
+        """Places that none of these can be moved past: of what has to stay where it is, and of what
+        writes to an input."""
 
     def add(self, node: fx.Node, place: dict[fx.Node, int], nbytes: int) -> bool:
         """Take one more operator, if it can be computed with those that are there."""
@@ -115,12 +116,13 @@ class Launch:
         self.later[node] = place[node]
         return True
 
-    def pass_by(self, node: fx.Node, place: int) -> None:
+    def pass_by(self, node: fx.Node, place: dict[fx.Node, int]) -> None:
         """Look at what comes after the operators that are there."""
         if any(x in self.later for x in node.all_input_nodes):
-            self.later[node] = place
+            self.later[node] = place[node]
+            self.bounds += [place[x] for x in _writers(node)]
             if not _can_be_moved(node):
-                self.bounds.append(place)
+                self.bounds.append(place[node])
 
 
 def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Launch | None:
@@ -140,7 +142,7 @@ def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Laun
                 launches[key] = Launch()
                 launches[key].add(node, place, _bytes(v))
         for launch in launches.values():
-            launch.pass_by(node, place[node])
+            launch.pass_by(node, place)
     return next((launch for launch in launches.values() if len(launch.nodes) > 1), None)
 
 
