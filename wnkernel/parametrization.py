@@ -47,6 +47,11 @@ class WeightNorm(nn.Module):
         self.dim = WHOLE_TENSOR if dim is None else int_of(dim)
         self.eps = eps
 
+    is_subclass = False
+
+    def __init_subclass__(cls) -> None:
+        cls.is_subclass = True
+
     has_eps = True
     """Whether ``eps`` is not 0. With ``dynamic=True`` torch.compile makes every float that it reads
     an input of the graph, finds that nobody needs it, and compiles once more."""
@@ -91,19 +96,40 @@ class WeightNormList(WeightNormOriginals):
     casts: bool = False
     """In a group: whether compiled graphs compute the weight in the dtype of autocast."""
 
+    is_subclass = False
+
+    def __init_subclass__(cls) -> None:
+        cls.is_subclass = True
+
     def __call__(self) -> Tensor:
         parameters = self._parameters
-        if "original0" in parameters and "original1" in parameters and self.is_as_made():
+        has_both = "original0" in parameters and "original1" in parameters
+        if is_dynamo_compiling():
+            return self._in_graph() if has_both else super().__call__()
+        if has_both and self.is_as_made():
             v, g, norm = parameters["original1"], parameters["original0"], self._modules["0"]
-            if is_dynamo_compiling():
-                eps = norm.eps if norm.has_eps else 0.0
-                out_dtype = autocast_dtype(v) if self.casts else None
-                return functional.weight_norm_in_graph(v, g, norm.dim, eps, out_dtype, self.bucket)
             owner = self.owner  # read once: a first forward in another thread may take it away
             if owner is not None:
                 return owner.read(v, g, norm.dim, norm.eps)
             return functional.weight_norm(v, g, norm.dim, eps=norm.eps)
         return super().__call__()
+
+    def _in_graph(self) -> Tensor:
+        """The same where Dynamo traces it. A graph guards all that is asked here, and takes several
+        times as long for the type of a module as for an attribute."""
+        v, g = self._parameters["original1"], self._parameters["original0"]
+        norm = self._modules.get("0")
+        if (
+            not isinstance(norm, WeightNorm)
+            or norm.is_subclass
+            or self.is_subclass
+            or len(self._modules) != 1
+            or not (_is_untouched(self) and _is_untouched(norm) and classes_are_as_made())
+        ):
+            return super().__call__()
+        eps = norm.eps if norm.has_eps else 0.0
+        out_dtype = autocast_dtype(v) if self.casts else None
+        return functional.weight_norm_in_graph(v, g, norm.dim, eps, out_dtype, self.bucket)
 
     def is_as_made(self) -> bool:
         """Whether calling it computes one weight norm and does nothing else."""
