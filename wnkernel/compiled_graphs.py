@@ -22,10 +22,10 @@ from torch import fx
 
 from ._version import __version__
 
-SHARED_BYTES = 16 << 20
+SHARED_BYTES = 64 << 20
 """How many bytes of v may be in one launch of weights that are in no group. Sharing saves some tens
 of microseconds for each weight, and costs as much memory as w and grad_w of those that are computed
-early or whose gradients have to wait."""
+early or whose gradients have to wait. docs/compile.md has what other sizes gave."""
 
 SLOT = "post_grad_custom_pre_pass"
 """The setting of Inductor that holds a user's own pass over forward and backward graphs."""
