@@ -88,6 +88,7 @@ WeightNorm::Needs WeightNorm::needs() const {
 
 void WeightNorm::compiled_args(CompiledNodeArgs& args) WNKERNEL_COMPILED_ARGS_CONST {
   args.collect(name());
+  args.collect(static_cast<int64_t>(weights_.size()));
   for (const Saved& w : weights_) {
     for (const at::Tensor* t : {&w.v, &w.g, &w.extra}) args.collect(*t);
     args.collect(w.dim);

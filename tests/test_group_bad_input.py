@@ -188,8 +188,6 @@ def failing(after: int, error: BaseException, original: Callable) -> Callable:
         (grouping, "Member", 4),
         (grouping, "Container", 1),
         (scopes, "attach", 1),
-        (nn.Module, "register_forward_hook", 1),
-        (nn.Module, "register_forward_pre_hook", 2),
     ],
 )
 def test_a_fuse_that_fails_in_the_middle_leaves_nothing(monkeypatch, where, name, after, error):

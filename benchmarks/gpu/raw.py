@@ -92,17 +92,13 @@ def _of_backend(name: str) -> Maker:
 def _of_operators(t: Tensors, dim: int | None) -> Raw:
     ops = torch.ops.wnkernel
     p = check(t.v, t.g, dim)
-    weight = [t.v], [t.g]
-    how = [p.dim], [p.eps]
-    norms = ops.forward(*weight, *how, None)[1]
+    norm = ops.forward_one(t.v, t.g, p.dim, p.eps)[1]
 
     def forward() -> tuple[Tensor, ...]:
-        (w,), (norm,) = ops.forward(*weight, *how, None)
-        return w, norm
+        return ops.forward_one(t.v, t.g, p.dim, p.eps)
 
     def backward() -> tuple[Tensor, Tensor]:
-        (grad_v,), (grad_g,) = ops.backward([t.grad_w], *weight, norms, *how, [True], [True])
-        return grad_v, grad_g
+        return ops.backward_one(t.grad_w, t.v, t.g, norm, p.dim, p.eps, True, True)
 
     return Raw(forward, backward)
 
