@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import operator
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -252,6 +255,60 @@ def test_a_write_to_what_is_read_beside_a_gradient(ops):
 
     module, _ = merged(f, t, w, v, g, norm)
     assert_same(list(module(t.clone(), w, v, g, norm)), f(t.clone(), w, v, g, norm))
+
+
+@pytest.mark.parametrize("written", ["the tensor", "a view"])
+def test_a_write_through_an_alias(ops, written):
+    v, g, x, h = randn((4, 5)), randn_g((4, 5), 0), randn((3, 5)), randn_g((3, 5), 0)
+
+    def f(v: Tensor, g: Tensor, x: Tensor, h: Tensor) -> list[Tensor]:
+        view = h.view(3, 1)
+        first = ops.forward_one(v, g, 0)[0]
+        torch.ops.aten.mul_(h if written == "the tensor" else view, 3)
+        return [first, ops.forward_one(x, view if written == "the tensor" else h, 0)[0]]
+
+    leaves = v, g, x, h
+    module, _ = merged(f, *leaves)
+    assert_same(list(module(*(t.clone() for t in leaves))), f(*(t.clone() for t in leaves)))
+
+
+def test_graphs_that_others_left_unfinished(ops):
+    """Results that nobody uses any more, and nodes of which nothing is noted."""
+    v, g, w = randn((4, 5)), randn_g((4, 5), 0), randn((4, 5))
+    norm = ops.forward_one(v, g, 0)[1]
+
+    def f(*t: Tensor) -> list[Tensor]:
+        return [ops.backward_one(*t, 0, 0.0, True, False)[0] for _ in range(3)]
+
+    module = make_fx(f, tracing_mode="fake")(w, v, g, norm)
+    nodes = [n for n in module.graph.nodes if n.target is ops.backward_one.default]
+    with module.graph.inserting_after(nodes[0]):
+        unused = module.graph.call_function(operator.getitem, (nodes[0], 1))
+    unused.meta = dict(nodes[0].meta, val=nodes[0].meta["val"][1])
+    del nodes[2].meta["val"]
+    merge_weight_norms(module.graph)
+    module.graph.lint()
+    module.recompile()
+    assert_same(list(module(w, v, g, norm)), f(w, v, g, norm))
+    assert operators(module.graph) == {"backward": 1, "backward_one": 1}
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))])
+def test_a_copy_of_a_part_is_in_no_group(how, apart):
+    m = model()
+    wnkernel.fuse(m, autocast=True)
+    part, x = how(m[0]), input_of_model()
+    run, graphs = compiled(lambda: [part[0].weight, part[2].weight])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for got, want in zip(run(), (part[0].weight, part[2].weight), strict=True):
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want)
+    assert graphs.found == [{"weight_norm": 2}]
+    whole = how(m)
+    run, graphs = compiled(whole)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(run(x), m(x))
+    assert graphs.found == [{"forward": 1}]
 
 
 def test_strides_that_inductor_notes(ops):

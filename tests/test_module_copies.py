@@ -215,3 +215,59 @@ def test_a_class_has_the_signature_of_its_plain_layers() -> None:
     wnkernel.weight_norm(layer, "also")
     assert inspect.signature(type(layer)) == inspect.signature(nn.Conv1d)
     assert inspect.signature(layer) == inspect.signature(nn.Conv1d(4, 3, 2))
+
+
+def test_a_removal_by_torch_does_not_touch_layers_that_share_the_class() -> None:
+    """It deletes the property of the weight from the class, before anything else."""
+    a, b = (wnkernel.weight_norm(nn.Linear(4, 3)) for _ in range(2))
+    assert type(a) is type(b)
+    want = b.weight
+    delattr(type(a), "weight")
+    assert torch.equal(b.weight, want)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_removal_by_torch_without_our_load_hook(other) -> None:
+    layers = [wnkernel.weight_norm(nn.Linear(4, 3)) for _ in range(2)]
+    for layer in layers:
+        if other:
+            layer.also = nn.Parameter(ramp(2, 3))
+            wnkernel.weight_norm(layer, "also")
+    a, b = layers
+    assert type(a) is type(b)
+    want = a.weight.detach().clone(), b.weight.detach().clone()
+    a._load_state_dict_pre_hooks.clear()
+    parametrize.remove_parametrizations(a, "weight")
+    assert torch.equal(a.weight, want[0])
+    assert torch.equal(b.weight, want[1])
+    with torch.no_grad():
+        a.weight.zero_()
+    assert not a.weight.any()
+    assert type(a.weight) is nn.Parameter
+    assert torch.equal(b.weight, want[1])
+
+
+def test_a_class_that_somebody_changed_is_not_that_of_new_layers() -> None:
+    class Layer(nn.Linear):
+        pass
+
+    old = wnkernel.weight_norm(Layer(4, 3))
+    type(old).forward = lambda self, x: "changed"
+    new = wnkernel.weight_norm(Layer(4, 3))
+    assert torch.is_tensor(new(torch.ones(4)))
+
+
+def test_subclasses_of_the_parametrization_may_be_mixed() -> None:
+    class Mixin:
+        flags: list[int] = []  # noqa: RUF012
+
+        def __init_subclass__(cls, flag: int, **kwargs: object) -> None:
+            super().__init_subclass__(**kwargs)
+            cls.flags.append(flag)
+
+    class Norm(wnkernel.WeightNorm, Mixin, flag=1):
+        pass
+
+    assert Mixin.flags == [1]
+    assert Norm.is_subclass
+    assert not wnkernel.WeightNorm.is_subclass

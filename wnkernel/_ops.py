@@ -1,7 +1,7 @@
 """The only loader of the compiled module ``wnkernel._C``, and the fakes of its operators.
 
-Loading never raises: without the module, or with one built for another torch, the package runs on
-its other backends and :func:`load_error` says why.
+Only nonsense in an environment variable makes loading fail. Without the module, or with one built
+for another torch, the package runs on its other backends and :func:`load_error` says why.
 """
 
 from __future__ import annotations

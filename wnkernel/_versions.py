@@ -19,7 +19,7 @@ ANY_TORCH = "WNKERNEL_ANY_TORCH"
 
 
 class Limit(NamedTuple):
-    """Something that torch lacked at first."""
+    """Something that older versions of torch lack."""
 
     since: tuple[int, int]
     """The first torch that has it."""
@@ -63,7 +63,7 @@ def limits(version: str) -> list[str]:
 def untried() -> str:
     """Why no kernels of ours run with this torch; empty if it was tried, or if the environment
     says that they are to run all the same."""
-    if OLDEST <= release(torch.__version__) <= NEWEST or _any_torch():
+    if _any_torch() or OLDEST <= release(torch.__version__) <= NEWEST:
         return ""
     oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
     return f"torch: expected {oldest} to {newest}, which were tried, got {torch.__version__}"

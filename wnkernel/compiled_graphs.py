@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from torch import fx
 from ._version import __version__
 
 SHARED_BYTES = 64 << 20
-"""How many bytes of v may be in one launch of weights that are in no group. Sharing saves some tens
-of microseconds for each weight, and costs as much memory as w and grad_w of those that are computed
-early or whose gradients have to wait. docs/compile.md has what other sizes gave."""
+"""How many bytes of v may be in one launch of weights that are in no group.
+
+Sharing saves some tens of microseconds for each weight. It costs memory: w is there earlier, and
+grad_w waits for those of the others. docs/compile.md has what other sizes gave."""
 
 SLOT = "post_grad_custom_pre_pass"
 """The setting of Inductor that holds a user's own pass over forward and backward graphs."""
@@ -90,28 +91,27 @@ def merge_weight_norms(graph: fx.Graph) -> None:
 class Launch:
     """Operators that can be computed at one place of a graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, writes: Sequence[int] = ()) -> None:
         self.nodes: list[fx.Node] = []
         self.ready = -1
         """The place of the last of their inputs."""
         self.nbytes = 0
         self.later: dict[fx.Node, int] = {}
         """Them and all that depends on them, with their places."""
-        self.bounds: list[int] = []
-        """Places that none of these can be moved past: of what has to stay where it is, and of what
-        writes to an input."""
+        self.bounds = list(writes)
+        """Places that none of these is moved past: of writes to whatever tensor, which another one
+        may be a view of, and of what depends on them and has to stay where it is."""
 
     def add(self, node: fx.Node, place: dict[fx.Node, int], nbytes: int) -> bool:
         """Take one more operator, if it can be computed with those that are there."""
         if any(x in self.later for x in node.all_input_nodes):
             return False
         ready = max(self.ready, *(place[x] for x in node.all_input_nodes))
-        bounds = self.bounds + [place[x] for x in _writers(node)]
         places = [place[x] for x in (*self.nodes, node)]
-        if any(min(ready, *places) < bound < max(ready, *places) for bound in bounds):
+        if any(min(ready, *places) < bound < max(ready, *places) for bound in self.bounds):
             return False
         self.nodes.append(node)
-        self.ready, self.bounds = ready, bounds
+        self.ready = ready
         self.nbytes += nbytes
         self.later[node] = place[node]
         return True
@@ -120,7 +120,6 @@ class Launch:
         """Look at what comes after the operators that are there."""
         if any(x in self.later for x in node.all_input_nodes):
             self.later[node] = place[node]
-            self.bounds += [place[x] for x in _writers(node)]
             if not _can_be_moved(node):
                 self.bounds.append(place[node])
 
@@ -128,31 +127,30 @@ class Launch:
 def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Launch | None:
     """Two or more of some operators that can be computed at the same place."""
     place = {node: k for k, node in enumerate(graph.nodes)}
+    writes = [place[node] for node in graph.nodes if _writes(node)]
     launches: dict[Any, Launch] = {}
     for node in graph.nodes:
-        if node.target in singles and _only_wanted_are_used(node):
+        if node.target in singles and _can_be_replaced(node):
             named = _arguments(node)
             v = _fake(named["v"])
             key = named["bucket"], v.device, named.get("out_dtype")
-            launch = launches.setdefault(key, Launch())
+            launch = launches.setdefault(key, Launch(writes))
             fits = named["bucket"] is not None or launch.nbytes + _bytes(v) <= SHARED_BYTES
             if not (launch.nodes and fits and launch.add(node, place, _bytes(v))):
                 if len(launch.nodes) > 1:
                     return launch
-                launches[key] = Launch()
+                launches[key] = Launch(writes)
                 launches[key].add(node, place, _bytes(v))
         for launch in launches.values():
             launch.pass_by(node, place)
     return next((launch for launch in launches.values() if len(launch.nodes) > 1), None)
 
 
-def _writers(node: fx.Node) -> Iterator[fx.Node]:
-    """What writes to an input of an operator: little does in graphs that come to Inductor."""
-    for tensor in node.all_input_nodes:
-        yield from (user for user in tensor.users if _writes(user))
-
-
 def _writes(node: fx.Node) -> bool:
+    """Whether a node writes to a tensor. In graphs that come to Inductor little does, but for the
+    writes to parameters at the end."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return "mutation" in node.target.name()
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
@@ -167,12 +165,19 @@ def _can_be_moved(node: fx.Node) -> bool:
     )
 
 
-def _only_wanted_are_used(node: fx.Node) -> bool:
-    """Whether nobody uses what stands in the place of a gradient that is not wanted."""
+def _can_be_replaced(node: fx.Node) -> bool:
+    """Whether it is known what goes in and comes out, and nobody uses what stands in the place of a
+    gradient that is not wanted."""
+    is_single = node.target is torch.ops.wnkernel.weight_norm.default  # the others return pairs
+    results = (node,) if is_single else (node, *node.users)
+    if any("val" not in x.meta for x in (*node.all_input_nodes, *results)):
+        return False
+    if is_single:
+        return True
     named = _arguments(node)
     wanted = named.get("need_v", True), named.get("need_g", True)
     return all(
-        user.target is not operator.getitem or wanted[user.args[1]] or not user.users
+        user.target is operator.getitem and (wanted[user.args[1]] or not user.users)
         for user in node.users
     )
 
@@ -264,7 +269,10 @@ def _call(
 def _take_pair(graph: fx.Graph, results: fx.Node, places: tuple[int, int], node: fx.Node) -> None:
     """Let results of a list stand for those of an operator on one weight."""
     for item in list(node.users):
-        _take(graph, results, places[item.args[1]], item)
+        if item.users:
+            _take(graph, results, places[item.args[1]], item)
+        else:
+            graph.erase_node(item)
     graph.erase_node(node)
 
 

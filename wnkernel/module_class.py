@@ -50,9 +50,13 @@ def own_class(module: nn.Module) -> None:
     cls = type(module)
     if is_ours(cls) and _SHARED not in vars(cls):
         return
+    make = type if type(cls) is _Shared else type(cls)
+    module.__class__ = make(cls.__name__, cls.__bases__, _members(cls))
+
+
+def _members(cls: type[nn.Module]) -> dict[str, Any]:
     left_out = ("__dict__", "__weakref__", _SHARED)
-    members = {k: v for k, v in vars(cls).items() if k not in left_out}
-    module.__class__ = type(cls)(cls.__name__, cls.__bases__, members)
+    return {k: v for k, v in vars(cls).items() if k not in left_out}
 
 
 def share_class(module: nn.Module) -> None:
@@ -70,11 +74,25 @@ def _share_class(module: nn.Module, normed: Iterable[str]) -> None:
     cls = type(module)
     members = frozenset(vars(cls)) - _MEMBERS
     expected = {key for name in normed for key in (name, *legacy_keys(name))}
-    is_as_made = is_ours(cls) and members <= expected
-    if is_as_made and not _is_registered(cls):
-        shared = _shared_classes.setdefault((cls.__bases__, members), cls)
-        setattr(shared, _SHARED, True)
-        module.__class__ = shared
+    if not is_ours(cls) or not members <= expected or _is_registered(cls):
+        return
+    shared = _shared_classes.get((cls.__bases__, members))
+    if shared is None or frozenset(vars(shared)) - _MEMBERS != members:  # changed by somebody else
+        shared = _Shared(cls.__name__, cls.__bases__, _members(cls) | {_SHARED: True})
+        _shared_classes[cls.__bases__, members] = shared
+    module.__class__ = shared
+
+
+class _Shared(type):
+    """The type of a class that several modules share.
+
+    torch's ``remove_parametrizations`` deletes the property of a weight from the class of a module,
+    while others use it. It stays, and the module gets a class of its own without it.
+    """
+
+    def __delattr__(cls, name: str) -> None:
+        if not isinstance(vars(cls).get(name), property):
+            super().__delattr__(name)
 
 
 def _is_registered(cls: type[nn.Module]) -> bool:
@@ -197,14 +215,18 @@ def _register_buffer(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> N
 def _forget(module: nn.Module, name: str) -> None:
     """Take away what a weight norm leaves behind that torch's ``remove_parametrizations`` removed:
     the last thing that this does is to register the plain weight. Before that it deleted the
-    property, but the class may be that of copies too."""
-    hooks = module.__dict__.get("_load_state_dict_pre_hooks")
-    if not hooks or parametrize.is_parametrized(module, name):
+    property, but the class may be that of others too."""
+    if parametrize.is_parametrized(module, name):
         return
+    cls = type(module)
+    if type(cls) is _Shared and name in vars(cls):
+        own_class(module)
+        delattr(type(module), name)
+    hooks = module.__dict__.get("_load_state_dict_pre_hooks") or {}
     if any(loads_for(wrapped.hook) == name for wrapped in hooks.values()):
         cls = type(module)
         own_class(module)
-        if type(module) is not cls:
+        if type(module) is not cls:  # of copies
             _add_property(cls, name)
         unregister_load_hook(module, name)
         take_removal_hook(module, name)

@@ -49,7 +49,8 @@ class WeightNorm(nn.Module):
 
     is_subclass = False
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         cls.is_subclass = True
 
     has_eps = True
@@ -98,7 +99,8 @@ class WeightNormList(WeightNormOriginals):
 
     is_subclass = False
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         cls.is_subclass = True
 
     def __call__(self) -> Tensor:
@@ -128,8 +130,11 @@ class WeightNormList(WeightNormOriginals):
         ):
             return super().__call__()
         eps = norm.eps if norm.has_eps else 0.0
-        out_dtype = autocast_dtype(v) if self.casts else None
-        return functional.weight_norm_in_graph(v, g, norm.dim, eps, out_dtype, self.bucket)
+        # A copy of a part of a fused model has no owner. Others are not asked: theirs may change.
+        in_group = self.bucket is not None and self.owner is not None
+        out_dtype = autocast_dtype(v) if in_group and self.casts else None
+        bucket = self.bucket if in_group else None
+        return functional.weight_norm_in_graph(v, g, norm.dim, eps, out_dtype, bucket)
 
     def is_as_made(self) -> bool:
         """Whether calling it computes one weight norm and does nothing else."""

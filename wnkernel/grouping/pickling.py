@@ -80,6 +80,7 @@ def _restore(container: Container, group: _PickledGroup) -> None:
     roster.reserve(*group.counts)
     for m in group.members:
         m.weights.owner = Member(roster, m.weights, m.name, m.bucket, m.around, m.index)
+        m.weights.bucket, m.weights.casts = m.bucket, group.autocast
     for index, module, members in group.containers:
         if index == group.root:
             container.__init__(roster, module, members, index)
