@@ -88,7 +88,13 @@ LEFT_OUT = {
 """Test files that no leg runs, and what they are about."""
 
 AREAS = {
-    "compile": ("test_*compile*", "test_group_tracing", "test_export*", "test_torchscript"),
+    "compile": (
+        "test_*compile*",
+        "test_graph_pass",
+        "test_group_tracing",
+        "test_export*",
+        "test_torchscript",
+    ),
     "distributed": (
         "test_group_distributed",
         "test_*fully_shard*",
