@@ -1,5 +1,5 @@
-"""The pass over weight norms on graphs that torch.compile seldom makes: with writes to tensors, with
-gradients that nobody wants, unfinished by others."""
+"""The pass over weight norms on graphs that torch.compile seldom makes: with writes to tensors,
+with gradients that nobody wants, left unfinished by others."""
 
 from __future__ import annotations
 
