@@ -136,7 +136,8 @@ def _composed_derivative(
     need_v: Sequence[bool],
     need_g: Sequence[bool],
 ) -> Grads:
-    grads = map(composed.backward, problems, norms, grad_ws)
+    # Dynamo before torch 2.7 iterates over lists only.
+    grads = [composed.backward(problems[k], norms[k], w) for k, w in enumerate(grad_ws)]
     return composed.wanted(grads, need_v, need_g)
 
 
