@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ...forms import Problems, spread
 from ...problem import Problem, row_view
@@ -39,7 +40,8 @@ class TritonBackend:
         return _listed(availability.missing())
 
     def reasons(self, v: Tensor) -> list[str]:
-        if v.device in self._used:
+        # A graph would be compiled again as soon as the kernels have run.
+        if not is_dynamo_compiling() and v.device in self._used:
             return []
         return _listed(availability.reason(v.device))
 
