@@ -100,14 +100,14 @@ class _Forward(Function):
             norms, grad_ws, need_v, need_g, of_v, of_g = columns
             versions = of_v + of_g
         inputs = *problems.v, *problems.g
-        if is_dynamo_compiling():  # compiled autograd, whose graphs know no versions
-            grads = _composed_derivative(problems, norms, grad_ws, need_v, need_g)
-            return None, None, *spread(grads[0], live, n), *spread(grads[1], live, n)
-        if _versions_of(inputs) != versions:
+        in_graph = is_dynamo_compiling()  # of compiled autograd, whose graphs know no versions
+        if not in_graph and _versions_of(inputs) != versions:
             names = "v" * len(live) + "g" * len(live)
             for changed in zip(names, inputs, versions, strict=True):
                 _check_version(*changed)
-        is_followed = torch.is_grad_enabled() or is_transformed((*grad_ws, *inputs))
+        is_followed = not in_graph and (
+            torch.is_grad_enabled() or is_transformed((*grad_ws, *inputs))
+        )
         first = _followed_derivative if is_followed else _derivative
         grad_v, grad_g = first(ctx.backend, problems, norms, grad_ws, need_v, need_g)
         return None, None, *spread(grad_v, live, n), *spread(grad_g, live, n)
@@ -122,20 +122,11 @@ def _derivative(
     need_g: Sequence[bool],
 ) -> Grads:
     """The first derivative."""
-    if any(map(Tensor._is_zerotensor, grad_ws)):  # zeros without memory
-        grad_ws = [t.clone() for t in grad_ws]
-    if backend.is_traceable or have_addresses(grad_ws):
-        return backend.backward(problems, norms, grad_ws, need_v, need_g)
-    return _composed_derivative(problems, norms, grad_ws, need_v, need_g)
-
-
-def _composed_derivative(
-    problems: Problems,
-    norms: Sequence[Tensor],
-    grad_ws: Sequence[Tensor],
-    need_v: Sequence[bool],
-    need_g: Sequence[bool],
-) -> Grads:
+    if not is_dynamo_compiling():
+        if any(map(Tensor._is_zerotensor, grad_ws)):  # zeros without memory
+            grad_ws = [t.clone() for t in grad_ws]
+        if backend.is_traceable or have_addresses(grad_ws):
+            return backend.backward(problems, norms, grad_ws, need_v, need_g)
     # Dynamo before torch 2.7 iterates over lists only.
     grads = [composed.backward(problems[k], norms[k], w) for k, w in enumerate(grad_ws)]
     return composed.wanted(grads, need_v, need_g)

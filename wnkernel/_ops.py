@@ -104,20 +104,8 @@ def _fake_forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 if _C is not None:
 
-    @torch.library.register_fake("wnkernel::weight_norm")
-    def _(
-        v: Tensor,
-        g: Tensor,
-        dim: int,
-        eps: float = 0.0,
-        out_dtype: torch.dtype | None = None,
-        bucket: int | None = None,
-    ) -> Tensor:
-        compiled_graphs.install()
-        return _fake_forward(check(v, g, dim, eps, out_dtype))[0]
-
     @torch.library.register_fake("wnkernel::forward_one")
-    def _(
+    def _fake_forward_one(
         v: Tensor,
         g: Tensor,
         dim: int,
@@ -127,6 +115,10 @@ if _C is not None:
     ) -> tuple[Tensor, Tensor]:
         compiled_graphs.install()
         return _fake_forward(check(v, g, dim, eps, out_dtype))
+
+    @torch.library.register_fake("wnkernel::weight_norm")
+    def _(*arguments: Any) -> Tensor:
+        return _fake_forward_one(*arguments)[0]
 
     @torch.library.register_fake("wnkernel::backward_one")
     def _(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +40,8 @@ class Operators:
         """Whether they are the kernels for tensors on ``device``."""
         return device.type in self.devices
 
-    def weight_norm(
-        self,
-        v: Tensor,
-        g: Tensor,
-        dim: int,
-        eps: float = 0.0,
-        out_dtype: torch.dtype | None = None,
-        bucket: int | None = None,
-    ) -> Tensor:
-        return self.forward_one(v, g, dim, eps, out_dtype)[0]
+    def weight_norm(self, *arguments: Any) -> Tensor:
+        return self.forward_one(*arguments)[0]
 
     def forward_one(
         self,
