@@ -18,7 +18,7 @@ from wnkernel.cli.signals import ENDING
 from wnkernel.grouping.optimizers import steps
 
 LIBRARIES = (
-    *("_TORCH", "TORCH", "CUDA_MODULE_LOADING", "KMP_"),
+    *("_TORCH", "TORCH", "CUDA_MODULE_LOADING", "KMP_", "TEARDOWN_CUPTI", "DISABLE_CUPTI_"),
     *("PYTEST_", "LOKY_", "JOBLIB_", "ACCELERATE_", "PL_"),
 )
 """How variables begin that libraries set for themselves, some when they are first used."""

@@ -17,6 +17,7 @@ from wnkernel import functional as F
 
 from .cases import randn, randn_g
 from .compiled import by_inductor
+from .versions import needs
 
 
 @pytest.fixture(autouse=True)
@@ -218,10 +219,9 @@ def test_many_blocks_compiled_one_by_one_are_one_program(make, fused):
     assert counter.frame_count == 2  # the input of the first block requires no grad
 
 
+@needs("backward in graphs")
 def test_a_whole_training_step_in_one_graph(route):
     """Forward, backward and optimizer."""
-    if not hasattr(torch._dynamo.config, "compiled_autograd"):
-        pytest.skip(f"torch {torch.__version__} cannot trace a backward")
     results = []
     for backend in (None, "aot_eager"):
         torch.manual_seed(0)

@@ -20,6 +20,7 @@ from .cases import randn, randn_g
 from .compiled import Net, assert_same, change, model, step, twins
 from .compiled import randn as input_of_model
 from .graphs import Graphs, Operators, compiled
+from .versions import needs
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -212,10 +213,9 @@ def test_a_copy_of_a_part_is_in_no_group(how, apart):
     assert graphs.found == [{"forward": 1}]
 
 
+@needs("backward in graphs")
 def test_a_whole_training_step():
     """The graph ends with writes to all parameters."""
-    if not hasattr(torch._dynamo.config, "compiled_autograd"):
-        pytest.skip(f"torch {torch.__version__} cannot trace a backward")
     m, twin, _ = twins()
 
     def train(module: nn.Module, x: Tensor) -> None:

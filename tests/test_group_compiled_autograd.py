@@ -12,6 +12,7 @@ from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from wnkernel import functional as F
+from wnkernel._versions import release
 
 from .cases import randn, randn_g
 from .compiled import Net, change, twins
@@ -78,6 +79,8 @@ def test_one_weight(route, dim, dtype):
 
 
 def test_a_list_of_which_not_all_is_read(route):
+    if route == "eager" and release(torch.__version__) < (2, 7):
+        pytest.skip("torch 2.6 cannot compile backwards of Python that return a None among others")
     leaves = [randn((4, 5)) for _ in range(3)], [randn_g((4, 5), 0) for _ in range(3)]
     results = []
     for compiled in (True, False):

@@ -40,6 +40,9 @@ LIMITS = {
     ),
     "triton": Limit((2, 8), "the triton backend needs Triton 3.4, which torch 2.8 brings"),
     "scopes in graphs": Limit((2, 8), "torch.compile cannot trace `with group.scope()`"),
+    "backward in graphs": Limit(
+        (2, 7), "torch.compile cannot trace the backward of a training step with its forward"
+    ),
     "tensor parallelism": Limit(
         (2, 7),
         "tensor parallelism of layers that were not folded may fail after their bias changed",

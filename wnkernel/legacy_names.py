@@ -21,7 +21,12 @@ class LegacyName(property):
     norm is gone, however that happened."""
 
     def __init__(self, key: str, name: str, original: str) -> None:
-        super().__init__(self._get, self._set, self._delete)
+        # Functions: torch.compile of torch 2.6 reads no property of bound methods.
+        super().__init__(
+            lambda module: self._get(module),
+            lambda module, value: self._set(module, value),
+            lambda module: self._delete(module),
+        )
         self.key = key
         self.name = name
         self.original = original
