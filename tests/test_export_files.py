@@ -26,7 +26,7 @@ def assert_runs_elsewhere(names: list[str], folder: Path, x: torch.Tensor, y: to
     loads = "".join(f"path = '{folder}/{n}'\nys.append({LOADERS[n]}(x))\n" for n in names)
     done = python(
         "-c",
-        "import sys, torch\n"
+        "import sys, torch, torch._inductor.codecache  # which the loader of torch 2.10 forgets\n"
         "sys.modules['wnkernel'] = None  # whoever imports it gets an ImportError\n"
         f"x, ys = torch.load('{folder}/x'), []\n{loads}torch.save(ys, '{folder}/ys')\n",
     )
