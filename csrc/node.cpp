@@ -74,9 +74,10 @@ variable_list gradients(const variable_list& grad_w, at::ArrayRef<Saved> weights
 
 variable_list WeightNorm::apply(variable_list&& grad_w) {
   const size_t count = weights_.size();
-  const Needs needs = this->needs();
+  Needs needs = this->needs();
   for (size_t k = 0; k < count; ++k)
-    if (grad_w[k].defined() && (needs[k] || needs[count + k])) weights_[k].check_versions("norm");
+    if (!grad_w[k].defined()) needs[k] = needs[count + k] = 0;
+  check_versions(needs);
   return gradients(grad_w, weights_, needs, bucket_);
 }
 
@@ -86,7 +87,16 @@ WeightNorm::Needs WeightNorm::needs() const {
   return needs;
 }
 
+void WeightNorm::check_versions(const Needs& needs) const {
+  const size_t count = weights_.size();
+  for (size_t k = 0; k < count; ++k)
+    if (needs[k] || needs[count + k]) weights_[k].check_versions("norm");
+}
+
+// Is called in every backward. Later there are other tensors in the place of those that were
+// written to, so all weights have to be as they were, though some may not be asked for.
 void WeightNorm::compiled_args(CompiledNodeArgs& args) WNKERNEL_COMPILED_ARGS_CONST {
+  check_versions(needs());
   args.collect(name());
   args.collect(static_cast<int64_t>(weights_.size()));
   for (const Saved& w : weights_) {
@@ -98,11 +108,23 @@ void WeightNorm::compiled_args(CompiledNodeArgs& args) WNKERNEL_COMPILED_ARGS_CO
   args.collect(bucket_.value_or(-1));
 }
 
+WeightNorm::Weights WeightNorm::swapped(SwapSavedVariables& saved) {
+  const auto swap = [&](at::Tensor& t) {
+    saved.before(t);
+    at::Tensor other = t;
+    saved.after(t);
+    return other;
+  };
+  Weights weights;
+  for (Saved& w : weights_)
+    weights.emplace_back(swap(w.v), swap(w.g), swap(w.extra), w.dim, w.eps);
+  return weights;
+}
+
 #if WNKERNEL_FUNCTIONAL_NODES
 namespace {
 
-// What compiled autograd calls in the place of apply(). It looks at no versions: torch's own nodes
-// do not there either.
+// What compiled autograd calls in the place of apply().
 variable_list traced_gradients(const variable_list& grad_w, const std::vector<c10::IValue>& args) {
   const std::vector<at::Tensor> tensors = args[0].toTensorVector();
   const std::vector<int64_t> dims = args[1].toIntVector(), needs = args[2].toIntVector();
@@ -122,11 +144,8 @@ variable_list WeightNorm::apply_with_saved(const variable_list& grad_w, SwapSave
   std::vector<at::Tensor> tensors;
   std::vector<int64_t> dims;
   std::vector<double> eps;
-  for (Saved& w : weights_) {
-    for (at::Tensor* t : {&w.v, &w.g, &w.extra}) {
-      saved.before(*t);
-      tensors.push_back(*t);
-    }
+  for (const Saved& w : swapped(saved)) {
+    tensors.insert(tensors.end(), {w.v, w.g, w.extra});
     dims.push_back(w.dim);
     eps.push_back(w.eps);
   }
@@ -141,22 +160,12 @@ variable_list WeightNorm::apply_with_saved(const variable_list& grad_w, SwapSave
   const std::string function =
       compiler->bind_function(saved.get_py_compiler(), name(), traced_gradients, types,
                               /*is_custom_function=*/true, /*is_traceable=*/true);
-  variable_list grads = compiler->call_function(saved.get_py_compiler(), "apply_functional",
-                                                function, grad_w, args, metadata);
-  for (Saved& w : weights_)
-    for (at::Tensor* t : {&w.v, &w.g, &w.extra}) saved.after(*t);
-  return grads;
+  return compiler->call_function(saved.get_py_compiler(), "apply_functional", function, grad_w,
+                                 args, metadata);
 }
 #else
 variable_list WeightNorm::apply_with_saved(const variable_list& grad_w, SwapSavedVariables& saved) {
-  const auto each = [&](auto&& f) {
-    for (Saved& w : weights_)
-      for (at::Tensor* t : {&w.v, &w.g, &w.extra}) f(*t);
-  };
-  each([&](at::Tensor& t) { saved.before(t); });
-  variable_list grads = gradients(grad_w, weights_, needs(), bucket_);
-  each([&](at::Tensor& t) { saved.after(t); });
-  return grads;
+  return gradients(grad_w, swapped(saved), needs(), bucket_);
 }
 #endif
 

@@ -53,6 +53,12 @@ class WeightNorm final : public torch::autograd::Node {
  private:
   Needs needs() const;
 
+  // Throws if a weight that a gradient is needed of was written to since the forward.
+  void check_versions(const Needs& needs) const;
+
+  // The weights, with what compiled autograd puts in the place of their tensors.
+  Weights swapped(torch::dynamo::autograd::SwapSavedVariables& saved);
+
   Weights weights_;
   const Bucket bucket_;
 };

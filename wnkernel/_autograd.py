@@ -100,7 +100,7 @@ class _Forward(Function):
             norms, grad_ws, need_v, need_g, of_v, of_g = columns
             versions = of_v + of_g
         inputs = *problems.v, *problems.g
-        in_graph = is_dynamo_compiling()  # of compiled autograd, whose graphs know no versions
+        in_graph = is_dynamo_compiling()  # of compiled autograd, which has asked for the key below
         if not in_graph and _versions_of(inputs) != versions:
             names = "v" * len(live) + "g" * len(live)
             for changed in zip(names, inputs, versions, strict=True):
@@ -111,6 +111,17 @@ class _Forward(Function):
         first = _followed_derivative if is_followed else _derivative
         grad_v, grad_g = first(ctx.backend, problems, norms, grad_ws, need_v, need_g)
         return None, None, *spread(grad_v, live, n), *spread(grad_g, live, n)
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> Any:
+        """What compiled autograd asks for before every backward. Its graphs know no versions, so all
+        weights have to be as they were, even one that will get no gradient."""
+        need, n, inputs = ctx.needs_input_grad[2:], len(ctx.problems), ctx.problems
+        for k in range(n):
+            if need[k] or need[n + k]:
+                _check_version("v", inputs.v[k], ctx.versions[k])
+                _check_version("g", inputs.g[k], ctx.versions[n + k])
+        return Function._compiled_autograd_key(ctx)
 
 
 def _derivative(
