@@ -34,6 +34,8 @@ def define(leg: Leg) -> None:
 
 def try_leg(session: nox.Session, leg: Leg, tree: Path) -> None:
     """In a checkout of its own, for compiled modules of two versions have the same name."""
+    out = RESULTS / f"{leg.name}.json"
+    out.unlink(missing_ok=True)  # what another commit gave
     session.run("git", "init", "-q", str(tree), external=True)
     session.chdir(tree)
     session.run("git", "fetch", "-q", str(ROOT), "HEAD", external=True)
@@ -43,7 +45,6 @@ def try_leg(session: nox.Session, leg: Leg, tree: Path) -> None:
     session.install("--no-cache-dir", *PACKAGES)
     build = {"WNKERNEL_BUILD": "cpu"}
     session.run("python", "setup.py", "-q", "build_ext", "--inplace", env=build)
-    out = RESULTS / f"{leg.name}.json"
     session.run("python", "-m", "tests.matrix", "run", str(out), commit)
 
 

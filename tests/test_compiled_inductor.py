@@ -13,11 +13,12 @@ import torch
 import torch._inductor.config as config
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch._inductor import custom_graph_pass
 
 import wnkernel
 from wnkernel import _ops
 from wnkernel import functional as F
-from wnkernel.compiled_graphs import SLOT, GraphPass, install
+from wnkernel.compiled_graphs import INFERENCE_AWARE, SLOT, GraphPass, install
 
 from .compiled import by_inductor
 from .graphs import Operators, operators
@@ -117,6 +118,37 @@ def test_the_pass_of_somebody_else_runs_too(when, found):
         step(by_inductor(m), m, x)
     assert theirs.calls == 2
     assert found == ONE_EACH
+
+
+def test_a_pass_that_knows_what_a_graph_is_for(found):
+    aware = getattr(custom_graph_pass, INFERENCE_AWARE, None)
+    if aware is None:
+        pytest.skip(f"torch {torch.__version__} has no such passes")
+    seen = []
+
+    class Pass(aware):
+        def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+            seen.append(is_inference)
+
+        def uuid(self) -> str:
+            return "theirs"
+
+    m, x = model(), torch.randn(2, 4, 20)
+    with config.patch({SLOT: Pass()}):
+        step(by_inductor(m), m, x)
+        with torch.no_grad():
+            by_inductor(m)(x)
+    assert seen == [False, False, True]
+    assert found == [*ONE_EACH, {"forward": 1}]
+
+
+def test_a_pass_in_the_options_of_torch_compile_is_alone_in_the_backward(found):
+    """Inductor sets what stands there anew, and no operator is traced after that."""
+    theirs = Counts()
+    m, x = model(), torch.randn(2, 4, 20)
+    step(torch.compile(m, fullgraph=True, options={SLOT: theirs}), m, x)
+    assert theirs.calls == 2
+    assert found == [{"forward": 1}, {"backward_one": 3}]
 
 
 def test_the_pass_is_there_once():

@@ -247,7 +247,7 @@ class Cached(nn.Module):
 
 compiled = pytest.param(
     "compiled",
-    marks=since("2.5", "torch.compile of torch 2.4 stops at clear_autocast_cache"),
+    marks=since("2.6", "torch.compile of torch 2.5 stops at clear_autocast_cache"),
 )
 
 

@@ -48,6 +48,21 @@ def test_a_graph_that_writes_to_an_input(ops, where):
     assert found == ({"forward": 1} if where == "at the end" else {"forward_one": 2})
 
 
+def test_a_tensor_that_is_freed(ops):
+    """Its schema does not say that this operator writes."""
+    v, g, t = randn((4, 5)), randn_g((4, 5), 0), randn((4, 5))
+    norm = ops.forward_one(v, g, 0)[1]
+
+    def f(w: Tensor, v: Tensor, x: Tensor, g: Tensor, norm: Tensor) -> list[Tensor]:
+        first = ops.backward_one(w, v, g, norm, 0, 0.0, True, False)[0]
+        torch.ops.inductor.resize_storage_bytes_(v, 0)
+        return [first, ops.backward_one(torch.sin(w), x, g, norm, 0, 0.0, True, False)[0]]
+
+    module, found = merged(f, t, v, v.clone(), g, norm)
+    assert_same(list(module(t, v.clone(), v, g, norm)), f(t, v.clone(), v, g, norm))
+    assert found == {"backward_one": 2}
+
+
 def test_a_write_that_depends_on_a_gradient(ops):
     """What reads the tensor before it and after it reads what it read."""
     v, g, w, t = randn((4, 5)), randn_g((4, 5), 0), randn((4, 5)), randn((4, 5))

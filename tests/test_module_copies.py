@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import gc
 import inspect
@@ -255,6 +256,44 @@ def test_a_class_that_somebody_changed_is_not_that_of_new_layers() -> None:
     type(old).forward = lambda self, x: "changed"
     new = wnkernel.weight_norm(Layer(4, 3))
     assert torch.is_tensor(new(torch.ones(4)))
+
+
+def test_a_class_whose_weight_somebody_replaced_is_not_that_of_new_layers() -> None:
+    class Layer(nn.Linear):
+        pass
+
+    old = wnkernel.weight_norm(Layer(4, 3))
+    type(old).weight = property(lambda self: torch.zeros(3, 4))
+    new = wnkernel.weight_norm(Layer(4, 3))
+    assert new.weight.all()
+    assert not old.weight.any()
+    del type(old).weight
+    assert not hasattr(old, "weight")
+
+
+def test_a_property_of_somebody_else_can_be_deleted() -> None:
+    class Layer(nn.Linear):
+        pass
+
+    layer = wnkernel.weight_norm(Layer(4, 3))
+    type(layer).rows = property(lambda self: 3)
+    del type(layer).rows
+    assert not hasattr(layer, "rows")
+
+
+def test_a_class_of_two_layers_may_be_a_base_beside_an_abstract_one() -> None:
+    class Abstract(abc.ABC):
+        @abc.abstractmethod
+        def rows(self) -> int: ...
+
+    layers = [wnkernel.weight_norm(nn.Linear(4, 3)) for _ in range(2)]
+
+    class Layer(type(layers[0]), Abstract):
+        def rows(self) -> int:
+            return 3
+
+    assert type(layers[0]) is type(layers[1])
+    assert Layer(4, 3)(ramp(1, 4)).shape == (1, 3)
 
 
 def test_subclasses_of_the_parametrization_may_be_mixed() -> None:

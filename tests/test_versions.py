@@ -117,6 +117,31 @@ def test_outcomes_are_those_of_pytest():
     assert got == {text: (how, "why" * (how == "skipped")) for text, how in cases.items()}
 
 
+@pytest.mark.parametrize(
+    ("test", "at_the_end", "found"),
+    [
+        ("def test(): pass", "", ["passed"]),
+        ("def test(): raise ValueError", "", ["failed"]),
+        ("def test(): pass", "os._exit(3)", ["passed", "failed"]),
+        ("", "", ["failed"]),
+        ("raise ValueError", "", ["failed"]),
+    ],
+    ids=["passed", "failed", "crash", "no tests", "not collected"],
+)
+def test_an_area_that_pytest_did_not_finish_has_failed(
+    test, at_the_end, found, tmp_path, monkeypatch
+):
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_a.py").write_text(test)
+    (folder / "conftest.py").write_text(
+        "import os\n"
+        f"def pytest_unconfigure(config): hasattr(config, 'workerinput') or {at_the_end or None}"
+    )
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    assert [how for _, how, _ in matrix.outcomes("layers")] == found
+
+
 def test_the_table_says_what_failed_and_what_was_not_run():
     counts = {"passed": 5, "failed": 0, "skipped": 1}
     areas = dict.fromkeys(matrix.SHOWN, counts) | {"groups": counts | {"failed": 2}}

@@ -114,8 +114,8 @@ class _Forward(Function):
 
     @staticmethod
     def _compiled_autograd_key(ctx: Any) -> Any:
-        """What compiled autograd asks for before every backward. Its graphs know no versions, so all
-        weights have to be as they were, even one that will get no gradient."""
+        """What compiled autograd asks for before every backward. Its graphs know no versions, so
+        all weights have to be as they were, even one that will get no gradient."""
         need, n, inputs = ctx.needs_input_grad[2:], len(ctx.problems), ctx.problems
         for k in range(n):
             if need[k] or need[n + k]:

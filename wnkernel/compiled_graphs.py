@@ -1,9 +1,9 @@
 """One launch for the weight norms of a graph that ``torch.compile`` makes.
 
 Dynamo and AOTAutograd see one operator for each weight. In the graphs that come to Inductor, one
-for the forward and one for the backward, a pass puts operators on lists in their place. Nothing in
-these graphs changes its value, so a weight that is computed from a changed parameter is another
-node, and no weight can be out of date.
+for the forward and one for the backward, a pass puts operators on lists in their place. No operator
+is moved past a write, and a weight that is read again after one is another node, so no weight can
+be out of date.
 
 Weights of a fused model come with the number of their bucket, and all of a bucket are computed
 together. Other weights share launches of up to :data:`SHARED_BYTES`, in the order in which they are
@@ -31,6 +31,9 @@ grad_w waits for those of the others. docs/compile.md has what other sizes gave.
 SLOT = "post_grad_custom_pre_pass"
 """The setting of Inductor that holds a user's own pass over forward and backward graphs."""
 
+INFERENCE_AWARE = "CustomInferenceAwareGraphPass"
+"""Inductor's type of a pass that is told whether a graph is for inference."""
+
 
 def install() -> None:
     """Let Inductor run :func:`merge_weight_norms`, after the pass that somebody else has set.
@@ -56,26 +59,39 @@ class GraphPass:
         several = isinstance(before, (list, tuple))
         self.before = tuple(before) if several else () if before is None else (before,)
 
-    def __call__(self, graph: fx.Graph) -> None:
+    def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
+        aware = getattr(_pass_types(), INFERENCE_AWARE, ())
         for other in self.before:
-            other(graph)
+            if isinstance(other, aware):
+                other(graph, is_inference=is_inference)
+            else:
+                other(graph)
         merge_weight_norms(graph)
 
     def uuid(self) -> Any:
         """What compiled graphs are cached by; None: they cannot be."""
         others = [other.uuid() if hasattr(other, "uuid") else None for other in self.before]
-        return None if None in others else ("wnkernel", __version__, SHARED_BYTES, *others)
+        if None in others:
+            return None
+        content = _pass_types().get_hash_for_files((__file__,))
+        return "wnkernel", __version__, content, SHARED_BYTES, *others
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _graph_pass, (self.before,)
 
 
 def _graph_pass(before: Any) -> GraphPass:
-    """Since torch 2.5 a pass has to be a CustomGraphPass, or graphs are not cached."""
-    module = sys.modules.get("torch._inductor.custom_graph_pass")
-    if module is None:
+    """Since torch 2.5 a pass has to be a CustomGraphPass, or graphs are not cached. One that is to
+    know whether a graph is for inference says so by its type."""
+    types = _pass_types()
+    if types is None:
         return GraphPass(before)
-    return type(GraphPass.__name__, (GraphPass, module.CustomGraphPass), {})(before)
+    base = getattr(types, INFERENCE_AWARE, types.CustomGraphPass)
+    return type(GraphPass.__name__, (GraphPass, base), {"__module__": __name__})(before)
+
+
+def _pass_types() -> Any:
+    return sys.modules.get("torch._inductor.custom_graph_pass")
 
 
 def merge_weight_norms(graph: fx.Graph) -> None:
@@ -99,8 +115,8 @@ class Launch:
         self.later: dict[fx.Node, int] = {}
         """Them and all that depends on them, with their places."""
         self.bounds = list(writes)
-        """Places that none of these is moved past: of writes to whatever tensor, which another one
-        may be a view of, and of what depends on them and has to stay where it is."""
+        """Places that none of these is moved past: every write, since views may share its memory,
+        and every dependent node that has to stay where it is."""
 
     def add(self, node: fx.Node, place: dict[fx.Node, int], nbytes: int) -> bool:
         """Take one more operator, if it can be computed with those that are there."""
@@ -147,11 +163,15 @@ def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Laun
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a node writes to a tensor. In graphs that come to Inductor little does, but for the
-    writes to parameters at the end."""
+    """Whether a node is there for more than its results: it writes to a tensor, or returns nothing,
+    as what frees a tensor or waits for a stream. In graphs that come to Inductor few nodes are, but
+    for the writes to parameters at the end."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return "mutation" in node.target.name()
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    return schema.is_mutable or not schema.returns
 
 
 def _can_be_moved(node: fx.Node) -> bool:
@@ -166,8 +186,8 @@ def _can_be_moved(node: fx.Node) -> bool:
 
 
 def _can_be_replaced(node: fx.Node) -> bool:
-    """Whether it is known what goes in and comes out, and nobody uses what stands in the place of a
-    gradient that is not wanted."""
+    """Whether it is known what goes in and comes out, and no gradient is read that is not wanted: a
+    list gives nothing in its place."""
     is_single = node.target is torch.ops.wnkernel.weight_norm.default  # the others return pairs
     results = (node,) if is_single else (node, *node.users)
     if any("val" not in x.meta for x in (*node.all_input_nodes, *results)):

@@ -17,6 +17,7 @@ A class may stand on another of these: that of what ``type(module)(...)`` made a
 from __future__ import annotations
 
 import inspect
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -55,7 +56,7 @@ def own_class(module: nn.Module) -> None:
 
 
 def _members(cls: type[nn.Module]) -> dict[str, Any]:
-    left_out = ("__dict__", "__weakref__", _SHARED)
+    left_out = ("__dict__", "__weakref__", "_abc_impl", "__abstractmethods__", _SHARED)
     return {k: v for k, v in vars(cls).items() if k not in left_out}
 
 
@@ -77,21 +78,25 @@ def _share_class(module: nn.Module, normed: Iterable[str]) -> None:
     if not is_ours(cls) or not members <= expected or _is_registered(cls):
         return
     shared = _shared_classes.get((cls.__bases__, members))
-    if shared is None or frozenset(vars(shared)) - _MEMBERS != members:  # changed by somebody else
-        shared = _Shared(cls.__name__, cls.__bases__, _members(cls) | {_SHARED: True})
+    if shared is None or _members(shared) != vars(shared)[_SHARED]:  # changed by somebody else
+        made = _members(cls)
+        shared = _Shared(cls.__name__, cls.__bases__, made | {_SHARED: made})
         _shared_classes[cls.__bases__, members] = shared
     module.__class__ = shared
 
 
-class _Shared(type):
+class _Shared(ABCMeta):
     """The type of a class that several modules share.
 
     torch's ``remove_parametrizations`` deletes the property of a weight from the class of a module,
     while others use it. It stays, and the module gets a class of its own without it.
+
+    Whoever makes a class of such a one and an abstract one needs a type that is that of both.
     """
 
     def __delattr__(cls, name: str) -> None:
-        if not isinstance(vars(cls).get(name), property):
+        made = vars(cls).get(_SHARED, {}).get(name)
+        if not isinstance(made, property) or vars(cls).get(name) is not made:
             super().__delattr__(name)
 
 
@@ -101,7 +106,8 @@ def _is_registered(cls: type[nn.Module]) -> bool:
 
 
 _SHARED = "_weight_norm_shared"
-"""Marks a class that may be that of several modules."""
+"""Marks a class that may be that of several modules. Its value, where :func:`share_class` made the
+class, is what that had then."""
 
 _shared_classes: WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = WeakValueDictionary()
 
