@@ -13,12 +13,11 @@ import torch
 import torch._inductor.config as config
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
-from torch._inductor import custom_graph_pass
 
 import wnkernel
 from wnkernel import _ops
 from wnkernel import functional as F
-from wnkernel.compiled_graphs import INFERENCE_AWARE, SLOT, GraphPass, install
+from wnkernel.compiled_graphs import INFERENCE_AWARE, SLOT, GraphPass, _pass_types, install
 
 from .compiled import by_inductor
 from .graphs import Operators, operators
@@ -121,7 +120,7 @@ def test_the_pass_of_somebody_else_runs_too(when, found):
 
 
 def test_a_pass_that_knows_what_a_graph_is_for(found):
-    aware = getattr(custom_graph_pass, INFERENCE_AWARE, None)
+    aware = getattr(_pass_types(), INFERENCE_AWARE, None)
     if aware is None:
         pytest.skip(f"torch {torch.__version__} has no such passes")
     seen = []

@@ -71,9 +71,10 @@ class GraphPass:
     def uuid(self) -> Any:
         """What compiled graphs are cached by; None: they cannot be."""
         others = [other.uuid() if hasattr(other, "uuid") else None for other in self.before]
-        if None in others:
+        types = _pass_types()
+        if types is None or None in others:
             return None
-        content = _pass_types().get_hash_for_files((__file__,))
+        content = types.get_hash_for_files((__file__,))
         return "wnkernel", __version__, content, SHARED_BYTES, *others
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,7 +82,7 @@ class GraphPass:
 
 
 def _graph_pass(before: Any) -> GraphPass:
-    """Since torch 2.5 a pass has to be a CustomGraphPass, or graphs are not cached. One that is to
+    """Since torch 2.6 a pass has to be a CustomGraphPass, or graphs are not cached. One that is to
     know whether a graph is for inference says so by its type."""
     types = _pass_types()
     if types is None:

@@ -160,7 +160,7 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
             raise AttributeError(name) from None
         if parametrize._cache_enabled:
             return _read_cached(weights)
-        return weights()
+        return weights.__call__()  # torch.compile of torch 2.5 takes `weights()` for its forward
 
     return read
 
