@@ -17,7 +17,7 @@ from wnkernel import functional as F
 
 from .cases import randn, randn_g
 from .compiled import by_inductor
-from .versions import needs
+from .versions import layers_in_graphs, needs
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +205,7 @@ class Block(nn.Module):
         return x + self.second(torch.tanh(self.first(x)))
 
 
+@layers_in_graphs
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("make", [Block, lambda: nn.Sequential(Block(), Block())])
 def test_many_blocks_compiled_one_by_one_are_one_program(make, fused):

@@ -21,6 +21,7 @@ from wnkernel.compiled_graphs import INFERENCE_AWARE, SLOT, GraphPass, _pass_typ
 
 from .compiled import by_inductor
 from .graphs import Operators, operators
+from .versions import needs, since
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
@@ -70,6 +71,7 @@ def test_modes(mode, found):
     assert found == ONE_EACH
 
 
+@needs("cpp_wrapper")
 def test_cpp_wrapper(found):
     """Its generated C++ code takes lists, but no results that are lists of lists."""
     m, x = model(), torch.randn(2, 4, 20)
@@ -141,6 +143,7 @@ def test_a_pass_that_knows_what_a_graph_is_for(found):
     assert found == [*ONE_EACH, {"forward": 1}]
 
 
+@since("2.6", "the options of torch.compile take no pass before torch 2.6")
 def test_a_pass_in_the_options_of_torch_compile_is_alone_in_the_backward(found):
     """Inductor sets what stands there anew, and no operator is traced after that."""
     theirs = Counts()
@@ -162,6 +165,7 @@ def test_the_pass_is_there_once():
         assert again.uuid() == first.uuid()
 
 
+@since("2.6", "before torch 2.6 a pass has no uuid()")
 def test_graphs_with_a_pass_that_cannot_be_cached_are_not():
     class Named(Counts):
         def uuid(self) -> str:

@@ -12,7 +12,7 @@ from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from wnkernel import functional as F
-from wnkernel._versions import release
+from wnkernel._versions import LIMITS, release
 
 from .cases import randn, randn_g
 from .compiled import Net, change, twins
@@ -21,6 +21,13 @@ from .compiled import randn as input_of_model
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 COMPILERS = ("eager", "aot_eager")
+
+
+@pytest.fixture
+def route(route: str) -> str:
+    if route == "eager" and release(torch.__version__) < LIMITS["nodes of Python"].since:
+        pytest.skip(LIMITS["nodes of Python"].what)
+    return route
 
 
 @contextmanager

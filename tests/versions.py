@@ -64,7 +64,4 @@ def load_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
 
 fully_shard_on_cpus = since("2.7", "torch 2.6 cannot run fully_shard on a CPU")
 
-layers_in_graphs = since(
-    "2.5",
-    "torch.compile of torch 2.4 does not look into layers of torch.nn, and calls them as a whole",
-)
+layers_in_graphs = needs("layers in graphs")

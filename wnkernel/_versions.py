@@ -47,7 +47,18 @@ LIMITS = {
         (2, 7),
         "tensor parallelism of layers that were not folded may fail after their bias changed",
     ),
+    "cpp_wrapper": Limit(
+        (2, 6), "C++ code of torch.compile (cpp_wrapper=True) cannot call operators on lists"
+    ),
     "fully_shard": Limit((2, 6), "torch.distributed.fsdp.fully_shard came with torch 2.6"),
+    "layers in graphs": Limit(
+        (2, 5),
+        "torch.compile calls layers of torch.nn without a look into them: weights of a group share "
+        "launches as others do, and equal layers that are compiled one by one are many programs",
+    ),
+    "nodes of Python": Limit(
+        (2, 5), "compiled autograd cannot read what the nodes of the eager backend keep"
+    ),
 }
 """By names for the tests."""
 
