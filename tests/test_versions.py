@@ -69,10 +69,15 @@ def test_another_value_of_the_environment_is_an_error():
 
 
 def test_the_facts_say_what_a_torch_lacks(monkeypatch):
-    whats = [limit.what for limit in _versions.LIMITS.values()]
-    sharded, *_, fully_shard = whats
-    assert _versions.limits("2.4.1") == _versions.limits("2.5.1+cu121") == whats
-    assert _versions.limits("2.6.0") == [what for what in whats if what != fully_shard]
+    whats = {name: limit.what for name, limit in _versions.LIMITS.items()}
+    assert _versions.limits("2.4.1") == [*whats.values()]
+    for name in ("layers in graphs", "nodes of Python"):
+        del whats[name]
+    assert _versions.limits("2.5.1+cu121") == [*whats.values()]
+    for name in ("fully_shard", "cpp_wrapper"):
+        del whats[name]
+    assert _versions.limits("2.6.0") == [*whats.values()]
+    sharded = whats["sharded weights"]
     assert _versions.limits("2.12.1") == [sharded]
     assert _versions.limits("2.13.0+cpu") == _versions.limits("2.15.0") == []
     monkeypatch.setattr("torch.__version__", "2.12.1")
