@@ -143,7 +143,7 @@ def test_a_pass_that_knows_what_a_graph_is_for(found):
     assert found == [*ONE_EACH, {"forward": 1}]
 
 
-@since("2.6", "the options of torch.compile take no pass before torch 2.6")
+@since("2.7", "before torch 2.7 the options of torch.compile take no pass")
 def test_a_pass_in_the_options_of_torch_compile_is_alone_in_the_backward(found):
     """Inductor sets what stands there anew, and no operator is traced after that."""
     theirs = Counts()
