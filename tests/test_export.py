@@ -36,7 +36,7 @@ with_messages = pytest.mark.parametrize(
     "strict",
     [
         False,
-        pytest.param(True, marks=since("2.8", "Dynamo of torch 2.7 keeps messages to itself")),
+        pytest.param(True, marks=since("2.9", "Dynamo of torch 2.8 keeps messages to itself")),
     ],
 )
 

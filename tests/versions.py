@@ -62,6 +62,10 @@ def load_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
     module._register_load_state_dict_pre_hook(hook, with_module=True)
 
 
-fully_shard_on_cpus = since("2.7", "torch 2.6 cannot run fully_shard on a CPU")
+fully_shard_on_cpus = pytest.mark.skipif(
+    release(torch.__version__) in ((2, 4), (2, 5), (2, 6), (2, 8)),
+    reason="fully_shard does not run on CPUs before torch 2.7, and with torch 2.8 it gives them the "
+    "sum of all gradients instead of their mean",
+)
 
 layers_in_graphs = needs("layers in graphs")
