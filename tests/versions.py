@@ -64,8 +64,8 @@ def load_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
 
 fully_shard_on_cpus = pytest.mark.skipif(
     release(torch.__version__) in ((2, 4), (2, 5), (2, 6), (2, 8)),
-    reason="fully_shard does not run on CPUs before torch 2.7, and with torch 2.8 it gives them the "
-    "sum of all gradients instead of their mean",
+    reason="on CPUs, fully_shard does not run before torch 2.7, and torch 2.8 gives there the sum "
+    "of all gradients, not their mean",
 )
 
 layers_in_graphs = needs("layers in graphs")
