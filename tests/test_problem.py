@@ -160,7 +160,7 @@ def test_integers_of_other_kinds(route, dim):
 boolean = pytest.param(
     np.bool_(True),
     marks=pytest.mark.skipif(
-        release(np.__version__) < (2, 0), reason="numpy 1 takes its booleans for integers"
+        release(np.__version__) < (2, 3), reason="numpy 2.2 takes its booleans for integers"
     ),
 )
 
