@@ -64,9 +64,13 @@ LEGS = (
 
 PACKAGES = (
     *("setuptools>=77", "ninja", "pybind11"),
-    *("pytest", "pytest-xdist", "hypothesis", "cloudpickle", "joblib", "safetensors", "expecttest"),
+    *("pytest", "pytest-xdist", "pytest-timeout", "hypothesis"),
+    *("cloudpickle", "joblib", "safetensors", "expecttest"),
 )
 """What is installed beside torch and numpy."""
+
+TIMEOUT_S = 600
+"""A test that takes longer has failed. torch 2.7 has hung where a process group ends."""
 
 LEFT_OUT = {
     "test_with_[!d]*": "other packages",
@@ -170,6 +174,7 @@ def outcomes(area: str) -> list[tuple[str, str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junitxml={report}"]
+        command.append(f"--timeout={TIMEOUT_S}")
         files = [path.relative_to(ROOT).as_posix() for path in files_of(area)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WNKERNEL_")}
         environment["OMP_WAIT_POLICY"] = "passive"
