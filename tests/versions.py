@@ -64,8 +64,8 @@ def load_pre_hook(module: nn.Module, hook: Callable[..., None]) -> None:
 
 fully_shard_on_cpus = since(
     "2.9",
-    "on CPUs, fully_shard does not run before torch 2.7, and torch 2.7 and 2.8 give there the sum of "
-    "all gradients, not their mean",
+    "on CPUs, fully_shard does not run before torch 2.7, and torch 2.7 and 2.8 give there the sum "
+    "of all gradients, not their mean",
 )
 
 layers_in_graphs = needs("layers in graphs")
