@@ -219,7 +219,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
     header = ["torch", "Python", "numpy", *SHOWN, "date", "commit", "this torch lacks"]
     rows = [header, ["---"] * len(header)]
-    skips: dict[str, list[str]] = {}
+    skips: dict[str, dict[str, int]] = {}
     for leg in LEGS:
         lacks = ", ".join(k for k, limit in LIMITS.items() if release(leg.torch) < limit.since)
         if (result := found.get(leg.name)) is None:
@@ -229,7 +229,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             versions = [result[name] for name in ("torch", "python", "numpy")]
             numbers = [*versions, *areas, result["date"], result["commit"]]
             for reason, count in result["skips"].items():
-                skips.setdefault(reason, []).append(f"{count} in {leg.name}")
+                skips.setdefault(reason, {})[leg.name] = count
         rows.append([*numbers, lacks])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", "What a torch lacks (`wnkernel info` says it of the one that is there):", ""]
@@ -239,7 +239,11 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     lines += ["", *(f"Run on: {machine}." for machine in machines)]
     if skips:
         lines += ["", "Skipped, and why:", ""]
-    lines += [f"- {reason}: {', '.join(legs)}" for reason, legs in sorted(skips.items())]
+    for reason, counts in sorted(skips.items()):
+        least, most = min(counts.values()), max(counts.values())
+        tests = f"{least}" if least == most else f"{least} to {most}"
+        where = "every row" if len(counts) == len(found) else ", ".join(counts)
+        lines.append(f"- {reason}: {tests} in {where}.")
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -158,7 +158,20 @@ def test_the_table_says_what_failed_and_what_was_not_run():
     assert lines[2].endswith(f"| 2027-01-02 | abc | {', '.join(_versions.LIMITS)} |")
     assert lines[3].startswith("| 2.5.1 | 3.11 | 1 | not run |")
     assert "Run on: Some CPU, Linux." in lines
-    assert "- why: 6 in torch-2.4.1-py3.10" in lines
+    assert "- why: 6 in every row." in lines
+
+
+def test_the_table_says_where_a_test_was_skipped():
+    result = {"torch": "2.4.1", "python": "3.10", "numpy": "1", "date": "", "commit": ""}
+    result |= {
+        "cpu": "",
+        "platform": "",
+        "areas": dict.fromkeys(matrix.SHOWN, dict.fromkeys(("passed", "failed", "skipped"), 0)),
+    }
+    found = {leg.name: result | {"skips": {"all": k}} for k, leg in enumerate(matrix.LEGS[:3])}
+    found[matrix.LEGS[1].name]["skips"] |= {"one": 4}
+    lines = matrix.table(found).splitlines()
+    assert lines[-2:] == ["- all: 0 to 2 in every row.", f"- one: 4 in {matrix.LEGS[1].name}."]
 
 
 def test_the_page_has_the_table_of_the_results():
