@@ -116,8 +116,7 @@ WeightNorm::Weights WeightNorm::swapped(SwapSavedVariables& saved) {
     return other;
   };
   Weights weights;
-  for (Saved& w : weights_)
-    weights.emplace_back(swap(w.v), swap(w.g), swap(w.extra), w.dim, w.eps);
+  for (Saved& w : weights_) weights.emplace_back(swap(w.v), swap(w.g), swap(w.extra), w.dim, w.eps);
   return weights;
 }
 
