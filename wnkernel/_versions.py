@@ -28,7 +28,7 @@ class Limit(NamedTuple):
 
 LIMITS = {
     "sharded weights": Limit(
-        (2, 13),
+        (2, 12),
         "weights of sharded layers have no backward where they are read outside of a forward "
         "(a DTensor of shape [1, n] cannot be expanded)",
     ),
