@@ -15,8 +15,9 @@ from wnkernel import functional as F
 from wnkernel._versions import LIMITS, release
 
 from .cases import randn, randn_g
-from .compiled import Net, change, twins
+from .compiled import Net, assert_same, change, twins
 from .compiled import randn as input_of_model
+from .versions import since
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -97,6 +98,24 @@ def test_a_change_before_the_backward_is_an_error(route, changed):
         tensors[changed].add_(1)
     with compiled_backward(), pytest.raises(RuntimeError, match=f"inplace operation: {changed} of"):
         w.sum().backward()
+
+
+@since("2.7", "before torch 2.7 no method of a compiler is called in the middle of a node")
+def test_a_compiler_that_fails_leaves_a_node_as_it_was(monkeypatch):
+    v, g = randn((4, 5)).requires_grad_(), randn_g((4, 5), 0).requires_grad_()
+    grad_w = randn((4, 5))
+    w = F.weight_norm(v, g)
+    want = torch.autograd.grad(w, (v, g), grad_w, retain_graph=True)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of ideas")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_autograd.AutogradCompilerInstance, "apply_functional", fail)
+        with compiled_backward(), pytest.raises(RuntimeError, match="out of ideas"):
+            w.backward(grad_w, retain_graph=True)
+    got = torch.autograd.grad(w, (v, g), grad_w)
+    assert_same(list(got), list(want))
 
 
 def test_a_list_of_which_not_all_is_read(route):
