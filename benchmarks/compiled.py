@@ -1,7 +1,8 @@
 """Case "compile": torch.compile as a contender, on single weights and on all weights of a model,
 on one thread and on all.
 
-Only the weight norm is compiled, with ``fullgraph``; a model's other operators would hide it.
+Only the weight norm is compiled, with ``fullgraph``; a model's other operators would hide it. What
+they leave of it is seen in training steps of whole models, beside those of the same models folded.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from dataclasses import replace
 
 import torch
 
-from . import fused
+import wnkernel
+
+from . import fused, kinds
 from .environment import Environment
 from .layers import copy, forward_backward, operators, subject, tensors, verified
-from .models import freed
+from .model_zoo import BY_NAME, available, build, model_input
+from .models import STEP, alone_subject, check_outputs, freed, training_step
 from .plan import Job, Plan
 from .results import (
     COMPILED,
@@ -25,6 +29,7 @@ from .results import (
     FUSED,
     LEGACY,
     OURS,
+    PLAIN,
     TORCH,
     Result,
     rows,
@@ -54,6 +59,9 @@ CONTENDERS = (
 )
 """On all weights of a model."""
 
+IN_STEPS = (TORCH, OURS, FUSED, PLAIN)
+"""In a training step, each eager and compiled."""
+
 FAILED = "torch._inductor.exc.InductorError"
 """What a traceback says where a compiler fails: there is none for C++ at run time, most often."""
 
@@ -76,6 +84,9 @@ def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
             run = functools.partial(run_model, name, plan, replace(where, threads=threads))
             title = f"compile {name}, threads: {threads}"
             out.append(Job(title, lambda run=run: _if_compilable(run, report)))
+    for name in plan.compile_steps if available() else ():
+        run = functools.partial(run_steps, name, plan, where)
+        out.append(Job(f"compile {name}, {STEP}", lambda run=run: _if_compilable(run, report)))
     return out
 
 
@@ -121,3 +132,31 @@ def run_model(name: str, plan: Plan, where: Environment) -> list[Result]:
     label = f"{name}, {where.threads} thread{'s' if where.threads > 1 else ''}"
     about = fused.subject("compile", label, cases)
     return fused.compare(about, cases, CONTENDERS, plan.compile_model_budget_s, where)
+
+
+def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
+    """Training steps of a whole model, whose forward is eager or one graph, in the same rounds."""
+    torch._dynamo.reset()
+    original = kinds.strip(build(name, where.device))
+    x = model_input(name, where.device)
+    forwards, steps, compile_s = {}, {}, {}
+    for who in IN_STEPS:
+        for how in ("", COMPILED):
+            model, layers = original.with_kind(TORCH if who == TORCH else OURS)
+            if who == FUSED:
+                wnkernel.fuse(model)
+            if who == PLAIN:
+                wnkernel.fold(model)
+            forward = functools.partial(BY_NAME[name].forward, model)
+            if how:
+                forward = torch.compile(forward, fullgraph=True, dynamic=False)
+            forwards[who + how] = forward
+            steps[who + how] = training_step(model, forward, x)
+            start = time.perf_counter()
+            steps[who + how]()
+            if how:
+                compile_s[who + how] = time.perf_counter() - start
+    check_outputs(name, forwards, x)
+    stats = measure(steps, device_sampler(where.device), plan.step_budget_s)
+    about = alone_subject(name, "compile", layers, phase=STEP)
+    return rows(about, where, stats, compile_s=compile_s)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from . import compiled
-from .gan import NORMS, STEP
-from .models import ALONE
+from .gan import NORMS
+from .gan import STEP as GAN_STEP
+from .models import ALONE, STEP
 from .report import faults, number, speedup, three_digits
 from .results import (
     COMPILED,
@@ -44,7 +44,10 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     _print_slower(console, cases["fused"])
     title = "The same bytes in more layers"
     _print_models(console, title, cases["flat"], (TORCH, OURS, FUSED, VERSION, COPY))
-    _print_compiled(console, [m for m in cases["compile"] if m[OURS].phase == ALONE])
+    title = "torch.compile, all weight norms of a model, forward and backward, a process each"
+    _print_compiled(console, title, [m for m in cases["compile"] if m[OURS].phase == ALONE])
+    title = "torch.compile, a training step of a whole model"
+    _print_compiled(console, title, [m for m in cases["compile"] if m[OURS].phase == STEP])
     _print_gan(console, cases["gan"])
     _print_memory(console, cases["memory"])
 
@@ -91,11 +94,10 @@ def _print_slower(console: Console, measured: Sequence[Mapping[str, Result]]) ->
         )
 
 
-def _print_compiled(console: Console, measured: Sequence[Mapping[str, Result]]) -> None:
+def _print_compiled(console: Console, title: str, measured: Sequence[Mapping[str, Result]]) -> None:
     """A row per contender, for every model and number of threads."""
     if not measured:
         return
-    title = "torch.compile, all weight norms of a model, forward and backward, a process each"
     table = _table(title, ("of",))
     table.add_column("contender")
     for head in (
@@ -108,7 +110,8 @@ def _print_compiled(console: Console, measured: Sequence[Mapping[str, Result]]) 
     ):
         table.add_column(head, justify="right")
     for m in measured:
-        for name in compiled.CONTENDERS:
+        names = [name for name in m if name != COPY]
+        for name in names:
             r = m[name]
             table.add_row(
                 r.label if name == TORCH else "",
@@ -119,14 +122,14 @@ def _print_compiled(console: Console, measured: Sequence[Mapping[str, Result]]) 
                 number(r.ratio_to_limit, 2),
                 number(r.compile_s, 1),
                 number(r.faults, 0),
-                end_section=name == compiled.CONTENDERS[-1],
+                end_section=name == names[-1],
             )
     console.print(table)
 
 
 def _print_gan(console: Console, measured: Sequence[Mapping[str, Result]]) -> None:
     phases = {next(iter(m.values())).phase: m for m in measured}
-    norms, steps = phases.get(NORMS), phases.get(STEP)
+    norms, steps = phases.get(NORMS), phases.get(GAN_STEP)
     if norms is None:
         return
     table = _table(f"A GAN step: {norms[TORCH].label}", ("weight norms of",))

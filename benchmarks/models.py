@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Mapping
 
@@ -15,6 +16,9 @@ from .model_zoo import BY_NAME, ZOO, build, model_input
 from .plan import Job, Plan
 from .results import COPY, OURS, TORCH, Result, Subject, rows
 from .timing import Contender, device_sampler, measure
+
+Forward = Callable[[Tensor], Tensor]
+"""Of a whole model."""
 
 ALONE = "weight norms alone"
 STEP = "training step"
@@ -51,7 +55,10 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     about = alone_subject(name, "models", alone[TORCH].layers)
     errors = check_alone(name, alone, where)
     x = model_input(name, where.device)
-    _check_outputs(name, models, x)
+    forwards = {
+        kind: functools.partial(BY_NAME[name].forward, model) for kind, model in models.items()
+    }
+    check_outputs(name, forwards, x)
     sample = device_sampler(where.device)
 
     timed: dict[str, Contender] = dict(alone)
@@ -60,7 +67,7 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     out = rows(about, where, stats, errors=errors)
     del timed, alone, grads
 
-    steps = {kind: training_step(name, model, x) for kind, model in models.items()}
+    steps = {kind: training_step(models[kind], forwards[kind], x) for kind in models}
     stats = measure(steps, sample, plan.step_budget_s)
     return out + rows(alone_subject(name, "models", layers, phase=STEP), where, stats)
 
@@ -114,21 +121,23 @@ def check_alone(name: str, contenders: Mapping[str, Alone], where: Environment) 
     return errors
 
 
-def _check_outputs(name: str, models: Mapping[str, nn.Module], x: Tensor) -> None:
-    forward = BY_NAME[name].forward
-    with torch.no_grad():
-        want = forward(models[TORCH], x)
-        for kind, model in models.items():
-            verify.check_same(f"{kind}, {name}", forward(model, x), want, OUTPUT_L2)
+def check_outputs(name: str, forwards: Mapping[str, Forward], x: Tensor) -> None:
+    """Check the output of every model against that of torch's.
+
+    Raises:
+        VerificationError: outside the tolerance.
+    """
+    want = forwards[TORCH](x).detach()
+    for who, forward in forwards.items():
+        verify.check_same(f"{who}, {name}", forward(x).detach(), want, OUTPUT_L2)
 
 
-def training_step(name: str, model: nn.Module, x: Tensor) -> Contender:
+def training_step(model: nn.Module, forward: Forward, x: Tensor) -> Contender:
     """Forward, mean of squares, backward, SGD."""
-    forward = BY_NAME[name].forward
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:
-        forward(model, x).square().mean().backward()
+        forward(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

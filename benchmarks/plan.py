@@ -32,6 +32,8 @@ class Plan:
     compile_models: tuple[str, ...]
     """Of shapes.csv; almost a minute each on each number of threads."""
     compile_model_budget_s: float
+    compile_steps: tuple[str, ...]
+    """Of the transformers package; two to three minutes each, most of it for torch's own graph."""
     fused_models: tuple[str, ...] | None
     """Of shapes.csv. None: all that the case knows."""
     fused_budget_s: float
@@ -59,6 +61,7 @@ QUICK = Plan(
     compile_layers=1,
     compile_models=(),
     compile_model_budget_s=1.0,
+    compile_steps=(),
     fused_models=("SpeechT5HifiGan", "ParallelWaveGAN"),
     fused_budget_s=0.8,
     flat_layers=(4, 64),
@@ -82,6 +85,7 @@ DEFAULT = Plan(
     compile_layers=3,
     compile_models=("HiFi-GAN-V1",),
     compile_model_budget_s=4.0,
+    compile_steps=(),
     fused_models=None,
     fused_budget_s=2.5,
     flat_layers=(1, 4, 16, 64, 256),
@@ -105,6 +109,7 @@ FULL = Plan(
     compile_layers=99,
     compile_models=("HiFi-GAN-V1", "DAC", "ParallelWaveGAN"),
     compile_model_budget_s=12.0,
+    compile_steps=("SpeechT5HifiGan", "DacModel"),
     fused_models=None,
     fused_budget_s=10.0,
     flat_layers=(1, 2, 4, 8, 16, 32, 64, 128, 256),

@@ -6,14 +6,19 @@ import dataclasses
 import io
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
-from benchmarks import compiled, fused, grouped_report, summary
+import wnkernel
+from benchmarks import compiled, fused, grouped_report, model_zoo, summary
 from benchmarks.environment import environment
-from benchmarks.models import ALONE
+from benchmarks.model_zoo import Entry
+from benchmarks.models import ALONE, STEP
 from benchmarks.plan import QUICK
-from benchmarks.results import COMPILED, COPY, FUSED, LEGACY, OURS, TORCH
+from benchmarks.results import COMPILED, COPY, FUSED, LEGACY, OURS, PLAIN, TORCH
 from benchmarks.shapes import LayerCase
+from benchmarks.verify import VerificationError
 
 from .benchmark_rows import measured
 from .on_the_cpu import on_the_cpu
@@ -21,6 +26,7 @@ from .on_the_cpu import on_the_cpu
 __all__ = ["on_the_cpu"]
 
 ALL = (*compiled.CONTENDERS, COPY)
+QUICK_STEPS = dataclasses.replace(QUICK, step_budget_s=0.0)
 
 
 @pytest.fixture
@@ -54,6 +60,36 @@ def test_models_are_compiled_on_one_thread_and_on_all(monkeypatch):
         for job in compiled.jobs(plan, where, pytest.fail):
             job.run()
     assert ran == [("DAC, 1 thread", 1), ("DAC, 1 thread", 1), ("DAC, 3 threads", 3)]
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    """In the place of a model of the transformers package."""
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(4, 6, 3), nn.Tanh(), nn.Conv1d(6, 4, 3)]
+    for layer in layers[::2]:
+        nn.utils.parametrizations.weight_norm(layer)
+    net = nn.Sequential(*layers)
+    entry = Entry("small", "", (2, 4, 9), lambda m, x: m(x), False)
+    monkeypatch.setitem(model_zoo.BY_NAME, "small", entry)
+    monkeypatch.setattr(compiled, "build", lambda name, device: net)
+    return net
+
+
+def test_training_steps_are_eager_and_compiled(small_net):
+    rows = compiled.run_steps("small", QUICK_STEPS, environment("cpu", None))
+    assert [r.contender for r in rows] == [
+        who + how for who in (TORCH, OURS, FUSED, PLAIN) for how in ("", COMPILED)
+    ]
+    for r in rows:
+        assert (r.label, r.phase, r.shape) == ("small", STEP, "2 layers")
+        assert (r.compile_s > 0) == r.contender.endswith(COMPILED), r.contender
+
+
+def test_training_steps_with_another_output_are_an_error(small_net, monkeypatch):
+    monkeypatch.setattr(wnkernel, "fuse", lambda model: nn.init.ones_(model[0].bias))
+    with pytest.raises(VerificationError, match="fused, small"):
+        compiled.run_steps("small", QUICK_STEPS, environment("cpu", None))
 
 
 def shown(print_results, **ms):
