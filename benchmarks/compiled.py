@@ -139,7 +139,7 @@ def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
     torch._dynamo.reset()
     original = kinds.strip(build(name, where.device))
     x = model_input(name, where.device)
-    forwards, steps, compile_s = {}, {}, {}
+    forwards, steps = {}, {}
     for who in IN_STEPS:
         for how in ("", COMPILED):
             model, layers = original.with_kind(TORCH if who == TORCH else OURS)
@@ -152,11 +152,7 @@ def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
                 forward = torch.compile(forward, fullgraph=True, dynamic=False)
             forwards[who + how] = forward
             steps[who + how] = training_step(model, forward, x)
-            start = time.perf_counter()
-            steps[who + how]()
-            if how:
-                compile_s[who + how] = time.perf_counter() - start
     check_outputs(name, forwards, x)
     stats = measure(steps, device_sampler(where.device), plan.step_budget_s)
     about = alone_subject(name, "compile", layers, phase=STEP)
-    return rows(about, where, stats, compile_s=compile_s)
+    return rows(about, where, stats)
