@@ -33,7 +33,7 @@ class Plan:
     """Of shapes.csv; almost a minute each on each number of threads."""
     compile_model_budget_s: float
     compile_steps: tuple[str, ...]
-    """Of the transformers package; two to three minutes each where the compiler's cache is empty."""
+    """Of the transformers package; three minutes each where the compiler's cache is empty."""
     fused_models: tuple[str, ...] | None
     """Of shapes.csv. None: all that the case knows."""
     fused_budget_s: float
