@@ -1,8 +1,9 @@
 """Case "compile": torch.compile as a contender, on single weights and on all weights of a model,
 on one thread and on all.
 
-Only the weight norm is compiled, with ``fullgraph``; a model's other operators would hide it. What
-they leave of it is seen in training steps of whole models, beside those of the same models folded.
+Only the weight norm is compiled, with ``fullgraph``; a model's other operators would hide it. How
+much of a training step that is, is measured on whole models, beside the same models with folded
+weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from . import fused, kinds
 from .environment import Environment
 from .layers import copy, forward_backward, operators, subject, tensors, verified
 from .model_zoo import BY_NAME, available, build, model_input
-from .models import STEP, alone_subject, check_outputs, freed, training_step
+from .models import STEP, alone_subject, check_steps, freed, of_layers, training_step
 from .plan import Job, Plan
 from .results import (
     COMPILED,
@@ -69,7 +70,7 @@ Report = Callable[[str], None]
 
 
 def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
-    """One job per weight, and one per model and number of threads."""
+    """One job per weight, one per model and number of threads, one per model that is trained."""
     by_key = {(c.shape, c.dim): c for c in grid()}
     cases = [by_key[key] for key in SHAPES[: plan.compile_layers]]
     out = [
@@ -84,7 +85,10 @@ def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
             run = functools.partial(run_model, name, plan, replace(where, threads=threads))
             title = f"compile {name}, threads: {threads}"
             out.append(Job(title, lambda run=run: _if_compilable(run, report)))
-    for name in plan.compile_steps if available() else ():
+    if plan.compile_steps and not available():
+        report(f"{STEP} with torch.compile skipped: transformers is not installed.".capitalize())
+        return out
+    for name in plan.compile_steps:
         run = functools.partial(run_steps, name, plan, where)
         out.append(Job(f"compile {name}, {STEP}", lambda run=run: _if_compilable(run, report)))
     return out
@@ -139,20 +143,22 @@ def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
     torch._dynamo.reset()
     original = kinds.strip(build(name, where.device))
     x = model_input(name, where.device)
-    forwards, steps = {}, {}
+    forwards, steps, parameters = {}, {}, {}
     for who in IN_STEPS:
         for how in ("", COMPILED):
             model, layers = original.with_kind(TORCH if who == TORCH else OURS)
             if who == FUSED:
                 wnkernel.fuse(model)
+            parameters[who + how] = of_layers(layers)
             if who == PLAIN:
                 wnkernel.fold(model)
+                parameters[who + how] = {"grad_w": [layer.module.weight for layer in layers]}
             forward = functools.partial(BY_NAME[name].forward, model)
             if how:
                 forward = torch.compile(forward, fullgraph=True, dynamic=False)
             forwards[who + how] = forward
             steps[who + how] = training_step(model, forward, x)
-    check_outputs(name, forwards, x)
+    check_steps(name, forwards, parameters, x)
     stats = measure(steps, device_sampler(where.device), plan.step_budget_s)
     about = alone_subject(name, "compile", layers, phase=STEP)
     return rows(about, where, stats)

@@ -19,12 +19,16 @@ from .timing import Contender, device_sampler, measure
 
 Forward = Callable[[Tensor], Tensor]
 """Of a whole model."""
+Parameters = Mapping[str, list[nn.Parameter]]
+"""By the names of their gradients."""
 
 ALONE = "weight norms alone"
 STEP = "training step"
 
 OUTPUT_L2 = 1e-4
 """Allowed relative difference of two outputs: float32 roundings through some tens of layers."""
+GRADIENT_L2 = 1e-3
+"""The same for all gradients of v, or of g."""
 
 LEARNING_RATE = 1e-6
 """So small that the models stay the same while they are timed."""
@@ -47,10 +51,11 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     """Verify, then time, the weight norms alone and a training step, all kinds interleaved."""
     original = kinds.strip(build(name, where.device))
     grads = original.grads()
-    models, alone = {}, {}
+    models, alone, parameters = {}, {}, {}
     for kind in kinds.APPLY:
         models[kind], layers = original.with_kind(kind)
         alone[kind] = Alone(layers, grads)
+        parameters[kind] = of_layers(layers)
     del original
     about = alone_subject(name, "models", alone[TORCH].layers)
     errors = check_alone(name, alone, where)
@@ -58,7 +63,7 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     forwards = {
         kind: functools.partial(BY_NAME[name].forward, model) for kind, model in models.items()
     }
-    check_outputs(name, forwards, x)
+    check_steps(name, forwards, parameters, x)
     sample = device_sampler(where.device)
 
     timed: dict[str, Contender] = dict(alone)
@@ -121,15 +126,37 @@ def check_alone(name: str, contenders: Mapping[str, Alone], where: Environment) 
     return errors
 
 
-def check_outputs(name: str, forwards: Mapping[str, Forward], x: Tensor) -> None:
-    """Check the output of every model against that of torch's.
+def check_steps(
+    name: str, forwards: Mapping[str, Forward], parameters: Mapping[str, Parameters], x: Tensor
+) -> None:
+    """Check the output of every model, and the gradients of parameters, against those of the first
+    model that has such.
+
+    Args:
+        name: of the model, for messages.
+        forwards: the models.
+        parameters: of each, by the names of their gradients.
+        x: their input.
 
     Raises:
         VerificationError: outside the tolerance.
     """
-    want = forwards[TORCH](x).detach()
+    first: dict[str, Tensor] = {}
     for who, forward in forwards.items():
-        verify.check_same(f"{who}, {name}", forward(x).detach(), want, OUTPUT_L2)
+        output = forward(x)
+        inputs = [p for some in parameters[who].values() for p in some]
+        grads = iter(torch.autograd.grad(output.square().mean(), inputs))
+        found = {"output": output.detach()}
+        for what, some in parameters[who].items():
+            found[what] = torch.cat([next(grads).flatten() for _ in some])
+        for what, got in found.items():
+            l2 = OUTPUT_L2 if what == "output" else GRADIENT_L2
+            verify.check_same(f"{who}, {name}", got, first.setdefault(what, got), l2, what)
+
+
+def of_layers(layers: list[NormedLayer]) -> Parameters:
+    """All v and g."""
+    return {"grad_v": [layer.v for layer in layers], "grad_g": [layer.g for layer in layers]}
 
 
 def training_step(model: nn.Module, forward: Forward, x: Tensor) -> Contender:

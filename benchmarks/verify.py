@@ -84,14 +84,14 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
     return max(worst, relative)
 
 
-def check_same(who: str, got: Tensor, want: Tensor, l2: float) -> None:
-    """Compare the outputs of two whole models by relative L2.
+def check_same(who: str, got: Tensor, want: Tensor, l2: float, what: str = "output") -> None:
+    """Compare what two whole models give by relative L2.
 
     Raises:
         VerificationError: they differ by more than ``l2``, or are not finite.
     """
-    error = _difference(who, "output", got.detach(), want.detach().double())
-    _demand(who, "output", "relative L2 difference", _ratio(error.norm(), want.norm()), l2)
+    error = _difference(who, what, got.detach(), want.detach().double())
+    _demand(who, what, "relative L2 difference", _ratio(error.norm(), want.norm()), l2)
 
 
 def _difference(who: str, name: str, have: Tensor, should: Tensor) -> Tensor:

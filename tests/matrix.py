@@ -156,7 +156,7 @@ def run(out: Path, commit: str) -> int:
         "torch": version("torch"),
         "python": platform.python_version(),
         "numpy": version("numpy"),
-        "platform": platform.platform(),
+        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "cpu": cpu(),
         "date": date.today().isoformat(),
         "commit": commit,

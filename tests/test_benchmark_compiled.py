@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import wnkernel
 from benchmarks import compiled, fused, grouped_report, model_zoo, summary
 from benchmarks.environment import environment
 from benchmarks.model_zoo import Entry
@@ -76,7 +75,7 @@ def small_net(monkeypatch):
     return net
 
 
-def test_training_steps_are_eager_and_compiled(small_net):
+def test_training_steps_are_eager_and_compiled(small_net, fresh_compiler):
     rows = compiled.run_steps("small", QUICK_STEPS, environment("cpu", None))
     assert [r.contender for r in rows] == [
         who + how for who in (TORCH, OURS, FUSED, PLAIN) for how in ("", COMPILED)
@@ -85,10 +84,25 @@ def test_training_steps_are_eager_and_compiled(small_net):
         assert (r.label, r.phase, r.shape) == ("small", STEP, "2 layers")
 
 
-def test_training_steps_with_another_output_are_an_error(small_net, monkeypatch):
-    monkeypatch.setattr(wnkernel, "fuse", lambda model: nn.init.ones_(model[0].bias))
-    with pytest.raises(VerificationError, match="fused, small"):
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (lambda y: 2 * y, "output"),
+        (lambda y: 2 * y - y.detach(), "grad_v"),
+    ],
+)
+def test_training_steps_that_differ_are_an_error(small_net, monkeypatch, wrong, what):
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda x: wrong(forward(x)))
+    with pytest.raises(VerificationError, match=f"torch, compiled, small: {what}"):
         compiled.run_steps("small", QUICK_STEPS, environment("cpu", None))
+
+
+def test_training_steps_without_transformers(monkeypatch):
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    plan = dataclasses.replace(QUICK, compile_layers=0, compile_steps=("DacModel",))
+    notes = []
+    assert compiled.jobs(plan, environment("cpu", None), notes.append) == []
+    assert notes == ["Training step with torch.compile skipped: transformers is not installed."]
 
 
 def shown(print_results, **ms):
