@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 import wnkernel
 
-from . import fused, kinds
+from . import fused, kinds, verify
 from .environment import Environment
 from .layers import copy, forward_backward, operators, subject, tensors, verified
 from .model_zoo import BY_NAME, available, build, model_input
-from .models import STEP, alone_subject, check_steps, freed, of_layers, training_step
+from .models import OUTPUT_L2, STEP, Forward, alone_subject, check_outputs, freed, training_step
 from .plan import Job, Plan
 from .results import (
     COMPILED,
@@ -149,16 +150,45 @@ def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
             model, layers = original.with_kind(TORCH if who == TORCH else OURS)
             if who == FUSED:
                 wnkernel.fuse(model)
-            parameters[who + how] = of_layers(layers)
+            named = {"grad_v": [n.v for n in layers], "grad_g": [n.g for n in layers]}
             if who == PLAIN:
                 wnkernel.fold(model)
-                parameters[who + how] = {"grad_w": [layer.module.weight for layer in layers]}
+                named = {"grad_w": [n.module.weight for n in layers]}
+            parameters[who + how] = named
             forward = functools.partial(BY_NAME[name].forward, model)
             if how:
                 forward = torch.compile(forward, fullgraph=True, dynamic=False)
             forwards[who + how] = forward
             steps[who + how] = training_step(model, forward, x)
-    check_steps(name, forwards, parameters, x)
+    check_outputs(name, forwards, x)
+    _check_gradients(name, forwards, parameters, x)
     stats = measure(steps, device_sampler(where.device), plan.step_budget_s)
     about = alone_subject(name, "compile", layers, phase=STEP)
     return rows(about, where, stats)
+
+
+def _check_gradients(
+    name: str,
+    forwards: Mapping[str, Forward],
+    parameters: Mapping[str, Mapping[str, list[nn.Parameter]]],
+    x: Tensor,
+) -> None:
+    """Check the gradients of every model against those of the first that has such.
+
+    Args:
+        name: of the model, for messages.
+        forwards: the models.
+        parameters: of each, by the names of their gradients.
+        x: their input.
+
+    Raises:
+        VerificationError: outside the tolerance.
+    """
+    first: dict[str, Tensor] = {}
+    for who, forward in forwards.items():
+        inputs = [p for some in parameters[who].values() for p in some]
+        grads = iter(torch.autograd.grad(forward(x).square().mean(), inputs))
+        for what, some in parameters[who].items():
+            got = torch.cat([next(grads).flatten() for _ in some])
+            want = first.setdefault(what, got)
+            verify.check_same(f"{who}, {name}", got, want, OUTPUT_L2, what)
