@@ -22,7 +22,7 @@ from . import fused, kinds, verify
 from .environment import Environment
 from .layers import copy, forward_backward, operators, subject, tensors, verified
 from .model_zoo import BY_NAME, available, build, model_input
-from .models import OUTPUT_L2, STEP, Forward, alone_subject, check_outputs, freed, training_step
+from .models import OUTPUT_L2, STEP, Forward, alone_subject, freed, training_step
 from .plan import Job, Plan
 from .results import (
     COMPILED,
@@ -87,7 +87,7 @@ def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
             title = f"compile {name}, threads: {threads}"
             out.append(Job(title, lambda run=run: _if_compilable(run, report)))
     if plan.compile_steps and not available():
-        report(f"{STEP} with torch.compile skipped: transformers is not installed.".capitalize())
+        report("Training step with torch.compile skipped: transformers is not installed.")
         return out
     for name in plan.compile_steps:
         run = functools.partial(run_steps, name, plan, where)
@@ -150,30 +150,31 @@ def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
             model, layers = original.with_kind(TORCH if who == TORCH else OURS)
             if who == FUSED:
                 wnkernel.fuse(model)
-            named = {"grad_v": [n.v for n in layers], "grad_g": [n.g for n in layers]}
             if who == PLAIN:
                 wnkernel.fold(model)
                 named = {"grad_w": [n.module.weight for n in layers]}
+            else:
+                named = {"grad_v": [n.v for n in layers], "grad_g": [n.g for n in layers]}
             parameters[who + how] = named
             forward = functools.partial(BY_NAME[name].forward, model)
             if how:
                 forward = torch.compile(forward, fullgraph=True, dynamic=False)
             forwards[who + how] = forward
             steps[who + how] = training_step(model, forward, x)
-    check_outputs(name, forwards, x)
-    _check_gradients(name, forwards, parameters, x)
+    _check_steps(name, forwards, parameters, x)
     stats = measure(steps, device_sampler(where.device), plan.step_budget_s)
     about = alone_subject(name, "compile", layers, phase=STEP)
     return rows(about, where, stats)
 
 
-def _check_gradients(
+def _check_steps(
     name: str,
     forwards: Mapping[str, Forward],
     parameters: Mapping[str, Mapping[str, list[nn.Parameter]]],
     x: Tensor,
 ) -> None:
-    """Check the gradients of every model against those of the first that has such.
+    """Check the output and the gradients of every model against those of the first that has such,
+    with the graphs that are timed: without gradients a compiler would make others.
 
     Args:
         name: of the model, for messages.
@@ -186,9 +187,12 @@ def _check_gradients(
     """
     first: dict[str, Tensor] = {}
     for who, forward in forwards.items():
+        output = forward(x)
         inputs = [p for some in parameters[who].values() for p in some]
-        grads = iter(torch.autograd.grad(forward(x).square().mean(), inputs))
+        grads = iter(torch.autograd.grad(output.square().mean(), inputs))
+        found = {"output": output.detach()}
         for what, some in parameters[who].items():
-            got = torch.cat([next(grads).flatten() for _ in some])
+            found[what] = torch.cat([next(grads).flatten() for _ in some])
+        for what, got in found.items():
             want = first.setdefault(what, got)
             verify.check_same(f"{who}, {name}", got, want, OUTPUT_L2, what)

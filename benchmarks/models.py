@@ -55,10 +55,7 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     about = alone_subject(name, "models", alone[TORCH].layers)
     errors = check_alone(name, alone, where)
     x = model_input(name, where.device)
-    forwards = {
-        kind: functools.partial(BY_NAME[name].forward, model) for kind, model in models.items()
-    }
-    check_outputs(name, forwards, x)
+    _check_outputs(name, models, x)
     sample = device_sampler(where.device)
 
     timed: dict[str, Contender] = dict(alone)
@@ -67,7 +64,11 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     out = rows(about, where, stats, errors=errors)
     del timed, alone, grads
 
-    steps = {kind: training_step(models[kind], forwards[kind], x) for kind in models}
+    forward = BY_NAME[name].forward
+    steps = {
+        kind: training_step(model, functools.partial(forward, model), x)
+        for kind, model in models.items()
+    }
     stats = measure(steps, sample, plan.step_budget_s)
     return out + rows(alone_subject(name, "models", layers, phase=STEP), where, stats)
 
@@ -121,15 +122,12 @@ def check_alone(name: str, contenders: Mapping[str, Alone], where: Environment) 
     return errors
 
 
-def check_outputs(name: str, forwards: Mapping[str, Forward], x: Tensor) -> None:
-    """Check the output of every model against that of torch's.
-
-    Raises:
-        VerificationError: outside the tolerance.
-    """
-    want = forwards[TORCH](x).detach()
-    for who, forward in forwards.items():
-        verify.check_same(f"{who}, {name}", forward(x), want, OUTPUT_L2)
+def _check_outputs(name: str, models: Mapping[str, nn.Module], x: Tensor) -> None:
+    forward = BY_NAME[name].forward
+    with torch.no_grad():
+        want = forward(models[TORCH], x)
+        for kind, model in models.items():
+            verify.check_same(f"{kind}, {name}", forward(model, x), want, OUTPUT_L2)
 
 
 def training_step(model: nn.Module, forward: Forward, x: Tensor) -> Contender:
