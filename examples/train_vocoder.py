@@ -13,6 +13,7 @@ that are the same up to rounding part from torch's like the yardstick does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -66,10 +67,15 @@ def generator(kind: str, seed: int) -> nn.Module:
     if kind == FUSED:
         wnkernel.fuse(model)
     if kind == YARDSTICK:
-        for key, parameter in model.named_parameters():
-            if key.endswith("original0"):
-                parameter.data.copy_(torch.nextafter(parameter.data, torch.tensor(torch.inf)))
+        move_g(model, torch.inf)
     return model
+
+
+def move_g(model: nn.Module, towards: float) -> None:
+    """Moves every g of a model to the next float32 number in one direction."""
+    for key, parameter in model.named_parameters():
+        if key.endswith("original0"):
+            parameter.data.copy_(torch.nextafter(parameter.data, torch.tensor(towards)))
 
 
 def load(path: Path) -> Tensor:
@@ -99,16 +105,20 @@ def log_mel(audio: Tensor) -> Tensor:
     return mel.clamp_min(1e-5).log().T
 
 
+def cut(audio: Tensor, mel: Tensor, starts: Sequence[int], frames: int) -> tuple[Tensor, Tensor]:
+    """Training examples ``[len(starts), frames, mel]`` and ``[len(starts), sample]`` from a
+    recording and its :func:`log_mel`, each from a frame in ``starts`` on."""
+    mels = torch.stack([mel[k : k + frames] for k in starts])
+    return mels, torch.stack([audio[k * HOP : (k + frames) * HOP] for k in starts])
+
+
 def batches(audio: Tensor, seed: int, steps: int) -> list[tuple[Tensor, Tensor]]:
     """``(spectrogram, audio)`` of random segments."""
     mel = log_mel(audio)
     random = torch.Generator().manual_seed(seed)
-    out = []
-    for _ in range(steps):
-        starts = torch.randint(len(audio) // HOP - SEGMENT, (BATCH,), generator=random).tolist()
-        mels = torch.stack([mel[k : k + SEGMENT] for k in starts])
-        out.append((mels, torch.stack([audio[k * HOP : (k + SEGMENT) * HOP] for k in starts])))
-    return out
+    last = len(audio) // HOP - SEGMENT
+    starts = [torch.randint(last, (BATCH,), generator=random).tolist() for _ in range(steps)]
+    return [cut(audio, mel, chosen, SEGMENT) for chosen in starts]
 
 
 def distance(made: Tensor, real: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""Train the vocoder of train_vocoder.py for 20,000 steps, and kill one of the runs again and again.
+
+    pip install '.[examples]'
+    python examples/long_run.py --out long
+
+Five runs with the same initial weights and the same batches, each in a process of its own: torch's
+weight norm; torch's with g moved up, and down, to the next float32 number at the start, which shows
+how far training parts from itself after one rounding; wnkernel's fused; and wnkernel's fused in
+processes that are killed (SIGKILL) at moments of no choice and go on from their last checkpoint.
+The fused curve should be as far from torch's three as those are from each other. The killed one has
+to be the same as the fused one to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from train_vocoder import (
+    ARCTIC,
+    FUSED,
+    HOP,
+    LEARNING_RATE,
+    TORCH,
+    cut,
+    distance,
+    generator,
+    load,
+    log_mel,
+    move_g,
+)
+
+KILLED = "wnkernel, fused, killed"
+OF_TORCH = {TORCH: 0.0, "torch, g one up": math.inf, "torch, g one down": -math.inf}
+"""A run, and where g is moved to at the start."""
+RUNS = (*OF_TORCH, FUSED, KILLED)
+SEGMENT = 16
+"""Spectrogram frames of a training example: a quarter of a second."""
+SAVED_EVERY = 250
+"""Steps between two checkpoints."""
+BLOCK = 500
+"""Steps whose losses are averaged: single steps differ by their batches."""
+SEED = 0
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+def batch(audio: Tensor, mel: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """The training examples of a step, whatever was done before it."""
+    chosen = torch.Generator().manual_seed(step)
+    starts = torch.randint(len(audio) // HOP - SEGMENT, (2,), generator=chosen).tolist()
+    return cut(audio, mel, starts, SEGMENT)
+
+
+@app.command()
+def train(name: str, path: Path, steps: int) -> None:
+    """Train the vocoder of a run from its last checkpoint on, if there is one, to the last step."""
+    torch.set_num_threads(1)
+    audio = load(ARCTIC)
+    mel = log_mel(audio)
+    model = generator(TORCH if name in OF_TORCH else FUSED, SEED)
+    if towards := OF_TORCH.get(name):
+        move_g(model, towards)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.8, 0.99))
+    losses: list[float] = []
+    if path.exists():
+        saved = torch.load(path)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        losses = saved["losses"]
+    for step in range(len(losses), steps):
+        mels, real = batch(audio, mel, step)
+        loss = distance(model(mels), real)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if len(losses) % SAVED_EVERY == 0 or len(losses) == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            beside = path.with_suffix(".part")
+            torch.save({**state, "losses": losses}, beside)
+            os.replace(beside, path)
+
+
+def run(name: str, path: Path, steps: int, kills: int) -> tuple[pd.DataFrame, int]:
+    """Train one of the runs in other processes, and kill that many of them; the losses, and how
+    many were killed before they were done."""
+    moments, killed = random.Random(SEED), 0
+    while True:
+        arguments = ["train", name, str(path), str(steps)]
+        child = subprocess.Popen([sys.executable, __file__, *arguments])
+        try:
+            child.wait(moments.uniform(10, 60) if name == KILLED and killed < kills else None)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            killed += 1
+        else:
+            break
+    if child.returncode != 0:
+        raise SystemExit(child.returncode)
+    losses = torch.load(path)["losses"]
+    return pd.DataFrame({"run": name, "step": range(steps), "loss": losses}), killed
+
+
+@app.command()
+def compare(
+    steps: Annotated[int, typer.Option(min=2)] = 20_000,
+    kills: Annotated[int, typer.Option(help="Processes that are killed.", min=1)] = 12,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and curves.")] = Path("."),
+) -> None:
+    """Train all five, and say how far their curves are apart."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = {name: run(name, out / f"{k}.pt", steps, kills) for k, name in enumerate(RUNS)}
+    curves = pd.concat([losses for losses, _ in results.values()])
+    wide = curves.pivot(index="step", columns="run", values="loss")[list(RUNS)]
+    blocks = wide.groupby(wide.index // BLOCK * BLOCK).mean()
+    blocks.to_csv(out / "long_run.csv", float_format="%.6g")
+    table = Table("run", "first block", "last block", "mean distance to torch's", "largest")
+    for name in RUNS:
+        others = blocks[[other for other in OF_TORCH if other != name]]
+        apart = others.rdiv(blocks[name], axis=0).sub(1).abs()
+        first, last = blocks[name].iloc[0], blocks[name].iloc[-1]
+        mean, largest = apart.to_numpy().mean(), apart.to_numpy().max()
+        table.add_row(name, f"{first:.4f}", f"{last:.4f}", f"{mean:.2%}", f"{largest:.2%}")
+    console = Console()
+    console.print(table)
+    same = bool((wide[FUSED] == wide[KILLED]).all())
+    console.print(
+        f"killed {results[KILLED][1]} times, and "
+        f"{'the same to the last bit' if same else 'not the same'} as the run that was not"
+    )
+
+
+if __name__ == "__main__":
+    app()
