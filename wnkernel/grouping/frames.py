@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from _thread import LockType
 from types import FrameType
 
 
-def has_ended(frame: FrameType | None) -> bool:
-    """Whether the call of a frame has returned or raised; None counts as running.
+def has_ended(call: FrameType | LockType) -> bool:
+    """Whether the call of a frame has returned or raised, or the ``with`` of a lock is over.
 
     Neither torch's modules nor its optimizers run their hooks after every exception, so what a
     hook began has to look for itself. A frame that has ended loses its local variables here.
     """
-    if frame is None:
-        return False
+    if type(call) is LockType:
+        return not call.locked()
     try:
-        frame.clear()
+        call.clear()
     except RuntimeError:  # refused, as it is being executed
         return False
     return True

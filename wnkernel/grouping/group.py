@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 
 from .. import _ops
 from ..checkpoint import own_parametrizations, stacked_in
 from ..parametrization import OURS, WeightNormList, weight_norm_kinds
 from . import scopes
-from .members import Container, Member, Roster, drop_all
+from .members import Container, Member, Roster
 from .optimizers import steps
 from .watches import end_watches
 
@@ -64,18 +66,20 @@ class WeightNormGroup:
         block, or code that runs meanwhile is served from it.
         """
         container, launches = self._root, self._roster.local.launches
-        if container is None:  # removed
+        if container is None or is_dynamo_compiling():  # removed; graphs have their own launches
             yield
             return
-        depth = launches.enter(container, None)
-        try:
-            yield
-        finally:
-            launches.cut(self._roster, depth)
+        call = threading.Lock()
+        with call:  # let go also if an interrupt comes within cut()
+            depth = launches.enter(container, call)
+            try:
+                yield
+            finally:
+                launches.cut(self._roster, depth)
 
     def refresh(self) -> None:
         """Compute every weight anew at its next read, in all threads."""
-        self._roster.refreshes += 1
+        self._roster.latest_refresh = object()
         self._roster.local.launches.drop()
 
     def memory(self) -> dict[str, int]:
@@ -86,7 +90,7 @@ class WeightNormGroup:
             ``slot_bytes``: their memory; ``idle_bytes``: memory on the CPU that served results of
             this process before and waits for the next ones (:func:`wnkernel.cpu_buffers`).
         """
-        held = [slot for launches in list(self._roster.threads) for slot in launches.slots()]
+        held = [slot for launches in self._roster.launches() for slot in launches.slots()]
         return {
             "slots": len(held),
             "slot_bytes": sum(slot.nbytes for slot in held),
@@ -94,18 +98,18 @@ class WeightNormGroup:
         }
 
     def remove(self) -> None:
-        """Give the plain weight-normed layers back, each computed on its own. Safe to repeat."""
-        self._roster.local.launches.close()
-        drop_all(self._roster.threads)
-        self._root = None
+        """Give the plain weight-normed layers back, each computed on its own. Safe to repeat,
+        and while other threads are in a forward, which read their next weights one by one."""
+        self._roster.remove()
         for member in (ref() for ref in self._roster.members):
             weights = None if member is None else member.weights()
-            if weights is not None:
+            if weights is not None and weights.owner is member:
                 weights.owner, weights.bucket, weights.casts = None, None, False
-        for container in (ref() for ref in self._roster.containers):
+        for container in reversed([ref() for ref in self._roster.containers]):  # the root last
             module = None if container is None else container.module()
-            if module is not None:
+            if module is not None and scopes.container_of(module) is container:
                 scopes.detach(module)
+        self._root = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The model comes first: pickling a container (see pickling.py) expects it to be begun.

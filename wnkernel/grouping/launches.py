@@ -3,10 +3,15 @@
 A launch computes many members at once and puts each into a slot. With ``reuse="forward"`` slots
 live until the outermost scope ends; with ``reuse="version"`` until one shows a change, an optimizer
 steps, or someone asks.
+
+Only its own thread changes what is in a :class:`Launches`, at any bytecode of which an interrupt
+may come. Other threads replace its stack and its records by empty ones (:meth:`Launches.forget`),
+so a method reads each of these once.
 """
 
 from __future__ import annotations
 
+from _thread import LockType
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,10 +34,25 @@ class Scope(NamedTuple):
     """A running forward of a container, or a ``with group.scope()``."""
 
     container: Container
-    frame: FrameType | None
-    """The frame that runs the container's hooks; None where a ``finally`` closes the scope."""
+    call: FrameType | LockType
+    """The frame that runs the container's hooks, or a lock that is held within the ``with``."""
     captured: torch.device | None
     """The device that was being captured into a graph when it was opened."""
+
+
+class _Record:
+    """What was launched in one mode."""
+
+    __slots__ = ("buckets", "launchers", "missed", "slots")
+
+    def __init__(self, members: int) -> None:
+        self.slots: list[PythonSlot | None] = [None] * members
+        """One for each member that was launched, by the member's index."""
+        self.buckets: set[batch.Bucket] = set()
+        """Those that had their launch in the scope that is running."""
+        self.missed: set[int] = set()
+        """Members that were read in a scope and have no slot, or none any more."""
+        self.launchers: set[Container] = set()
 
 
 class Launches:
@@ -40,76 +60,74 @@ class Launches:
 
     def __init__(self) -> None:
         self.stack: list[Scope] = []
-        self.tables: dict[Mode, list[PythonSlot | None]] = {}
-        """A slot for each member that was launched, by the member's index."""
-        self._stamp = 0
-        self._launched: set[tuple[Mode, batch.Bucket]] = set()
-        """Modes and buckets that had their launch in the scope that is running."""
-        self._missed: dict[Mode, set[int]] = {}
-        """Members that were read in this scope and have no slot, or none any more."""
-        self._launchers: dict[Mode, set[Container]] = {}
+        self.records: dict[Mode, _Record] = {}
+        self._refresh: object = None
+        self._step: object = None
+        """The latest ones when what is in the slots was computed."""
         self._units: set[int] = set()
         """Modules that shard their parameters and whose members were launched."""
 
     def take(self, member: Member, v: Tensor, g: Tensor) -> Tensor | None:
         """``w`` of a member from its slot or from a launch made now; None: compute it alone."""
-        if not self.stack:
+        stack = self.stack
+        if not stack:
             return None
         roster = member.roster
         mode = current_mode(v, roster.out_dtype(v))
-        if mode is None or (mode.capturing and self.stack[0].captured != v.device):
+        if mode is None or (mode.capturing and stack[0].captured != v.device):
             return None
-        if has_ended(self.stack[0].frame):
+        if has_ended(stack[0].call):
             self.cut(roster, 0)
             return None
-        stamp = roster.refreshes + steps.count  # both only grow
-        if self._stamp != stamp:
+        refresh, step = roster.latest_refresh, steps.latest
+        if self._refresh is not refresh or self._step is not step:
             self.drop()
-            self._launched.clear()
-            self._stamp = stamp
-        table = self.tables.get(mode)
-        slot = None if table is None else table[member.index]
+            self._refresh, self._step = refresh, step
+        record = self.records.get(mode)
+        slot = None if record is None else record.slots[member.index]
         if slot is not None and (w := slot.take(v, g)) is not None:
             return w
-        for scope in self.stack:
+        for scope in stack:
             if member.index in scope.container.members:
                 return self._launch(scope.container, member, mode, v, g)
         return None
 
-    def enter(self, container: Container, frame: FrameType | None) -> int:
-        """Open a scope; how many were open before."""
-        self._close_ended(container.roster)
-        captured = self.stack[0].captured if self.stack else captured_device()
-        self.stack.append(Scope(container, frame, captured))
-        return len(self.stack) - 1
+    def enter(self, container: Container, call: FrameType | LockType) -> int:
+        """Open a scope, unless the group is no more; how many were open before."""
+        stack = self._close_ended(container.roster)
+        depth = len(stack)
+        if not container.roster.removed:  # asked when the stack was read
+            captured = stack[0].captured if stack else captured_device()
+            stack.append(Scope(container, call, captured))
+        return depth
 
     def leave(self, roster: Roster, frame: FrameType) -> None:
         """Close the scope that a frame opened, if it did."""
-        self._close_ended(roster)
-        if self.stack and self.stack[-1].frame is frame:
-            self._pop(roster)
+        stack = self._close_ended(roster)
+        if stack and stack[-1].call is frame:
+            self._close_last(stack, roster)
 
     def cut(self, roster: Roster, depth: int) -> None:
         """Close all scopes but the outermost ``depth``."""
-        while len(self.stack) > depth:
-            self._pop(roster)
+        stack = self.stack
+        while len(stack) > depth:
+            self._close_last(stack, roster)
 
-    def close(self) -> None:
-        """Close every scope and let go of every slot."""
-        self.stack.clear()
-        self._launched.clear()
-        self.drop()
+    def forget(self) -> None:
+        """Close every scope and let go of every slot, from any thread."""
+        self.stack = []
+        self.records = {}
 
     def slots(self) -> list[PythonSlot]:
-        """The slots that are filled."""
-        return [slot for table in list(self.tables.values()) for slot in table if slot is not None]
+        """The slots that are filled, from any thread."""
+        records = list(self.records.values())
+        return [slot for record in records for slot in record.slots if slot is not None]
 
     def drop(self) -> None:
         """Let go of every slot."""
-        for mode in self.tables:
-            self._note_reads(mode)
-        self.tables.clear()
-        self._launchers.clear()
+        for mode, record in self.records.items():
+            _tell_launchers(mode, record)
+        self.records = {}
 
     def _launch(
         self, container: Container, member: Member, mode: Mode, v: Tensor, g: Tensor
@@ -120,46 +138,49 @@ class Launches:
         bucket = batch.bucket_of(member, v, batch.sharding_modules())
         if bucket.unit is not None and not self._is_running(bucket.unit):
             return None
-        if (mode, bucket) in self._launched:
-            self._missed.setdefault(mode, set()).add(member.index)
+        records = self.records
+        if (record := records.get(mode)) is None:
+            record = records[mode] = _Record(len(member.roster.members))
+        if bucket in record.buckets:
+            record.missed.add(member.index)
             return None
-        self._launched.add((mode, bucket))
-        table = self.tables.setdefault(mode, [None] * len(member.roster.members))
-        if table[member.index] is not None:  # out of date: a change that no optimizer made
-            self._note_reads(mode)
-        launchers = self._launchers.setdefault(mode, set())
+        record.buckets.add(bucket)
+        slots = record.slots
+        if slots[member.index] is not None:  # out of date: a change that no optimizer made
+            _tell_launchers(mode, record)
         if bucket.unit is not None:
             self._units.add(bucket.unit)
         likely = container.likely(mode, member.index)
-        for index, slot in batch.launch(member.roster, likely, bucket, table):
-            table[index] = slot
-        launchers.add(container)  # not if it raised: what was read then says nothing
-        slot = table[member.index]
+        for index, slot in batch.launch(member.roster, likely, bucket, slots):
+            slots[index] = slot
+        record.launchers.add(container)  # not if it raised: what was read then says nothing
+        slot = slots[member.index]
         return None if slot is None else slot.take(v, g)
 
-    def _note_reads(self, mode: Mode) -> None:
-        """Tell the containers which members were read: the next launch covers those."""
-        read = {i for i, slot in enumerate(self.tables[mode]) if slot is not None and slot.taken}
-        read |= self._missed.pop(mode, set())
-        for container in self._launchers[mode]:
-            container.previous[mode] = sorted(read & container.members)
+    def _close_ended(self, roster: Roster) -> list[Scope]:
+        """Close the innermost scopes that are over; returns those that are open."""
+        stack = self.stack
+        while stack and has_ended(stack[-1].call):
+            self._close_last(stack, roster)
+        return stack
 
-    def _close_ended(self, roster: Roster) -> None:
-        while self.stack and has_ended(self.stack[-1].frame):
-            self._pop(roster)
-
-    def _pop(self, roster: Roster) -> None:
-        scope = self.stack.pop()
+    def _close_last(self, stack: list[Scope], roster: Roster) -> None:
+        """Close the innermost scope. It goes last, so that an interrupt leaves one to be closed."""
+        scope = stack[-1]
         if self._units:
             self._close_unit(scope.container)
-        if not self.stack:
-            self._launched.clear()
+        if len(stack) == 1:
+            for record in self.records.values():
+                record.buckets.clear()
             if roster.reuse == "forward" or scope.captured is not None or steps.running():
                 self.drop()
+        stack.pop()
 
     def _is_running(self, module: int) -> bool:
         """Whether the forward of a module is one of the scopes (an explicit one is no forward)."""
-        return any(s.frame is not None and id(s.container.module()) == module for s in self.stack)
+        return any(
+            isinstance(s.call, FrameType) and id(s.container.module()) == module for s in self.stack
+        )
 
     def _close_unit(self, container: Container) -> None:
         """If a container shards its parameters, its slots end with its forward: they are gathered
@@ -167,10 +188,19 @@ class Launches:
         unit = id(container.module())
         if unit not in self._units:
             return
-        self._units.remove(unit)
-        self._launched = {(m, bucket) for m, bucket in self._launched if bucket.unit != unit}
-        for mode, table in self.tables.items():
+        for record in self.records.values():
+            record.buckets = {bucket for bucket in record.buckets if bucket.unit != unit}
             for index in container.members:
-                slot, table[index] = table[index], None
+                slot, record.slots[index] = record.slots[index], None
                 if slot is not None and slot.taken:
-                    self._missed.setdefault(mode, set()).add(index)
+                    record.missed.add(index)
+        self._units.remove(unit)
+
+
+def _tell_launchers(mode: Mode, record: _Record) -> None:
+    """Tell the containers which members were read: the next launch covers those."""
+    read = {i for i, slot in enumerate(record.slots) if slot is not None and slot.taken}
+    read |= record.missed
+    record.missed = set()
+    for container in record.launchers:
+        container.previous[mode] = sorted(read & container.members)

@@ -21,11 +21,13 @@ from ..parametrization import WeightNormList, autocast_dtype
 from .launches import Launches
 from .modes import Mode
 
+_Threads = weakref.WeakValueDictionary[int, Launches]
+
 
 class _ThreadLocal(threading.local):
-    def __init__(self, threads: weakref.WeakSet[Launches]) -> None:
+    def __init__(self, threads: _Threads) -> None:
         self.launches = Launches()
-        threads.add(self.launches)
+        threads[id(self.launches)] = self.launches
 
 
 class Roster:
@@ -36,12 +38,23 @@ class Roster:
         self.autocast = autocast
         self.members: list[Callable[[], Member | None]] = []
         self.containers: list[Callable[[], Container | None]] = []
-        self.refreshes = 0
-        """How often everything that was computed had to be thrown away."""
-        self.threads: weakref.WeakSet[Launches] = weakref.WeakSet()
-        self.local = _ThreadLocal(self.threads)
-        threads = self.threads  # and not self: no cycle
-        self.root = weakref.ref(root, lambda _: drop_all(threads)) if root is not None else _nobody
+        self.latest_refresh = object()
+        """Another one whenever all that was computed has to be thrown away."""
+        self.removed = False
+        threads: _Threads = weakref.WeakValueDictionary()
+        self._threads = threads
+        self.local = _ThreadLocal(threads)
+        # Not a method of self: no cycle.
+        self.root = _nobody if root is None else weakref.ref(root, lambda _: _forget_all(threads))
+
+    def launches(self) -> list[Launches]:
+        """Those of all threads."""
+        return _living(self._threads)
+
+    def remove(self) -> None:
+        """Let nobody open a scope any more, then let go of the slots and scopes of all threads."""
+        self.removed = True
+        _forget_all(self._threads)
 
     def out_dtype(self, v: Tensor) -> torch.dtype | None:
         """The dtype that ``w`` is computed in; None: v's own."""
@@ -143,10 +156,14 @@ class Container:
         return Container(roster, module, sorted(self.members), self.index)
 
 
-def drop_all(threads: weakref.WeakSet[Launches]) -> None:
-    """Let go of the slots of all threads."""
-    for launches in list(threads):
-        launches.drop()
+def _forget_all(threads: _Threads) -> None:
+    for launches in _living(threads):
+        launches.forget()
+
+
+def _living(threads: _Threads) -> list[Launches]:
+    """In one step, ``valuerefs``: other threads may come meanwhile."""
+    return [launches for ref in threads.valuerefs() if (launches := ref()) is not None]
 
 
 def _enroll(registry: list[Callable[[], Any]], entry: object, index: int | None) -> int:

@@ -1,4 +1,4 @@
-"""How often torch's optimizers began and ended a step.
+"""When torch's optimizers begin and end a step.
 
 torch's fused Adam, SGD and Adagrad write to parameters without a trace in their version counters,
 and so does any optimizer that writes through ``.data``. What they have in common are the hooks
@@ -24,14 +24,15 @@ from .frames import has_ended
 
 class _Steps:
     def __init__(self) -> None:
-        self.count = 0
-        """Beginnings and ends of steps, of all optimizers, since :meth:`watch` was called first."""
-        self._running: list[FrameType] = []
-        """Calls of ``step``."""
+        self.latest = object()
+        """Another one after every beginning and end of a step of any optimizer, in any thread,
+        since :meth:`watch` was called first. (Counts of two threads can come to the same.)"""
+        self._running: dict[FrameType, None] = {}
+        """Calls of ``step``, of all threads."""
         self._hooks: list[RemovableHandle] = []
 
     def watch(self) -> None:
-        """Begin to count."""
+        """Begin to look."""
         if not self._hooks:
             self._hooks = [
                 register_optimizer_step_pre_hook(self._begin),
@@ -40,29 +41,30 @@ class _Steps:
 
     def running(self) -> bool:
         """Whether an optimizer is within a step: it may write, and run the model, repeatedly."""
-        self._running = [frame for frame in self._running if not has_ended(frame)]
+        for frame in list(self._running):
+            if has_ended(frame):
+                self._running.pop(frame, None)
         return bool(self._running)
 
     def _begin(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if _counts(optimizer):
-            self._count()
+            self._note()
         if not is_dynamo_compiling():
-            self._running.append(sys._getframe(1))
+            self._running[sys._getframe(1)] = None
 
     def _end(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         if _counts(optimizer):
-            self._count()
+            self._note()
         if not is_dynamo_compiling():
-            step = sys._getframe(1)
-            self._running = [f for f in self._running if f is not step and not has_ended(f)]
+            self._running.pop(sys._getframe(1), None)
 
     @torch.compiler.disable
-    def _count(self) -> None:
-        self.count += 1
+    def _note(self) -> None:
+        self.latest = object()
 
 
 def _counts(optimizer: Optimizer) -> bool:
-    """A count within a compiled step would compile it again and again, and is not needed: it leaves
+    """A note within a compiled step would compile it again and again, and is not needed: it leaves
     a trace in the version counters. Fused kernels do not, and are no part of a graph."""
     fused = any(group.get("fused") for group in optimizer.param_groups)
     return fused or not is_dynamo_compiling()

@@ -35,11 +35,11 @@ def attach(module: nn.Module, container: Container) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Undo :func:`attach`, also on a copy of the module."""
-    module.__dict__.pop(ATTRIBUTE, None)
+    """Undo :func:`attach`, also on a copy of the module. What is interrupted can be repeated."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         hooks.pop(HOOK_ID, None)
     module._forward_hooks_always_called.pop(HOOK_ID, None)
+    module.__dict__.pop(ATTRIBUTE, None)
 
 
 def container_of(module: nn.Module) -> Container | None:

@@ -1,0 +1,151 @@
+"""Ctrl-C at any bytecode of ours: what comes next is right, fresh, and holds no memory.
+
+Interrupts come between two bytecodes. A trace function raises one there, so that each of them gets
+its turn and none is left to chance.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import wnkernel
+from wnkernel import WeightNormGroup
+
+from ..groups import (
+    assert_plain,
+    assert_same,
+    assert_same_models,
+    both_modes,
+    originals,
+    twins,
+    weights,
+)
+from . import cases
+
+OURS = str(Path(wnkernel.__file__).parent)
+
+Action = Callable[[nn.Module, WeightNormGroup], object]
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt, which pytest takes for its own."""
+
+
+def interrupted(at: int, action: Callable[[], object]) -> int:
+    """Run something with an interrupt before the bytecode number ``at`` of ours; how many there
+    were until then."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            count += 1
+            if count == at:
+                raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def moments(action: Callable[[], object]) -> list[int]:
+    """Numbers of bytecodes of something: all, or as many as there are cases."""
+    last = interrupted(0, action)
+    assert last > 0
+    return random.Random(0).sample(range(1, last + 1), min(cases(40), last))
+
+
+def train(model: nn.Module, group: WeightNormGroup) -> None:
+    model().sum().backward()
+
+
+def read(model: nn.Module, group: WeightNormGroup) -> None:
+    with group.scope():
+        weights(model)
+
+
+def change_without_a_trace(*models: nn.Module) -> None:
+    for model in models:
+        for p in originals(model):
+            p.data.neg_().add_(0.25)
+
+
+@both_modes
+@pytest.mark.parametrize("action", [train, read])
+def test_the_next_forward_is_right_and_fresh(reuse: str, action: Action) -> None:
+    model, twin, group = twins(reuse)
+    for at in moments(lambda: action(model, group)):
+        interrupted(at, lambda: action(model, group))
+        change_without_a_trace(model, twin)
+        if reuse == "version":
+            group.refresh()  # as docs/fuse.md asks after such a change
+        assert_same(model(), twin())
+        assert_same(model.head.weight, twin.head.weight)
+        with torch.no_grad():
+            assert_same(model(), twin())
+        if reuse == "forward":
+            assert group.memory()["slots"] == 0
+
+
+def is_fused(model: nn.Module) -> bool:
+    try:
+        WeightNormGroup.of(model)
+    except ValueError:
+        return False
+    return True
+
+
+@both_modes
+def test_fuse_does_all_or_nothing(reuse: str) -> None:
+    model, twin, group = twins(reuse)
+
+    group.remove()
+
+    def fuse() -> None:
+        wnkernel.fuse(model, reuse=reuse)
+
+    numbers = moments(fuse)
+    WeightNormGroup.of(model).remove()
+    for at in numbers:
+        interrupted(at, fuse)
+        assert_same_models(model, twin)
+        if is_fused(model):
+            WeightNormGroup.of(model).remove()
+        assert_plain(model)
+
+
+@both_modes
+def test_remove_can_be_repeated(reuse: str) -> None:
+    model, twin, _ = twins(reuse)
+
+    def remove() -> None:
+        WeightNormGroup.of(model).remove()
+
+    numbers = moments(remove)
+    wnkernel.fuse(model, reuse=reuse)
+    for at in numbers:
+        interrupted(at, remove)
+        assert_same_models(model, twin)
+        if is_fused(model):
+            remove()
+        assert_plain(model)
+        wnkernel.fuse(model, reuse=reuse)

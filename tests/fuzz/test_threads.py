@@ -1,0 +1,153 @@
+"""Many threads at one fused model: they read, differentiate, refresh and fail, while one fuses it
+anew. Each gets the bits of a model that nobody fused."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wnkernel
+from wnkernel import WeightNormGroup
+
+from ..groups import Net, assert_plain, both_modes, originals, twins, weights
+from ..processes import PATIENCE_S
+from . import cases
+
+THREADS = 6
+
+
+@pytest.fixture(autouse=True)
+def _often() -> Iterator[None]:
+    """Threads take turns every few bytecodes."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(*functions: Callable[[], object]) -> None:
+    """Run each in a thread that is new, all at once; raise what one of them raised."""
+    barrier = threading.Barrier(len(functions))
+
+    def run(function: Callable[[], object]) -> object:
+        barrier.wait(PATIENCE_S)
+        return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        for done in [pool.submit(run, function) for function in functions]:
+            done.result(PATIENCE_S)
+
+
+def repeat(times: int, function: Callable[[], object]) -> None:
+    for _ in range(times):
+        function()
+
+
+def read(group: WeightNormGroup, model: nn.Module) -> None:
+    with group.scope():
+        weights(model)
+
+
+@both_modes
+@pytest.mark.parametrize("what", ["memory", "remove"])
+def test_threads_come_while_a_group_is_looked_at_or_removed(reuse: str, what: str) -> None:
+    """A thread is new to a group at its first read."""
+    model = Net()
+    for _ in range(cases(60)):
+        group = wnkernel.fuse(model, reuse=reuse)
+        user, owner = partial(read, group, model), partial(repeat, 20, getattr(group, what))
+        together(*[user] * THREADS, *[owner] * 2)
+        group.remove()
+        assert_plain(model)
+
+
+class Failure(Exception):
+    """Of a hook."""
+
+
+class Storm:
+    """One model, its twin, and what a thread may do to the first of them."""
+
+    def __init__(self, reuse: str) -> None:
+        self.reuse = reuse
+        self.model, twin, _ = twins(reuse)
+        self.y = twin()
+        self.grads = torch.autograd.grad(self.y.sum(), originals(twin))
+        with torch.no_grad():
+            self.weights = weights(twin)
+
+    def act(self, chance: random.Random) -> None:
+        """Do one of them; its result has to be that of the twin."""
+        chance.choice([self.differentiate, self.infer, self.read, self.fail, self.refresh])(chance)
+
+    def differentiate(self, chance: random.Random) -> None:
+        y = self.model()
+        self.check([y, *torch.autograd.grad(y.sum(), originals(self.model))], [self.y, *self.grads])
+
+    def infer(self, chance: random.Random) -> None:
+        with torch.inference_mode(chance.random() < 0.5), torch.no_grad():
+            self.check([self.model()], [self.y])
+
+    def read(self, chance: random.Random) -> None:
+        try:
+            group = WeightNormGroup.of(self.model)
+        except ValueError:  # given back at this moment
+            return
+        with group.scope():
+            self.check(weights(self.model).values(), self.weights.values())
+        group.memory()
+
+    def fail(self, chance: random.Random) -> None:
+        """In the middle of a forward, and in a backward."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, _fail):
+            y = self.model()
+        with pytest.raises(Failure):
+            y.sum().backward()
+
+    def refresh(self, chance: random.Random) -> None:
+        try:
+            WeightNormGroup.of(self.model).refresh()
+        except ValueError:
+            return
+
+    def fuse(self, chance: random.Random) -> None:
+        WeightNormGroup.of(self.model).remove()
+        wnkernel.fuse(self.model, reuse=self.reuse)
+
+    @staticmethod
+    def check(got: object, want: object) -> None:
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+def _fail(t: Tensor) -> Tensor:
+    raise Failure
+
+
+@both_modes
+def test_a_storm(reuse: str) -> None:
+    storms = [Storm(reuse) for _ in range(2)]
+
+    def user(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(cases(30)):
+            chance.choice(storms).act(chance)
+
+    def owner() -> None:
+        chance = random.Random(0)
+        for _ in range(cases(30)):
+            chance.choice(storms).fuse(chance)
+
+    together(owner, *(lambda seed=seed: user(seed) for seed in range(THREADS)))
+    for storm in storms:
+        assert torch.equal(storm.model(), storm.y)
+        if reuse == "forward":
+            assert WeightNormGroup.of(storm.model).memory()["slots"] == 0
