@@ -18,8 +18,12 @@ using torch::dynamo::autograd::SwapSavedVariables;
 
 namespace {
 
+// Sparse gradients, as of an embedding, are made dense: the projection reads all of them.
+bool is_dense(const at::Tensor& grad_w) { return grad_w.layout() == at::kStrided; }
+
 variable_list gradients_of_one(const at::Tensor& grad_w, const Saved& w, bool need_v, bool need_g,
                                Bucket bucket) {
+  if (!is_dense(grad_w)) return gradients_of_one(grad_w.to_dense(), w, need_v, need_g, bucket);
   const at::Tensor inputs[] = {grad_w, w.v, w.g};
   const auto keys = grad_w.key_set() | w.v.key_set() | w.g.key_set() | w.extra.key_set();
   if (is_direct(keys) && !is_transformed(inputs) && !needs_grad(inputs)) {
@@ -45,7 +49,7 @@ variable_list gradients_of_list(const variable_list& grad_w, at::ArrayRef<Saved>
   for (size_t k = 0; k < count; ++k) {
     if (!grad_w[k].defined() || !(needs[k] || needs[count + k])) continue;
     const Saved& w = weights[k];
-    grad.push_back(grad_w[k]);
+    grad.push_back(is_dense(grad_w[k]) ? grad_w[k] : grad_w[k].to_dense());
     v.push_back(w.v);
     g.push_back(w.g);
     norm.push_back(w.extra);

@@ -231,3 +231,14 @@ def test_unknown_backend(name):
 def test_norm_except_dim(v, dim, error, pattern):
     with pytest.raises(error, match=message(*pattern)):
         F.norm_except_dim(v, dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "got"), [("v", "Tensor"), ("g", "Tensor"), ("dim", "int"), ("eps", "float")]
+)
+def test_lists_that_are_none(name, got):
+    """A tensor would be taken for the list of its rows."""
+    arguments = {"v": [v()], "g": [g()], "dim": [0], "eps": [0.0]}
+    arguments[name] = arguments[name][0]
+    with pytest.raises(TypeError, match=message(name, "an entry for each weight", got)):
+        F.weight_norms(**arguments)

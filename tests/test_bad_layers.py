@@ -71,6 +71,12 @@ def test_layer(arguments, error, pattern):
     assert snapshot(module) == before
 
 
+def test_a_container_names_a_layer_of_it():
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"apply it to the layers, .* '1.0' \(Linear\)"):
+        wnkernel.weight_norm(model)
+
+
 @pytest.mark.parametrize(("eps", "error"), [(-1.0, ValueError), ("0", TypeError)])
 def test_layer_eps(eps, error):
     module = nn.Linear(3, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 
@@ -305,3 +306,23 @@ def test_rows_without_a_gradient(backend, shape, dim, dtype):
         ("grad_v", "grad_g"), (grad_v, grad_g), reference.backward(v, g, grad_w, dim), strict=True
     ):
         reference.assert_close(name, got, expected)
+
+
+def test_sparse_gradients(route):
+    """As of ``nn.Embedding(sparse=True)``: those of v are dense in any case."""
+    rows = torch.tensor([3, 0, 3])
+    layers = [wnkernel.weight_norm(nn.Embedding(5, 4, sparse=sparse)) for sparse in (True, False)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    model = nn.ModuleList(layers)
+    grads = []
+    for fused in (False, True):
+        if fused:
+            group = wnkernel.fuse(model)
+        with group.scope() if fused else contextlib.nullcontext():
+            y = torch.stack([layer(rows) for layer in layers])
+        for layer in layers:
+            loss = y.square().sum()
+            grads.append(torch.autograd.grad(loss, layer.parameters(), retain_graph=True))
+    for grad_g, grad_v in grads[1:]:
+        assert torch.equal(grad_g, grads[0][0])
+        assert torch.equal(grad_v, grads[0][1])

@@ -330,3 +330,19 @@ def test_remove_within_a_scope(computed: Computed, reuse):
     computed.take()
     model()
     assert computed.take() == ([], 7)
+
+
+@pytest.mark.parametrize("kind", ["torch", "legacy"])
+def test_weight_norms_of_torch_are_to_be_converted_first(kind):
+    model = nn.Sequential(APPLY[kind](nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match=r"wnkernel.convert\(model\) first"):
+        wnkernel.fuse(model)
+
+
+def test_a_group_is_no_model():
+    """``model = fuse(model)``."""
+    group = wnkernel.fuse(Net())
+    with pytest.raises(TypeError, match=r"write fuse\(model\), then model\(x\)"):
+        group()
+    with pytest.raises(AttributeError, match=r"'parameters'.* changes the model in place"):
+        group.parameters()

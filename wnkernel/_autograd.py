@@ -100,6 +100,8 @@ class _Forward(Function):
             norms, grad_ws, need_v, need_g, of_v, of_g = columns
             versions = of_v + of_g
         inputs = *problems.v, *problems.g
+        if any(t.layout != torch.strided for t in grad_ws):  # of an embedding, say
+            grad_ws = [t if t.layout == torch.strided else t.to_dense() for t in grad_ws]
         in_graph = is_dynamo_compiling()  # of compiled autograd, which has asked for the key below
         if not in_graph and _versions_of(inputs) != versions:
             names = "v" * len(live) + "g" * len(live)

@@ -24,6 +24,7 @@ from .problem import (
     check_forward,
     check_lengths,
     check_v,
+    list_of,
     norm_shape,
 )
 
@@ -131,8 +132,8 @@ def weight_norms(
             or eps.
         RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
     """
-    v, g, dim = list(v), list(g), list(dim)
-    eps = [0.0] * len(v) if eps is None else list(eps)
+    v, g, dim = list_of("v", v), list_of("g", g), list_of("dim", dim)
+    eps = [0.0] * len(v) if eps is None else list_of("eps", eps)
     check_lengths(len(v), g=g, dim=dim, eps=eps)
     if not v:
         return []

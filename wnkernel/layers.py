@@ -76,6 +76,7 @@ def weight_norm(
         known = ", ".join(module._parameters) or "none"
         raise ValueError(
             f"name: expected a parameter of {type(module).__name__} (it has: {known}), got {name!r}"
+            f"{_layers_instead(module, name)}"
         )
     weight = getattr(module, name)
     if is_lazy(weight):  # before torch 2.5 or so isinstance() is true of any subclass of Tensor
@@ -88,6 +89,14 @@ def weight_norm(
     update_flat_weights(module, name)
     share_class(module)
     return module
+
+
+def _layers_instead(module: nn.Module, name: str) -> str:
+    """What to say of a container, whose layers have the parameter."""
+    for path, layer in module.named_modules():
+        if layer._parameters.get(name) is not None:
+            return f"; apply it to the layers, for example to {path!r} ({type(layer).__name__})"
+    return ""
 
 
 def register(module: nn.Module, name: str, norm: WeightNorm) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -186,6 +186,23 @@ def check(
     elif out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype: expected {_FLOAT_NAMES}, got {out_dtype}")
     return Problem(v, g, dim, eps, out_dtype)
+
+
+def list_of(name: str, entries: object) -> list[Any]:
+    """An argument with an entry for each weight, as a list, which is
+    not to be changed.
+
+    Raises:
+        TypeError: it is one value, or a tensor, which would be taken apart into its rows.
+    """
+    if type(entries) is list:
+        return entries
+    if isinstance(entries, (Tensor, str)) or not isinstance(entries, Iterable):
+        raise TypeError(
+            f"{name}: expected a sequence with an entry for each weight, "
+            f"got {type(entries).__name__}"
+        )
+    return list(entries)
 
 
 def check_lengths(count: int, **lists: Sequence[object]) -> None:

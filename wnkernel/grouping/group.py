@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from .. import _ops
 from ..checkpoint import own_parametrizations, stacked_in
-from ..parametrization import OURS, WeightNormList, weight_norm_kinds
+from ..parametrization import OURS, TORCH, TORCH_HOOK, WeightNormList, weight_norm_kinds
 from . import scopes
 from .members import Container, Member, Roster
 from .optimizers import steps
@@ -110,6 +110,25 @@ class WeightNormGroup:
             if module is not None and scopes.container_of(module) is container:
                 scopes.detach(module)
         self._root = None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"group: expected an attribute of WeightNormGroup, got {name!r}; fuse(model) changes "
+            "the model in place and returns its group, so go on with the model",
+            name=name,
+            obj=self,
+        )
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Say that a group is no model.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "fuse(model) changes the model in place and returns its group, which cannot be called: "
+            "write fuse(model), then model(x)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # The model comes first: pickling a container (see pickling.py) expects it to be begun.
@@ -236,7 +255,10 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
             found.append((full_name, weights, [*around, model] if path else [model]))
     if not found:
         got = f"layers with {', '.join(sorted(others))} only" if others else "none"
-        raise ValueError(f"model: expected layers with wnkernel.weight_norm, got {got}")
+        hint = (
+            "" if others.isdisjoint((TORCH, TORCH_HOOK)) else "; call wnkernel.convert(model) first"
+        )
+        raise ValueError(f"model: expected layers with wnkernel.weight_norm, got {got}{hint}")
     return found
 
 
