@@ -45,7 +45,8 @@ void* allocate_memory(size_t size) {
   void* data = nullptr;
   const size_t whole = std::max(kAlias, static_cast<size_t>(cpu::machine().page));
   const int error = posix_memalign(&data, huge ? kHugePage : whole, size);
-  TORCH_CHECK(error == 0, "wnkernel: cannot allocate ", size, " bytes for a result on the CPU");
+  TORCH_CHECK(error == 0, "wnkernel: out of memory: cannot allocate ", size,
+              " bytes for a result on the CPU");
 #if defined(__linux__)
   if (huge) madvise(data, size, MADV_HUGEPAGE);  // advice: nothing depends on the answer
 #endif
