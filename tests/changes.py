@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -183,6 +184,43 @@ def swap_tensors(p: Tensor) -> None:
     torch.utils.swap_tensors(p, nn.Parameter(moved(p)))
 
 
+def in_another_thread(change: Change) -> Change:
+    def run(model: nn.Module) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(change, model).result()
+
+    return run
+
+
+def in_backward(write: Callable[[Tensor], object]) -> Change:
+    """By hooks that run when a gradient is there: optimizers that step within a backward."""
+
+    def change(model: nn.Module) -> None:
+        hooks = [p.register_post_accumulate_grad_hook(write) for p in originals(model)]
+        model().square().mean().backward()
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+
+    return change
+
+
+def offload(p: Tensor) -> None:
+    """Away, as if to another device, and back with other values."""
+    away = moved(p)
+    p.data = torch.empty_like(p, device="meta")
+    p.data = away
+
+
+def refill(p: Tensor) -> None:
+    """The memory is given away and taken again, as FSDP does: at the same address, or not."""
+    new = moved(p)
+    size = p.untyped_storage().nbytes()
+    p.untyped_storage().resize_(0)
+    p.untyped_storage().resize_(size)
+    p.data.copy_(new)
+
+
 def larger_eps(model: nn.Module) -> None:
     for name in LAYERS:
         layer(model, name).parametrizations.weight[0].eps += 10.0
@@ -235,6 +273,10 @@ SEEN: dict[str, Change] = {
     ".data =": of_each(swap_data),
     ".data = twice": of_each(swap_data_twice),
     ".data = other strides": restride,
+    "offloaded": of_each(offload),
+    "hooks of gradients": in_backward(in_place),
+    "another thread": in_another_thread(of_each(in_place)),
+    "SGD fused in another thread": in_another_thread(training_step(SGD, lr=0.1, fused=True)),
     "set_": of_each(swap_storage),
     "_foreach": foreach(originals),
     "EMA lerp_": ema,
@@ -268,12 +310,17 @@ UNSEEN: dict[str, Change] = {
     "storage": of_each(lambda p: p.untyped_storage().copy_(moved(p).untyped_storage())),
     "storage of another tensor": of_each(through_alias),
     "_unsafe_preserve_version_counter": of_each(with_preserved_version),
+    ".data in another thread": in_another_thread(of_each(through_data)),
+    ".data in hooks of gradients": in_backward(through_data),
     "eps": larger_eps,
 }
 """Changes that leave no trace: only the default sees them. docs/fuse.md lists them."""
 
+BY_CHANCE: dict[str, Change] = {"memory taken again": of_each(refill)}
+"""Changes of which only the default promises to see them."""
+
 SEEN, UNSEEN = (_that_reach(here(), table) for table in (SEEN, UNSEEN))
-ALL = SEEN | SWAPS | UNSEEN
+ALL = SEEN | SWAPS | UNSEEN | BY_CHANCE
 
 
 def each_of(table: dict[str, Change]) -> pytest.MarkDecorator:
