@@ -241,9 +241,13 @@ def test_what_makes_no_sense_is_wrong_usage():
         (["--dtype", "int8"], "--dtype: expected one of"),
         (["--device", "nonsense"], "--device: 'nonsense' cannot be used"),
         (["--device", "meta"], "--device: meta"),
-        (["--shape", "99999999x99999999"], "99999999x99999999 dim 0"),
     ):
         assert said in fails(2, "bench", *arguments)
+
+
+def test_what_does_not_fit_into_memory():
+    line = fails(6, "bench", "--shape", "99999999x99999999")
+    assert "99999999x99999999 dim 0 float32: out of memory: 39999999200000004 bytes" in line
 
 
 def test_a_checkpoint_without_weight_norm_or_with_half_of_one(tmp_path):

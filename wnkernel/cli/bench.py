@@ -13,7 +13,7 @@ from .. import functional
 from ..backends import BACKENDS, choose, use_backend
 from ..problem import WHOLE_TENSOR, norm_shape
 from .cases import Case
-from .errors import WrongResult, WrongUsage, one_line
+from .errors import WrongResult, WrongUsage, one_line, out_of_memory
 from .exact import Exact, bound, exact
 from .timing import Contender, Times, measure
 
@@ -45,7 +45,8 @@ def run(case: Case, device: torch.device, seconds: float) -> list[Result]:
 
     Raises:
         WrongResult: a backend of ours gives wrong numbers; nothing was timed.
-        WrongUsage: the case does not fit into memory.
+        OutOfMemory: the case does not fit into memory.
+        WrongUsage: no memory could hold it.
     """
     inputs = _inputs(case, device)
     on_cpu = (t.cpu() for t in (inputs.v, inputs.g))  # not every device has float64
@@ -118,7 +119,7 @@ def _inputs(case: Case, device: torch.device) -> _Inputs:
             for _ in range(2)
         )
     except RuntimeError as error:
-        raise WrongUsage(f"{case}: {one_line(error)}") from None
+        raise (out_of_memory(error, case) or WrongUsage(f"{case}: {one_line(error)}")) from None
     norms = norm_shape(torch.Size(case.shape), case.dim)
     g = torch.rand(norms, generator=random, device="cpu").add_(0.5).to(device, case.dtype)
     return _Inputs(v.requires_grad_(), g.requires_grad_(), grad_w)

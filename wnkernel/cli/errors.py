@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import signal
+from pathlib import Path
 
 
 class CliError(Exception):
@@ -41,6 +44,12 @@ class WrongResult(CliError):
     exit_code = 5
 
 
+class OutOfMemory(CliError):
+    """The system, or a limit, gave no memory, wherever it was asked for."""
+
+    exit_code = 6
+
+
 class Interrupted(BaseException):
     """A signal asked the process to end. Not an ``Exception``, as KeyboardInterrupt is none."""
 
@@ -57,8 +66,39 @@ NOBODY_READS = 128 + 13
 
 EXIT_CODES = """Exit codes: 0 done; 1 nothing to convert; 2 wrong usage, or a missing package; \
 3 an input that cannot be read, or contradicts itself; 4 an output that cannot be written; \
-5 a wrong result (bench); 70 a bug, with a traceback; 128 + n ended by signal n (130 for Ctrl-C, \
-141 where nobody reads what is printed)."""
+5 a wrong result (bench); 6 out of memory; 70 a bug, with a traceback; 128 + n ended by signal n \
+(130 for Ctrl-C, 141 where nobody reads what is printed)."""
+
+
+_NO_MEMORY = re.compile(
+    r"(?:can't|cannot) allocate (?:memory|\d+ bytes)|bad_alloc|out of memory", re.IGNORECASE
+)
+_ASKED = re.compile(r"(?:allocate|mmap) (\d+) bytes")
+
+
+def out_of_memory(error: BaseException, what: object = None) -> OutOfMemory | None:
+    """An error of any library in our words, if it says that there is no memory; else None.
+
+    Args:
+        error: what was raised, perhaps because of another.
+        what: the file or the case that it was for.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        is_known = isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM
+        if is_known or (isinstance(cause, (RuntimeError, OSError)) and _NO_MEMORY.search(text)):
+            asked = _ASKED.search(text)
+            prefix = "" if what is None else f"{what}: "
+            count = f": {asked[1]} bytes were asked for" if asked else ""
+            return OutOfMemory(f"{prefix}out of memory{count}")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def cannot_read(path: Path, error: OSError) -> CliError:
+    """What the system says of an input."""
+    return out_of_memory(error, path) or BadInput(f"{path}: {error.strerror or one_line(error)}")
 
 
 def one_line(error: BaseException) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import stat
 from pathlib import Path
 
-from .errors import BadInput, WrongUsage
+from .errors import BadInput, WrongUsage, cannot_read
 from .torch_files import ZIP
 
 INDEX = ".index.json"
@@ -40,10 +41,12 @@ def format_of(path: Path) -> Format:
     named = _by_name(path)
     try:
         str(path).encode()
+        if stat.S_ISFIFO(path.stat().st_mode):  # opening it would wait for somebody who writes
+            raise BadInput(f"{path}: is no ordinary file")
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from None
+        raise cannot_read(path, error) from None
     except UnicodeEncodeError:
         raise BadInput(f"{path}: a name that is not UTF-8, which torch cannot open") from None
     found = None

@@ -15,7 +15,16 @@ import typer
 
 from . import report
 from .app import app
-from .errors import BUG, NOBODY_READS, CannotWrite, CliError, Interrupted, WrongUsage, printable
+from .errors import (
+    BUG,
+    NOBODY_READS,
+    CannotWrite,
+    CliError,
+    Interrupted,
+    WrongUsage,
+    out_of_memory,
+    printable,
+)
 from .signals import Signals
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -86,8 +95,11 @@ def _run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         text, code = " ".join(error.format_message().split()), WrongUsage.exit_code
     except Exception as error:
-        traceback.print_exc()
-        text, code = f"a bug: {error!r}", BUG
+        if memory := out_of_memory(error):
+            text, code = str(memory), memory.exit_code
+        else:
+            traceback.print_exc()
+            text, code = f"a bug: {error!r}", BUG
     if "--json" in arguments:
         print(report.as_json({"error": text, "exit_code": code}))
     if text:  # without a command, the help has been printed

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import BadInput, CannotWrite, one_line
+from .errors import BadInput, CannotWrite, cannot_read, one_line
 from .output import Writer
 
 DTYPES = {
@@ -92,7 +92,7 @@ def reading(path: Path) -> Iterator[OpenFile]:
         path.open("rb").close()  # for an error with a reason
         opened = safe_open(str(path), framework="pt", device="cpu")
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or one_line(error)}") from None
+        raise cannot_read(path, error) from None
     except SafetensorError as error:
         raise BadInput(f"{path}: not a safetensors file, or damaged: {one_line(error)}") from None
     with opened as file:

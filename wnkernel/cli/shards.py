@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from . import safetensors_files, torch_files
-from .errors import BadInput, one_line
+from .errors import BadInput, cannot_read, one_line
 from .formats import INDEX, Format, format_of
 from .safetensors_files import Spec
 
@@ -93,20 +93,25 @@ def read_index(path: Path) -> Index:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from None
+        raise cannot_read(path, error) from None
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON, or damaged: {one_line(error)}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{path}: an index is expected to have a weight_map")
     for name in weight_map.values():
-        if not isinstance(name, str) or name == ".." or Path(name).name != name or "\\" in name:
+        if not (isinstance(name, str) and _is_file_name(name)):
             raise BadInput(f"{path}: {name!r} is no file beside the index")
     files = [path.with_name(name) for name in dict.fromkeys(weight_map.values())]
     if len({format_of(file) for file in files}) > 1:
         raise BadInput(f"{path}: shards of different formats")
     rest = {key: value for key, value in content.items() if key != "weight_map"}
     return Index(files, weight_map, rest)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names something in a folder and nothing elsewhere, on any system."""
+    return Path(name).name == name not in ("", "..") and not any(c in name for c in "\\\0")
 
 
 def check_index(path: Path, index: Index, shards: list[Shard]) -> None:

@@ -10,9 +10,19 @@ from pathlib import Path
 
 import torch
 
-from .errors import BadInput, one_line
+from .errors import BadInput, CliError, cannot_read, one_line, out_of_memory
+from .limits import memory_limit
 
 ZIP = b"PK\x03\x04"
+
+PICKLED = 100
+"""Bytes that the objects of a pickle take, for each byte of it: an empty dict is one of it."""
+OLD_PICKLE = 64 << 20
+"""Bytes of a pickle that is among the tensors of a file, where it cannot be measured."""
+SPARE = 1 << 30
+"""Bytes that reading the smallest file may take."""
+
+_STORAGE = re.compile(r".*/data/\d+")
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 """How torch names what a pickle wants to import."""
@@ -21,43 +31,60 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 def read(path: Path) -> object:
     """What was saved, on the CPU, mapped into memory rather than read where that is possible.
 
-    Nothing that the file wants to run is run.
+    Nothing that the file wants to run is run, and memory is limited to what a file of its size
+    can need: twice its size, a hundred times that of its pickle, and 1 GiB.
 
     Raises:
         BadInput: no such file, truncated, corrupt, or with contents that need code to be run.
+        OutOfMemory: it asks for more than the limit, or than there is.
     """
     try:
         with path.open("rb") as file:
             mapped = file.read(len(ZIP)) == ZIP  # as torch saves since 1.6
-        if mapped:
-            _check_sums(path)
-        with warnings.catch_warnings():
+        size = path.stat().st_size
+        with memory_limit(2 * size + SPARE):
+            pickled = _check_parts(path, size) if mapped else min(size, OLD_PICKLE)
+        with memory_limit(2 * size + PICKLED * pickled + SPARE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong comes as an error too
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+    except CliError:
+        raise
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from None
+        raise cannot_read(path, error) from None
     except zipfile.BadZipFile as error:
         raise BadInput(f"{path}: damaged or cut off: {one_line(error)}") from None
     except Exception as error:  # of any type, where the bytes are no pickle
-        raise BadInput(f"{path}: {_why(error)}") from None
+        raise (out_of_memory(error, path) or BadInput(f"{path}: {_why(error)}")) from None
 
 
-def _check_sums(path: Path) -> None:
-    """Compare the checksums of all parts, which torch does not."""
+def _check_parts(path: Path, size: int) -> int:
+    """Compare the checksums of all parts, which torch does not; returns how many bytes of them are
+    no storages of tensors. None of them may come to more than it takes in the file."""
     with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
+        parts = archive.infolist()
+        if any(part.filename.endswith("/constants.pkl") for part in parts):
+            raise BadInput(f"{path}: refused: a TorchScript program, not a checkpoint")
+        for part in parts:
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+                raise BadInput(
+                    f"{path}: refused: expected parts that are not compressed, as torch.save "
+                    f"writes them, got {part.filename} of {part.file_size} bytes in "
+                    f"{part.compress_size}"
+                )
+        if sum(part.file_size for part in parts) > size:
+            raise BadInput(f"{path}: damaged: its parts are longer together than the file")
+        for part in parts:
             if part.CRC == 0:  # torch.serialization.set_crc32_options(False)
                 continue
             with archive.open(part) as content:
                 while content.read(1 << 20):
                     pass
+    return sum(part.file_size for part in parts if not _STORAGE.fullmatch(part.filename))
 
 
 def _why(error: Exception) -> str:
     """Without torch's advice, which is to run the code here."""
     text = str(error)
-    if "TorchScript" in text:
-        return "refused: a TorchScript program, not a checkpoint"
     wanted = _GLOBAL.search(text)
     if wanted or (
         isinstance(error, pickle.UnpicklingError) and re.search(r"reduce|Can only", text)

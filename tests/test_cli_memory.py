@@ -1,0 +1,105 @@
+"""Out of memory is one kind of error, wherever it strikes, and no small file asks for much."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from .command_line import fails, files_in, on_the_cpu, save
+
+pytest.importorskip("typer", reason="the command line needs typer")
+
+from wnkernel.cli.limits import memory_limit
+
+__all__ = ["on_the_cpu"]
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+
+ROWS = 1 << 14
+EXPANDED = {"weight_g": torch.ones(ROWS, 1), "weight_v": torch.ones(1, 1).expand(ROWS, 1 << 20)}
+"""64 GiB, in a file of a few KiB."""
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("to", "out"),
+    [("folded", "o.pt"), ("folded", "o.safetensors"), ("parametrized", "o.safetensors")],
+)
+def test_a_weight_that_does_not_fit(tmp_path, to, out):
+    torch.save(EXPANDED, tmp_path / "in.pt")
+    before = files_in(tmp_path)
+    with memory_limit(4 << 30):  # on machines that have 64 GiB too
+        line = fails(6, "convert", tmp_path / "in.pt", tmp_path / out, "--to", to)
+    assert line.endswith(f"out of memory: {ROWS << 22} bytes were asked for")
+    assert files_in(tmp_path) == before
+
+
+@linux_only
+@pytest.mark.parametrize("name", ["in.pt", "in.safetensors", "old.pt", "in.bin.index.json"])
+def test_a_file_that_does_not_fit(tmp_path, name):
+    state = {"weight_g": torch.ones(64, 1), "weight_v": torch.zeros(64, 1 << 20)}  # 256 MiB
+    source = tmp_path / name
+    if name == "old.pt":
+        torch.save(state, source, _use_new_zipfile_serialization=False)
+    elif name == "in.bin.index.json":
+        save(state, tmp_path / "shard.bin")
+        source.write_text(json.dumps({"weight_map": dict.fromkeys(state, "shard.bin")}))
+    else:
+        save(state, source)
+    with memory_limit(64 << 20):
+        line = fails(6, "convert", source, tmp_path / "out.pt", "--to", "folded")
+    assert "out of memory" in line
+
+
+GLUTTONS = {
+    "a bytearray": b"cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\1\x85R",  # of 2^40 bytes
+    "a tensor": b"ctorch\nFloatTensor\n\x8a\x06\0\0\0\0\0\1\x85R",
+}
+"""Pickles without any code, by what they build."""
+
+
+@linux_only
+@pytest.mark.parametrize("kind", ["zip", "before 1.6"])
+@pytest.mark.parametrize("pickled", GLUTTONS.values(), ids=GLUTTONS)
+def test_a_pickle_that_asks_for_more_than_its_file_can_need(tmp_path, kind, pickled):
+    source, content = tmp_path / "in.pt", b"\x80\2" + pickled + b"."
+    if kind == "zip":
+        repacked(source, {"data.pkl": content})
+    else:
+        torch.save({}, source, _use_new_zipfile_serialization=False)
+        empty = b"\x80\2}q\0."
+        assert empty in source.read_bytes()
+        source.write_bytes(source.read_bytes().replace(empty, content))
+    assert ": out of memory" in fails(6, "convert", source, "--to", "folded", "--dry-run")
+
+
+def repacked(path, changed, compression=zipfile.ZIP_STORED, times=1):
+    """A file of torch with some parts replaced, each in it so many times."""
+    torch.save({"weight_g": torch.ones(4, 1), "weight_v": torch.ones(4, 3)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, changed.get(name.rpartition("/")[2], content))
+        for _ in range(times - 1):
+            archive.filelist += archive.filelist[:]
+
+
+@pytest.mark.parametrize("part", ["data.pkl", "0"])
+def test_a_part_that_unpacks_to_much_more_than_it_takes(tmp_path, part, monkeypatch):
+    repacked(tmp_path / "in.pt", {part: bytes(1 << 24)}, zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "in.pt").stat().st_size < 1 << 20
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)  # it is refused before it is unpacked
+    line = fails(3, "convert", tmp_path / "in.pt", "--to", "folded", "--dry-run")
+    assert "refused: expected parts that are not compressed" in line
+    assert line.endswith(" bytes in " + line.rpartition(" ")[2])
+
+
+def test_parts_that_are_longer_together_than_the_file(tmp_path):
+    repacked(tmp_path / "in.pt", {"data.pkl": bytes(1 << 20)}, times=3)
+    line = fails(3, "convert", tmp_path / "in.pt", "--to", "folded", "--dry-run")
+    assert line.endswith("damaged: its parts are longer together than the file")
