@@ -248,3 +248,47 @@ def test_a_safetensors_header_with_a_dtype_that_nobody_knows(tmp_path):
     content = len(header).to_bytes(8, "little") + header + b"\0"
     (tmp_path / "in.safetensors").write_bytes(content)
     refused(tmp_path, tmp_path / "in.safetensors")
+
+
+def without_values(t):
+    return t.to("meta")
+
+
+def quantized(t):
+    return torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize("kind", [without_values, torch.Tensor.to_sparse, quantized])
+@pytest.mark.parametrize("name", ["in.pt", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("to", ["parametrized", "folded"])
+def test_g_and_v_that_are_no_dense_tensors_with_values(tmp_path, layer, kind, name, to):
+    """Among others that are."""
+    state = {f"good.{key}": t for key, t in layer.items()} | layer
+    state["weight_v"] = kind(layer["weight_v"])
+    shown = {without_values: "meta", quantized: "quantized"}.get(kind, "sparse")
+    source = tmp_path / name
+    if name == "in.pt":
+        torch.save({"model": state}, source)
+    else:
+        torch.save(state, tmp_path / "shard.bin")
+        source.write_text(json.dumps({"weight_map": dict.fromkeys(state, "shard.bin")}))
+    said = refused(tmp_path, source, to)
+    assert 'expected a dense tensor in "weight_v", got ' in said
+    assert shown in said
+
+
+def test_other_tensors_may_be_of_any_kind(tmp_path, layer):
+    others = {"bias": layer["bias"].to("meta"), "mask": torch.eye(3).to_sparse()}
+    torch.save(layer | others, tmp_path / "in.pt")
+    assert invoke("convert", tmp_path / "in.pt", tmp_path / "o.pt", "--to", "folded").exit_code == 0
+    got = load(tmp_path / "o.pt")
+    assert got["bias"].is_meta
+    assert torch.equal(got["mask"].to_dense(), torch.eye(3))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@both_formats
+def test_a_pipe_is_not_waited_for(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"in{suffix}")
+    line = fails(3, "convert", tmp_path / f"in{suffix}", "--to", "folded", "--dry-run")
+    assert line.endswith("is no ordinary file")

@@ -96,6 +96,8 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
             outputs.check(target)
         if index:
             shards.check_index(source, index, opened)
+        if of_torch:
+            conversion.check_kinds({k: t for shard in opened for k, t in shard.tensors().items()})
         flat = Flat(opened, conversion)
         _demand_changes(conversion)
         if target is None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..checkpoint import convert_state_dict
 from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED, weight_keys
@@ -17,6 +18,7 @@ from ..problem import WHOLE_TENSOR
 from .errors import BadInput
 
 _HALF = re.compile(r"(?:.*\.)?weight[^.]*_([gv])")
+_G_OR_V = re.compile(rf"{_HALF.pattern}|(?:.*\.)?parametrizations\.[^.]+\.original[01]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,32 @@ class Conversion:
                 converted[weight.key] = self._folded.setdefault(identity, w)
         return converted
 
-    def _bad(self, where: str, error: ValueError) -> BadInput:
+    def check_kinds(self, state_dict: Mapping[str, Any], where: str = "") -> None:
+        """Refuse g and v that are no dense tensors with values.
+
+        Raises:
+            BadInput: one of them is on the meta device, sparse, quantized or of a subclass.
+        """
+        found = [key for w in self.find(state_dict, where) for key in keys_of(w, state_dict)]
+        named = [k for k in state_dict if isinstance(k, str) and _G_OR_V.fullmatch(k)]
+        for key in (*found, *named):
+            t = state_dict[key]
+            if isinstance(t, Tensor) and (kind := _other_kind(t)):
+                raise self._bad(where, f'expected a dense tensor in "{key}", got {kind}')
+
+    def _bad(self, where: str, error: ValueError | str) -> BadInput:
         text = str(error).removeprefix("state_dict: ")
         return BadInput(f"{self.file}: {where}: {text}" if where else f"{self.file}: {text}")
+
+
+def _other_kind(t: Tensor) -> str | None:
+    if t.is_meta:
+        return "one on the meta device, which has no values"
+    if t.layout != torch.strided:
+        return f"a {t.layout} one"
+    if t.is_quantized:
+        return f"a quantized one ({t.dtype})"
+    return None if type(t) in (Tensor, nn.Parameter) else f"a {type(t).__name__}"
 
 
 def keys_of(weight: NormedWeight, state_dict: Mapping[str, Any]) -> list[str]:

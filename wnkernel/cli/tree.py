@@ -81,6 +81,7 @@ class Tree:
             node[key] = self._visit(value, f"{where}.{key}" if where else str(key))
         if not _is_state_dict(node):
             return node
+        self._conversion.check_kinds(node, where)
         before = len(self._conversion.changes)
         converted = self._conversion.convert(node, where)
         changes = self._conversion.changes[before:]
