@@ -236,15 +236,25 @@ def no_link(*_):
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
+def without(monkeypatch, *features):
+    """As on a file system without files that have no name, or without hard links."""
+    if "nameless files" in features:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    if "hard links" in features:
+        monkeypatch.setattr(os, "link", no_link)
+
+
 def test_a_file_system_without_hard_links(tmp_path, out, monkeypatch):
     save(trained("legacy").state_dict(), tmp_path / "in.pt")
-    monkeypatch.setattr(os, "link", no_link)
+    without(monkeypatch, "nameless files", "hard links")
     convert(tmp_path / "in.pt", out / "out.pt", "folded")
     assert list(files_in(out)) == ["out.pt"]
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_shards_are_replaced_together_or_not_at_all(tmp_path, out, monkeypatch, links):
+@pytest.mark.parametrize(
+    "lacking", [(), ("nameless files",), ("nameless files", "hard links")], ids=str
+)
+def test_shards_are_replaced_together_or_not_at_all(tmp_path, out, monkeypatch, lacking):
     index = split(trained("legacy").state_dict(), tmp_path, ".bin")
     convert(index, out / index.name, "parametrized")
     (out / index.name).unlink()  # one of four is new
@@ -258,8 +268,7 @@ def test_shards_are_replaced_together_or_not_at_all(tmp_path, out, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", third_fails)
-        if not links:
-            patch.setattr(os, "link", no_link)
+        without(patch, *lacking)
         line = fails(4, "convert", index, out / index.name, "--to", "folded", "--force")
     assert line.endswith("-00003-of-00003.bin: Input/output error")
     assert files_in(out) == before
@@ -268,16 +277,18 @@ def test_shards_are_replaced_together_or_not_at_all(tmp_path, out, monkeypatch, 
     assert "pre.weight" in join(out / index.name)[0]
 
 
-def test_shards_appear_together_or_not_at_all(tmp_path, out, monkeypatch):
+@pytest.mark.parametrize("lacking", [(), ("nameless files",)], ids=str)
+def test_shards_appear_together_or_not_at_all(tmp_path, out, monkeypatch, lacking):
     index = split(trained("legacy").state_dict(), tmp_path, ".bin")
     replace, calls = os.link, []
 
-    def third_fails(*paths):
+    def third_fails(*paths, **options):
         calls.append(paths)
         if len(calls) == 3:
             raise FileExistsError(errno.EEXIST, "File exists")
-        replace(*paths)
+        replace(*paths, **options)
 
+    without(monkeypatch, *lacking)
     monkeypatch.setattr(os, "link", third_fails)
     fails(4, "convert", index, out / index.name, "--to", "folded")
     assert len(calls) == 3

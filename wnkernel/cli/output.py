@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import CannotWrite, WrongUsage
+from .drafts import Draft, hidden
+from .errors import CannotWrite, CliError, WrongUsage, out_of_memory
 from .signals import Signals
 
 STDOUT = 1
@@ -24,7 +23,7 @@ Advance = Callable[[int], None]
 
 
 class Outputs:
-    """The files that a command writes, under other names until :meth:`commit`.
+    """The files that a command writes, without their names until :meth:`commit`.
 
     Used in a ``with`` block, which takes what was not committed away, also when the process is
     told to end.
@@ -37,7 +36,7 @@ class Outputs:
     def __init__(self, inputs: Iterable[Path], *, force: bool) -> None:
         self._inputs = list(inputs)
         self._force = force
-        self._files: list[tuple[Path, Path]] = []
+        self._drafts: list[Draft] = []
         self._signals = Signals("; nothing was written")
 
     def __enter__(self) -> Outputs:
@@ -46,9 +45,8 @@ class Outputs:
 
     def __exit__(self, *exception: object) -> None:
         self._signals.ignore()
-        for temporary, _ in self._files:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        for draft in self._drafts:
+            draft.discard()
         self._signals.__exit__(*exception)
 
     def check(self, path: Path) -> Path:
@@ -83,19 +81,16 @@ class Outputs:
 
         Raises:
             CannotWrite: the system does not let us, or the disk is full.
+            OutOfMemory: there is no memory for what is to be written.
         """
         target = self.check(path)
-        temporary = _hidden(target)
-        self._files.append((temporary, target))
         writer: Writer | None = None
         try:
-            with temporary.open("xb") as raw:
-                if target.exists():
-                    shutil.copymode(target, temporary)
-                writer = Writer(raw, advance)
-                yield writer
-                raw.flush()
-                os.fsync(raw.fileno())
+            draft = Draft(target)
+            self._drafts.append(draft)
+            writer = Writer(draft.raw, advance)
+            yield writer
+            draft.finish()
         except Exception as error:
             failure = writer.failure if writer and writer.failure else error
             if isinstance(failure, OSError):
@@ -108,12 +103,13 @@ class Outputs:
         self._signals.check()
         made: list[Path] = []
         aside: list[tuple[Path, Path]] = []
-        for temporary, target in self._files:
+        for draft in self._drafts:
+            target = draft.target
             try:
                 existed = target.exists()
-                if existed and self._force and temporary != self._files[-1][0]:
+                if existed and self._force and draft is not self._drafts[-1]:
                     aside.append((_set_aside(target), target))
-                self._place(temporary, target)
+                draft.place(replace=self._force)
             except OSError as error:
                 for path in made:
                     path.unlink(missing_ok=True)
@@ -127,31 +123,14 @@ class Outputs:
         for old, _ in aside:
             with suppress(OSError):
                 old.unlink()
-        for folder in {target.parent for _, target in self._files}:
+        for folder in {draft.target.parent for draft in self._drafts}:
             _sync(folder)
-        return [target for _, target in self._files]
-
-    def _place(self, temporary: Path, target: Path) -> None:
-        if not self._force:
-            try:
-                os.link(temporary, target)  # fails if somebody else made it meanwhile
-                temporary.unlink()
-                return
-            except FileExistsError:
-                raise
-            except OSError:  # not every file system has hard links
-                if target.exists():
-                    raise
-        os.replace(temporary, target)
-
-
-def _hidden(target: Path) -> Path:
-    return target.with_name(f".wnkernel-{secrets.token_hex(8)}.tmp")
+        return [draft.target for draft in self._drafts]
 
 
 def _set_aside(target: Path) -> Path:
     """Keep a file that is about to be replaced, under another name too."""
-    old = _hidden(target)
+    old = hidden(target)
     try:
         os.link(target, old)
     except OSError:  # not every file system has hard links
@@ -193,8 +172,9 @@ class Writer:
         self._raw.flush()
 
 
-def _cannot_write(path: Path, error: Exception) -> CannotWrite:
-    return CannotWrite(f"{path}: {getattr(error, 'strerror', None) or error}")
+def _cannot_write(path: Path, error: Exception) -> CliError:
+    text = getattr(error, "strerror", None) or error
+    return out_of_memory(error, path) or CannotWrite(f"{path}: {text}")
 
 
 def _sync(folder: Path) -> None:
