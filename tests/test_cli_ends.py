@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from wnkernel import cli
 
 from .command_line import fails, invoke, on_the_cpu, save, trained
+from .processes import PATIENCE_S, ROOT, python
 from .signals import heard, receive
 
 pytest.importorskip("typer", reason="the command line needs typer")
@@ -211,3 +213,72 @@ def test_a_bar_is_shown_on_a_terminal_only_and_only_if_there_is_something_to_say
         assert (code, b"writing" in seen.read(1 << 16)) == (0, not options)
     again = invoke(*arguments, "--force")  # on no terminal
     assert (again.exit_code, again.stderr) == (0, "")
+
+
+PRESSED = """
+import signal
+signal.raise_signal(signal.SIGINT)
+for _ in range(1000):  # Python calls the handler between two instructions
+    pass
+raise SystemExit("not heard")
+"""
+"""What is imported as torch."""
+
+SCRIPT = """
+import sys
+sys.argv = ["/some/bin/wnkernel", *sys.argv[1:]]
+from wnkernel.cli import main
+main()
+"""
+"""The script that pip installs."""
+
+PROGRAMS = {
+    "python -m wnkernel": [sys.executable, "-m", "wnkernel"],
+    "python -mwnkernel": [sys.executable, "-mwnkernel"],
+    "wnkernel": [sys.executable, "-c", SCRIPT],
+}
+
+
+@posix_only
+@pytest.mark.parametrize("options", [[], ["info"], ["convert", "no.pt", "--to", "folded"]], ids=str)
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, program, options):
+    (tmp_path / "torch.py").write_text(PRESSED)
+    ended = subprocess.run(
+        [*program, *options],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "wnkernel: ended by SIGINT\n"
+
+
+@posix_only
+def test_other_programs_that_import_the_package_end_as_they_are_used_to(tmp_path):
+    (tmp_path / "torch.py").write_text(PRESSED)
+    code = "try:\n import wnkernel\nexcept KeyboardInterrupt:\n print('theirs')"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "theirs\n"), ended.stderr
+
+
+def test_shells_complete_commands_and_options():
+    ended = python(
+        "-m",
+        "wnkernel",
+        "convert",
+        _WNKERNEL_COMPLETE="complete_bash",
+        COMP_WORDS="wnkernel convert --dr",
+        COMP_CWORD="2",
+    )
+    assert (ended.returncode, ended.stdout.strip()) == (0, "--dry-run"), ended.stderr
+    assert "--install-completion" in invoke("--help").stdout

@@ -1,6 +1,6 @@
 """Weight normalisation for PyTorch with compiled kernels, exact to the second derivative."""
 
-from . import _versions, functional  # noqa: F401 (the first warns of untried versions)
+from . import _program, _versions, functional  # noqa: F401 (both act at once)
 from ._info import info
 from ._ops import cpu_buffers, release_cpu_buffers
 from ._version import __version__

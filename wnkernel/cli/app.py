@@ -35,7 +35,6 @@ from .errors import EXIT_CODES, WrongUsage, printable
 from .output import Advance, Outputs
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
