@@ -14,7 +14,7 @@ from torch import nn
 import wnkernel
 
 from .command_line import Net, convert, fails, invoke, on_the_cpu, outputs, trained
-from .layers import APPLY, assert_same_state
+from .layers import assert_same_state
 
 __all__ = ["on_the_cpu"]
 
@@ -156,32 +156,6 @@ def test_folding_warns_that_optimizer_state_does_not_fit_and_keeps_it(tmp_path):
         torch.optim.SGD(Net("folded").parameters(), lr=0.1).load_state_dict(got["optim_g"])
     shown = invoke("convert", tmp_path / "in.pt", tmp_path / "b.pt", "--to", "folded", "-q")
     assert shown.stderr == f"wnkernel: warning: {warning}\n"
-
-
-class Outer(nn.Linear):
-    """A weight-normed module with another one inside."""
-
-    def __init__(self, kind):
-        super().__init__(3, 4)
-        self.inner = nn.Linear(4, 4)
-        APPLY[kind](self)
-
-
-def test_a_warning_where_the_order_of_parameters_changes(tmp_path):
-    orders = {}
-    for kind in ("legacy", "torch"):
-        shapes = {3: "v", 1: "g"}
-        orders[kind] = [
-            shapes.get(p.shape[-1], "other") if p.ndim == 2 else "bias"
-            for p in Outer(kind).parameters()
-        ]
-    assert orders["legacy"] != orders["torch"]
-    net = Outer("legacy")
-    optimizer = torch.optim.Adam(net.parameters())
-    torch.save({"model": net.state_dict(), "opt": optimizer.state_dict()}, tmp_path / "in.pt")
-    said = convert(tmp_path / "in.pt", tmp_path / "out.pt", "parametrized")
-    (warning,) = said["warnings"]
-    assert warning.startswith("opt: kept as it is, but it goes by the order of parameters")
 
 
 def test_a_warning_where_optimizer_state_goes_by_names(tmp_path):

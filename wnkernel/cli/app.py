@@ -106,10 +106,11 @@ def convert(
     tensors come out on the CPU.
 
     Every state dict in a training checkpoint is converted, wherever it is, and all else is kept.
-    Optimizer state goes by the order of parameters, which is the same for legacy and parametrized.
-    Folding makes one parameter of two: the state is kept, does not fit, and a warning says so. The
-    same goes for lists of tensors in the order of parameters, as some EMAs have them, without a
-    warning.
+    Optimizer state goes by the order of parameters, and so do lists of tensors, as some EMAs have
+    them. Where that is another one in the other layout, because a layer got parameters after its
+    weight norm or has modules inside, both are reordered, or refused if the file does not tell how.
+    Folding makes one parameter of two: they are kept, do not fit, and of an optimizer a warning
+    says so.
 
     From safetensors to safetensors, no more than a weight norm is in memory at a time; otherwise
     what is written has to fit.

@@ -100,9 +100,9 @@ class Conversion:
             shape = tuple(weight.shape)
             self.changes.append(Change(where, weight.key, source, self.to, shape, dim))
             if self.to == FOLDED and self._aliases:
-                identity = tuple(_identity(state_dict[key]) for key in weight.pairs[0])
+                pair = tuple(identity(state_dict[key]) for key in weight.pairs[0])
                 w = converted[weight.key]
-                converted[weight.key] = self._folded.setdefault(identity, w)
+                converted[weight.key] = self._folded.setdefault(pair, w)
         return converted
 
     def check_kinds(self, state_dict: Mapping[str, Any], where: str = "") -> None:
@@ -158,9 +158,10 @@ def aliases(state_dict: Mapping[str, Tensor]) -> list[list[str]]:
     same: dict[tuple[object, ...], list[str]] = {}
     for key, t in state_dict.items():
         if t.numel():
-            same.setdefault(_identity(t), []).append(key)
+            same.setdefault(identity(t), []).append(key)
     return [keys for keys in same.values() if len(keys) > 1]
 
 
-def _identity(t: Tensor) -> tuple[object, ...]:
+def identity(t: Tensor) -> tuple[object, ...]:
+    """The same for tensors that are one in memory."""
     return t.data_ptr(), t.shape, t.stride(), t.dtype

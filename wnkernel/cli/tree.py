@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ..checkpoint.layouts import FOLDED
 from .errors import BadInput
-from .layouts import Change, Conversion
+from .layouts import Conversion
+from .parameter_order import (
+    Doubt,
+    Order,
+    is_optimizer,
+    numbered,
+    reordered_optimizer,
+    reordered_tensors,
+)
+
+T = TypeVar("T")
 
 
 class Tree:
@@ -19,18 +29,23 @@ class Tree:
         self._conversion = conversion
         self._seen: dict[int, tuple[object, object]] = {}
         self._optimizers: list[tuple[str, dict[str, Any]]] = []
-        self._converted: list[tuple[dict[Any, Any], list[Change]]] = []
+        self._lists: list[tuple[str, list[Tensor]]] = []
+        self._orders: list[Order] = []
 
     def convert(self, root: object) -> object:
-        """Convert every state dict in ``root``.
+        """Convert every state dict in ``root``, and bring what goes by the order of parameters
+        into the order of the new layout.
 
         Raises:
-            BadInput: one of them contradicts itself.
+            BadInput: one of them contradicts itself, or does not tell that order.
         """
         try:
-            return self._visit(root, "")
+            converted = self._visit(root, "")
         except RecursionError:
             raise BadInput(f"{self._conversion.file}: nested too deeply") from None
+        if self._conversion.to != FOLDED and not all(order.is_kept() for order in self._orders):
+            self._reorder()
+        return converted
 
     def warnings(self) -> list[str]:
         """What was kept as it is and may not fit any more."""
@@ -42,24 +57,31 @@ class Tree:
             if (why := self._misfit(state))
         ]
 
+    def _reorder(self) -> None:
+        for where, optimizer in self._optimizers:
+            if not _goes_by_names(optimizer):
+                optimizer.update(self._reordered(where, reordered_optimizer, optimizer))
+        for where, tensors in self._lists:
+            tensors[:] = self._reordered(where, reordered_tensors, tensors)
+
+    def _reordered(self, where: str, reorder: Callable[[T, list[Order]], T], content: T) -> T:
+        try:
+            return reorder(content, self._orders)
+        except Doubt as doubt:
+            raise BadInput(
+                f"{self._conversion.file}: {where or 'optimizer state'}: refused: it goes by the "
+                f"order of parameters, which the conversion changes, and {doubt}; convert the file "
+                "without it"
+            ) from None
+
     def _misfit(self, optimizer: dict[str, Any]) -> str | None:
-        parameters = _parameters(optimizer)
-        if any(isinstance(p, str) for p in parameters):
+        if _goes_by_names(optimizer):
             return "with the names that the parameters had before"
         if self._conversion.to == FOLDED:
             return (
-                f"but its {len(parameters)} parameters go by their order, and folding makes one "
-                "of two: it does not fit any more"
+                f"but its {len(numbered(optimizer))} parameters go by their order, and folding "
+                "makes one of two: it does not fit any more"
             )
-        for state_dict, changes in self._converted:
-            outer = _with_modules_inside(state_dict)
-            for change in changes:
-                if change.weight.rpartition(".")[0] in outer:
-                    return (
-                        "but it goes by the order of parameters, which changes where a "
-                        f"weight-normed module has others inside ({change.weight}): it may not fit "
-                        "any more"
-                    )
         return None
 
     def _visit(self, node: object, where: str) -> object:
@@ -74,7 +96,7 @@ class Tree:
         return new
 
     def _visit_dict(self, node: dict[Any, Any], where: str) -> dict[Any, Any]:
-        if _is_optimizer(node):
+        if is_optimizer(node):
             self._optimizers.append((where, node))
             return node
         for key, value in node.items():
@@ -85,13 +107,16 @@ class Tree:
         before = len(self._conversion.changes)
         converted = self._conversion.convert(node, where)
         changes = self._conversion.changes[before:]
-        self._converted.append((node, changes))
+        weights = [change.weight for change in changes]
+        self._orders.append(Order(converted, weights, self._conversion.to))
         return converted if changes else node
 
     def _visit_items(self, node: list[Any] | tuple[Any, ...], where: str) -> object:
         items = [self._visit(item, f"{where}[{i}]") for i, item in enumerate(node)]
         if isinstance(node, list):
             node[:] = items
+            if node and all(isinstance(item, Tensor) for item in items):
+                self._lists.append((where, node))
             return node
         changed = any(a is not b for a, b in zip(items, node, strict=True))
         return tuple(items) if changed else node
@@ -107,32 +132,15 @@ def state_dicts(root: object) -> Iterator[dict[str, Any]]:
         seen.add(id(node))
         if isinstance(node, (list, tuple)):
             nodes += node
-        elif isinstance(node, dict) and not _is_optimizer(node):
+        elif isinstance(node, dict) and not is_optimizer(node):
             nodes += node.values()
             if _is_state_dict(node):
                 yield node
-
-
-def _is_optimizer(node: dict[Any, Any]) -> bool:
-    return "state" in node and isinstance(node.get("param_groups"), list)
 
 
 def _is_state_dict(node: dict[Any, Any]) -> bool:
     return any(isinstance(key, str) and isinstance(t, Tensor) for key, t in node.items())
 
 
-def _parameters(optimizer: dict[str, Any]) -> list[Any]:
-    groups = (g for g in optimizer["param_groups"] if isinstance(g, dict))
-    return [p for group in groups for p in group.get("params", ())]
-
-
-def _with_modules_inside(state_dict: dict[Any, Any]) -> set[str]:
-    """The modules that have others inside. torch counts a module's own parameters before those
-    inside, and parametrized ones are inside, after all others."""
-    found = set()
-    for key in filter(lambda key: isinstance(key, str), state_dict):
-        parts = key.split(".")
-        for depth, part in enumerate(parts[:-1]):
-            if part != "parametrizations":
-                found.add(".".join(parts[:depth]))
-    return found
+def _goes_by_names(optimizer: dict[str, Any]) -> bool:
+    return any(isinstance(parameter, str) for parameter in numbered(optimizer))

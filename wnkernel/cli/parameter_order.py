@@ -1,0 +1,226 @@
+"""What goes by the order of parameters: the state of optimizers, and lists of tensors as some EMAs
+have them.
+
+torch counts a module's own parameters first, then those of the modules inside. A legacy weight norm
+puts g and v behind the own parameters that are there when it is applied, a parametrized one into a
+module inside. Where a layer got a parameter after its weight norm, or has modules inside, the order
+is another one in the other layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.layouts import PARAMETRIZED, weight_keys
+from .layouts import identity
+
+STATISTICS = ("running_mean", "running_var")
+"""Buffers of torch's norms."""
+
+MOST_NAMES = 8
+"""So many names of entries that may be buffers are tried, with and without."""
+
+Shapes = Sequence[Sequence[torch.Size]]
+"""Of the tensors that belong to each parameter."""
+
+
+class Doubt(Exception):
+    """A file does not tell in which order parameters are in the other layout."""
+
+
+class Order:
+    """The order of the parameters of a state dict, before it is converted and after.
+
+    Args:
+        converted: the state dict in the new layout, with its entries where they were.
+        weights: the weights that are converted, by the keys that they have when they are folded.
+        to: the layout.
+    """
+
+    def __init__(self, converted: Mapping[Any, Any], weights: Sequence[str], to: str) -> None:
+        self._to = to
+        self._homes = {k: w.rpartition(".")[0] for w in weights for k in weight_keys(w, to)}
+        self._tensors = {
+            key: t
+            for key, t in converted.items()
+            if isinstance(key, str)
+            and isinstance(t, Tensor)
+            and (t.is_floating_point() or t.is_complex())
+            and _name(key) not in STATISTICS
+        }
+
+    def is_kept(self) -> bool:
+        """Whether all parameters stay where they are, whichever entries are parameters."""
+        keys = list(self._tensors)
+        try:
+            return self._after(keys) == keys
+        except Doubt:
+            return False
+
+    def moves(self, shapes: Shapes) -> list[list[int]]:
+        """For all that could be of these parameters: which of them comes first, second, ... after
+        the conversion, in every way that is possible.
+
+        Raises:
+            Doubt: they could be of these parameters, and their new order is not known.
+        """
+        found = []
+        for without in self._maybe_buffers():
+            keys = [key for key in self._tensors if _name(key) not in without]
+            before = self._parameters(keys)
+            if _fit(shapes, [self._tensors[key].shape for key in before]):
+                after = self._parameters(self._after(keys))
+                numbers = {self._same(key): number for number, key in enumerate(before)}
+                move = [numbers[self._same(key)] for key in after]
+                if move not in found:
+                    found.append(move)
+        return found
+
+    def _maybe_buffers(self) -> Iterator[tuple[str, ...]]:
+        """Sets of names that may be those of buffers, which a state dict does not tell."""
+        names = {name for key in self._tensors if not _is_common(name := _name(key))}
+        most = len(names) if len(names) <= MOST_NAMES else 0
+        for count in range(most + 1):
+            yield from combinations(sorted(names), count)
+
+    def _parameters(self, keys: Sequence[str]) -> list[str]:
+        """Without those that are tied to earlier ones."""
+        first = {self._same(key): key for key in reversed(keys)}
+        return [key for key in keys if first[self._same(key)] == key]
+
+    def _same(self, key: str) -> object:
+        """Equal for keys of tied tensors."""
+        t = self._tensors[key]
+        has_address = t.layout == torch.strided and t.numel() and not t.is_meta
+        return identity(t) if has_address else key
+
+    def _after(self, keys: Sequence[str]) -> list[str]:
+        """The keys in the order that a model in the new layout has: g and v come behind the last
+        of the own parameters."""
+        begin: dict[str, int] = {}
+        last: dict[str, int] = {}
+        outer: set[str] = set()
+        for position, key in enumerate(keys):
+            module = self._homes.get(key, key.rpartition(".")[0])
+            begin.setdefault(module, position)
+            if key not in self._homes:
+                last[module] = position
+                self._check_own(module, key)
+            while module:
+                module = module.rpartition(".")[0]
+                begin.setdefault(module, position)
+                outer.add(module)
+        if self._to == PARAMETRIZED and (both := outer & set(self._homes.values())):
+            raise Doubt(
+                f'"{min(both)}" has modules inside, whose parameters may come before those of its '
+                "weight norm or after them"
+            )
+
+        def place(position: int) -> tuple[int, int, int]:
+            module = self._homes.get(keys[position])
+            if module is None:
+                return position, 1, position
+            if module in last:
+                return last[module], 2, position
+            return begin[module], 0, position
+
+        return [keys[position] for position in sorted(range(len(keys)), key=place)]
+
+    def _check_own(self, module: str, key: str) -> None:
+        if self._to == PARAMETRIZED or module not in self._homes.values():
+            return
+        if not _is_common(_name(key)):
+            raise Doubt(f'"{key}" may come before the weight norm of its layer or after it')
+
+
+def _name(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _is_common(name: str) -> bool:
+    """Whether torch's own layers have parameters of such names, which are there before a weight
+    norm is applied."""
+    return "weight" in name or "bias" in name
+
+
+def _fit(shapes: Shapes, parameters: Sequence[torch.Size]) -> bool:
+    """Whether tensors could belong to parameters: they have their shapes, or count steps."""
+    return len(shapes) == len(parameters) and all(
+        shape in (parameter, ())
+        for of_one, parameter in zip(shapes, parameters, strict=True)
+        for shape in of_one
+    )
+
+
+def is_optimizer(node: dict[Any, Any]) -> bool:
+    """Whether this is the state of an optimizer."""
+    return "state" in node and isinstance(node.get("param_groups"), list)
+
+
+def numbered(optimizer: dict[str, Any]) -> list[Any]:
+    """How it calls its parameters, in their order: numbers or names."""
+    groups = (group for group in optimizer["param_groups"] if isinstance(group, dict))
+    lists = (group.get("params") for group in groups)
+    return [p for params in lists if isinstance(params, (list, tuple)) for p in params]
+
+
+def reordered_optimizer(state: dict[str, Any], orders: Sequence[Order]) -> dict[str, Any]:
+    """The state of an optimizer by the new order of parameters; its entries are shared.
+
+    Raises:
+        Doubt: its order changes, and it does not tell how.
+    """
+    numbers, of_each, groups = numbered(state), state["state"], state["param_groups"]
+    if not isinstance(of_each, dict) or not (of_each or len(groups) > 1):
+        return state
+    if not all(type(n) is int and n == i for i, n in enumerate(numbers)):
+        raise Doubt("it does not number them from 0 on")
+    entries = [of_each.get(number, {}) for number in numbers]
+    shapes = [
+        [t.shape for t in entry.values() if isinstance(t, Tensor)]
+        for entry in entries
+        if isinstance(entry, dict)
+    ]
+    move = _move(shapes, orders)
+    if move == numbers:
+        return state
+    if len(groups) > 1:
+        raise Doubt(f"it has them in {len(groups)} groups")
+    moved = {new: of_each[old] for new, old in enumerate(move) if old in of_each}
+    (group,) = groups
+    if isinstance(names := group.get("param_names"), list) and len(names) == len(move):
+        group = group | {"param_names": [names[old] for old in move]}
+    return state | {"state": moved, "param_groups": [group]}
+
+
+def reordered_tensors(tensors: list[Tensor], orders: Sequence[Order]) -> list[Tensor]:
+    """A list of tensors by the new order of parameters, if it is one by the old order.
+
+    Raises:
+        Doubt: its order changes, and it does not tell how.
+    """
+    shapes = [[t.shape] for t in tensors]
+    try:
+        return [tensors[old] for old in _move(shapes, orders)]
+    except NoParameters:
+        return tensors
+
+
+class NoParameters(Doubt):
+    """What belongs to no parameters of a file."""
+
+
+def _move(shapes: Shapes, orders: Sequence[Order]) -> list[int]:
+    moves: list[list[int]] = []
+    for order in orders:
+        moves += (move for move in order.moves(shapes) if move not in moves)
+    if not moves:
+        raise NoParameters("the file has no model with such parameters and no others")
+    if len(moves) > 1:
+        raise Doubt("they may be of several models, or buffers")
+    return moves[0]
