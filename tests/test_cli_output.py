@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -132,39 +130,6 @@ def test_a_folder_that_must_not_be_written_to(source, out, suffix):
 def test_a_folder_that_nobody_can_write_to(source, suffix):
     line = fails(4, "convert", source, f"/proc/self/out{suffix}", "--to", "folded")
     assert line.startswith(f"wnkernel: /proc/self/out{suffix}: ")
-
-
-@contextmanager
-def full_disk():
-    """A limit on the size of files: the system refuses to write on, as on a full disk."""
-    resource = pytest.importorskip("resource", reason="limits of POSIX")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        yield os.strerror(errno.EFBIG)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("there", [True, False])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin.index.json"])
-def test_a_full_disk(tmp_path, out, suffix, there):
-    state = {"a.weight_g": torch.ones(64, 1), "a.weight_v": torch.ones(64, 2**10)}
-    source, target, too_large = tmp_path / f"in{suffix}", out / f"out{suffix}", f"out{suffix}"
-    if suffix == ".bin.index.json":
-        save({"a.weight_g": state["a.weight_g"], "a.bias": torch.ones(64)}, tmp_path / "g.bin")
-        save({"a.weight_v": state["a.weight_v"]}, tmp_path / "v.bin")
-        weight_map = {"a.bias": "g.bin", "a.weight_g": "g.bin", "a.weight_v": "v.bin"}
-        source.write_text(json.dumps({"weight_map": weight_map}))
-        too_large = "out-00002-of-00002.bin"
-    else:
-        save(state, source)
-    if there:
-        target.write_text("precious")
-    with full_disk() as why:
-        line = fails(4, "convert", source, target, "--to", "parametrized", "--force")
-    assert line == f"wnkernel: {out / too_large}: {why}"
-    assert files_in(out) == ({target.name: b"precious"} if there else {})
 
 
 @posix_only
