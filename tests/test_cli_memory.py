@@ -55,9 +55,10 @@ def test_a_file_that_does_not_fit(tmp_path, name):
     assert "out of memory" in line
 
 
+SIZE = b"\x8a\5" + (3 << 29).to_bytes(5, "little") + b"\x85R"
 GLUTTONS = {
-    "a bytearray": b"cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\1\x85R",  # of 2^40 bytes
-    "a tensor": b"ctorch\nFloatTensor\n\x8a\x06\0\0\0\0\0\1\x85R",
+    "a bytearray": b"cbuiltins\nbytearray\n" + SIZE,  # 1.5 GiB
+    "a tensor": b"ctorch\nFloatTensor\n" + SIZE,
 }
 """Pickles without any code, by what they build."""
 
