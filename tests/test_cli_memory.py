@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import zipfile
+import zlib
 
 import pytest
 import torch
 
-from .command_line import fails, files_in, on_the_cpu, save
+from .command_line import convert, fails, files_in, on_the_cpu, save
 
 pytest.importorskip("typer", reason="the command line needs typer")
 
@@ -98,6 +100,24 @@ def test_a_part_that_unpacks_to_much_more_than_it_takes(tmp_path, part, monkeypa
     line = fails(3, "convert", tmp_path / "in.pt", "--to", "folded", "--dry-run")
     assert "refused: expected parts that are not compressed" in line
     assert line.endswith(" bytes in " + line.rpartition(" ")[2])
+
+
+def test_a_compressed_part_of_the_same_length(tmp_path):
+    """torch would take the compressed bytes for values."""
+    for zeros in range(48):
+        content = bytes(zeros) + random.Random(0).randbytes(48 - zeros)
+        packed = zlib.compressobj(wbits=-15)
+        if len(packed.compress(content) + packed.flush()) == 48:
+            break
+    repacked(tmp_path / "in.pt", {"1": content}, zipfile.ZIP_STORED)
+    convert(tmp_path / "in.pt", tmp_path / "out.pt", "folded")
+    with zipfile.ZipFile(tmp_path / "in.pt") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "in.pt", "w") as archive:
+        for name, inside in parts.items():
+            archive.writestr(name, inside, zipfile.ZIP_DEFLATED if name.endswith("/1") else None)
+    line = fails(3, "convert", tmp_path / "in.pt", "--to", "folded", "--dry-run")
+    assert line.endswith("data/1 of 48 bytes in 48")
 
 
 def test_parts_that_are_longer_together_than_the_file(tmp_path):

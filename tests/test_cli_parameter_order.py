@@ -98,12 +98,16 @@ def named(net):
         pytest.skip("this torch has no optimizers that know names")
 
 
+def common(name):
+    """The same in both layouts."""
+    name = name.replace("parametrizations.weight.original0", "weight_g")
+    return name.replace("parametrizations.weight.original1", "weight_v")
+
+
 def trained(net, optimizer):
-    """Its state says which parameter it belongs to: gradients are drawn by the names in a layout
-    that both can be spelled in."""
+    """Its state says which parameter it belongs to: gradients are drawn by names."""
     for name, p in net.named_parameters():
-        name = name.replace("parametrizations.weight.original0", "weight_g")
-        name = name.replace("parametrizations.weight.original1", "weight_v")
+        name = common(name)
         random = torch.Generator().manual_seed(sum(name.encode()) + 31 * len(name))
         p.grad = torch.randn(p.shape, generator=random)
     optimizer.step()
@@ -142,6 +146,10 @@ def test_training_goes_on_in_the_other_layout(tmp_path, layer, source, target, m
     other.load_state_dict(got["model"])
     for p, averaged in zip(other.parameters(), got["ema"]["shadow_params"], strict=True):
         assert torch.equal(averaged, p + 1)
+    (group,) = got["opt"][0]["param_groups"]
+    if make is named:  # as they were called before
+        both = [common(name) for name, _ in other.named_parameters()]
+        assert [common(name) for name in group["param_names"]] == both
     other_optimizer = make(other)
     other_optimizer.load_state_dict(got["opt"][0])
     trained(net, optimizer)

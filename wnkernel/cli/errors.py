@@ -80,20 +80,18 @@ def out_of_memory(error: BaseException, what: object = None) -> OutOfMemory | No
     """An error of any library in our words, if it says that there is no memory; else None.
 
     Args:
-        error: what was raised, perhaps because of another.
+        error: what was raised.
         what: the file or the case that it was for.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        text = str(cause)
-        is_known = isinstance(cause, MemoryError) or getattr(cause, "errno", None) == errno.ENOMEM
-        if is_known or (isinstance(cause, (RuntimeError, OSError)) and _NO_MEMORY.search(text)):
-            asked = _ASKED.search(text)
-            prefix = "" if what is None else f"{what}: "
-            count = f": {asked[1]} bytes were asked for" if asked else ""
-            return OutOfMemory(f"{prefix}out of memory{count}")
-        cause = cause.__cause__ or cause.__context__
-    return None
+    text = str(error)
+    is_known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if not (is_known or (isinstance(error, (RuntimeError, OSError)) and _NO_MEMORY.search(text))):
+        return None
+    asked = _ASKED.search(text)
+    prefix = "" if what is None else f"{what}: "
+    return OutOfMemory(
+        f"{prefix}out of memory" + (f": {asked[1]} bytes were asked for" if asked else "")
+    )
 
 
 def cannot_read(path: Path, error: OSError) -> CliError:
