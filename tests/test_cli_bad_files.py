@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 import wnkernel
 
-from .command_line import fails, files_in, invoke, load, on_the_cpu, save, trained
+from .command_line import convert, fails, files_in, invoke, load, on_the_cpu, save, trained
 from .layers import legacy_weight_norm
 
 __all__ = ["on_the_cpu"]
@@ -292,3 +293,47 @@ def test_a_pipe_is_not_waited_for(tmp_path, suffix):
     os.mkfifo(tmp_path / f"in{suffix}")
     line = fails(3, "convert", tmp_path / f"in{suffix}", "--to", "folded", "--dry-run")
     assert line.endswith("is no ordinary file")
+
+
+class WithState:
+    """Pickled as a call and what is set on its result."""
+
+    def __init__(self, state, call, *arguments):
+        self.how = call, arguments, state
+
+    def __reduce__(self):
+        return self.how
+
+
+@pytest.mark.parametrize("name", ["items", "get", "_metadata"])
+def test_a_dict_whose_attributes_hide_those_of_its_class(tmp_path, layer, name):
+    """_metadata, which the state dicts of modules have, hides nothing."""
+    content = {"model": WithState({name: 3}, OrderedDict, list(layer.items()))}
+    torch.save(content, tmp_path / "in.pt")
+    if name == "_metadata":
+        convert(tmp_path / "in.pt", tmp_path / "out.pt", "folded")
+    else:
+        said = refused(tmp_path, tmp_path / "in.pt")
+        assert said == f"refused: it has a OrderedDict with another {name!r}"
+
+
+def test_a_tensor_whose_attributes_hide_those_of_its_class(tmp_path, layer):
+    rebuild = torch._utils._rebuild_parameter_with_state
+    for name in ("is_floating_point", "our_own"):
+        v = Evil(rebuild, layer["weight_v"], False, OrderedDict(), {name: 3})
+        torch.save(layer | {"weight_v": v}, tmp_path / "in.pt")
+        if name == "our_own":
+            convert(tmp_path / "in.pt", tmp_path / "out.pt", "folded")
+        else:
+            assert refused(tmp_path, tmp_path / "in.pt").endswith(f"with another {name!r}")
+
+
+@pytest.mark.parametrize("to", ["parametrized", "folded"])
+def test_what_torch_loads_and_cannot_save(tmp_path, layer, to):
+    t = layer["bias"]
+    arguments = (t._typed_storage(), 0, t.shape, (1,), False, OrderedDict)
+    broken = Evil(torch._utils._rebuild_tensor_v2, *arguments)  # its hooks are no dict
+    torch.save(layer | {"bias": broken}, tmp_path / "in.pt")
+    line = fails(3, "convert", tmp_path / "in.pt", tmp_path / "out.pt", "--to", to)
+    assert "in.pt: torch cannot save what is in it: " in line
+    assert list(files_in(tmp_path)) == ["in.pt"]

@@ -175,6 +175,25 @@ def test_under_nohup_a_hangup_is_not_heard_and_other_signals_are(source, out, su
 
 
 @both_formats
+def test_a_file_has_no_name_while_it_is_written(source, out, suffix, monkeypatch):
+    """Nothing is left of it then, however the process ends."""
+    try:
+        os.close(os.open(out, os.O_TMPFILE | os.O_WRONLY))
+    except (AttributeError, OSError):
+        pytest.skip("this system, or the disk of the tests, has no files without a name")
+
+    def watched(self, data):
+        seen.append(files_in(out))
+        return write(self, data)
+
+    seen, write = [], Writer.write
+    monkeypatch.setattr(Writer, "write", watched)
+    convert(source, out / f"out{suffix}", "folded")
+    assert len(seen) > 1
+    assert not any(seen)
+
+
+@both_formats
 def test_a_bug_while_writing_leaves_nothing_behind(source, out, suffix, monkeypatch):
     def broken(self, data):
         raise ZeroDivisionError

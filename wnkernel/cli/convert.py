@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from . import safetensors_files, shards, torch_files
@@ -79,7 +78,7 @@ def _convert_tree(request: Request, kind: Format, progress: Progress) -> Report:
             if form == Format.SAFETENSORS:
                 safetensors_files.write(writer, specs, METADATA, content.items())
             else:
-                torch.save(content, writer)
+                torch_files.write(writer, content, source)
         return Report(conversion.changes, warnings, outputs.commit())
 
 
@@ -121,7 +120,7 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
         with progress(total) as advance:
             for path, number in zip(paths, numbers, strict=True):
                 with outputs.file(path, advance) as writer:
-                    _write_flat(writer, file_form, flat, number)
+                    _write_flat(writer, file_form, flat, number, source)
             if index and form == Format.INDEX:
                 homes = {
                     key: path.name
@@ -133,13 +132,13 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
         return Report(conversion.changes, warnings, outputs.commit())
 
 
-def _write_flat(writer: Writer, form: Format, flat: Flat, number: int | None) -> None:
+def _write_flat(writer: Writer, form: Format, flat: Flat, number: int | None, source: Path) -> None:
     """One of the files, or all in one."""
     if form == Format.SAFETENSORS:
         metadata = flat.metadata(number) or METADATA
         safetensors_files.write(writer, flat.specs(number), metadata, flat.tensors(number))
     else:
-        torch.save(dict(flat.tensors(number)), writer)
+        torch_files.write(writer, dict(flat.tensors(number)), source)
 
 
 def _demand_changes(conversion: Conversion) -> None:

@@ -9,9 +9,11 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .errors import BadInput, CliError, cannot_read, one_line, out_of_memory
 from .limits import memory_limit
+from .output import Writer
 
 ZIP = b"PK\x03\x04"
 
@@ -46,7 +48,9 @@ def read(path: Path) -> object:
             pickled = _check_parts(path, size) if mapped else min(size, OLD_PICKLE)
         with memory_limit(2 * size + PICKLED * pickled + SPARE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong comes as an error too
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        _check_attributes(path, content)
+        return content
     except CliError:
         raise
     except OSError as error:
@@ -80,6 +84,46 @@ def _check_parts(path: Path, size: int) -> int:
                 while content.read(1 << 20):
                     pass
     return sum(part.file_size for part in parts if not _STORAGE.fullmatch(part.filename))
+
+
+def _check_attributes(path: Path, content: object) -> None:
+    """Refuse objects with attributes that hide those of their classes: ``items`` of a dict, which
+    would not be called then."""
+    nodes, seen = [content], set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, dict):
+            nodes += dict.values(node)
+        elif isinstance(node, (list, tuple, set)):
+            nodes += node
+        if not isinstance(node, (dict, Tensor)):
+            continue
+        kind = type(node).__name__
+        for name in getattr(node, "__dict__", ()):
+            if hasattr(type(node), name):
+                raise BadInput(f"{path}: refused: it has a {kind} with another {name!r}")
+
+
+def write(writer: Writer, content: object, source: Path) -> None:
+    """Write a file of ``torch.save``.
+
+    Args:
+        writer: where to.
+        content: what to save.
+        source: the input that it comes from.
+
+    Raises:
+        BadInput: torch cannot save it, though it could be loaded.
+    """
+    try:
+        torch.save(content, writer)
+    except (AttributeError, RuntimeError, TypeError, ValueError, pickle.PickleError) as error:
+        if writer.failure or out_of_memory(error):
+            raise
+        raise BadInput(f"{source}: torch cannot save what is in it: {one_line(error)}") from None
 
 
 def _why(error: Exception) -> str:
