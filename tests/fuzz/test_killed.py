@@ -30,8 +30,10 @@ def names_at_once(folder):
     return draft._name is not None
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["replaced", "new"])
-@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [("x.pt", True), ("x.safetensors", False), ("model.safetensors.index.json", True)],
+)
 def test_killed_at_any_line(tmp_path, request, name, there):
     source, out = tmp_path / "in", tmp_path / "out"
     for folder in (source, out):
