@@ -181,6 +181,7 @@ def test_what_is_more_than_tensors_does_not_go_into_a_safetensors_file(tmp_path)
     for content, name in (
         ({"generator": net.state_dict()}, "'generator'"),
         (net.state_dict() | {"epoch": 3}, "'epoch'"),
+        (net.state_dict() | {7: torch.ones(2)}, "(7)"),
         ([net.state_dict()], "other things"),
     ):
         torch.save(content, tmp_path / "in.pt")

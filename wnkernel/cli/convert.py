@@ -161,7 +161,7 @@ def _as_safetensors(source: Path, content: object) -> tuple[dict[str, Spec], lis
     if not shards.is_flat(content):
         other = "other things"
         if isinstance(content, dict):
-            other = next(repr(k) for k, v in content.items() if not isinstance(v, Tensor))
+            other = next(repr(key) for key, t in content.items() if not shards.is_flat({key: t}))
         raise CannotWrite(
             f"{source}: has more than tensors in it ({other}), which a safetensors file cannot "
             "hold; write a file of torch (.pt)"
