@@ -190,6 +190,18 @@ def test_what_is_more_than_tensors_does_not_go_into_a_safetensors_file(tmp_path)
         assert not (tmp_path / "o.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "shown"), [("\ud800", r"\ud800: "), ("__metadata__", "__metadata__: ")]
+)
+def test_keys_that_a_safetensors_file_cannot_have(tmp_path, key, shown):
+    torch.save(trained("legacy").state_dict() | {key: torch.ones(2)}, tmp_path / "in.pt")
+    line = fails(4, "convert", tmp_path / "in.pt", tmp_path / "o.safetensors", "--to", "folded")
+    assert f"{shown}a safetensors file cannot have such a key" in line
+    assert not (tmp_path / "o.safetensors").exists()
+    convert(tmp_path / "in.pt", tmp_path / "o.pt", "folded")
+    assert key in torch.load(tmp_path / "o.pt", weights_only=True)
+
+
 def test_keys_that_are_no_text_beside_a_weight_norm(tmp_path):
     pair = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.ones(3, 2)}
     optimizer = torch.optim.Adam(nn.Linear(1, 1).parameters()).state_dict()

@@ -97,7 +97,8 @@ CANARY = "open('canary', 'w')"
 
 
 def _text(text: str) -> bytes:
-    return b"X" + len(text.encode()).to_bytes(4, "little") + text.encode()
+    encoded = text.encode("utf-8", "surrogatepass")
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded
 
 
 def _integer(number: int) -> bytes:
@@ -111,6 +112,7 @@ OPCODES = (
     *(b"q" + bytes([slot]) for slot in (0, 3, 13)),
     *(_integer(size) for size in (-1, *SIZES)),
     *(_text(text) for text in ("", "0", "1", "cpu", "meta", "cuda", "storage", "a.weight_g", "\0")),
+    *(_text(text) for text in ("\ud800", "__metadata__", "a.weight")),
     *(_global(name) for name in GLOBALS),
     _global("builtins.eval") + _text(CANARY) + b"\x85R",
     _global("posix.system") + _text("touch canary") + b"\x85R",

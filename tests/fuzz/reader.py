@@ -49,6 +49,8 @@ class Reader:
         assert after == before
         if code == DONE:
             assert written
+            again = self._run(["convert", str(target), "--to", "legacy", "--dry-run"])
+            assert again["code"] in (DONE, NOTHING), again["printed"]
             for path in self.folder.iterdir():
                 if path not in before:
                     path.unlink()

@@ -42,6 +42,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """In the order of the library's files, in which every tensor lies at a multiple of its size."""
+METADATA = "__metadata__"
+"""What is no tensor in a header."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -61,11 +63,18 @@ def spec(key: str, tensor: Tensor) -> Spec:
     """What a header would say of ``tensor``.
 
     Raises:
-        CannotWrite: the format does not have what it is.
+        CannotWrite: the format does not have what it is, or such a key.
     """
+    _check_key(key)
     if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise CannotWrite(_cannot_hold(key, f"{tensor.dtype}, {tensor.layout}, {tensor.device}"))
     return Spec(tensor.dtype, tensor.shape)
+
+
+def _check_key(key: str) -> None:
+    """A key that is one of the header, or that JSON in UTF-8 cannot have."""
+    if key == METADATA or any("\ud800" <= c <= "\udfff" for c in key):
+        raise CannotWrite(f"{key}: a safetensors file cannot have such a key")
 
 
 def _cannot_hold(key: str, kind: str) -> str:
@@ -122,9 +131,10 @@ def write(
     Raises:
         CannotWrite: the format does not have a tensor's dtype or layout.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    header: dict[str, object] = {METADATA: dict(metadata)} if metadata is not None else {}
     starts, end = {}, 0
     for key, about in specs.items():
+        _check_key(key)
         if about.dtype not in _NAMES:
             raise CannotWrite(_cannot_hold(key, str(about.dtype)))
     ranks = {dtype: rank for rank, dtype in enumerate(_NAMES)}
