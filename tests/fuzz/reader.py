@@ -49,7 +49,7 @@ class Reader:
         assert after == before
         if code == DONE:
             assert written
-            again = self._run(["convert", str(target), "--to", "legacy", "--dry-run"])
+            again = self._run(["convert", str(target), "--to", to, "--dry-run"])
             assert again["code"] in (DONE, NOTHING), again["printed"]
             for path in self.folder.iterdir():
                 if path not in before:
