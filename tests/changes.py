@@ -196,8 +196,11 @@ def in_backward(write: Callable[[Tensor], object]) -> Change:
     """By hooks that run when a gradient is there: optimizers that step within a backward."""
 
     def change(model: nn.Module) -> None:
+        for p in originals(model):
+            p.requires_grad_()
         hooks = [p.register_post_accumulate_grad_hook(write) for p in originals(model)]
-        model().square().mean().backward()
+        with torch.enable_grad():
+            model().square().mean().backward()
         for hook in hooks:
             hook.remove()
         model.zero_grad()
@@ -206,18 +209,19 @@ def in_backward(write: Callable[[Tensor], object]) -> Change:
 
 
 def offload(p: Tensor) -> None:
-    """Away, as if to another device, and back with other values."""
+    """Nothing in its place for a while, as with DeepSpeed's ZeRO-3."""
     away = moved(p)
-    p.data = torch.empty_like(p, device="meta")
+    p.data = p.new_empty(0)
     p.data = away
 
 
 def refill(p: Tensor) -> None:
     """The memory is given away and taken again, as FSDP does: at the same address, or not."""
-    new = moved(p)
-    size = p.untyped_storage().nbytes()
-    p.untyped_storage().resize_(0)
-    p.untyped_storage().resize_(size)
+    new, storage = moved(p), p.untyped_storage()
+    if storage.resizable():
+        size = storage.nbytes()
+        storage.resize_(0)
+        storage.resize_(size)
     p.data.copy_(new)
 
 

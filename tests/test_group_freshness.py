@@ -157,7 +157,8 @@ def test_every_change_of_the_table_changes_something(change: Change) -> None:
 def test_any_sequence_of_changes_and_reads(backend: str, reuse: str, seed: int) -> None:
     """Also changes of some layers only, layers left out of a forward, and dtypes on the way."""
     table = ALL if reuse == "forward" else SEEN
-    refused = {*SWAPS, "to half and back"}  # some tensors are held; half overflows in the end
+    # Some tensors are held; half overflows in the end; torch flattens contiguous parameters only.
+    refused = {*SWAPS, "to half and back", "vector_to_parameters"}
     dice = random.Random(seed)
     model, twin, group = twins(reuse)
     for _ in range(40):
