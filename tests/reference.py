@@ -116,7 +116,7 @@ def forward(v: Tensor, g: Tensor, dim: int | None, eps: float = 0.0) -> Expected
     """What w has to be."""
     with torch.no_grad():
         w = v.to(torch.float64) * (g.to(torch.float64) / divisor(v, g, dim).clamp_min(eps))
-        return Expected(w, w.abs(), _length(v, dim), _acc_dtype(v))
+        return Expected(w, w.abs(), length(v, dim), acc_dtype(v))
 
 
 def divisor(v: Tensor, g: Tensor, dim: int | None) -> Tensor:
@@ -133,7 +133,7 @@ def backward(
     v: Tensor, g: Tensor, grad_w: Tensor, dim: int | None, eps: float = 0.0
 ) -> tuple[Expected, Expected]:
     """What grad_v and grad_g have to be, by autograd through :func:`weight_norm`."""
-    acc, length = _acc_dtype(v), _length(v, dim)
+    acc, count = acc_dtype(v), length(v, dim)
     v, g = (t.detach().to(torch.float64).requires_grad_() for t in (v, g))
     grad_w = grad_w.detach().to(torch.float64)
     grad_v, grad_g = torch.autograd.grad(weight_norm(v, g, dim, eps), (v, g), grad_w)
@@ -144,12 +144,12 @@ def backward(
         terms = grad_w * u
         s = terms.abs().sum_to_size(g.shape) if terms.numel() else torch.zeros_like(g)
         scale_v = g.abs() / n * (grad_w.abs() + u.abs() * s)
-    return Expected(grad_v, scale_v, length, acc), Expected(grad_g, s, length, acc)
+    return Expected(grad_v, scale_v, count, acc), Expected(grad_g, s, count, acc)
 
 
-def _length(v: Tensor, dim: int | None) -> int:
+def length(v: Tensor, dim: int | None) -> int:
     return v.numel() if dim is None or dim == -1 else v.numel() // max(v.shape[dim], 1)
 
 
-def _acc_dtype(v: Tensor) -> torch.dtype:
+def acc_dtype(v: Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
