@@ -19,16 +19,25 @@ at::Tensor held(const at::Tensor& norm, at::ScalarType type) {
   return at::where((rounded >= smallest).logical_and(rounded <= largest), rounded, norm);
 }
 
+// eps for computations in a type: at least its smallest normal number, or 0.
+double bound_of(double eps, at::ScalarType acc) {
+  const double smallest = acc == at::kDouble ? 0x1p-1022 : 0x1p-126;
+  return eps > 0.0 && eps < smallest ? smallest : eps;
+}
+
 // One weight norm in the accumulation dtype: v and g cast, norms clamped.
 struct Terms {
   std::vector<int64_t> dims;  // that a norm sums over
-  double eps;
   at::ScalarType acc;
+  double eps;
   at::Tensor v, g, divisor;  // divisor: max(norm, eps)
   at::Tensor clamped;        // norm < eps; undefined with eps 0
 
-  Terms(const at::Tensor& v_, const at::Tensor& g_, int64_t dim, double eps)
-      : eps(eps), acc(accumulation_dtype(v_.scalar_type())), v(v_.to(acc)), g(g_.to(acc)) {
+  Terms(const at::Tensor& v_, const at::Tensor& g_, int64_t dim, double eps_)
+      : acc(accumulation_dtype(v_.scalar_type())),
+        eps(bound_of(eps_, acc)),
+        v(v_.to(acc)),
+        g(g_.to(acc)) {
     dim = canonical_dim(dim, v.dim());
     for (int64_t k = 0; k < v.dim(); ++k)
       if (k != dim) dims.push_back(k);

@@ -76,6 +76,28 @@ def layout_dims(names: list[str] | None = None) -> list:
     ]
 
 
+F32, F64 = torch.float32, torch.float64
+ENDS = {
+    "subnormal rows under a bound": (F32, 1e-42, 1, 1e-10, 1e-20),
+    "g over norm is subnormal": (F32, 1e10, 1e-30, 1e10, 0),
+    "g over norm overflows": (F32, 1e-30, 1e10, 1e-20, 0),
+    "subnormal g": (F32, 1, 1e-40, 1e20, 0),
+    "no g": (F32, 1e-30, 0, 1e10, 0),
+    "zeros, a bound below the range": (F32, 0, 1, 1e-20, 1e-50),
+    "zeros, a bound far below": (F32, 0, 1e-20, 1e-30, 1e-70),
+    "zeros, a bound far below all": (F32, 0, 1, 0, 1e-300),
+    "zeros, a subnormal bound": (F32, 0, 1e-20, 1e-10, 1e-40),
+    "subnormal rows and bound": (F32, 1e-42, 1e-3, 1e-10, 1e-40),
+    "subnormal rows under a bound, float64": (F64, 1e-310, 1, 1e-10, 1),
+    "g over norm is subnormal, float64": (F64, 1e150, 1e-170, 1, 0),
+    "g over norm underflows, float64": (F64, 1e200, 1e-200, 1e200, 0),
+    "g over norm overflows, float64": (F64, 1e-200, 1e200, 1e-200, 0),
+    "zeros, a subnormal bound, float64": (F64, 0, 1e-10, 1e-10, 1e-320),
+    "subnormal rows and bound, float64": (F64, 1e-312, 1e-10, 1e-10, 1e-310),
+}
+"""Ends of the float range: a dtype, the sizes of v, g and grad_w, and eps."""
+
+
 def rounded_past_eps(
     shape: Sequence[int], dtype: torch.dtype, side: str
 ) -> tuple[torch.Tensor, float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from . import reference
+from .cases import ENDS
 from .simt.build import missing
 from .simt.cases import (
     DESCENDING,
@@ -77,6 +78,18 @@ FORWARD = [(1e14, 1e-30), (1e-14, 1e30), (1e-42, 1e-5), (1e-42, 1.0, 2.0**-130)]
 """Of :func:`with_g`: what leaves the range of the backward."""
 
 
+def ends_of_the_range() -> list[Case]:
+    """Rows and strips for every one of :data:`ENDS`."""
+    cases = []
+    for view in VIEWS[::11]:
+        for dtype, v, g, grad_w, eps in ENDS.values():
+            if dtype == torch.float32:
+                cases.append(c := case(view, eps=eps))
+                for t, size in zip((c.v, c.g, c.grad_w), (v, g, grad_w), strict=True):
+                    t.mul_(size)
+    return cases
+
+
 def bounded_by_norms(view: tuple[int, int, int]) -> Case:
     """eps is the norm, exactly."""
     c = case(view, eps=math.sqrt(view[0] * view[2]))
@@ -112,7 +125,7 @@ def make_batches() -> list[list[Case]]:
     split = [*map(case, SPLIT[::2]), *(extreme(view, 1e15) for view in SPLIT[1:])]
     split.append(extreme(SPLIT[-1], 1e-20))
     many = [[case((1, 1, 4)) for _ in range(n + 1)] for n in (FEW_LINES, MOST_LINES)]
-    return [*([c] for c in alone), mixed, *many, *([c] for c in split), split]
+    return [*([c] for c in alone), mixed, *many, ends_of_the_range(), *([c] for c in split), split]
 
 
 def check(mutated: Worker, batches: list[list[Case]], mutant: int = 0) -> None:

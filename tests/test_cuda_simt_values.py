@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from . import reference
-from .cases import DTYPES, rounded_past_eps
+from . import reference, wide_reference
+from .cases import DTYPES, ENDS, rounded_past_eps
 from .simt.build import missing
 from .simt.cases import (
     PAIRS,
@@ -26,6 +26,7 @@ from .simt.cases import (
 )
 from .simt.process import Worker, worker
 from .simt.protocol import ROWS, RUNS, STRIPS
+from .wide_reference import IS_WIDE, NOT_WIDE
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -206,6 +207,24 @@ def test_ends_of_the_float_range(kernels, view, size, eps):
     c = c._replace(g=g)
     # The backward divides by norms as they are stored: subnormal ones have lost their digits.
     (assert_right_forward if size <= 1e-40 else assert_right)(c, run(kernels, c))
+
+
+@pytest.mark.skipif(not IS_WIDE, reason=NOT_WIDE)
+@pytest.mark.parametrize("pair", SIZES)
+@pytest.mark.parametrize("view", ["rows", "runs", "strips", "split_runs", "split_strips"])
+def test_results_that_fit(kernels, view, pair):
+    cases = [end_of_range(view, end, pair) for end in ENDS if ENDS[end][0] == PAIRS[pair].v]
+    for c, got in zip(cases, run_list(kernels, cases).results, strict=True):
+        want = wide_reference.weight_norm(c.v, c.g.view(1, -1, 1), c.grad_w, 1, c.eps)
+        want.assert_close(got.w, got.grad_v, got.grad_g)
+
+
+def end_of_range(view: str, end: str, pair: str) -> Case:
+    _, *sizes, eps = ENDS[end]
+    c = case(VIEWS[view], PAIRS[pair], eps=eps)
+    for t, size in zip((c.v, c.g, c.grad_w), sizes, strict=True):
+        t.mul_(size)
+    return c
 
 
 @pytest.mark.parametrize("view", [(1, 4, 64), (64, 4, 36), (64, 4, 4)], ids=str)

@@ -60,7 +60,7 @@ def _divisor(p: Problem, v: Tensor) -> Tensor:
     if clamped is None or p.divisor_dtype == p.acc_dtype:
         return norm_held(norm, p.divisor_dtype)
     exact = norm.detach()
-    n = norm_held(norm_except_dim(v.detach(), p.dim), p.divisor_dtype).clamp_min(p.eps)
+    n = norm_held(norm_except_dim(v.detach(), p.dim), p.divisor_dtype).clamp_min(p.bound)
     return norm + torch.where(n == exact, 0.0, n - exact)
 
 
@@ -88,7 +88,7 @@ def plain_weight_norm(p: Problem, divisor_dtype: torch.dtype, *, reduce_l2: bool
     v, g = _cast(p.v, p.acc_dtype), _cast(p.g, p.acc_dtype)
     norm = norm_held(_plain_norm(p, v, reduce_l2), divisor_dtype)
     if p.eps:
-        norm = norm.clamp_min(p.eps)
+        norm = norm.clamp_min(p.bound)
     return _cast(v * (g / norm), p.out_dtype)
 
 
@@ -120,10 +120,10 @@ def backward(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
     """
     acc = p.acc_dtype
     v, g, grad_w, norm = (t.to(acc) for t in (p.v, p.g, grad_w, norm))
-    inverse = norm.clamp_min(p.eps).reciprocal()
+    inverse = norm.clamp_min(p.bound).reciprocal()
     u = v * inverse
     s = _row_sum(p, grad_w * u)
-    projected = u * (s if p.eps == 0.0 else s.masked_fill(norm < p.eps, 0.0))
+    projected = u * (s if p.eps == 0.0 else s.masked_fill(norm < p.bound, 0.0))
     grad_v = (g * inverse) * (grad_w - projected)
     return grad_v.to(p.v.dtype), s.to(p.g.dtype)
 
@@ -190,6 +190,6 @@ def _clamped_norm(p: Problem, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     if p.eps == 0.0:
         return norm_except_dim(v, p.dim), None
-    clamped = norm_except_dim(v.detach(), p.dim) < p.eps
+    clamped = norm_except_dim(v.detach(), p.dim) < p.bound
     norm = norm_except_dim(torch.where(clamped, 1.0, v), p.dim)
-    return torch.where(clamped, p.eps, norm), clamped
+    return torch.where(clamped, p.bound, norm), clamped

@@ -60,10 +60,22 @@ class Problem:
         are_half = self.v.dtype in HALF_DTYPES and self.g.dtype in HALF_DTYPES
         return self.g.dtype if are_half and self.g.numel() == 1 else self.acc_dtype
 
+    @property
+    def bound(self) -> float:
+        """eps, see :func:`bound_of`."""
+        return bound_of(self.eps, self.acc_dtype)
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for float32 and the half types."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bound_of(eps: float, acc_dtype: torch.dtype) -> float:
+    """``eps`` for computations in ``acc_dtype``: at least its smallest normal number, or 0. Numbers
+    below it have few digits or none there, and 1 over them is infinite."""
+    smallest = torch.finfo(acc_dtype).smallest_normal
+    return smallest if 0.0 < eps < smallest else eps
 
 
 def canonical_dim(dim: int | None, ndim: int) -> int:

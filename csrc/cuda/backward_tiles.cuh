@@ -46,9 +46,11 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
     load_step(first);
   else if constexpr (kHeld)
     load_step(last);
-  const auto own = Backwards<Sum>::of(norm, static_cast<Sum>(line.eps));
+  const auto own = Backwards<Sum>::of(norm, line.eps);
+  const auto own_ratio = own.ratio(value_of<Sum>(g, line.g_type));
   tiles.set(1, own.inverse, scratch);
-  tiles.set(2, value_of<Sum>(g, line.g_type) * own.inverse, scratch);
+  tiles.set(2, own_ratio.a, scratch);
+  tiles.set(3, own_ratio.b, scratch);
   __syncthreads();
   Sum inverse[M], sums[M];
   tiles.get(1, inverse, scratch);
@@ -92,11 +94,13 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
     }
   }
 
+  s = own.dot(s);
   if (line.grad_g && tiles.is_first()) store_as(line.grad_g, line.g_type, tiles.row(), s);
   if (!line.grad_v) return;
   if constexpr (!kHeld) load_step(last);
-  tiles.set(1, own.clamped ? Sum(0) : s, scratch);
-  __syncthreads();
+  tiles.set(1, own.along(s), scratch);
+  const bool two_factors =
+      __syncthreads_or(own_ratio.b != 1);  // no registers for those of all rows
   Sum ratio[M], along[M];
   tiles.get(2, ratio, scratch);
   tiles.get(1, along, scratch);
@@ -111,7 +115,9 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
       for (int j = 0; j < N; ++j) {
         const int m = Strip ? j : 0;
         const Sum u = widen(x[k].x[j]) * inverse[m];
-        to.x[j] = narrow<V>(fma(-u, along[m], Sum(widen(grad[k].x[j]))) * ratio[m]);
+        Sum y = fma(-u, along[m], Sum(widen(grad[k].x[j]))) * ratio[m];
+        if (two_factors) y *= scratch.columns[3][tiles.column(m)];
+        to.x[j] = narrow<V>(y);
       }
       store_past_cache(static_cast<V*>(line.grad_v) + at, to);
     }

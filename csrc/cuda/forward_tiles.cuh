@@ -134,8 +134,8 @@ __device__ inline void forward_tiles(const ForwardLine& line, int block,
 
   if constexpr (!kHeld) load_tile(tiles, last, v, x);
   if (tiles.owns_row()) {
-    const auto f = Forwards<Sum>::of(squares, unit, value_of<Sum>(g, line.g_type),
-                                     static_cast<Sum>(line.eps), line.divisor_type);
+    const auto f = Forwards<Sum>::of(squares, unit, value_of<Sum>(g, line.g_type), line.eps,
+                                     line.divisor_type);
     if (tiles.is_first()) static_cast<Sum*>(line.norm)[tiles.row()] = f.norm;
     tiles.set(1, f.a, scratch);
     tiles.set(2, f.b, scratch);

@@ -99,8 +99,7 @@ __device__ inline void forward_rows(const ForwardLine& line, int block,
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (!place.has_row(r)) continue;
-    const auto f =
-        Forwards<Sum>::of(squares[r], unit[r], g[r], static_cast<Sum>(line.eps), line.divisor_type);
+    const auto f = Forwards<Sum>::of(squares[r], unit[r], g[r], line.eps, line.divisor_type);
     if (place.lane == 0) static_cast<Sum*>(line.norm)[place.row(r)] = f.norm;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -134,7 +133,7 @@ __device__ inline void backward_rows(const BackwardLine& line, int block,
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t row = place.row(r);
-    const auto b = Backwards<Sum>::of(norm[r], static_cast<Sum>(line.eps));
+    const auto b = Backwards<Sum>::of(norm[r], line.eps);
     Sum s = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k)
@@ -146,12 +145,12 @@ __device__ inline void backward_rows(const BackwardLine& line, int block,
       forget_widened(v[r][k]);
       forget_widened(grad[r][k]);
     }
-    s = reduce_group(s, place.threads, scratch, Add());
+    s = b.dot(reduce_group(s, place.threads, scratch, Add()));
     if (!place.has_row(r)) continue;
     if (line.grad_g && place.lane == 0) store_as(line.grad_g, line.g_type, row, s);
     if (!line.grad_v) continue;
-    const Sum ratio = g[r] * b.inverse;
-    const Sum along = b.clamped ? Sum(0) : s;
+    const auto ratio = b.ratio(g[r]);
+    const Sum along = b.along(s);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (!place.has(r, k)) continue;
@@ -159,7 +158,7 @@ __device__ inline void backward_rows(const BackwardLine& line, int block,
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const Sum u = widen(v[r][k].x[j]) * b.inverse;
-        x.x[j] = narrow<V>(fma(-u, along, Sum(widen(grad[r][k].x[j]))) * ratio);
+        x.x[j] = narrow<V>(fma(-u, along, Sum(widen(grad[r][k].x[j]))) * ratio.a * ratio.b);
       }
       store(static_cast<V*>(line.grad_v) + place.at(r, k), x);
     }

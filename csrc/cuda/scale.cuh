@@ -9,12 +9,14 @@ struct Range;
 template <>
 struct Range<float> {
   static constexpr float kSmallest = 0x1p-126f, kLargest = 0x1.fffffep127f;  // normal numbers
+  static constexpr float kLeast = 0x1p-149f;
   static constexpr float kLow = 0x1p-80f, kHigh = 0x1p100f;  // sums of squares that lost nothing
   static constexpr float kUp = 0x1p90f, kDown = 0x1p-86f;
 };
 template <>
 struct Range<double> {
   static constexpr double kSmallest = 0x1p-1022, kLargest = 0x1.fffffffffffffp1023;
+  static constexpr double kLeast = 0x1p-1074;
   static constexpr double kLow = 0x1p-800, kHigh = 0x1p900;
   static constexpr double kUp = 0x1p700, kDown = 0x1p-600;
 };
@@ -48,38 +50,76 @@ __device__ inline float divisor(float norm, DType type) {
 }
 __device__ inline double divisor(double norm, DType) { return norm; }
 
+// eps as norms are compared with it: no smaller than the smallest of them.
+template <class Sum>
+__device__ inline Sum bound_of(double eps) {
+  const Sum bound = static_cast<Sum>(eps);
+  return bound == 0 && eps > 0 ? Range<Sum>::kLeast : bound;
+}
+
 // g / max(norm, eps), with the norm rounded as divisor_type holds it and bounded then, in two
 // factors, to multiply v with one after the other: the ratio and 1, unless that leaves the range of
-// normal numbers. Then 1 / max(norm, eps) and g, or, where not even norms are normal, unit and what
-// is left.
+// normal numbers. Then 1 / max(norm, eps) and g, or, where not even norms are normal, a power of
+// two and what is left. Zeros under a bound are zero, whatever it is.
 template <class Sum>
 struct Forwards {
   Sum norm, a, b;
 
   // squares: of unit * v.
-  __device__ static Forwards of(Sum squares, Sum unit, Sum g, Sum eps, DType divisor_type) {
-    const Sum scaled = root(squares);
+  __device__ static Forwards of(Sum squares, Sum unit, Sum g, double eps, DType divisor_type) {
+    using R = Range<Sum>;
+    const Sum scaled = root(squares), bound = bound_of<Sum>(eps);
     const Sum norm = unit == 1 ? scaled : scaled / unit;
-    const bool clamped = norm < eps;
-    const Sum held = divisor(norm, divisor_type), n = held < eps ? eps : held, ratio = g / n;
+    const bool clamped = norm < bound;
+    const Sum held = divisor(norm, divisor_type), n = held < bound ? bound : held, ratio = g / n;
     if (is_normal(n)) {
       if (is_normal(ratio)) return {norm, ratio, 1};
       if (is_normal(1 / n)) return {norm, 1 / n, g};
     }
-    return {norm, unit, g / (clamped ? eps * unit : scaled)};
+    if (clamped && norm == 0) return {norm, 0, g};
+    const Sum power = n < 1 ? 1 / R::kSmallest : R::kDown;
+    const Sum rest = clamped ? static_cast<Sum>(eps * power) : scaled * (power / unit);
+    return {norm, power, g / rest};
   }
 };
 
 // With n = max(norm, eps), u = v / n and s = <grad_w, u>: grad_v = (g / n) (grad_w - u s), without
-// the projection where it is eps that counts.
+// the projection where it is eps that counts. Where n or 1 / n is no normal number, 1 / n is a
+// power of two, `inverse`, over `rest`, and 1 everywhere else: v * inverse is rest * u there.
 template <class Sum>
 struct Backwards {
-  Sum inverse;
+  Sum inverse, rest;
   bool clamped;
 
-  __device__ static Backwards of(Sum norm, Sum eps) {
-    const bool clamped = norm < eps;
-    return {Sum(1) / (clamped ? eps : norm), clamped};
+  __device__ static Backwards of(Sum norm, double eps) {
+    using R = Range<Sum>;
+    const Sum bound = bound_of<Sum>(eps);
+    const bool clamped = norm < bound;
+    const Sum n = clamped ? bound : norm, inverse = 1 / n;
+    if (is_normal(n) && is_normal(inverse)) return {inverse, 1, clamped};
+    const Sum power = n < 1 ? 1 / R::kSmallest : R::kSmallest;
+    const Sum scaled = static_cast<Sum>(eps * power);  // the least bounds count as larger ones
+    const Sum of_bound = scaled < R::kSmallest ? R::kSmallest : scaled;
+    return {power, clamped ? of_bound : norm * power, clamped};
+  }
+
+  // s from <grad_w, v * inverse>.
+  __device__ Sum dot(Sum sum) const { return rest == 1 ? sum : sum / rest; }
+  // What v * inverse is multiplied with, for u s.
+  __device__ Sum along(Sum s) const { return clamped ? 0 : dot(s); }
+
+  // g / n in two factors, to multiply with one after the other: the ratio and 1, unless that leaves
+  // the range of normal numbers; a power of two and what is left there.
+  struct Ratio {
+    Sum a, b;
+  };
+  __device__ Ratio ratio(Sum g) const {
+    using R = Range<Sum>;
+    const Sum ratio = rest == 1 ? g * inverse : g / rest * inverse;
+    if (is_normal(ratio)) return {ratio, 1};
+    if (rest != 1) return {inverse, g / rest};
+    const Sum power = ratio < 1 && ratio > -1 ? R::kSmallest : 1 / R::kSmallest;
+    return {power, g / power * inverse};
   }
 };
 

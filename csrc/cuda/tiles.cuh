@@ -11,7 +11,7 @@ template <class Sum>
 struct Scratch {
   Sum warps[kWarps];
   Sum partial[kWarps][kMostColumns];
-  Sum columns[3][kMostColumns];
+  Sum columns[4][kMostColumns];
 };
 
 // A block's parts of a row (runs), or of a strip of columns of adjacent rows. A thread keeps to its
@@ -118,7 +118,7 @@ struct Tiles {
     return of_row;
   }
 
-  // Numbers 1 and 2 of every column, from the thread that owns it. To be read after a barrier.
+  // Numbers 1 to 3 of every column, from the thread that owns it. To be read after a barrier.
   template <class Sum>
   __device__ void set(int number, Sum value, Scratch<Sum>& scratch) const {
     if (own() < columns()) scratch.columns[number][own()] = value;

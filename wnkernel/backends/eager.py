@@ -82,7 +82,7 @@ def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
         return w.to(p.out_dtype), norm
     acc = p.acc_dtype
     norm = composed.norm_except_dim(p.v.to(acc), p.dim).reshape(p.g.shape)
-    w = p.v.to(acc) * (p.g.to(acc) / composed.norm_held(norm, p.divisor_dtype).clamp_min(p.eps))
+    w = p.v.to(acc) * (p.g.to(acc) / composed.norm_held(norm, p.divisor_dtype).clamp_min(p.bound))
     return w.to(p.out_dtype), norm
 
 

@@ -108,6 +108,15 @@ def _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr,
 
 
 @triton.jit
+def _finish_ratio(scale, inverse):
+    """Two factors of g / n, to multiply with one after the other: the ratio and 1; where that
+    leaves the range, 1 / n and g."""
+    ratio = scale * inverse
+    has_ratio = _is_normal(ratio) | (scale == 0.0)
+    return tl.where(has_ratio, ratio, inverse), tl.where(has_ratio, 1.0, scale)
+
+
+@triton.jit
 def forward_rows(
     v, g, w, norm, eps_bits, strip, plan,
     LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
@@ -194,8 +203,9 @@ def backward_rows(
         store(grad_g + row, s, valid)
     if want_v:
         scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
+        a, b = _finish_ratio(scale, inverse)
         along = tl.where(clamped, 0.0, s)
-        store_at(grad_v, origin, offsets, (grad - u * along) * (scale * inverse), mask, VECTOR)
+        store_at(grad_v, origin, offsets, (grad - u * along) * a * b, mask, VECTOR)
 
 
 @triton.jit
@@ -230,12 +240,13 @@ def backward_tiles(
             store(grad_g + row, s, first & (chunk == 0))
         if want_v:
             scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-            ratio, along = scale * inverse, tl.where(clamped, 0.0, s)
+            a, b = _finish_ratio(scale, inverse)
+            along = tl.where(clamped, 0.0, s)
             for tile in range(start, end):
                 origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
                 u = load(v, origin, offsets, mask, ACC, VECTOR) * inverse
                 grad = load(grad_w, origin, offsets, mask, ACC, VECTOR)
-                x = (grad - u * along) * ratio
+                x = (grad - u * along) * a * b
                 store_at(grad_v, origin, offsets, x, mask, VECTOR)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...forms import Problems
-from ...problem import accumulation_dtype, is_dense, row_view
+from ...problem import accumulation_dtype, bound_of, is_dense, row_view
 from .arrays import Allocate
 from .launch import Batch, Direction, Types
 from .launch_table import VECTOR_BYTES
@@ -86,7 +86,8 @@ class Group:
         self.types, self.places = types, places
         self._device = many.v[0].device
         self._views = [row_view(many.v[k], many.options[k][0]) for k in places]
-        self._eps = [many.options[k][1] for k in places]
+        acc = accumulation_dtype(self.types.v)
+        self._eps = [bound_of(many.options[k][1], acc) for k in places]
         self._is_all = len(places) == len(many)
         self._batches: dict[tuple[object, ...], Batch] = {}
 
