@@ -66,7 +66,8 @@ def assert_close(name: str, got: Tensor, expected: Expected) -> None:
     if want.numel() == 0:
         return
     assert wide.isfinite().all(), f"{name}: {(~wide.isfinite()).sum()} elements are not finite"
-    smallest = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    infos = torch.finfo(got.dtype), torch.finfo(expected.acc_dtype)
+    smallest = max(info.smallest_normal * info.eps for info in infos)
     error = (wide - want).abs()
     excess = (error - smallest) / (limit.element * scale).clamp_min(torch.finfo(torch.float64).tiny)
     worst = int(excess.argmax())

@@ -5,6 +5,7 @@ Where longdouble is no wider than float64, IS_WIDE is False, and extreme float64
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,12 @@ class Results(NamedTuple):
     w: Expected
     grad_v: Expected
     grad_g: Expected
+
+    def assert_close(self, w: Tensor, grad_v: Tensor, grad_g: Tensor) -> None:
+        """Compare all three by the table."""
+        for name, got in zip(self._fields, (w, grad_v, grad_g), strict=True):
+            want = getattr(self, name)
+            reference.assert_close(name, got.view_as(want.value), want)
 
 
 def weight_norm(
@@ -58,3 +65,36 @@ def _wide(t: Tensor) -> np.ndarray:
 def _double(x: np.ndarray) -> Tensor:
     with np.errstate(all="ignore"):
         return torch.from_numpy(np.asarray(x).astype(np.float64))
+
+
+def assert_close_where_it_fits(name: str, got: Tensor, want: Expected) -> None:
+    """Compare by the table what is well inside the range of got's dtype. Beyond it, got has to be
+    large, or inf, and of the right sign."""
+    largest = torch.finfo(got.dtype).max / 4
+    beyond = (want.value.abs() > largest) | ~want.scale.isfinite() & want.value.isfinite()
+    there = ~beyond
+    reference.assert_close(
+        name, got[there], replace(want, value=want.value[there], scale=want.scale[there])
+    )
+    sure = beyond & want.scale.isfinite() & (want.scale <= 2 * want.value.abs())
+    wide = got[sure].double()
+    assert (wide * want.value[sure].sign() > largest / 2).all(), f"{name}: too large, and is lost"
+
+
+def assert_across(v: Tensor, grad_v: Tensor, want: Expected, dim: int | None) -> None:
+    """grad_v and v at right angles, as nearly as grad_v's rounding allows."""
+    axes = tuple(k for k in range(v.ndim) if dim in (None, -1) or k != dim % v.ndim)
+    x, y, scale = (_wide(t) for t in (v, grad_v, want.scale))
+    with np.errstate(all="ignore"):
+        along = np.abs((x * y).sum(axes))
+        limit = reference.tolerance(v.dtype, want.acc_dtype, want.length).element
+        smallest = torch.finfo(v.dtype).smallest_normal * torch.finfo(v.dtype).eps
+        allowed = (np.abs(x) * (limit * scale + smallest)).sum(axes)
+        known = np.isfinite(along) & np.isfinite(allowed)
+        assert (along[known] <= allowed[known]).all(), "grad_v has a part along v"
+
+
+def with_error(want: Expected, error: Tensor) -> Expected:
+    """The same for arguments that may be off by so much."""
+    limit = reference.tolerance(torch.float64, want.acc_dtype, want.length).element
+    return replace(want, scale=want.scale + error / limit)
