@@ -21,6 +21,7 @@ constexpr int64_t kFloatRun = 8192;
 constexpr int kUnroll = 4;      // independent sums along a row
 constexpr int kWideUnroll = 8;  // vectors of column sums in registers
 constexpr int64_t kStreams = 8;
+constexpr int64_t kNarrowRows = 32;  // of memory, of a narrow strip, that are added up at a time
 // From here on, results of a row are worth being brought to the lines of the cache.
 constexpr int64_t kLongRow = 128;
 
@@ -84,14 +85,15 @@ struct KernelsOf {
             dot_run(x + k, y + k, n - k < kFloatRun ? n - k : kFloatRun));
   }
 
-  // Adds `outer` rows of memory onto `u` vectors of column sums, which stay in registers.
+  // Adds `outer` rows of memory up in registers, and those sums onto `u` vectors of column sums: in
+  // two steps, errors grow with the rows of one and the number of the other.
   template <int u>
   WNKERNEL_INLINE void add_columns(const X* x, const V* y, int64_t outer, int64_t stride, A* sums) {
     Vec<A> sum[u];
-    for (int k = 0; k < u; ++k) sum[k] = load<A>(sums + k * N);
+    for (int k = 0; k < u; ++k) sum[k] = Vec<A>{};
     for (int64_t o = 0; o < outer; ++o, x += stride, y += stride)
       for (int k = 0; k < u; ++k) sum[k] = add_product(sum[k], x + k * N, y + k * N);
-    for (int k = 0; k < u; ++k) store<A>(sums + k * N, sum[k]);
+    for (int k = 0; k < u; ++k) store<A>(sums + k * N, load<A>(sums + k * N) + sum[k]);
   }
 
   static void dot_columns(const void* x_, const void* y_, int64_t outer, int64_t stride,
@@ -100,7 +102,7 @@ struct KernelsOf {
     const V* y = static_cast<const V*>(y_);
     A* sums = static_cast<A*>(sums_);
     // Wide strips a few rows of memory at a time: as many streams as the prefetcher follows.
-    const int64_t group = columns > kWideUnroll * N ? kStreams : outer;
+    const int64_t group = columns > kWideUnroll * N ? kStreams : kNarrowRows;
     for (int64_t o = 0; o < outer; o += group, x += group * stride, y += group * stride) {
       const int64_t rows = outer - o < group ? outer - o : group;
       int64_t c = 0;
@@ -109,10 +111,10 @@ struct KernelsOf {
       for (; c + N <= columns; c += N) add_columns<1>(x + c, y + c, rows, stride, sums + c);
       if (c == columns) continue;
       const int64_t n = columns - c;
-      Vec<A> sum = load_partial<A>(sums + c, n);
+      Vec<A> sum{};
       for (int64_t k = 0; k < rows; ++k)
         sum += product_partial(x + k * stride + c, y + k * stride + c, n);
-      store_partial<A>(sums + c, sum, n);
+      store_partial<A>(sums + c, load_partial<A>(sums + c, n) + sum, n);
     }
   }
 
