@@ -1,0 +1,192 @@
+"""Errors of ours and of torch's results, in ulps: ``python -m benchmarks.accuracy``.
+
+Not timed. An ulp is the dtype's eps times the scale of a row: the largest sum of the magnitudes of
+what a number is a sum of; of a long sum that is the root of its squares' sum. The oracle is the
+formula in numpy's longdouble, 80 bits on x86, second derivatives too; torch's autograd of its fused
+operator is one of those compared, never the reference.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from wnkernel import functional as F
+
+from .environment import Environment, environment, results_folder
+from .results import OURS, TORCH
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LENGTHS = (7, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+ELEMENTS, MOST_ROWS = 200_000, 512
+"""Of shorter rows so many elements, in no more rows than that."""
+MARKS = "<!-- accuracy -->", "<!-- /accuracy -->"
+CONTENDERS = {OURS: F.weight_norm, TORCH: torch._weight_norm}
+RESULT_NAMES = ("w", "grad_v", "grad_g", "second, grad_w", "second, v", "second, g")
+"""The last three: the gradient of <a, grad_v> + <b, grad_g> by each of the three."""
+
+Wide = np.longdouble
+IS_WIDE = np.finfo(Wide).eps < np.finfo(np.float64).eps
+
+
+@dataclass(frozen=True)
+class Error:
+    """A line of the CSV file."""
+
+    device: str
+    torch: str
+    commit: str
+    backend: str
+    dtype: str
+    dim: int
+    row_length: int
+    result: str
+    contender: str
+    largest_ulps: float
+    rms_ulps: float
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Rows up to 10,000.")] = False,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Folder for accuracy.csv.")] = None,
+    docs: Annotated[Path, typer.Option(help="A page with marks.")] = Path("docs/reliability.md"),
+) -> None:
+    """Measure, write accuracy.csv, print the table, and put it between the marks of a page."""
+    where = environment(device, None)
+    lengths = [n for n in LENGTHS if not quick or n <= 10_000]
+    dtypes = [t for t in DTYPES if IS_WIDE or t != torch.float64]
+    errors = [e for case in product(dtypes, (0, 1), lengths) for e in measured(*case, where)]
+    folder = out or RESULTS / results_folder(where)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(errors, folder / "accuracy.csv")
+    text = table(errors)
+    print(text)
+    print(*worse(errors), sep="\n")
+    if docs.exists():
+        docs.write_text(between_marks(docs.read_text(), text))
+
+
+def measured(dtype: torch.dtype, dim: int, length: int, where: Environment) -> Iterator[Error]:
+    """Both contenders on rows of one length: lines of memory, or columns."""
+    rows = min(max(2, ELEMENTS // length), MOST_ROWS)
+    random = torch.Generator().manual_seed(length)
+    sizes = length, 1, length, length, 1
+    inputs = [torch.randn(rows, n, generator=random, dtype=torch.float64).to(dtype) for n in sizes]
+    got = {who: [t.cpu() for t in results(f, inputs, dim, where)] for who, f in CONTENDERS.items()}
+    ulps = {(who, name): [] for who in got for name in RESULT_NAMES}
+    for row in range(rows):
+        want = exact(*(t[row].double().numpy().astype(Wide) for t in inputs))
+        for (who, name), of_rows in ulps.items():
+            value, scale = want[name]
+            result = got[who][RESULT_NAMES.index(name)][row].double().numpy()
+            error = np.abs(result - value) / (scale * torch.finfo(dtype).eps)
+            of_rows.append((float(error.max()), float(np.mean(error * error))))
+    for (who, name), of_rows in ulps.items():
+        largest, squares = np.array(of_rows).T
+        yield Error(
+            where.device_name, where.torch, where.commit, where.backend,
+            str(dtype).removeprefix("torch."), dim, length, name, who,
+            float(largest.max()), float(np.sqrt(squares.mean())),
+        )  # fmt: skip
+
+
+def results(
+    f: Callable[[Tensor, Tensor, int], Tensor], inputs: list[Tensor], dim: int, where: Environment
+) -> list[Tensor]:
+    """What a contender gives, rows first; of rows that are columns of memory for dim 1."""
+
+    def turned(t: Tensor) -> Tensor:
+        return t.T.contiguous() if dim else t
+
+    v, g, grad_w, a, b = (turned(t).to(where.device) for t in inputs)
+    v, g, grad_w = (t.detach().requires_grad_() for t in (v, g, grad_w))
+    w = f(v, g, dim)
+    first = torch.autograd.grad(w, (v, g), grad_w, create_graph=True)
+    second = torch.autograd.grad(first, (grad_w, v, g), (a, b))
+    return [turned(t.detach()) for t in (w, *first, *second)]
+
+
+def exact(
+    v: np.ndarray, g: np.ndarray, grad_w: np.ndarray, a: np.ndarray, b: np.ndarray
+) -> dict[str, tuple[np.ndarray, float]]:
+    """Of one row: every result, and its scale. The formulas are those of ``wnkernel.composed``."""
+    n = np.sqrt((v * v).sum())
+    u, c = v / n, g / n
+    s, p = (grad_w * u).sum(), (a * u).sum()
+    across_a, across_w = a - u * p, grad_w - u * s
+    t = (a * grad_w).sum() - p * s
+    second_v = (b * across_w - c * (t * u + s * across_a + p * across_w)) / n
+    of_a, of_w = abs(a) + abs(u * p), abs(grad_w) + abs(u * s)
+    of_s = np.sqrt(((grad_w * u) ** 2).sum())
+    of_t = np.sqrt(((a * grad_w) ** 2).sum()) + abs(p * s)
+    of_v = abs(b) * of_w + abs(c) * (abs(u) * of_t + abs(s) * of_a + abs(p) * of_w)
+    values = v * c, c * across_w, s[None], c * across_a + b * u, second_v, (t / n)[None]
+    terms = v * c, c * of_w, of_s, abs(c) * of_a + abs(b * u), of_v / n, of_t / n
+    scales = (float(np.max(abs(x))) for x in terms)
+    return dict(zip(RESULT_NAMES, zip(values, scales, strict=True), strict=True))
+
+
+def write(errors: list[Error], path: Path) -> None:
+    """One line for each."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Error)], lineterminator="\n")
+        writer.writeheader()
+        for e in errors:
+            numbers = {"largest_ulps": f"{e.largest_ulps:.4g}", "rms_ulps": f"{e.rms_ulps:.4g}"}
+            writer.writerow(asdict(e) | numbers)
+
+
+def worst(errors: list[Error]) -> dict[tuple[str, str, int], dict[str, float]]:
+    """The largest errors of both contenders, of rows and columns, by dtype, result and length."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for e in errors:
+        of = found.setdefault((e.dtype, e.result, e.row_length), {})
+        of[e.contender] = max(of.get(e.contender, 0.0), e.largest_ulps)
+    return found
+
+
+def table(errors: list[Error]) -> str:
+    """In Markdown: ours / torch's."""
+    found = worst(errors)
+    lengths = sorted({length for *_, length in found})
+    lines = [["ulps, ours / torch", *(f"{n:,}" for n in lengths)], ["---"] * (1 + len(lengths))]
+    for dtype, result in dict.fromkeys(key[:2] for key in found):
+        cells = [found[dtype, result, n] for n in lengths]
+        shown = [f"{_short(c[OURS])} / {_short(c[TORCH])}" for c in cells]
+        lines.append([f"{dtype}, {result}", *shown])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _short(ulps: float) -> str:
+    return f"{ulps:.2g}" if ulps < 1000 else f"{ulps:.0e}"
+
+
+def worse(errors: list[Error]) -> list[str]:
+    """Where ours are further off than torch's by more than the rounding of a result."""
+    return [
+        f"{', '.join(map(str, key))}: {of[OURS]:.3g} ulps, torch's are {of[TORCH]:.3g}"
+        for key, of in worst(errors).items()
+        if of[OURS] > of[TORCH] + 1
+    ]
+
+
+def between_marks(page: str, text: str) -> str:
+    """The page with this text between its marks; as it is, if it has none."""
+    begin, end = MARKS
+    before, mark, rest = page.partition(f"{begin}\n")
+    return f"{before}{mark}{text}\n{end}{rest.partition(end)[2]}" if mark else page
+
+
+if __name__ == "__main__":
+    typer.run(main)
