@@ -3,12 +3,19 @@
 # make cuda-build-check : builds against a CUDA torch (several GB) where nvcc is; needs no GPU.
 # make test-matrix ARGS="--session torch-2.6.0-py3.12 -- --discard" : one of the versions of
 #   docs/versions.md, in an environment of its own (5 GB); without ARGS all of them, --list shows which.
+# make sanitize ARGS=--quick : the compiled module under sanitizers; without ARGS more of it.
+# make coverage ARGS="-k gradients" : lines and branches that tests run, of Python and of C++.
+# make mutants : faults that are put into sources one by one, and whether tests find them.
+# make fuzz CASES=10000 : random cases, as many for each property.
+# make audit : known weaknesses of what the package and its extras take, in this environment.
+# make wheel : builds one and tries it in a fresh environment.
 # make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
 JOBS ?= 2
 OUT ?= benchmarks/out/gpu
+CASES ?= 10000
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.11.0
 
@@ -23,7 +30,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
 CPP := $(shell find csrc tests/simt tests/cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build bench test test-matrix gpu-check cuda-build-check lint format clean
+.PHONY: build bench test test-matrix sanitize coverage mutants fuzz audit wheel gpu-check \
+  cuda-build-check lint format clean
 
 # torch first: the compiled module is built against the one that is there. Of the models that tests
 # build, two come from packages whose dependencies they do not need, torchaudio among them.
@@ -32,7 +40,7 @@ $(STAMP): pyproject.toml
 	$(if $(BIN),$(PYTHON) -m venv $(VENV))
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
 	$(PIP) install -q 'setuptools>=77' ninja pybind11
-	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[bench,lint,matrix,test]'
+	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[audit,bench,coverage,lint,matrix,test]'
 	$(PIP) install -q --no-deps encodec einops ChatTTS
 	@touch $@
 
@@ -46,6 +54,27 @@ bench: build
 # Threads that spin while they wait for each other keep the other processes from running.
 test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) $(ARGS)
+
+# Each builds the module in a copy of this folder, below build/.
+sanitize: $(STAMP)
+	$(PY) -m tests.instrumented $(ARGS)
+
+coverage: $(STAMP)
+	$(PY) -m tests.measured $(ARGS)
+
+mutants: build
+	$(PY) -m tests.mutation $(ARGS)
+
+fuzz: build
+	OMP_WAIT_POLICY=passive WNKERNEL_FUZZ_CASES=$(CASES) $(PY) -m pytest -n $(JOBS) tests/fuzz $(ARGS)
+
+audit: $(STAMP)
+	$(PY) -m pip_audit --skip-editable --progress-spinner off $(ARGS)
+
+wheel: $(STAMP)
+	rm -rf dist
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	$(PY) -m tests.wheel dist/*.whl
 
 # A leg whose Python is not there is skipped. The table is of all legs that were ever run.
 test-matrix: $(STAMP)

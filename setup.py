@@ -6,6 +6,10 @@ WNKERNEL_BUILD=cpu   compiled CPU kernels or an error
 WNKERNEL_BUILD=cuda  compiled CPU and CUDA kernels or an error
 WNKERNEL_BUILD=none  pure Python
 
+WNKERNEL_INSTRUMENT=address   with AddressSanitizer and UndefinedBehaviorSanitizer,
+WNKERNEL_INSTRUMENT=thread    with ThreadSanitizer: to be run as tests/instrumented.py does,
+WNKERNEL_INSTRUMENT=coverage  with counts of what runs, for gcov; without it, as fast as can be
+
 TORCH_CUDA_ARCH_LIST says for which GPUs; without it, those of this machine, or else COMMON_GPUS.
 """
 
@@ -61,8 +65,29 @@ def is_clang() -> bool:
     return "clang" in found.stdout
 
 
+# Compiled in little time, with lines and callers to name.
+WATCHED = ["-O1", "-g1", "-fno-omit-frame-pointer"]
+INSTRUMENTS = {
+    "": ["-O3", "-g0"],
+    "address": [*WATCHED, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": [*WATCHED, "-fsanitize=thread"],
+    "coverage": [*WATCHED, "--coverage", "-fprofile-update=atomic"],
+}
+"""Flags, by what watches the compiled code run."""
+
+
+def instrument() -> str:
+    name = os.environ.get("WNKERNEL_INSTRUMENT", "")
+    if name not in INSTRUMENTS:
+        raise SystemExit(
+            f"WNKERNEL_INSTRUMENT: expected address, thread, coverage or nothing, got {name!r}"
+        )
+    return name
+
+
 def compile_flags() -> list[str]:
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    flags = [*INSTRUMENTS[instrument()], "-fvisibility=hidden"]
+    flags += ["-fno-math-errno", "-fno-trapping-math"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     # torch brings the OpenMP runtime, which has gcc's entry points: compiled for, never linked.
     if is_clang():
@@ -75,6 +100,8 @@ NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 
 
 def link_flags() -> list[str]:
+    if instrument():
+        return INSTRUMENTS[instrument()]
     return [] if platform.system() == "Darwin" else ["-Wl,--strip-all"]
 
 

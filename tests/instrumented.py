@@ -1,0 +1,228 @@
+"""Tests of the compiled module while sanitizers watch it: ``make sanitize``.
+
+The module is built in a copy of the working tree, where the tests run. The sanitizer's library has
+to be there before Python is, so it is preloaded; Python and torch are not watched themselves.
+
+``address``: AddressSanitizer and UndefinedBehaviorSanitizer, with every instruction set of this
+processor, and what a loop leaves behind. ``thread``: ThreadSanitizer. ``--quick``: the tests that
+say most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = "report"
+"""How names of files begin in which sanitizers report."""
+COMPILER = os.environ.get("CXX", "c++").split()[0]
+
+
+class Sanitizer(NamedTuple):
+    """How a sanitizer is run."""
+
+    library: str
+    options: dict[str, str]
+    """Environment variables."""
+    tests: str
+    """Files of tests, without test_ and .py."""
+    quick: str
+    sets: tuple[str, ...] = ("",)
+    """Instruction sets, each in a run of its own."""
+
+
+SANITIZERS = {
+    "address": Sanitizer(
+        "libasan.so",
+        # Python leaves much behind when it ends: leaks are for a process of their own.
+        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+        "values lists gradients bad_input buffers norms norms_of_v determinism g_of_one_element "
+        "operators problem forms machine single_path single_node transforms inference_mode threads "
+        "group_slots group_launches group_autograd group_memory group_modes",
+        "lists buffers group_slots threads",
+        ("avx512", "avx2", "sse2"),
+    ),
+    "thread": Sanitizer(
+        "libtsan.so",
+        # Threads of torch's OpenMP wait for each other where nobody watches: here is one of them.
+        # The threads of a launch are real ones in run_kernels().
+        {
+            "TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'tsan_suppressions.txt'}",
+            "OMP_NUM_THREADS": "1",
+        },
+        "threads buffers serving single_node group_slots group_scopes group_memory group_launches",
+        "threads",
+    ),
+}
+
+LEAKS = """
+import ctypes, torch, wnkernel
+from torch import nn
+from wnkernel import functional as F
+
+def step():
+    v, g = torch.randn(128, 64, 8, requires_grad=True), torch.ones(128, 1, 1, requires_grad=True)
+    for w in (F.weight_norm(v, g), *F.weight_norms([v, v], [g, g], [0, 0])):
+        w.sum().backward()
+    (grad,) = torch.autograd.grad(F.weight_norm(v, g).square().sum(), v, create_graph=True)
+    grad.sum().backward()
+    model = nn.Sequential(*(wnkernel.weight_norm(nn.Linear(200, 200)) for _ in range(2)))
+    wnkernel.fuse(model)
+    model(torch.randn(2, 200)).sum().backward()
+    for wrong in (lambda: F.weight_norm(v, g[1:]), lambda: F.weight_norm(v, g, 7)):
+        try:
+            wrong()
+        except (ValueError, IndexError):
+            continue
+        raise AssertionError("no error")
+
+for _ in range(20):
+    step()
+ctypes.CDLL(None).__lsan_do_recoverable_leak_check()
+print("looked for leaks")
+"""
+"""Ways through the module that allocate, and errors on the way."""
+
+
+def build(name: str) -> Path:
+    """A copy of the working tree in which the module is instrumented. Compiles what changed."""
+    tree = ROOT / "build" / name / "tree"
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = {file for file in listed.split("\0") if (ROOT / file).is_file()}
+    for file in files:
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        if not (tree / file).exists() or not filecmp.cmp(ROOT / file, tree / file):
+            shutil.copy(ROOT / file, tree / file)
+    for folder in ("csrc", "tests", "wnkernel"):
+        for path in (tree / folder).rglob("*.*"):
+            made = "__pycache__" in path.parts or path.suffix == ".so" or path.stem == "_build_info"
+            if path.is_file() and not made and str(path.relative_to(tree)) not in files:
+                path.unlink()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"WNKERNEL_BUILD": "cpu", "WNKERNEL_INSTRUMENT": name}
+    subprocess.run(command, cwd=tree, env=environment, check=True)
+    return tree
+
+
+def watched(name: str, tree: Path, **more: str) -> dict[str, str]:
+    """The environment of processes that a sanitizer watches. They report to files."""
+    sanitizer = SANITIZERS[name]
+    # libstdc++, which Python lacks: the sanitizers look for what throws exceptions when they start.
+    libraries = [library(sanitizer.library), library("libstdc++.so")]
+    environment = os.environ | sanitizer.options | more
+    for options in ("ASAN_OPTIONS", "TSAN_OPTIONS"):
+        environment[options] = f"{environment.get(options, '')}:log_path={tree / REPORT}"
+    return environment | {
+        "LD_PRELOAD": " ".join(libraries),
+        "PYTHONPATH": str(tree),
+        "OMP_WAIT_POLICY": "passive",
+    }
+
+
+def library(file: str) -> str:
+    """The compiler's own."""
+    command = [COMPILER, f"-print-file-name={file}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(path):
+        raise SystemExit(f"{COMPILER} has no {file}")
+    return path
+
+
+def reports(tree: Path) -> list[str]:
+    """What sanitizers have written since the last time."""
+    files = sorted(tree.glob(f"{REPORT}.*"))
+    found = [file.read_text() for file in files]
+    for file in files:
+        file.unlink()
+    return found
+
+
+def said(what: str, good: bool, began: float) -> bool:
+    """Prints a line of a run; whether it was good."""
+    print(f"{what}: {'passed' if good else 'FAILED'}, {time.monotonic() - began:.0f} s", flush=True)
+    return good
+
+
+def run_tests(name: str, tree: Path, quick: bool, arguments: list[str]) -> bool:
+    """Whether they pass, and nothing is reported, with every instruction set that is there."""
+    sanitizer = SANITIZERS[name]
+    names = (sanitizer.quick if quick else sanitizer.tests).split()
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
+    command += ["-k", "not triton and not eager"]  # where nothing of the module runs
+    command += [*arguments, *(f"tests/test_{file}.py" for file in names)]
+    good = True
+    for used in sanitizer.sets[: 1 if quick else None]:
+        began = time.monotonic()
+        environment = watched(name, tree, **({"WNKERNEL_CPU_ISA": used} if used else {}))
+        done = subprocess.run(command, cwd=tree, env=environment)
+        found = reports(tree)
+        print(*found)
+        good &= said(f"{name} {used}", done.returncode == 0 and not found, began)
+    return good
+
+
+def run_kernels(name: str, tree: Path) -> bool:
+    """Whether nothing is reported of the kernels alone, in real threads, without torch."""
+    began = time.monotonic()
+    program = tree / "build" / "values"
+    sources = [
+        *sorted((tree / "csrc" / "cpu").glob("*.cpp")),
+        tree / "tests" / "cpu" / "values.cpp",
+    ]
+    flags = ["-std=c++17", "-O1", "-g1", "-Wno-psabi", "-pthread"]
+    flags += ["-fsanitize=thread" if name == "thread" else "-fsanitize=address,undefined"]
+    subprocess.run([COMPILER, *flags, *map(str, sources), "-o", str(program)], check=True)
+    good = True
+    for used in SANITIZERS["address"].sets:
+        done = subprocess.run([program], env=os.environ | {"WNKERNEL_CPU_ISA": used})
+        good &= done.returncode == 0
+    return said(f"{name}, kernels alone", good, began)
+
+
+def run_loop(tree: Path) -> bool:
+    """Whether nothing that the module has allocated is lost after some steps."""
+    began = time.monotonic()
+    environment = watched(
+        "address",
+        tree,
+        ASAN_OPTIONS="detect_leaks=1:fast_unwind_on_malloc=0:exitcode=0",
+        PYTHONMALLOC="malloc",  # or pointers are in memory where nobody looks for them
+    )
+    command = [sys.executable, "-c", LEAKS]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    found = re.split(r"\n(?=(?:Direct|Indirect) leak of )", "\n".join(reports(tree)))[1:]
+    ours = [report for report in found if "/csrc/" in report]
+    good = "looked for leaks" in done.stdout and not ours
+    print(*ours if done.stdout else [done.stderr], sep="\n")
+    print(f"{len(ours)} leaks of this module, {len(found) - len(ours)} of Python and torch")
+    return said("leaks", good, began)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help=" or ".join(SANITIZERS), metavar="SANITIZER")
+    parser.add_argument("--quick", action="store_true", help="fewer tests")
+    chosen, arguments = parser.parse_known_args()
+    good = True
+    for name in chosen.names or SANITIZERS:
+        tree = build(name)
+        reports(tree)
+        good &= run_tests(name, tree, chosen.quick, arguments)
+        if not chosen.quick:
+            good &= run_kernels(name, tree)
+            good &= name != "address" or run_loop(tree)
+    return not good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Many Python threads at once in what they share of the compiled module: recycled buffers, slots,
+models with a group, and what a launch makes once. ``make sanitize`` runs this under ThreadSanitizer
+as well."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import wnkernel
+from wnkernel import functional as F
+from wnkernel.grouping import slots
+
+THREADS, STEPS = 8, 20
+SIZES = [(128, 64, 8), (96, 700), (64, 40, 3), (300, 256)]
+"""Three of 64 KiB or more: their results are in recycled buffers."""
+
+
+def together(work: Callable[[int], None]) -> None:
+    """``work(k)`` in every thread, which all begin at the same time."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(THREADS)
+
+    def run(k: int) -> None:
+        barrier.wait()
+        try:
+            work(k)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+
+
+def weight(k: int) -> tuple[Tensor, Tensor]:
+    shape = SIZES[k % len(SIZES)]
+    g = torch.rand(shape[0], *(1 for _ in shape[1:])) + 0.5
+    return torch.randn(shape).requires_grad_(), g.requires_grad_()
+
+
+def step(v: Tensor, g: Tensor) -> list[Tensor]:
+    w = F.weight_norm(v, g)
+    return [w.detach(), *torch.autograd.grad(w.square().sum(), (v, g))]
+
+
+def test_results_while_others_free_and_release() -> None:
+    weights = [weight(k) for k in range(THREADS)]
+    expected = [step(v, g) for v, g in weights]
+
+    def work(k: int) -> None:
+        for n in range(STEPS):
+            kept = step(*weights[k])
+            if (n + k) % 5 == 0:
+                wnkernel.release_cpu_buffers()
+            assert not wnkernel.cpu_buffers() or wnkernel.cpu_buffers()["used_bytes"] >= 0
+            assert all(map(torch.equal, kept, expected[k]))
+
+    together(work)
+
+
+def test_one_weight_in_all_threads() -> None:
+    v, g = weight(0)
+    expected = step(v, g)
+
+    def work(k: int) -> None:
+        for _ in range(STEPS):
+            assert all(map(torch.equal, step(v, g), expected))
+
+    together(work)
+
+
+def test_a_slot_that_all_threads_read() -> None:
+    v, g = weight(0)
+    with torch.no_grad():
+        w = F.weight_norm(v, g)
+    (slot,) = slots.slots([w], [v], [g])
+
+    def work(k: int) -> None:
+        for _ in range(STEPS):
+            assert slot.take(v, g) is w
+            assert slot.is_current(v, g)
+            assert slot.taken
+
+    together(work)
+
+
+def test_a_fused_model_in_all_threads() -> None:
+    layers = [wnkernel.weight_norm(nn.Linear(200, 200)) for _ in range(3)]
+    model = nn.Sequential(*layers)
+    x = torch.randn(2, 200)
+    expected = model(x).detach()
+    wnkernel.fuse(model)
+
+    def work(k: int) -> None:
+        for _ in range(STEPS):
+            with torch.set_grad_enabled(k % 2 == 0):
+                assert torch.equal(model(x), expected)
+
+    together(work)
