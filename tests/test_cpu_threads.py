@@ -34,7 +34,7 @@ SIZES = {  # of caches
 
 @pytest.fixture(scope="session")
 def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return program(tmp_path_factory)
+    return program(tmp_path_factory, "shares.cpp")
 
 
 @pytest.fixture(params=SIZES)

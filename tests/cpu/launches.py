@@ -1,12 +1,12 @@
-"""Compiles shares.cpp with csrc/cpu, once for all test processes of a session, and reads what it
-prints."""
+"""Compiles programs with csrc/cpu, once for all test processes of a session, and reads what
+shares.cpp prints."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from ..processes import PATIENCE_S, ROOT
 COMPILER = os.environ.get("CXX", "c++")
 """As in setup.py."""
 FLAGS = ["-std=c++17", "-O1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "tests" / "cpu" / "shares.cpp"]
+HERE = Path(__file__).parent
 
 F16, BF16, F32, F64 = range(4)
 """Types, as csrc/weight_norm.h counts them."""
@@ -58,12 +58,23 @@ def missing() -> str:
     return ""
 
 
-def program(folders: pytest.TempPathFactory) -> Path:
-    folder = shared_folder(folders, "cpu_launches")
-    result = folder / "shares"
+def program(
+    folders: pytest.TempPathFactory,
+    source: str,
+    *flags: str,
+    write: Callable[[Path], None] | None = None,
+) -> Path:
+    """One of the programs of this folder, with csrc, or with what ``write`` puts in its place."""
+    name = "".join(["cpu_", Path(source).stem, "_mutated" * (write is not None), *flags])
+    folder = shared_folder(folders, name)
+    csrc = folder / "csrc" if write else ROOT / "csrc"
+    result = folder / "program"
     with alone_in(folder):
         if not result.exists():
-            compile_to(result, [*COMPILER.split(), *FLAGS, *map(str, SOURCES)])
+            if write:
+                write(csrc)
+            sources = map(str, [*sorted((csrc / "cpu").glob("*.cpp")), HERE / source])
+            compile_to(result, [*COMPILER.split(), *FLAGS, *flags, *sources, "-pthread"])
     return result
 
 

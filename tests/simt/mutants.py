@@ -6,31 +6,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from ..written_mutants import Mutant, put_in, read
 from .build import CSRC
 
 CUDA = CSRC / "cuda"
 BARRIER = "__syncthreads();"
-
-
-class Mutant(NamedTuple):
-    file: str
-    old: str
-    new: str
-    sign: str
-
-
-def _written_down() -> Iterator[tuple[str, Mutant]]:
-    written = "\n".join(p.read_text() for p in sorted(Path(__file__).parent.glob("mutants*.txt")))
-    text = re.sub(r"^#.*\n", "", written, flags=re.MULTILINE)
-    for block in re.split(r"\n{2,}", text.strip()):
-        name, *lines = block.splitlines()
-        if not lines:
-            file = name
-            continue
-        old, new, sign = ("\n".join(k[2:] for k in lines if k[0] == mark) for mark in "-+!")
-        yield name, Mutant(file, old, new, sign)
 
 
 def _barriers() -> Iterator[tuple[str, Mutant]]:
@@ -39,7 +20,7 @@ def _barriers() -> Iterator[tuple[str, Mutant]]:
             yield f"no barrier {k + 1} in {file.name}", Mutant(file.name, BARRIER, "", "")
 
 
-MUTANTS = dict(_written_down())
+MUTANTS = read(Path(__file__).parent)
 BARRIERS = dict(_barriers())
 NUMBERS = {name: k for k, name in enumerate([*MUTANTS, *BARRIERS], 1)}
 """What simt::state.mutant has to be. 0 is none of them."""
@@ -60,12 +41,6 @@ def write(csrc: Path) -> None:
     shutil.copytree(CUDA, csrc / "cuda")
     shutil.copy(CSRC / "weight_norm.h", csrc)
     for file in sorted(csrc.glob("cuda/*")):
-        text = file.read_text()
-        for name, mutant in MUTANTS.items():
-            if mutant.file == file.name:
-                assert text.count(mutant.old) == 1, (
-                    f"{name}: {text.count(mutant.old)} times in {file}"
-                )
-                text = text.replace(mutant.old, re.sub(r"\bON\b", _on(name), mutant.new))
+        text = put_in(file, MUTANTS, _on)
         text = _without_barriers(file.name, text)
         file.write_text(f'#include "block.h"\n{text}')

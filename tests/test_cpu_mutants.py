@@ -1,0 +1,31 @@
+"""What tests/cpu/values.cpp would find: each of the faults of tests/cpu/mutants.txt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .cpu.launches import missing, program
+from .cpu.mutants import MUTANTS, NUMBERS, write
+from .test_cpu_values import MACHINES, said
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+@pytest.fixture(scope="session")
+def mutated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return program(tmp_path_factory, "values.cpp", write=write)
+
+
+def test_kernels_without_a_fault_pass(mutated: Path) -> None:
+    assert said(mutated, "0") == ""
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_fault_is_found(mutated: Path, name: str) -> None:
+    """With some instruction set and some caches."""
+    found = (said(mutated, str(NUMBERS[name]), **machine) for machine in MACHINES.values())
+    assert (verdict := next(filter(None, found), "")), "nothing was found"
+    assert re.search(MUTANTS[name].sign, verdict)
