@@ -15,6 +15,7 @@ from torch.func import functionalize, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from wnkernel import _ops
+from wnkernel.grouping import slots as of_groups
 from wnkernel.grouping.slots import ALONE, _python_launch_mode, _python_slots
 
 from .torch_modes import Dispatches, Functions, deterministic
@@ -122,6 +123,30 @@ def test_other_objects_with_the_same_memory_are_other_parameters(slots: Slots) -
     for other_v, other_g in ((v.detach(), g), (v, g.detach()), (g, v), (nn.Parameter(v), g)):
         assert slot.take(other_v, other_g) is None
     assert slot.take(v, g) is w
+
+
+def test_another_place_in_the_same_storage_is_noticed(slots: Slots) -> None:
+    w, v, g = weight()
+    two = torch.randn(2, 2, 3, 4, dtype=torch.bfloat16)
+    v.data = two[0]
+    [slot] = slots([w], [v], [g])
+    assert slot.take(v, g) is w
+    v.data = two[1]
+    assert v.untyped_storage().data_ptr() == two.data_ptr()
+    assert slot.take(v, g) is None
+
+
+def test_lists_of_different_lengths_are_refused(slots: Slots) -> None:
+    w, v, g = weight()
+    for ws, vs, gs in (([w], [v], []), ([w], [], [g]), ([], [v], [g])):
+        with pytest.raises(ValueError, match=r"length|shorter|longer"):
+            slots(ws, vs, gs)
+
+
+@needs_native
+def test_the_compiled_twins_are_taken_where_they_are() -> None:
+    assert of_groups.slots is _ops.native_slots
+    assert of_groups.launch_mode is _ops.native_launch_mode
 
 
 def test_a_change_of_data_that_is_taken_back_is_none(slots: Slots) -> None:
