@@ -245,3 +245,22 @@ def test_what_was_built_is_python_whatever_was_asked_for(script, machine, monkey
         assert said["TORCH_VERSION"] == torch.__version__
         assert said["CUDA_VERSION"] == ("13.0" if cuda else "")
         assert said["CUDA_ARCHITECTURES"] == (asked if cuda else "")
+
+
+@pytest.mark.parametrize("watched", ["address", "thread", "coverage"])
+def test_what_watches_is_compiled_and_linked_in(script, monkeypatch, watched):
+    plain = script.compile_flags()
+    monkeypatch.setenv("WNKERNEL_INSTRUMENT", watched)
+    asked = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
+    flag = asked.get(watched, "--coverage")
+    assert flag in script.compile_flags()
+    assert flag in script.link_flags()
+    assert flag not in plain
+
+
+def test_nothing_else_can_watch(script, monkeypatch):
+    monkeypatch.setenv("WNKERNEL_INSTRUMENT", "asan")
+    with pytest.raises(
+        SystemExit, match="expected address, thread, coverage or nothing, got 'asan'"
+    ):
+        script.compile_flags()

@@ -230,12 +230,6 @@ void launch(std::vector<Weight>& weights, int threads) {
   backward_cpu(backwards.data(), count, {threads, run});
 }
 
-std::vector<Weight> weights_of(const std::vector<Case>& cases) {
-  std::vector<Weight> weights;
-  for (const Case& c : cases) weights.emplace_back(c);
-  return weights;
-}
-
 void check_same_bits(const std::vector<Weight>& some, const std::vector<Weight>& others,
                      const std::string& what) {
   for (size_t k = 0; k < some.size(); ++k) {
@@ -250,12 +244,14 @@ void check_same_bits(const std::vector<Weight>& some, const std::vector<Weight>&
 void check(const std::vector<Case>& cases) {
   std::vector<Weight> alone;
   for (const Case& c : cases) {
-    std::vector<Weight> one = weights_of({c});
+    std::vector<Weight> one;
+    one.emplace_back(c);
     launch(one, 1);
     one[0].check();
     alone.push_back(std::move(one[0]));
   }
-  std::vector<Weight> together = weights_of(cases);
+  std::vector<Weight> together;
+  for (const Case& c : cases) together.emplace_back(c);
   for (const int threads : {1, 2, 5}) {
     launch(together, threads);
     check_same_bits(alone, together, std::to_string(threads) + " threads");
