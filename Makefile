@@ -63,6 +63,7 @@ coverage: $(STAMP)
 	$(PY) -m tests.measured $(ARGS)
 
 mutants: build
+	WNKERNEL_MUTANTS=1 $(PY) -m pytest -q -n $(JOBS) tests/test_cpu_mutants.py
 	$(PY) -m tests.mutation $(ARGS)
 
 fuzz: build

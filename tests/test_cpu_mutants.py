@@ -1,7 +1,9 @@
-"""What tests/cpu/values.cpp would find: each of the faults of tests/cpu/mutants.txt."""
+"""What tests/cpu/values.cpp would find: each of the faults of tests/cpu/mutants.txt. These run when
+they are asked for, for they take minutes."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from .cpu.launches import missing, program
 from .cpu.mutants import MUTANTS, NUMBERS, write
 from .test_cpu_values import MACHINES, said
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+WANTED = "" if os.environ.get("WNKERNEL_MUTANTS") else "`make mutants` runs these"
+
+pytestmark = pytest.mark.skipif(bool(missing() or WANTED), reason=missing() or WANTED)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import os
 import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import venv
 from pathlib import Path
@@ -38,7 +39,7 @@ def main(wheel: Path) -> None:
 
         run("-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", str(wheel))
         # Behind the environment's own packages, so that the wheel comes first.
-        (own,) = Path(folder).glob("[Ll]ib*/**/site-packages")
+        own = Path(sysconfig.get_path("purelib", vars={"base": folder, "platbase": folder}))
         packages = [*site.getsitepackages(), str(Path(torch.__file__).parents[1])]
         (own / "others.pth").write_text("\n".join(dict.fromkeys(packages)))
         run("-c", CHECK)
