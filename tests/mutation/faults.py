@@ -30,14 +30,18 @@ class Fault(NamedTuple):
 
 def faults(source: str, every: int = 1) -> Iterator[Fault]:
     """Each in a tree of its own; those of every N-th place."""
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, CHANGED)]
-    for k, node in [*enumerate(nodes)][::every]:
+    for k, node in [*enumerate(_changed(ast.parse(source)))][::every]:
         for way in range(2 + len(_parts(node))):
             tree = ast.parse(source)
-            own = [each for each in ast.walk(tree) if isinstance(each, CHANGED)][k]
-            changed = _change(tree, own, way)
+            changed = _change(tree, _changed(tree)[k], way)
             if changed is not None:
                 yield Fault(*changed, ast.fix_missing_locations(tree))
+
+
+def _changed(tree: ast.Module) -> list[ast.AST]:
+    nodes = [*ast.walk(tree)]
+    of_types = {id(node.slice) for node in nodes if isinstance(node, ast.Subscript)}
+    return [node for node in nodes if isinstance(node, CHANGED) and id(node) not in of_types]
 
 
 def _parts(node: ast.AST) -> list[ast.expr]:
@@ -45,8 +49,7 @@ def _parts(node: ast.AST) -> list[ast.expr]:
     if isinstance(node, ast.BoolOp):
         return node.values
     is_read = isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load)
-    is_type = is_read and any(ast.unparse(part) == "..." for part in node.elts)
-    return node.elts if is_read and len(node.elts) > 1 and not is_type else []
+    return node.elts if is_read and len(node.elts) > 1 else []
 
 
 def _change(tree: ast.Module, node: ast.AST, way: int) -> tuple[int, str, str] | None:
