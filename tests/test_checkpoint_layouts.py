@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import wnkernel
+from wnkernel.checkpoint.layouts import same_bits
 
 from . import reference
 from .checkpoints import (
@@ -327,3 +328,12 @@ def test_fused_layers_compute_from_what_was_loaded(layout):
     alone = nn.Sequential(ours(plain), ours(other))
     alone.load_state_dict(checkpoint, strict=True)
     assert torch.equal(model(x), alone(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
+def test_same_bits_of_every_size(dtype: torch.dtype) -> None:
+    a = torch.arange(6).to(dtype)
+    b = a.clone()
+    assert same_bits(a, b)
+    b[3] += 1
+    assert not same_bits(a, b)
