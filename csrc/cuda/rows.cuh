@@ -112,6 +112,31 @@ __device__ inline void forward_rows(const ForwardLine& line, int block,
   }
 }
 
+// A row whose coefficients are not all normal numbers, by one thread, from memory. Nothing for
+// others.
+template <class V, class W>
+__device__ inline void backward_unusual(const BackwardLine& line, int64_t row) {
+  using Sum = typename Element<V>::Sum;
+  const Sum g = value_of<Sum>(load_held<Sum>(line.g, line.g_type, row), line.g_type);
+  const auto b = Backwards<Sum>::of(static_cast<const Sum*>(line.norm)[row], line.eps);
+  const auto ratio = b.ratio(g);
+  if (b.rest == 1 && ratio.b == 1) return;
+  const int64_t inner = line.plan.inner, start = row * inner;
+  const V* v = static_cast<const V*>(line.v) + start;
+  const W* grad_w = static_cast<const W*>(line.grad_w) + start;
+  Sum s = 0;
+  for (int64_t k = 0; k < inner; ++k) s = fma(Sum(widen(grad_w[k])), widen(v[k]) * b.inverse, s);
+  s = b.dot(s);
+  if (line.grad_g) store_as(line.grad_g, line.g_type, row, s);
+  if (!line.grad_v) return;
+  V* grad_v = static_cast<V*>(line.grad_v) + start;
+  const Sum along = b.along(s);
+  for (int64_t k = 0; k < inner; ++k) {
+    const Sum u = widen(v[k]) * b.inverse;
+    grad_v[k] = narrow<V>(fma(-u, along, Sum(widen(grad_w[k]))) * ratio.a * ratio.b);
+  }
+}
+
 template <class V, class W, int N, int K>
 __device__ inline void backward_rows(const BackwardLine& line, int block,
                                      typename Element<V>::Sum* scratch) {
@@ -133,36 +158,43 @@ __device__ inline void backward_rows(const BackwardLine& line, int block,
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t row = place.row(r);
-    const auto b = Backwards<Sum>::of(norm[r], line.eps);
+    // There are no registers for the coefficients of rows at the ends of the range.
+    const Sum bound = bound_of<Sum>(line.eps);
+    const bool clamped = norm[r] < bound;
+    const Sum n = clamped ? bound : norm[r], inverse = 1 / n;
     Sum s = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        s = fma(Sum(widen(grad[r][k].x[j])), widen(v[r][k].x[j]) * b.inverse, s);
+        s = fma(Sum(widen(grad[r][k].x[j])), widen(v[r][k].x[j]) * inverse, s);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       forget_widened(v[r][k]);
       forget_widened(grad[r][k]);
     }
-    s = b.dot(reduce_group(s, place.threads, scratch, Add()));
-    if (!place.has_row(r)) continue;
+    s = reduce_group(s, place.threads, scratch, Add());
+    if (!place.has_row(r) || !are_usual(n, inverse, g[r])) continue;
     if (line.grad_g && place.lane == 0) store_as(line.grad_g, line.g_type, row, s);
     if (!line.grad_v) continue;
-    const auto ratio = b.ratio(g[r]);
-    const Sum along = b.along(s);
+    const Sum ratio = g[r] * inverse;
+    const Sum along = clamped ? Sum(0) : s;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (!place.has(r, k)) continue;
       Vector<V, N> x;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const Sum u = widen(v[r][k].x[j]) * b.inverse;
-        x.x[j] = narrow<V>(fma(-u, along, Sum(widen(grad[r][k].x[j]))) * ratio.a * ratio.b);
+        const Sum u = widen(v[r][k].x[j]) * inverse;
+        x.x[j] = narrow<V>(fma(-u, along, Sum(widen(grad[r][k].x[j]))) * ratio);
       }
       store(static_cast<V*>(line.grad_v) + place.at(r, k), x);
     }
   }
+  // Now that nothing is held.
+#pragma unroll 1
+  for (int r = 0; r < R; ++r)
+    if (place.lane == 0 && place.has_row(r)) backward_unusual<V, W>(line, place.row(r));
 }
 
 }  // namespace wnkernel::cuda

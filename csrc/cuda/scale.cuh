@@ -83,6 +83,12 @@ struct Forwards {
   }
 };
 
+// Whether n, 1 / n and g / n can be computed with as they are.
+template <class Sum>
+__device__ inline bool are_usual(Sum n, Sum inverse, Sum g) {
+  return is_normal(n) && is_normal(inverse) && (is_normal(g * inverse) || g == 0);
+}
+
 // With n = max(norm, eps), u = v / n and s = <grad_w, u>: grad_v = (g / n) (grad_w - u s), without
 // the projection where it is eps that counts. Where n or 1 / n is no normal number, 1 / n is a
 // power of two, `inverse`, over `rest`, and 1 everywhere else: v * inverse is rest * u there.
@@ -116,7 +122,7 @@ struct Backwards {
   __device__ Ratio ratio(Sum g) const {
     using R = Range<Sum>;
     const Sum ratio = rest == 1 ? g * inverse : g / rest * inverse;
-    if (is_normal(ratio)) return {ratio, 1};
+    if (is_normal(ratio) || g == 0) return {ratio, 1};
     if (rest != 1) return {inverse, g / rest};
     const Sum power = ratio < 1 && ratio > -1 ? R::kSmallest : 1 / R::kSmallest;
     return {power, g / power * inverse};
