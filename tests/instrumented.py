@@ -18,8 +18,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from .bits import SETS
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = "report"
@@ -36,7 +39,7 @@ class Sanitizer(NamedTuple):
     tests: str
     """Files of tests, without test_ and .py."""
     quick: str
-    sets: tuple[str, ...] = ("",)
+    sets: Sequence[str] = ("",)
     """Instruction sets, each in a run of its own."""
 
 
@@ -49,7 +52,7 @@ SANITIZERS = {
         "operators problem forms machine single_path single_node transforms inference_mode threads "
         "group_slots group_launches group_autograd group_memory group_modes",
         "lists buffers group_slots threads",
-        ("avx512", "avx2", "sse2"),
+        SETS[::-1],
     ),
     "thread": Sanitizer(
         "libtsan.so",
