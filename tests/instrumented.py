@@ -186,7 +186,7 @@ def run_kernels(name: str, tree: Path) -> bool:
     flags += ["-fsanitize=thread" if name == "thread" else "-fsanitize=address,undefined"]
     subprocess.run([COMPILER, *flags, *map(str, sources), "-o", str(program)], check=True)
     good = True
-    for used in SANITIZERS["address"].sets:
+    for used in SETS:
         done = subprocess.run([program], env=os.environ | {"WNKERNEL_CPU_ISA": used})
         good &= done.returncode == 0
     return said(f"{name}, kernels alone", good, began)

@@ -78,6 +78,8 @@ LEFT_OUT = {
     "test_docs": "other packages",
     "test_model_table": "other packages",
     "test_cli_*": "the command line",
+    "test_strange_files": "the command line",
+    "test_killed": "the command line",
     "test_benchmark_*": "the benchmark",
     "test_gpu_*": "the checks of a machine with a GPU",
     "test_on_gpus_*": "GPUs",
@@ -121,7 +123,7 @@ SHOWN = ("layers", "gradients", "conversion", "groups", "compile", "distributed"
 
 def files_of(area: str) -> list[Path]:
     """The test files of an area."""
-    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if area_of(path) == area]
+    return [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if area_of(path) == area]
 
 
 def area_of(path: Path) -> str | None:

@@ -81,7 +81,7 @@ def test_disks_that_are_full_or_read_only(tmp_path, out):
         text=True,
         timeout=PATIENCE_S,
     )
-    if ended.stdout == "":
+    if ended.returncode == 77 or ended.stdout == "":
         pytest.skip(f"this process may not make a disk: {ended.stderr}")
     assert ended.stdout.split() == ["4", "4", "out.pt", "old"]
     full, read_only = ended.stderr.splitlines()

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from .bits import SETS
 from .cpu.launches import missing, program
 from .processes import PATIENCE_S
+from .wide_reference import IS_WIDE, NOT_WIDE
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+pytestmark = [
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+    pytest.mark.skipif(not IS_WIDE, reason=NOT_WIDE),
+]
 
 SMALL = {"WNKERNEL_CPU_L1D": "4K", "WNKERNEL_CPU_L2": "16K", "WNKERNEL_CPU_L3": "16K"}
 MACHINES = {
     "as it is": {},
-    "avx2": {"WNKERNEL_CPU_ISA": "avx2"},
-    "sse2": {"WNKERNEL_CPU_ISA": "sse2"},
+    **{name: {"WNKERNEL_CPU_ISA": name} for name in SETS},
     "small caches": SMALL,
-    "small caches, avx2": SMALL | {"WNKERNEL_CPU_ISA": "avx2"},
+    **{f"small caches, {name}": SMALL | {"WNKERNEL_CPU_ISA": name} for name in SETS},
 }
 """Environment variables. Results that leave small caches are written past them."""
 

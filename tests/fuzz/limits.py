@@ -7,15 +7,13 @@ bits that it always had.
 from __future__ import annotations
 
 import json
-import resource
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 import wnkernel
+from wnkernel.cli.limits import memory_limit
 
 from ..groups import originals
 
@@ -23,19 +21,6 @@ STEP = 3 << 18
 """Bytes by which the limits differ."""
 LIMITS = 20
 ERRORS = (MemoryError, RuntimeError)
-
-
-@contextmanager
-def more_than_now(allowed: int) -> Iterator[None]:
-    """The address space may grow by that many bytes."""
-    with open("/proc/self/statm") as file:
-        size = int(file.read().split()[0]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + allowed, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
 def model_of(seed: int) -> nn.Module:
@@ -69,7 +54,7 @@ def main() -> None:
         for name, action in (("fuse", fuse), ("forward", forward), ("backward", backward)):
             kept.append(y := model(x))
             try:
-                with more_than_now(k * STEP):
+                with memory_limit(k * STEP):
                     kept.append(action())
             except ERRORS as error:
                 failed[name] += 1

@@ -67,11 +67,28 @@ def interrupted(at: int, action: Callable[[], object]) -> int:
     return count
 
 
-def moments(action: Callable[[], object]) -> list[int]:
-    """Numbers of bytecodes of something: all, or as many as there are cases."""
+def interrupt_everywhere(
+    action: Callable[[], object],
+    then: Callable[[], object],
+    undo: Callable[[], object] = lambda: None,
+) -> None:
+    """Interrupt something at each of its bytecodes, or at as many as there are cases.
+
+    Args:
+        action: what is interrupted.
+        then: what is looked at afterwards, every time.
+        undo: what comes after an ``action`` that was not interrupted.
+    """
+    action()  # the first time, caches are filled
+    undo()
     last = interrupted(0, action)
-    assert last > 0
-    return random.Random(0).sample(range(1, last + 1), min(cases(40), last))
+    undo()
+    moments = random.Random(0).sample(range(1, last + 1), min(cases(40), last))
+    hit = 0
+    for at in moments:
+        hit += interrupted(at, action) == at
+        then()
+    assert hit > len(moments) // 2
 
 
 def train(model: nn.Module, group: WeightNormGroup) -> None:
@@ -93,8 +110,8 @@ def change_without_a_trace(*models: nn.Module) -> None:
 @pytest.mark.parametrize("action", [train, read])
 def test_the_next_forward_is_right_and_fresh(reuse: str, action: Action) -> None:
     model, twin, group = twins(reuse)
-    for at in moments(lambda: action(model, group)):
-        interrupted(at, lambda: action(model, group))
+
+    def look() -> None:
         change_without_a_trace(model, twin)
         if reuse == "version":
             group.refresh()  # as docs/fuse.md asks after such a change
@@ -104,6 +121,8 @@ def test_the_next_forward_is_right_and_fresh(reuse: str, action: Action) -> None
             assert_same(model(), twin())
         if reuse == "forward":
             assert group.memory()["slots"] == 0
+
+    interrupt_everywhere(lambda: action(model, group), look)
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -117,35 +136,26 @@ def is_fused(model: nn.Module) -> bool:
 @both_modes
 def test_fuse_does_all_or_nothing(reuse: str) -> None:
     model, twin, group = twins(reuse)
-
     group.remove()
 
-    def fuse() -> None:
-        wnkernel.fuse(model, reuse=reuse)
-
-    numbers = moments(fuse)
-    WeightNormGroup.of(model).remove()
-    for at in numbers:
-        interrupted(at, fuse)
+    def look() -> None:
         assert_same_models(model, twin)
         if is_fused(model):
             WeightNormGroup.of(model).remove()
         assert_plain(model)
+
+    interrupt_everywhere(lambda: wnkernel.fuse(model, reuse=reuse), look, look)
 
 
 @both_modes
 def test_remove_can_be_repeated(reuse: str) -> None:
     model, twin, _ = twins(reuse)
 
-    def remove() -> None:
-        WeightNormGroup.of(model).remove()
-
-    numbers = moments(remove)
-    wnkernel.fuse(model, reuse=reuse)
-    for at in numbers:
-        interrupted(at, remove)
+    def look() -> None:
         assert_same_models(model, twin)
         if is_fused(model):
-            remove()
+            WeightNormGroup.of(model).remove()
         assert_plain(model)
         wnkernel.fuse(model, reuse=reuse)
+
+    interrupt_everywhere(lambda: WeightNormGroup.of(model).remove(), look, look)

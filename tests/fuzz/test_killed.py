@@ -23,6 +23,10 @@ __all__ = ["on_the_cpu"]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of POSIX")
 
 
+MOST = 300
+"""Of one process."""
+
+
 def names_at_once(folder):
     """Whether files are hidden there while they are written, for want of better."""
     draft = Draft(folder / "probe")
@@ -49,7 +53,7 @@ def test_killed_at_any_line(tmp_path, request, name, there):
     seed = request.config.getoption("--seed")
     options = ["--force"] if there else []
     ended = python(
-        *("-m", "tests.fuzz.killed", str(out), str(cases(12)), str(seed), "convert"),
+        *("-m", "tests.fuzz.killed", str(out), str(min(cases(12), MOST)), str(seed), "convert"),
         *(str(source / name), str(out / name), "--to", "folded", *options),
     )
     assert ended.returncode == 0, ended.stderr

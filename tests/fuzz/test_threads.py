@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -18,7 +16,7 @@ import wnkernel
 from wnkernel import WeightNormGroup
 
 from ..groups import Net, assert_plain, both_modes, originals, twins, weights
-from ..processes import PATIENCE_S
+from ..threads import together
 from . import cases
 
 THREADS = 6
@@ -31,19 +29,6 @@ def _often() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
-
-
-def together(*functions: Callable[[], object]) -> None:
-    """Run each in a thread that is new, all at once; raise what one of them raised."""
-    barrier = threading.Barrier(len(functions))
-
-    def run(function: Callable[[], object]) -> object:
-        barrier.wait(PATIENCE_S)
-        return function()
-
-    with ThreadPoolExecutor(len(functions)) as pool:
-        for done in [pool.submit(run, function) for function in functions]:
-            done.result(PATIENCE_S)
 
 
 def repeat(times: int, function: Callable[[], object]) -> None:
@@ -138,15 +123,16 @@ def test_a_storm(reuse: str) -> None:
 
     def user(seed: int) -> None:
         chance = random.Random(seed)
-        for _ in range(cases(30)):
+        for _ in range(30):
             chance.choice(storms).act(chance)
 
     def owner() -> None:
         chance = random.Random(0)
-        for _ in range(cases(30)):
+        for _ in range(30):
             chance.choice(storms).fuse(chance)
 
-    together(owner, *(lambda seed=seed: user(seed) for seed in range(THREADS)))
+    for seed in range(0, cases(30), 30):
+        together(owner, *(partial(user, seed + k) for k in range(THREADS)))
     for storm in storms:
         assert torch.equal(storm.model(), storm.y)
         if reuse == "forward":

@@ -39,7 +39,7 @@ def attack(on: str, check: Callable[[Weight], None], **options: object) -> None:
     """Many examples of a property."""
     examples, what = BACKENDS_HERE[on]
 
-    @settings(max_examples=examples, deadline=None)
+    @settings(max_examples=examples, deadline=None, derandomize=not cases(0))
     @given(weights(**what | options))
     def attacked(x: Weight) -> None:
         with wnkernel.use_backend(on):

@@ -12,24 +12,30 @@ from pathlib import Path
 class Draft:
     """A file that will be ``target``. It has no name until then where the system has such files
     (Linux, on most file systems), and is gone with the process, however that ends; elsewhere it has
-    a hidden name, which stays behind if the process is killed.
+    a hidden name, which stays behind if the process is killed. To take the place of another file it
+    needs a hidden name for a moment everywhere.
 
     Args:
         target: what :meth:`place` makes of it. If it is there, the draft gets its permissions.
+        named: a hidden name in any case. Files without one stay open, which only so many can.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, named: bool = False) -> None:
         self.target = target
         self._name: Path | None = None
-        descriptor = _nameless(target.parent)
+        descriptor = None if named else _nameless(target.parent)
         if descriptor is None:
             self._name = hidden(target)
             self.raw = self._name.open("xb")
         else:
             self.raw = os.fdopen(descriptor, "wb")
-        if target.exists():
-            mode = stat.S_IMODE(target.stat().st_mode)
-            os.chmod(self._name or self.raw.fileno(), mode)
+        try:
+            if target.exists():
+                mode = stat.S_IMODE(target.stat().st_mode)
+                os.chmod(self._name or self.raw.fileno(), mode)
+        except BaseException:
+            self.discard()
+            raise
 
     def finish(self) -> None:
         """Nothing more will be written: it is on the disk after this."""
@@ -47,7 +53,7 @@ class Draft:
         """
         if self._name is None:
             name = hidden(self.target) if replace else self.target
-            # a descriptor of a folder, though the path needs none: without, links are not followed
+            # with a descriptor, of whatever: Python follows the link to the file only then
             os.link(_path(self.raw.fileno()), name, src_dir_fd=self.raw.fileno())
             if not replace:
                 return

@@ -71,7 +71,8 @@ EXIT_CODES = """Exit codes: 0 done; 1 nothing to convert; 2 wrong usage, or a mi
 
 
 _NO_MEMORY = re.compile(
-    r"(?:can't|cannot) allocate (?:memory|\d+ bytes)|bad_alloc|out of memory", re.IGNORECASE
+    r"(?:can't|cannot) allocate (?:memory|\d+ bytes)|bad_alloc|out of memory|not enough memory",
+    re.IGNORECASE,
 )
 _ASKED = re.compile(r"(?:allocate|mmap) (\d+) bytes")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+STATM = Path("/proc/self/statm")
+"""The size of the process, on Linux."""
 
 
 @contextmanager
@@ -16,13 +18,13 @@ def memory_limit(more: int) -> Iterator[None]:
     Args:
         more: bytes.
     """
-    if sys.platform != "linux":
+    if not STATM.exists():
         yield
         return
     import resource
 
     before = soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(STATM.read_text().split()[0])
     limits = [pages * resource.getpagesize() + more, soft, hard]
     limit = min(value for value in limits if value != resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

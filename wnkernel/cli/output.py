@@ -18,6 +18,9 @@ STDOUT = 1
 CHUNK = 16 << 20
 """Bytes written at once: how often progress is told and signals are heard."""
 
+MOST_OPEN = 100
+"""Files that are kept open until all are written: systems allow some hundreds."""
+
 Advance = Callable[[int], None]
 """Is told how many bytes were written."""
 
@@ -86,7 +89,7 @@ class Outputs:
         target = self.check(path)
         writer: Writer | None = None
         try:
-            draft = Draft(target)
+            draft = Draft(target, named=len(self._drafts) >= MOST_OPEN)
             self._drafts.append(draft)
             writer = Writer(draft.raw, advance)
             yield writer

@@ -11,7 +11,7 @@ so a method reads each of these once.
 
 from __future__ import annotations
 
-from _thread import LockType
+import threading
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +34,7 @@ class Scope(NamedTuple):
     """A running forward of a container, or a ``with group.scope()``."""
 
     container: Container
-    call: FrameType | LockType
+    call: FrameType | threading.Lock
     """The frame that runs the container's hooks, or a lock that is held within the ``with``."""
     captured: torch.device | None
     """The device that was being captured into a graph when it was opened."""
@@ -92,7 +92,7 @@ class Launches:
                 return self._launch(scope.container, member, mode, v, g)
         return None
 
-    def enter(self, container: Container, call: FrameType | LockType) -> int:
+    def enter(self, container: Container, call: FrameType | threading.Lock) -> int:
         """Open a scope, unless the group is no more; how many were open before."""
         stack = self._close_ended(container.roster)
         depth = len(stack)
