@@ -240,6 +240,7 @@ PROGRAMS = {
 
 
 @posix_only
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("options", [[], ["info"], ["convert", "no.pt", "--to", "folded"]], ids=str)
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, program, options):
@@ -257,6 +258,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, program, options):
 
 
 @posix_only
+@pytest.mark.usefixtures("heard")
 def test_other_programs_that_import_the_package_end_as_they_are_used_to(tmp_path):
     (tmp_path / "torch.py").write_text(PRESSED)
     code = "try:\n import wnkernel\nexcept KeyboardInterrupt:\n print('theirs')"
