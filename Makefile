@@ -3,7 +3,7 @@
 # make cuda-build-check : builds against a CUDA torch (several GB) where nvcc is; needs no GPU.
 # make test-matrix ARGS="--session torch-2.6.0-py3.12 -- --discard" : one of the versions of
 #   docs/versions.md, in an environment of its own (5 GB); without ARGS all of them, --list shows which.
-# make sanitize ARGS=--quick : the compiled module under sanitizers; without ARGS more of it.
+# make sanitize : the compiled module under sanitizers; ARGS=--quick the CPU kernels alone.
 # make coverage ARGS="-k gradients" : lines and branches that tests run, of Python and of C++.
 # make mutants : faults that are put into sources one by one, and whether tests find them.
 # make fuzz CASES=10000 : random cases, as many for each property.

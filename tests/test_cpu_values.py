@@ -21,10 +21,8 @@ pytestmark = [
 
 SMALL = {"WNKERNEL_CPU_L1D": "4K", "WNKERNEL_CPU_L2": "16K", "WNKERNEL_CPU_L3": "16K"}
 MACHINES = {
-    "as it is": {},
     **{name: {"WNKERNEL_CPU_ISA": name} for name in SETS},
     "small caches": SMALL,
-    **{f"small caches, {name}": SMALL | {"WNKERNEL_CPU_ISA": name} for name in SETS},
 }
 """Environment variables. Results that leave small caches are written past them."""
 
