@@ -102,9 +102,9 @@ def test_the_installation_says_the_same():
 
 
 def test_every_test_file_is_in_an_area_or_left_out():
-    files = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    of_areas = [path.name for area in matrix.AREAS for path in matrix.files_of(area)]
-    left_out = {name for name in files if matrix.area_of(ROOT / "tests" / name) is None}
+    files = set((ROOT / "tests").rglob("test_*.py"))
+    of_areas = [path for area in matrix.AREAS for path in matrix.files_of(area)]
+    left_out = {path for path in files if matrix.area_of(path) is None}
     assert len(of_areas) == len(set(of_areas))
     assert set(of_areas) == files - left_out
     assert set(matrix.SHOWN) == set(matrix.AREAS)
