@@ -31,6 +31,14 @@ KIND = {"legacy": "legacy", "parametrized": "torch", "folded": None}
 """By which weight norm of torch a layout is made."""
 
 
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a run of the command line ended."""

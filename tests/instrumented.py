@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .bits import SETS
+from .cpu.launches import COMPILER, FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = "report"
 """How names of files begin in which sanitizers report."""
-COMPILER = os.environ.get("CXX", "c++").split()[0]
 
 
 class Sanitizer(NamedTuple):
@@ -131,7 +131,7 @@ def watched(name: str, tree: Path, **more: str) -> dict[str, str]:
 
 def library(file: str) -> str:
     """The compiler's own."""
-    command = [COMPILER, f"-print-file-name={file}"]
+    command = [*COMPILER.split(), f"-print-file-name={file}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(path):
         raise SystemExit(f"{COMPILER} has no {file}")
@@ -179,9 +179,9 @@ def run_kernels(name: str, quick: bool) -> bool:
         *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")),
         ROOT / "tests" / "cpu" / "values.cpp",
     ]
-    flags = ["-std=c++17", "-O1", "-g1", "-Wno-psabi", "-pthread"]
+    flags = [*FLAGS, "-g1", "-pthread"]
     flags += ["-fsanitize=thread" if name == "thread" else "-fsanitize=address,undefined"]
-    subprocess.run([COMPILER, *flags, *map(str, sources), "-o", str(program)], check=True)
+    subprocess.run([*COMPILER.split(), *flags, *map(str, sources), "-o", str(program)], check=True)
     good = True
     for used in SETS[-1:] if quick else SETS:
         done = subprocess.run([program], env=os.environ | {"WNKERNEL_CPU_ISA": used})

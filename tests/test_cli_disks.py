@@ -13,18 +13,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from .command_line import fails, files_in, on_the_cpu, save
+from .command_line import fails, files_in, on_the_cpu, out, save
 from .processes import PATIENCE_S, ROOT
 
-__all__ = ["on_the_cpu"]
-
-
-@pytest.fixture
-def out(tmp_path):
-    """A folder."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
+__all__ = ["on_the_cpu", "out"]
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from wnkernel.cli import output
 from wnkernel.cli.errors import BUG
 from wnkernel.cli.output import Writer
 
-from .command_line import convert, fails, files_in, invoke, load, on_the_cpu, save, trained
+from .command_line import convert, fails, files_in, invoke, load, on_the_cpu, out, save, trained
 from .signals import heard, receive
 from .test_cli_shards import join, split
 
-__all__ = ["heard", "on_the_cpu"]
+__all__ = ["heard", "on_the_cpu", "out"]
 
 both_formats = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -35,14 +35,6 @@ def source(tmp_path, request):
     folder.mkdir()
     save(trained("legacy").state_dict(), folder / f"in{suffix}")
     return folder / f"in{suffix}"
-
-
-@pytest.fixture
-def out(tmp_path):
-    """A folder."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
 
 
 @both_formats

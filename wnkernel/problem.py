@@ -201,8 +201,7 @@ def check(
 
 
 def list_of(name: str, entries: object) -> list[Any]:
-    """An argument with an entry for each weight, as a list, which is
-    not to be changed.
+    """An argument with an entry for each weight, as a list, which is not to be changed.
 
     Raises:
         TypeError: it is one value, or a tensor, which would be taken apart into its rows.

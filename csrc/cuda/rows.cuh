@@ -159,33 +159,31 @@ __device__ inline void backward_rows(const BackwardLine& line, int block,
   for (int r = 0; r < R; ++r) {
     const int64_t row = place.row(r);
     // There are no registers for the coefficients of rows at the ends of the range.
-    const Sum bound = bound_of<Sum>(line.eps);
-    const bool clamped = norm[r] < bound;
-    const Sum n = clamped ? bound : norm[r], inverse = 1 / n;
+    const auto d = Divisor<Sum>::of(norm[r], line.eps);
     Sum s = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k)
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        s = fma(Sum(widen(grad[r][k].x[j])), widen(v[r][k].x[j]) * inverse, s);
+        s = fma(Sum(widen(grad[r][k].x[j])), widen(v[r][k].x[j]) * d.inverse, s);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       forget_widened(v[r][k]);
       forget_widened(grad[r][k]);
     }
     s = reduce_group(s, place.threads, scratch, Add());
-    if (!place.has_row(r) || !are_usual(n, inverse, g[r])) continue;
+    if (!place.has_row(r) || !d.is_usual_under(g[r])) continue;
     if (line.grad_g && place.lane == 0) store_as(line.grad_g, line.g_type, row, s);
     if (!line.grad_v) continue;
-    const Sum ratio = g[r] * inverse;
-    const Sum along = clamped ? Sum(0) : s;
+    const Sum ratio = g[r] * d.inverse;
+    const Sum along = d.clamped ? Sum(0) : s;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (!place.has(r, k)) continue;
       Vector<V, N> x;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const Sum u = widen(v[r][k].x[j]) * inverse;
+        const Sum u = widen(v[r][k].x[j]) * d.inverse;
         x.x[j] = narrow<V>(fma(-u, along, Sum(widen(grad[r][k].x[j]))) * ratio);
       }
       store(static_cast<V*>(line.grad_v) + place.at(r, k), x);

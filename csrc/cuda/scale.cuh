@@ -52,7 +52,7 @@ __device__ inline double divisor(double norm, DType) { return norm; }
 
 // eps as norms are compared with it: no smaller than the smallest of them.
 template <class Sum>
-__device__ inline Sum bound_of(double eps) {
+__device__ inline Sum nonzero_bound(double eps) {
   const Sum bound = static_cast<Sum>(eps);
   return bound == 0 && eps > 0 ? Range<Sum>::kLeast : bound;
 }
@@ -68,7 +68,7 @@ struct Forwards {
   // squares: of unit * v.
   __device__ static Forwards of(Sum squares, Sum unit, Sum g, double eps, DType divisor_type) {
     using R = Range<Sum>;
-    const Sum scaled = root(squares), bound = bound_of<Sum>(eps);
+    const Sum scaled = root(squares), bound = nonzero_bound<Sum>(eps);
     const Sum norm = unit == 1 ? scaled : scaled / unit;
     const bool clamped = norm < bound;
     const Sum held = divisor(norm, divisor_type), n = held < bound ? bound : held, ratio = g / n;
@@ -83,11 +83,25 @@ struct Forwards {
   }
 };
 
-// Whether n, 1 / n and g / n can be computed with as they are.
+// n = max(norm, eps) of a backward, and its inverse.
 template <class Sum>
-__device__ inline bool are_usual(Sum n, Sum inverse, Sum g) {
-  return is_normal(n) && is_normal(inverse) && (is_normal(g * inverse) || g == 0);
-}
+struct Divisor {
+  Sum n, inverse;
+  bool clamped;
+
+  __device__ static Divisor of(Sum norm, double eps) {
+    const Sum bound = nonzero_bound<Sum>(eps);
+    const bool clamped = norm < bound;
+    const Sum n = clamped ? bound : norm;
+    return {n, 1 / n, clamped};
+  }
+
+  // Whether n, 1 / n and g / n can be computed with as they are.
+  __device__ bool is_usual() const { return is_normal(n) && is_normal(inverse); }
+  __device__ bool is_usual_under(Sum g) const {
+    return is_usual() && (is_normal(g * inverse) || g == 0);
+  }
+};
 
 // With n = max(norm, eps), u = v / n and s = <grad_w, u>: grad_v = (g / n) (grad_w - u s), without
 // the projection where it is eps that counts. Where n or 1 / n is no normal number, 1 / n is a
@@ -99,14 +113,12 @@ struct Backwards {
 
   __device__ static Backwards of(Sum norm, double eps) {
     using R = Range<Sum>;
-    const Sum bound = bound_of<Sum>(eps);
-    const bool clamped = norm < bound;
-    const Sum n = clamped ? bound : norm, inverse = 1 / n;
-    if (is_normal(n) && is_normal(inverse)) return {inverse, 1, clamped};
-    const Sum power = n < 1 ? 1 / R::kSmallest : R::kSmallest;
+    const auto d = Divisor<Sum>::of(norm, eps);
+    if (d.is_usual()) return {d.inverse, 1, d.clamped};
+    const Sum power = d.n < 1 ? 1 / R::kSmallest : R::kSmallest;
     const Sum scaled = static_cast<Sum>(eps * power);  // the least bounds count as larger ones
     const Sum of_bound = scaled < R::kSmallest ? R::kSmallest : scaled;
-    return {power, clamped ? of_bound : norm * power, clamped};
+    return {power, d.clamped ? of_bound : norm * power, d.clamped};
   }
 
   // s from <grad_w, v * inverse>.

@@ -71,39 +71,41 @@ class Storm:
 
     def act(self, chance: random.Random) -> None:
         """Do one of them; its result has to be that of the twin."""
-        chance.choice([self.differentiate, self.infer, self.read, self.fail, self.refresh])(chance)
+        actions = [self.differentiate, self.infer, self.read, self.fail, self.refresh]
+        chance.choice([*actions, torch.inference_mode()(self.infer)])()
 
-    def differentiate(self, chance: random.Random) -> None:
+    def differentiate(self) -> None:
         y = self.model()
         self.check([y, *torch.autograd.grad(y.sum(), originals(self.model))], [self.y, *self.grads])
 
-    def infer(self, chance: random.Random) -> None:
-        with torch.inference_mode(chance.random() < 0.5), torch.no_grad():
+    def infer(self) -> None:
+        with torch.no_grad():
             self.check([self.model()], [self.y])
 
-    def read(self, chance: random.Random) -> None:
-        try:
-            group = WeightNormGroup.of(self.model)
-        except ValueError:  # given back at this moment
-            return
-        with group.scope():
-            self.check(weights(self.model).values(), self.weights.values())
-        group.memory()
+    def read(self) -> None:
+        if group := self.group():
+            with group.scope():
+                self.check(weights(self.model).values(), self.weights.values())
+            group.memory()
 
-    def fail(self, chance: random.Random) -> None:
+    def fail(self) -> None:
         """In the middle of a forward, and in a backward."""
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, _fail):
             y = self.model()
         with pytest.raises(Failure):
             y.sum().backward()
 
-    def refresh(self, chance: random.Random) -> None:
-        try:
-            WeightNormGroup.of(self.model).refresh()
-        except ValueError:
-            return
+    def refresh(self) -> None:
+        if group := self.group():
+            group.refresh()
 
-    def fuse(self, chance: random.Random) -> None:
+    def group(self) -> WeightNormGroup | None:
+        try:
+            return WeightNormGroup.of(self.model)
+        except ValueError:  # given back at this moment
+            return None
+
+    def fuse(self) -> None:
         WeightNormGroup.of(self.model).remove()
         wnkernel.fuse(self.model, reuse=self.reuse)
 
@@ -129,7 +131,7 @@ def test_a_storm(reuse: str) -> None:
     def owner() -> None:
         chance = random.Random(0)
         for _ in range(30):
-            chance.choice(storms).fuse(chance)
+            chance.choice(storms).fuse()
 
     for seed in range(0, cases(30), 30):
         together(owner, *(partial(user, seed + k) for k in range(THREADS)))

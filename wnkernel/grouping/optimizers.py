@@ -47,13 +47,13 @@ class _Steps:
         return bool(self._running)
 
     def _begin(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if _counts(optimizer):
+        if _is_noted(optimizer):
             self._note()
         if not is_dynamo_compiling():
             self._running[sys._getframe(1)] = None
 
     def _end(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if _counts(optimizer):
+        if _is_noted(optimizer):
             self._note()
         if not is_dynamo_compiling():
             self._running.pop(sys._getframe(1), None)
@@ -63,7 +63,7 @@ class _Steps:
         self.latest = object()
 
 
-def _counts(optimizer: Optimizer) -> bool:
+def _is_noted(optimizer: Optimizer) -> bool:
     """A note within a compiled step would compile it again and again, and is not needed: it leaves
     a trace in the version counters. Fused kernels do not, and are no part of a graph."""
     fused = any(group.get("fused") for group in optimizer.param_groups)
