@@ -318,6 +318,23 @@ def test_a_module_registers_parameters_in_its_own_way() -> None:
     assert isinstance(layer, Counting)
 
 
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_another_parametrization_of_the_layer_takes_its_own_weight() -> None:
+    layer = wnkernel.weight_norm(nn.GRU(5, 4), "weight_ih_l0")
+    parametrize.register_parametrization(layer, "weight_hh_l0", Doubled())
+    value = nn.Parameter(ramp(12, 4))
+    layer.register_parameter("weight_hh_l0", value)
+    assert torch.equal(layer.parametrizations.weight_hh_l0.original, value / 2)
+    assert torch.equal(layer.weight_hh_l0, value)
+
+
 # Legacy names
 
 

@@ -138,6 +138,7 @@ def test_what_is_no_dense_tensor(layout):
         ([1.0], "list"),
         (None, "NoneType"),
         (torch.ones(4, 5).to_sparse(), "torch.sparse_coo"),
+        (torch.quantize_per_tensor(torch.ones(4, 5), 0.1, 0, torch.qint8), "quantized"),
         (torch.ones(4, 5, dtype=torch.int64), "torch.int64"),
         (torch.ones(4, 5, dtype=torch.complex64), "torch.complex64"),
     ):

@@ -56,6 +56,19 @@ def test_every_layout_loads(kind, layout, layer, dim):
         assert p is parameters[key]
 
 
+@torchs_kinds
+def test_a_plain_weight_beside_its_pair_has_to_be_its_weight(kind):
+    checkpoint, target = saved(linear(), "legacy"), torchs(linear(), kind)
+    g, v = checkpoint["weight_g"], checkpoint["weight_v"]
+    checkpoint["weight"] = torch._weight_norm(v, g, 0)
+    wnkernel.accept_any_layout(target)
+    assert target.load_state_dict(checkpoint, strict=True) == ([], [])
+    assert_loaded(target, checkpoint, "legacy")
+    checkpoint["weight"] = checkpoint["weight"] + 1e-3
+    error = load_error(lambda: target.load_state_dict(checkpoint))
+    assert 'expected one weight, got "weight", which is not that of' in error
+
+
 @all_layouts
 @torchs_kinds
 def test_assign_and_the_meta_device(kind, layout):

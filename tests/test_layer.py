@@ -338,6 +338,10 @@ def test_a_buffer_for_g():
     del originals.original0
     originals.register_buffer("original0", g)
     assert torch.equal(layer.weight, w)
+    layer.load_state_dict({"weight": -2 * w, "bias": layer.bias.detach()})
+    assert torch.equal(layer.weight, -2 * w)
+    assert originals.original0 is g
+    torch.testing.assert_close(g, (2 * w).norm(dim=1, keepdim=True))
 
 
 def test_tensor_subclasses_keep_their_class():

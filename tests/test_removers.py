@@ -240,6 +240,15 @@ def test_a_transformer_goes_on_taking_its_fast_path(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(got, encoder(ramp(1, 3, 8)))
 
 
+def test_the_hook_answers_as_torchs() -> None:
+    layer = wnkernel.weight_norm(nn.Linear(5, 4))
+    [hook] = layer._forward_pre_hooks.values()
+    assert torch.equal(hook.compute_weight(layer), layer.weight)
+    hook.remove(layer)
+    with pytest.raises(ValueError, match=r"weight_norm of 'weight' not found in Linear\("):
+        hook.remove(layer)
+
+
 @pytest.mark.parametrize("take", ["popitem", "clear"])
 def test_a_hook_that_was_taken_out_still_removes(take: str) -> None:
     layer = wnkernel.weight_norm(nn.Linear(5, 4))

@@ -143,6 +143,24 @@ def test_vmap_of_backward(route, dim):
     close(pull(ours(dim)), pull(oracle(dim)))
 
 
+def test_vmap_of_backward_of_a_list(route):
+    """One weight with both gradients, one whose g is frozen, and one whose v is."""
+    pairs = [pair(dim)[:2] for dim in (0, 1, None)]
+    inputs = [pairs[0][0], pairs[0][1], pairs[1][0], pairs[2][1]]
+    for t in inputs:
+        t.requires_grad_()
+    cotangents = [randn((6, *SHAPE), torch.float64) for _ in pairs]
+
+    def pull(weights):
+        return torch.autograd.grad(weights, inputs, cotangents, is_grads_batched=True)
+
+    v, g = zip(*pairs, strict=True)
+    weights = [
+        reference.weight_norm(*one, dim) for one, dim in zip(pairs, (0, 1, None), strict=True)
+    ]
+    close(pull(F.weight_norms(v, g, [0, 1, None])), pull(weights))
+
+
 @all_dims
 def test_per_sample_gradients(route, dim):
     """grad, vmap and functional_call at once, in float32, against a loop over the samples."""

@@ -104,7 +104,6 @@ Wide dot_of_any(const double* x, const double* y, int64_t n) {
 Wide dot(const double* x, const double* y, int64_t n) {
   const double most_x = largest_of(x, n), most_y = x == y ? most_x : largest_of(y, n);
   if (std::min(most_x, most_y) == 0 && std::isfinite(most_x + most_y)) return 0.0;
-  if (!is_usual(most_x) || !is_usual(most_y)) return dot_of_any(x, y, n);
   const int of_x = Wide(most_x).e, of_y = Wide(most_y).e;
   const double unit_x = std::ldexp(1.0, -of_x), unit_y = std::ldexp(1.0, -of_y);
   double sum = 0, most = 0;

@@ -48,6 +48,10 @@ enum class Rows {
   vanishing,  // products of v and grad_w are 0
   steep,      // coefficients leave the range
   at_bound,   // g is eps as a norm holds it, and numbers are ties of half types
+  subnormal,  // and so is grad_w
+  uneven,     // every second element is subnormal, some blocks and the last element are 0
+  crossed,    // v is large where grad_w is small
+  no_v,       // and one grad_w is infinite
 };
 
 struct Case {
@@ -97,11 +101,13 @@ struct Weight {
     if (kind == Rows::faint) grad_size = wide ? -690 : -100;
     if (kind == Rows::vanishing) grad_size = wide ? -720 : -115;
     if (kind == Rows::signs) v_size = 3;
+    if (kind == Rows::subnormal) v_size = subnormal(c.v_type), grad_size = subnormal(c.w_type);
+    if (kind == Rows::uneven) v_size = format(c.v_type).least / 2;
     const Real size = std::ldexp(Real{1}, v_size), first = random_number();
     int64_t n = 0;
     each(row, [&](int64_t k) {
       Real x = random_number() * size;
-      if (kind == Rows::zero) x = 0;
+      if (kind == Rows::zero || kind == Rows::no_v) x = 0;
       if (kind == Rows::huge && n + 1 == c.view.row_size()) x = std::ldexp(x, -2 * range);
       if (kind == Rows::signs || kind == Rows::cancels) x = n % 2 ? size : -size;
       if (n == c.view.row_size() / 2 && kind == Rows::infinite) x = INFINITY;
@@ -110,8 +116,13 @@ struct Weight {
         const int bits = n % 2 ? 8 : 11;  // a digit more than bf16 and f16 have
         x = std::ldexp(std::floor(std::fabs(x) * (1 << (bits - 1))) * 2 + 1 + (1 << bits), -24);
       }
+      if (kind == Rows::uneven && n % 2) x = std::ldexp(x, subnormal(c.v_type) - v_size);
+      if (kind == Rows::uneven && (n / 128 % 2 || n + 1 == c.view.row_size())) x = 0;
+      if (kind == Rows::crossed) x = std::ldexp(x, crossed(c.v_type, n % 2));
       v.set(k, x);
       Real y = std::ldexp(random_number(), grad_size);
+      if (kind == Rows::crossed) y = std::ldexp(y, crossed(c.w_type, n % 2 == 0));
+      if (n == c.view.row_size() / 2 && kind == Rows::no_v) y = INFINITY;
       if (kind == Rows::no_grad) y = 0;
       if (kind == Rows::cancels) y = n / 2 % 2 ? first : -first;
       grad_w.set(k, y);
@@ -122,8 +133,14 @@ struct Weight {
     if (kind == Rows::signs) scale = std::sqrt(Real(n)) * size;
     if (kind == Rows::steep) scale = std::ldexp(scale, wide ? 300 : narrow ? 0 : 40);
     if (kind == Rows::at_bound) scale = 1;
+    if (kind == Rows::uneven) scale = std::ldexp(scale, format(c.g_type).most / 3);
     g.set(row, scale);
   }
+
+  // Exponents: of numbers with a third of the digits; of large ones, and of numbers as small that
+  // their product with a large one has lost digits when both are relative to large ones.
+  static int subnormal(DType t) { return format(t).least - format(t).digits * 2 / 3; }
+  static int crossed(DType t, bool small) { return format(t).most / 2 + small * subnormal(t); }
 
   template <class F>
   void each(int64_t row, F&& f) const {
@@ -274,15 +291,17 @@ const RowView kLarge[] = {
 const DType kTypes[] = {f16, bf16, f32, f64};
 const DType kPairs[][2] = {{f32, f32},  {bf16, bf16}, {f16, f16}, {f64, f64},
                            {f32, bf16}, {bf16, f32},  {f32, f16}, {f64, bf16}};
-const Rows kRows[] = {Rows::huge,  Rows::tiny,      Rows::zero,  Rows::infinite, Rows::nan,
-                      Rows::no_g,  Rows::clamped,   Rows::signs, Rows::no_grad,  Rows::cancels,
-                      Rows::faint, Rows::vanishing, Rows::steep, Rows::at_bound};
+const Rows kRows[] = {Rows::huge,   Rows::tiny,      Rows::zero,  Rows::infinite, Rows::nan,
+                      Rows::no_g,   Rows::clamped,   Rows::signs, Rows::no_grad,  Rows::cancels,
+                      Rows::faint,  Rows::vanishing, Rows::steep, Rows::at_bound, Rows::subnormal,
+                      Rows::uneven, Rows::crossed,   Rows::no_v};
 
 Case with(Case c, Rows rows) {
   c.rows = rows;
   // Larger than some norms and smaller than others, or than all of them.
   if (rows == Rows::at_bound)
     c.eps = c.v_type == f64 ? 1 : 1 + 0x1p-24L - 0x1p-40L;  // 1 as a float
+  if (rows == Rows::no_v) c.eps = 0x1p-20;
   if (rows == Rows::clamped) c.eps = std::sqrt(Real(c.view.row_size()) / 3);
   return c;
 }
@@ -311,6 +330,8 @@ void check_all() {
     for (const Real eps : {0x1p-20L, 0x1p-77L, 0x1p-597L})
       cases.push_back({c.view, v_type, f32, w_type, Rows::tiny, eps});
     cases.push_back({c.view, v_type, f32, w_type, Rows::zero, 0x1p-20});
+    for (const Rows rows : {Rows::infinite, Rows::nan})
+      cases.push_back({c.view, v_type, f32, w_type, rows, 4});
     for (Case part : {c, with(c, Rows::tiny)}) {
       part.want_g = false;
       cases.push_back(part);

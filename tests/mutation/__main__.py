@@ -22,8 +22,14 @@ PATIENCE_S = 300
 
 SLOTS = ("group_slots",)
 KEYS = (
-    *("checkpoint_convert", "checkpoint_layouts", "checkpoints", "checkpoint_errors"),
-    *("load_hooks", "checkpoint_convert_like", "checkpoint_models", "checkpoint_properties"),
+    *("checkpoint_spellings", "checkpoint_convert", "checkpoint_layouts", "checkpoints"),
+    *(
+        "checkpoint_errors",
+        "load_hooks",
+        "checkpoint_convert_like",
+        "checkpoint_models",
+        "checkpoint_properties",
+    ),
     *("restored_weights", "checkpoint_torch_models", "checkpoint_torch_others", "convert"),
 )
 TESTS = {
