@@ -113,8 +113,9 @@ def test_what_is_missing_or_too_much_is_still_reported(layout):
 
 
 @all_layouts
-def test_assign_takes_the_tensors_of_the_dict(layout):
-    checkpoint = saved(linear().double(), layout)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_assign_takes_the_tensors_of_the_dict(layout, dtype):
+    checkpoint = saved(linear().to(dtype), layout)
     target = ours(linear())
     originals(target)[0].requires_grad_(False)
     with unchanged(checkpoint):
@@ -122,7 +123,7 @@ def test_assign_takes_the_tensors_of_the_dict(layout):
     g, v = originals(target)
     assert_loaded(target, checkpoint, layout)
     assert v.data_ptr() == expected(checkpoint, layout)[1].data_ptr()
-    assert g.dtype == v.dtype == target.weight.dtype == torch.float64
+    assert g.dtype == v.dtype == target.weight.dtype == dtype
     assert (g.requires_grad, v.requires_grad) == (False, True)
     assert all(isinstance(p, nn.Parameter) for p in (g, v))
 
@@ -177,6 +178,27 @@ def test_one_element_loads_into_a_scalar_as_in_torch():
     checkpoint["weight_g"] = checkpoint["weight_g"].reshape(1)
     target.load_state_dict(checkpoint, strict=True)
     assert torch.equal(loaded(target)[0], checkpoint["weight_g"][0])
+
+
+def test_a_scalar_loads_into_one_element():
+    """Into what torch 0.3 saved, then."""
+    target, checkpoint = ours(linear(), dim=None), saved(linear(), "legacy", dim=None)
+    weights = target.parametrizations.weight
+    weights.original0 = nn.Parameter(weights.original0.detach().reshape(1))
+    target.load_state_dict(checkpoint, strict=True)
+    assert torch.equal(weights.original0, checkpoint["weight_g"].reshape(1))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_v_that_is_normed_itself_can_be_trained_after_loading(assign):
+    target = ours(linear())
+    wnkernel.weight_norm(target.parametrizations.weight, "original1")
+    checkpoint = {"weight": torch.randn(4, 5), "bias": torch.zeros(4)}
+    with torch.inference_mode():
+        target.load_state_dict(checkpoint, strict=True, assign=assign)
+    torch.testing.assert_close(target.weight, checkpoint["weight"])
+    inner = target.parametrizations.weight.parametrizations.original1
+    assert not any(p.is_inference() for p in (inner.original0, inner.original1))
 
 
 @all_layouts

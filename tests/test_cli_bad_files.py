@@ -244,8 +244,9 @@ def test_a_missing_input_is_told_before_anything_of_the_output(tmp_path):
     assert set(files_in(tmp_path).values()) == {b"precious"}
 
 
-def test_a_safetensors_header_with_a_dtype_that_nobody_knows(tmp_path):
-    header = json.dumps({"x": {"dtype": "Q5", "shape": [1], "data_offsets": [0, 1]}}).encode()
+@pytest.mark.parametrize("dtype", ["Q5", "F4"])  # the library knows F4, torch does not
+def test_a_safetensors_header_with_a_dtype_that_nobody_knows(tmp_path, dtype):
+    header = json.dumps({"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 1]}}).encode()
     content = len(header).to_bytes(8, "little") + header + b"\0"
     (tmp_path / "in.safetensors").write_bytes(content)
     refused(tmp_path, tmp_path / "in.safetensors")
@@ -257,6 +258,10 @@ def without_values(t):
 
 def quantized(t):
     return torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)
+
+
+def to_complex(t):
+    return t.to(torch.complex128)
 
 
 @pytest.mark.parametrize("kind", [without_values, torch.Tensor.to_sparse, quantized])
@@ -285,6 +290,20 @@ def test_other_tensors_may_be_of_any_kind(tmp_path, layer):
     got = load(tmp_path / "o.pt")
     assert got["bias"].is_meta
     assert torch.equal(got["mask"].to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize("kind", [without_values, torch.Tensor.to_sparse, quantized, to_complex])
+@pytest.mark.parametrize("name", ["in.pt", "pytorch_model.bin.index.json"])
+def test_tensors_that_a_safetensors_file_cannot_hold(tmp_path, layer, kind, name):
+    state = layer | {"mask": kind(torch.eye(3))}
+    torch.save(state, tmp_path / "in.pt")
+    if name != "in.pt":
+        index = {"weight_map": dict.fromkeys(state, "in.pt")}
+        (tmp_path / name).write_text(json.dumps(index))
+    before = files_in(tmp_path)
+    said = fails(4, "convert", tmp_path / name, tmp_path / "o.safetensors", "--to", "folded")
+    assert said.startswith("wnkernel: mask: a safetensors file cannot hold such a tensor (torch.")
+    assert files_in(tmp_path) == before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")

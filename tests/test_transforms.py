@@ -106,6 +106,18 @@ def test_hessian_vector_product(route, dim):
     )
 
 
+def test_rows_of_one_element(route):
+    """A vector, whose norms are magnitudes."""
+    v, dv, g, dg = (randn((5,), torch.float64) for _ in range(4))
+
+    def slope(f):
+        return grad(lambda v, g: f(v, g).pow(3).sum(), (0, 1))
+
+    got, want = slope(ours(0)), slope(oracle(0))
+    close(got(v, g), want(v, g))
+    close(jvp(got, (v, g), (dv, dg)), jvp(want, (v, g), (dv, dg)))
+
+
 @all_dims
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0)])
 def test_vmap(route, in_dims, dim):

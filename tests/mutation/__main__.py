@@ -22,15 +22,10 @@ PATIENCE_S = 300
 
 SLOTS = ("group_slots",)
 KEYS = (
-    *("checkpoint_spellings", "checkpoint_convert", "checkpoint_layouts", "checkpoints"),
-    *(
-        "checkpoint_errors",
-        "load_hooks",
-        "checkpoint_convert_like",
-        "checkpoint_models",
-        "checkpoint_properties",
-    ),
-    *("restored_weights", "checkpoint_torch_models", "checkpoint_torch_others", "convert"),
+    *("checkpoint_errors", "checkpoint_layouts", "checkpoint_torch_models", "checkpoints"),
+    *("checkpoint_spellings", "load_hooks", "checkpoint_torch_others", "checkpoint_convert"),
+    *("checkpoint_convert_like", "convert", "checkpoint_properties", "checkpoint_models"),
+    *("checkpoint_sharded", "restored_weights"),
 )
 TESTS = {
     "grouping/slots.py": SLOTS,
@@ -39,7 +34,7 @@ TESTS = {
         for name in ("layouts", "pairs", "legacy", "normed", "convert", "loading", "accept")
     },
 }
-"""Modules, and the files of tests that are to find what is wrong with them."""
+"""Modules, and the files of tests that are to find what is wrong with them, quick ones first."""
 
 
 class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -71,9 +66,10 @@ def start(file: str, code: CodeType | None) -> int:
         name = "wnkernel." + file.removesuffix(".py").replace("/", ".")
         sys.meta_path.insert(0, Loader(name, code))
     tests = [str(ROOT / "tests" / f"test_{test}.py") for test in TESTS[file]]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not triton"]
     status = 1
     try:
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+        status = pytest.main([*options, *tests])
     finally:
         os._exit(int(status))
 
@@ -124,6 +120,6 @@ def main() -> int:
 if __name__ == "__main__":
     import hypothesis  # noqa: F401
     import numpy  # noqa: F401
-    import torch  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
     sys.exit(main())

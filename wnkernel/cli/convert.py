@@ -113,7 +113,10 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
         if file_form == Format.TORCH and lost:
             warnings.append(f"not kept, for a file of torch has no place for it: {lost}")
         if file_form == Format.SAFETENSORS and of_torch:
-            warnings += [text for shard in opened for text in _untied(shard.tensors())]
+            for shard in opened:
+                for key, t in shard.tensors().items():
+                    safetensors_files.spec(key, t)
+                warnings += _untied(shard.tensors())
         if request.dry_run:
             return Report(conversion.changes, warnings, [])
         total = sum(spec.nbytes for spec in flat.specs().values())
