@@ -195,6 +195,7 @@ def nothing_normed():
         "shapes of another weight": {"weight_g": torch.rand(3, 1), "weight_v": v},
         "two dims": {"weight_g": torch.rand(4, 5, 1), "weight_v": torch.rand(4, 5, 6)},
         "integers": {"weight_g": g.int(), "weight_v": v.int()},
+        "integers for norms": {"weight_g": g.int(), "weight_v": v},
         "complex": {"weight_g": g.cfloat(), "weight_v": v.cfloat()},
         "sparse": {"weight_g": g, "weight_v": v.to_sparse()},
         "no tensors": {"weight_g": [1.0], "weight_v": None},
@@ -237,8 +238,9 @@ def test_rows_of_one_element_are_weights_if_they_are_called_so(name, shape):
     assert set(converted) == set(g_and_v(name, prefix="conv."))
 
 
-def test_weights_of_any_name_with_longer_rows():
-    checkpoint = pair("legacy", torch.rand(4, 1), torch.randn(4, 5), "codebook", "a.b_g.")
+@pytest.mark.parametrize("rows", [2, 4])
+def test_weights_of_any_name_with_longer_rows(rows):
+    checkpoint = pair("legacy", torch.rand(rows, 1), torch.randn(rows, 5), "codebook", "a.b_g.")
     assert set(convert_state_dict(checkpoint)) == set(g_and_v("codebook", prefix="a.b_g."))
 
 

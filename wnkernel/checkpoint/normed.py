@@ -104,8 +104,7 @@ def is_float(t: Any) -> bool:
     return (
         isinstance(t, Tensor)
         and t.layout == torch.strided
-        and not t.is_quantized
-        and t.dtype in FLOAT_DTYPES
+        and t.dtype in FLOAT_DTYPES  # quantized ones are of other dtypes
     )
 
 
