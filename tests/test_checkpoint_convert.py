@@ -280,6 +280,28 @@ def test_weights_that_share_one_tensor_only():
     assert torch.equal(folded["b.weight"], fold(v, other))
 
 
+SHARED = torch.arange(32.0).sin()
+HALVES = SHARED.half()
+VIEWS = {
+    "offset": lambda: (SHARED[:16].view(4, 4), SHARED[16:].view(4, 4)),
+    "shape": lambda: (SHARED[:16].view(4, 4), SHARED[:8].view(2, 4)),
+    "stride": lambda: (SHARED[:16].view(4, 4), SHARED[:16].view(4, 4).T),
+    "dtype": lambda: (HALVES.view(4, 8), HALVES.view(torch.bfloat16).view(4, 8)),
+}
+
+
+@pytest.mark.parametrize("what", VIEWS)
+def test_weights_that_are_other_parts_of_one_memory_are_not_tied(what):
+    """As those of a flat buffer are."""
+    one, other = VIEWS[what]()
+    g = torch.rand(4, 1)
+    checkpoint = pair("legacy", g, one, prefix="a.")
+    checkpoint |= pair("legacy", g[: len(other)], other, prefix="b.")
+    folded = convert_state_dict(checkpoint, "folded")
+    assert torch.equal(folded["a.weight"], fold(one, g))
+    assert torch.equal(folded["b.weight"], fold(other, g[: len(other)]))
+
+
 @all_targets
 def test_the_dict_of_a_module_keeps_its_type_and_metadata(to):
     checkpoint = nn.Sequential(APPLY["torch"](linear())).state_dict()

@@ -49,6 +49,53 @@ def test_folded_weights_are_split_as_by_the_layers_of_like(layer, dim, to):
     assert split[g_and_v(name, KIND[to])[1]] is folded[name]
 
 
+def test_a_tied_weight_is_split_as_each_of_its_layers_does():
+    """Of another dim, by torch, whose long norms are others, and with a bound."""
+
+    def layer():
+        return nn.Linear(5000, 4, bias=False)
+
+    layers = {
+        "a": wnkernel.weight_norm(layer()),
+        "b": wnkernel.weight_norm(layer(), dim=1),
+        "c": APPLY["torch"](layer()),
+        "d": wnkernel.weight_norm(layer(), eps=1e3),
+    }
+    w = torch.linspace(-1, 1, 4 * 5000).view(4, 5000).exp()
+    split = convert_state_dict(
+        {f"{name}.weight": w for name in layers}, "legacy", like=nn.ModuleDict(layers)
+    )
+    for name, like in layers.items():
+        alone = convert_state_dict({"weight": w}, "legacy", like=like)
+        assert torch.equal(split[f"{name}.weight_g"], alone["weight_g"])
+    assert not torch.equal(split["a.weight_g"], split["c.weight_g"])
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("like_shape", [(), (1,)])
+def test_one_norm_gets_the_shape_that_it_has_in_like(shape, like_shape):
+    def checkpoint(shape):
+        return {"weight_g": torch.full(shape, 2.0), "weight_v": torch.ones(4, 5)}
+
+    source = checkpoint(shape)
+    converted = convert_state_dict(source, like=checkpoint(like_shape))
+    g = converted[g_and_v()[0]]
+    assert g.shape == like_shape
+    assert (g is source["weight_g"]) == (shape == like_shape)
+    one_row = {"weight_g": torch.full((1, 1), 2.0), "weight_v": torch.ones(4, 5)}
+    assert convert_state_dict(one_row, like=checkpoint(like_shape))[g_and_v()[0]].shape == (1, 1)
+
+
+@pytest.mark.parametrize("frozen", ["g", "v", "both", "none"])
+def test_a_folded_parameter_is_trained_if_one_of_its_own_was(frozen):
+    layer = APPLY["legacy"](nn.Linear(5, 4))
+    layer.weight_g.requires_grad_(frozen not in ("g", "both"))
+    layer.weight_v.requires_grad_(frozen not in ("v", "both"))
+    folded = convert_state_dict(layer.state_dict(keep_vars=True), "folded")
+    assert isinstance(folded["weight"], nn.Parameter)
+    assert folded["weight"].requires_grad == (frozen != "both")
+
+
 @pytest.mark.parametrize("to", PAIRED)
 @all_kinds
 def test_like_is_a_module_of_any_kind_or_its_state_dict(kind, to):
