@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import sys
+import tracemalloc
 import zipfile
 import zlib
 
@@ -41,6 +42,26 @@ def test_a_weight_that_does_not_fit(tmp_path, to, out):
         line = fails(6, "convert", tmp_path / "in.pt", tmp_path / out, "--to", to)
     assert line.endswith(f"out of memory: {ROWS << 22} bytes were asked for")
     assert files_in(tmp_path) == before
+
+
+def test_a_path_of_long_keys_takes_little_memory(tmp_path):
+    key, nested = "k" * 20_000, {"weight_g": torch.ones(2, 1), "weight_v": torch.ones(2, 3)}
+    for _ in range(200):
+        nested = {key: nested}
+    torch.save(nested, tmp_path / "in.pt")
+    assert (tmp_path / "in.pt").stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        convert(tmp_path / "in.pt", tmp_path / "o.pt", "parametrized")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_is_called_out_of_memory_is_not(tmp_path):
+    for name in ("out of memory.pt", "out of memory.safetensors"):
+        line = fails(3, "convert", tmp_path / name, tmp_path / "o.pt", "--to", "folded")
+        assert line.endswith("No such file or directory")
 
 
 @linux_only

@@ -220,6 +220,28 @@ def without(monkeypatch, *features):
         monkeypatch.setattr(os, "link", no_link)
 
 
+def not_permitted(*_):
+    raise PermissionError(errno.EPERM, "not permitted")
+
+
+def interrupted(*_):
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize(("strike", "code"), [(not_permitted, 4), (interrupted, 130)])
+@pytest.mark.parametrize("lacking", [(), ("nameless files",)], ids=str)
+def test_what_strikes_while_a_file_is_made_leaves_none(
+    tmp_path, out, monkeypatch, lacking, strike, code
+):
+    save(trained("legacy").state_dict(), tmp_path / "in.pt")
+    (out / "out.pt").write_bytes(b"precious")
+    without(monkeypatch, *lacking)
+    monkeypatch.setattr(os, "chmod", strike)
+    fails(code, "convert", tmp_path / "in.pt", out / "out.pt", "--to", "folded", "--force")
+    assert files_in(out) == {"out.pt": b"precious"}
+
+
 def test_a_file_system_without_hard_links(tmp_path, out, monkeypatch):
     save(trained("legacy").state_dict(), tmp_path / "in.pt")
     without(monkeypatch, "nameless files", "hard links")

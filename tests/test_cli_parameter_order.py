@@ -3,12 +3,18 @@ it is followed, or the file is refused."""
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 from torch import nn
 
 from .command_line import convert, fails, on_the_cpu
 from .layers import APPLY, assert_same_state
+
+pytest.importorskip("typer", reason="the command line needs typer")
+
+from wnkernel.cli.parameter_order import Order
 
 __all__ = ["on_the_cpu"]
 
@@ -214,6 +220,42 @@ def test_what_is_not_certain_is_refused(tmp_path, layer, source, target, make, s
         fails(3, "convert", tmp_path / "in.pt", tmp_path / "out.pt", "--to", target)
     else:
         convert(tmp_path / "in.pt", tmp_path / "out.pt", target)
+
+
+@pytest.mark.parametrize("source", ["legacy", "parametrized"])
+def test_g_and_v_are_no_buffers(tmp_path, source):
+    """A list of as many tensors as there are other parameters is none of this model's."""
+    target = "parametrized" if source == "legacy" else "legacy"
+    net = nn.Sequential(*(APPLY[KIND[source]](nn.Linear(1, 1, bias=False)) for _ in range(2)))
+    for layer in net:
+        layer.extra_weight = nn.Parameter(torch.ones(1, 1))
+    tensors = [torch.full((1, 1), float(k)) for k in range(4)]
+    torch.save({"model": net.state_dict(), "ema": tensors}, tmp_path / "in.pt")
+    convert(tmp_path / "in.pt", tmp_path / "out.pt", target)
+    assert torch.load(tmp_path / "out.pt", weights_only=True)["ema"] == tensors
+
+
+def test_lists_of_other_lengths_cost_no_search(monkeypatch):
+    """However many there are."""
+    state = {f"b.{k}.{name}": torch.ones(1) for k in range(20) for name in "uvwxyz"}
+    late = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.ones(3, 3)}
+    order = Order(late | {"a.extra_weight": torch.ones(3)} | state, ["a.weight"], "legacy")
+    assert order.moves([[torch.Size([1])]]) == []
+    monkeypatch.setattr(Order, "_parameters", None)
+    for length in range(2, 1000):
+        assert order.moves(length * [[torch.Size([7])]]) == []
+
+
+@pytest.mark.parametrize("weights", [[], ["a.weight"]])
+def test_a_key_of_dots_takes_little_memory(weights):
+    state = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.ones(3, 3)}
+    tracemalloc.start()
+    try:
+        order = Order(state | {"." * 30_000: torch.ones(1)}, weights, "legacy")
+        assert order.is_kept() == (not weights)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_parameter_that_may_be_one_of_two_is_refused(tmp_path):

@@ -54,6 +54,25 @@ def test_bits_are_those_of_single_weights(route, grad, out_dtype):
             assert torch.equal(got, want)
 
 
+def test_lists_that_change_before_the_backward(route):
+    vs, gs, dims, _ = weights()
+    inputs = [*vs, *gs]
+    want = torch.autograd.grad(
+        sum(w.sum().float() for w in F.weight_norms(*weights_of(inputs))), inputs
+    )
+    ws = F.weight_norms(vs, gs, dims)
+    for entries in (vs, gs, dims):
+        entries.reverse()
+        entries.pop()
+    got = torch.autograd.grad(sum(w.sum().float() for w in ws), inputs)
+    assert all(map(torch.equal, got, want))
+
+
+def weights_of(inputs):
+    half = len(inputs) // 2
+    return inputs[:half], inputs[half:], [dim for _, dim, *_ in WEIGHTS]
+
+
 def test_eps_is_zero_by_default(route):
     vs, gs, dims, _ = weights(grad=False)
     for w, v, g, dim in zip(F.weight_norms(vs, gs, dims), vs, gs, dims, strict=True):

@@ -120,6 +120,26 @@ def test_a_hook_may_reshape():
     assert_loaded(layer, checkpoint, "parametrized")
 
 
+@pytest.mark.parametrize("layout", ["legacy", "folded"])
+def test_a_v_that_is_normed_itself_and_has_a_hook_of_others(layout):
+    """The outer list has loaded both before the turn of the inner one, which must not do so again
+    from keys that are not its own."""
+    layer, checkpoint, calls = ours(linear()), saved(linear(), layout), []
+    wnkernel.weight_norm(layer.parametrizations.weight, "original1")
+    inner = layer.parametrizations.weight.parametrizations.original1
+    load_pre_hook(inner, lambda *a: calls.append(a))
+    for _ in range(2):
+        assert layer.load_state_dict(dict(checkpoint), strict=True) == ([], [])
+        torch.testing.assert_close(layer.weight, ours_with(checkpoint).weight)
+    assert len(calls) == 2
+
+
+def ours_with(checkpoint):
+    layer = ours(linear())
+    layer.load_state_dict(checkpoint)
+    return layer
+
+
 @all_layouts
 def test_hooks_of_others_are_called_once(layout):
     """Also those of the list, which calls them itself; and nothing of the dict is kept."""

@@ -28,6 +28,17 @@ def assert_close(norm, v, dim):
     reference.assert_close("norm", norm, reference.Expected(want, want, length, acc))
 
 
+def test_a_sparse_gradient(route):
+    """That of an embedding whose rows are norms."""
+    v = randn((5, 3)).requires_grad_()
+    for sparse in (False, True):
+        norms = torch.nn.functional.embedding(
+            torch.tensor([1, 3, 1]), F.norm_except_dim(v), sparse=sparse
+        )
+        (grad,) = torch.autograd.grad(norms.square().sum(), v)
+        torch.testing.assert_close(grad, 2 * v.detach() * torch.tensor([0.0, 2, 0, 1, 0])[:, None])
+
+
 def assert_right(v, dim):
     """Right, and with them as g, w is v: to the last bit, but for norms of halves. If those are
     many, they are rounded, and w divides by what they were."""

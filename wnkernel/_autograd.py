@@ -217,6 +217,8 @@ class _Norms(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         _check_version("v", ctx.v, ctx.version)
+        if grad.layout != torch.strided:
+            grad = grad.to_dense()
         # A zero row has no direction; its gradient is 0, as in torch.
         v, g = torch.where(ctx.is_zero, 1.0, ctx.v), torch.where(ctx.is_zero, 0.0, grad)
         return ctx.weight_norm(v, g.to(accumulation_dtype(v.dtype))), None, None

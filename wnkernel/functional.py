@@ -151,7 +151,8 @@ def weight_norms(
         return _in_torchscript(v, g, dim, eps, out_dtype)
     if any(map(_is_distributed, (*v, *g))):
         return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
-    problems = forms.known_list(v, g, dim, eps, out_dtype)
+    # copied: the backward needs them, and the caller's lists may have changed by then
+    problems = forms.known_list([*v], [*g], dim, eps, out_dtype)
     backend = choose(v[0])
     if isinstance(backend, CompiledBackend):
         dim, eps, _ = map(list, zip(*problems.options, strict=True))

@@ -27,7 +27,7 @@ inline Wide operator+(Wide a, Wide b) {
   return {std::ldexp(a.m, a.e - e) + std::ldexp(b.m, b.e - e), e};
 }
 inline Wide operator-(Wide a, Wide b) { return a + Wide(-b.m, b.e); }
-// Of numbers that are not negative; false for NaN.
+// Of numbers that are not negative; false where the first is NaN.
 inline bool operator<(Wide a, Wide b) { return a.e != b.e ? a.e < b.e : a.m < b.m; }
 
 inline Wide root(Wide x) {
@@ -41,7 +41,7 @@ inline bool is_usual(double magnitude) { return magnitude >= 0x1p-900 && magnitu
 // What many doubles are multiplied with: at a fifth of the cost where both are usual.
 struct Factor {
   Wide wide;
-  double power;  // 2^e, 0 where that is no double
+  double power;  // 2^e; 0 where e is beyond 900
 
   explicit Factor(Wide x) : wide(x), power(std::abs(x.e) <= 900 ? std::ldexp(1.0, x.e) : 0.0) {}
   double times(double x) const {

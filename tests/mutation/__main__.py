@@ -25,7 +25,7 @@ KEYS = (
     *("checkpoint_errors", "checkpoint_layouts", "checkpoint_torch_models", "checkpoints"),
     *("checkpoint_spellings", "load_hooks", "checkpoint_torch_others", "checkpoint_convert"),
     *("checkpoint_convert_like", "convert", "checkpoint_properties", "checkpoint_models"),
-    *("checkpoint_sharded", "restored_weights"),
+    *("assigning", "layer", "norms_of_v", "checkpoint_sharded", "restored_weights"),
 )
 TESTS = {
     "grouping/slots.py": SLOTS,

@@ -7,6 +7,7 @@ import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 class Draft:
@@ -22,20 +23,22 @@ class Draft:
 
     def __init__(self, target: Path, *, named: bool = False) -> None:
         self.target = target
+        self._named = named
         self._name: Path | None = None
-        descriptor = None if named else _nameless(target.parent)
+        self.raw: BinaryIO | None = None
+
+    def open(self) -> BinaryIO:
+        """Make the file, empty. Whatever happens meanwhile, :meth:`discard` takes it away."""
+        descriptor = None if self._named else _nameless(self.target.parent)
         if descriptor is None:
-            self._name = hidden(target)
+            self._name = hidden(self.target)
             self.raw = self._name.open("xb")
         else:
             self.raw = os.fdopen(descriptor, "wb")
-        try:
-            if target.exists():
-                mode = stat.S_IMODE(target.stat().st_mode)
-                os.chmod(self._name or self.raw.fileno(), mode)
-        except BaseException:
-            self.discard()
-            raise
+        if self.target.exists():
+            mode = stat.S_IMODE(self.target.stat().st_mode)
+            os.chmod(self._name or self.raw.fileno(), mode)
+        return self.raw
 
     def finish(self) -> None:
         """Nothing more will be written: it is on the disk after this."""
@@ -72,8 +75,9 @@ class Draft:
 
     def discard(self) -> None:
         """Take it away, if it has not been placed."""
-        with suppress(OSError):  # a full disk, for what was still to be written
-            self.raw.close()
+        if self.raw:
+            with suppress(OSError):  # a full disk, for what was still to be written
+                self.raw.close()
         if self._name:
             with suppress(OSError):
                 self._name.unlink(missing_ok=True)

@@ -84,9 +84,10 @@ def out_of_memory(error: BaseException, what: object = None) -> OutOfMemory | No
         error: what was raised.
         what: the file or the case that it was for.
     """
-    text = str(error)
-    is_known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    if not (is_known or (isinstance(error, (RuntimeError, OSError)) and _NO_MEMORY.search(text))):
+    text, number = str(error), getattr(error, "errno", None)
+    is_known = isinstance(error, MemoryError) or number == errno.ENOMEM
+    may_say_so = isinstance(error, (RuntimeError, OSError)) and number is None  # or it names a file
+    if not (is_known or (may_say_so and _NO_MEMORY.search(text))):
         return None
     asked = _ASKED.search(text)
     prefix = "" if what is None else f"{what}: "

@@ -91,7 +91,7 @@ class Outputs:
         try:
             draft = Draft(target, named=len(self._drafts) >= MOST_OPEN)
             self._drafts.append(draft)
-            writer = Writer(draft.raw, advance)
+            writer = Writer(draft.open(), advance)
             yield writer
             draft.finish()
         except Exception as error:

@@ -9,7 +9,8 @@ is another one in the other layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -25,8 +26,14 @@ STATISTICS = ("running_mean", "running_var")
 MOST_NAMES = 8
 """So many names of entries that may be buffers are tried, with and without."""
 
+MOST_DOTS = 1000
+"""In a key: torch cannot walk through modules that are nested deeper."""
+
 Shapes = Sequence[Sequence[torch.Size]]
 """Of the tensors that belong to each parameter."""
+
+Names = tuple[str, ...]
+"""The last parts of keys."""
 
 
 class Doubt(Exception):
@@ -45,6 +52,7 @@ class Order:
     def __init__(self, converted: Mapping[Any, Any], weights: Sequence[str], to: str) -> None:
         self._to = to
         self._homes = {k: w.rpartition(".")[0] for w in weights for k in weight_keys(w, to)}
+        self._normed = set(self._homes.values())
         self._tensors = {
             key: t
             for key, t in converted.items()
@@ -53,9 +61,12 @@ class Order:
             and (t.is_floating_point() or t.is_complex())
             and _name(key) not in STATISTICS
         }
+        self._moves: dict[Names, list[int]] = {}
 
     def is_kept(self) -> bool:
         """Whether all parameters stay where they are, whichever entries are parameters."""
+        if not self._homes:
+            return True
         keys = list(self._tensors)
         try:
             return self._after(keys) == keys
@@ -69,24 +80,40 @@ class Order:
         Raises:
             Doubt: they could be of these parameters, and their new order is not known.
         """
-        found = []
-        for without in self._maybe_buffers():
-            keys = [key for key in self._tensors if _name(key) not in without]
-            before = self._parameters(keys)
-            if _fit(shapes, [self._tensors[key].shape for key in before]):
-                after = self._parameters(self._after(keys))
-                numbers = {self._same(key): number for number, key in enumerate(before)}
-                move = [numbers[self._same(key)] for key in after]
-                if move not in found:
+        found: list[list[int]] = []
+        for without, parameters in self._possible.get(len(shapes), ()):
+            if _fit(shapes, parameters):
+                if without not in self._moves:
+                    self._moves[without] = self._move(self._keys(without))
+                if (move := self._moves[without]) not in found:
                     found.append(move)
         return found
 
-    def _maybe_buffers(self) -> Iterator[tuple[str, ...]]:
-        """Sets of names that may be those of buffers, which a state dict does not tell."""
-        names = {name for key in self._tensors if not _is_common(name := _name(key))}
+    def _move(self, keys: Sequence[str]) -> list[int]:
+        after = self._parameters(self._after(keys))
+        numbers = {self._same(key): number for number, key in enumerate(self._parameters(keys))}
+        return [numbers[self._same(key)] for key in after]
+
+    @cached_property
+    def _possible(self) -> dict[int, list[tuple[Names, list[torch.Size]]]]:
+        """Names that may be those of buffers, which a state dict does not tell, and the shapes of
+        the parameters that are left then; by the number of those."""
+        names = {
+            name
+            for key in self._tensors
+            if key not in self._homes and not _is_common(name := _name(key))
+        }
         most = len(names) if len(names) <= MOST_NAMES else 0
+        shapes = {key: t.shape for key, t in self._tensors.items()}
+        possible: dict[int, list[tuple[Names, list[torch.Size]]]] = {}
         for count in range(most + 1):
-            yield from combinations(sorted(names), count)
+            for without in combinations(sorted(names), count):
+                left = [shapes[key] for key in self._parameters(self._keys(without))]
+                possible.setdefault(len(left), []).append((without, left))
+        return possible
+
+    def _keys(self, without: Names) -> list[str]:
+        return [key for key in self._tensors if _name(key) not in without]
 
     def _parameters(self, keys: Sequence[str]) -> list[str]:
         """Without those that are tied to earlier ones."""
@@ -104,8 +131,10 @@ class Order:
         of the own parameters."""
         begin: dict[str, int] = {}
         last: dict[str, int] = {}
-        outer: set[str] = set()
+        outer: set[str] = set()  # those that have weight norms: all together may be long
         for position, key in enumerate(keys):
+            if key.count(".") > MOST_DOTS:
+                raise Doubt(f"a key has more than {MOST_DOTS} dots")
             module = self._homes.get(key, key.rpartition(".")[0])
             begin.setdefault(module, position)
             if key not in self._homes:
@@ -113,11 +142,12 @@ class Order:
                 self._check_own(module, key)
             while module:
                 module = module.rpartition(".")[0]
-                begin.setdefault(module, position)
-                outer.add(module)
-        if self._to == PARAMETRIZED and (both := outer & set(self._homes.values())):
+                if module in self._normed:
+                    begin.setdefault(module, position)
+                    outer.add(module)
+        if self._to == PARAMETRIZED and outer:
             raise Doubt(
-                f'"{min(both)}" has modules inside, whose parameters may come before those of its '
+                f'"{min(outer)}" has modules inside, whose parameters may come before those of its '
                 "weight norm or after them"
             )
 
@@ -132,7 +162,7 @@ class Order:
         return [keys[position] for position in sorted(range(len(keys)), key=place)]
 
     def _check_own(self, module: str, key: str) -> None:
-        if self._to == PARAMETRIZED or module not in self._homes.values():
+        if self._to == PARAMETRIZED or module not in self._normed:
             return
         if not _is_common(_name(key)):
             raise Doubt(f'"{key}" may come before the weight norm of its layer or after it')

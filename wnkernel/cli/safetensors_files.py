@@ -130,7 +130,7 @@ def write(
     """
     header: dict[str, object] = {METADATA: dict(metadata)} if metadata is not None else {}
     starts, end = {}, 0
-    for key, about in specs.items():
+    for key in specs:
         _check_key(key)
     ranks = {dtype: rank for rank, dtype in enumerate(_NAMES)}
     for key, about in sorted(specs.items(), key=lambda item: (ranks[item[1].dtype], item[0])):

@@ -21,6 +21,9 @@ from .parameter_order import (
 
 T = TypeVar("T")
 
+MOST_SHOWN = 400
+"""Characters of a path."""
+
 
 class Tree:
     """A checkpoint as it was loaded, to be converted in place as far as that is possible."""
@@ -100,7 +103,7 @@ class Tree:
             self._optimizers.append((where, node))
             return node
         for key, value in node.items():
-            node[key] = self._visit(value, f"{where}.{key}" if where else str(key))
+            node[key] = self._visit(value, _short(f"{where}.{key}" if where else str(key)))
         if not _is_state_dict(node):
             return node
         self._conversion.check_kinds(node, where)
@@ -112,7 +115,7 @@ class Tree:
         return converted if changes else node
 
     def _visit_items(self, node: list[Any] | tuple[Any, ...], where: str) -> object:
-        items = [self._visit(item, f"{where}[{i}]") for i, item in enumerate(node)]
+        items = [self._visit(item, _short(f"{where}[{i}]")) for i, item in enumerate(node)]
         if isinstance(node, list):
             node[:] = items
             if node and all(isinstance(item, Tensor) for item in items):
@@ -120,6 +123,12 @@ class Tree:
             return node
         changed = any(a is not b for a, b in zip(items, node, strict=True))
         return tuple(items) if changed else node
+
+
+def _short(where: str) -> str:
+    """A path as messages show it: nested ones of any length have any number of characters."""
+    half = MOST_SHOWN // 2
+    return where if len(where) <= MOST_SHOWN else f"{where[:half]}…{where[1 - half :]}"
 
 
 def state_dicts(root: object) -> Iterator[dict[str, Any]]:

@@ -104,7 +104,8 @@ class WeightNormGroup:
         for member in (ref() for ref in self._roster.members):
             weights = None if member is None else member.weights()
             if weights is not None and weights.owner is member:
-                weights.owner, weights.bucket, weights.casts = None, None, False
+                weights.bucket, weights.casts = None, False
+                weights.owner = None  # last: by it the next call knows what is left to do
         for container in reversed([ref() for ref in self._roster.containers]):  # the root last
             module = None if container is None else container.module()
             if module is not None and scopes.container_of(module) is container:
