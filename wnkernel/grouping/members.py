@@ -94,11 +94,11 @@ class Member:
         index: int | None = None,
     ) -> None:
         self.roster = roster
-        self.index = _enroll(roster.members, self, index)
         self.weights = weakref.ref(weights)
         self.name = name
         self.bucket = bucket
         self._around = [weakref.ref(module) for module in around]
+        self.index = _enroll(roster.members, self, index)  # last: others find it there
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """``w``: from the group if it has it or can compute it now, else computed alone."""
@@ -137,11 +137,11 @@ class Container:
         index: int | None = None,
     ) -> None:
         self.roster = roster
-        self.index = _enroll(roster.containers, self, index)
         self.module = weakref.ref(module)
         self.members = frozenset(members)
         self.previous: dict[Mode, list[int]] = {}
         """The members that its previous forward read."""
+        self.index = _enroll(roster.containers, self, index)
 
     def likely(self, mode: Mode, index: int) -> list[int]:
         """The members that a forward is likely to read: the one at ``index`` and those of the
