@@ -201,8 +201,6 @@ def assert_plain(model: nn.Module) -> None:
         assert not module._forward_hooks
         assert not module._forward_hooks_always_called
         assert not isinstance(getattr(module, "owner", None), Member)
-        assert getattr(module, "bucket", None) is None
-        assert not getattr(module, "casts", False)
         assert not any("container" in name for name in vars(module))
 
 

@@ -156,6 +156,7 @@ def test_remove_can_be_repeated(reuse: str) -> None:
         if is_fused(model):
             WeightNormGroup.of(model).remove()
         assert_plain(model)
+        assert all(getattr(module, "bucket", None) is None for module in model.modules())
         wnkernel.fuse(model, reuse=reuse)
 
     interrupt_everywhere(lambda: WeightNormGroup.of(model).remove(), look, look)
