@@ -4,8 +4,8 @@ anew. Each gets the bits of a model that nobody fused."""
 from __future__ import annotations
 
 import random
-import threading
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
