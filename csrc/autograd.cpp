@@ -155,16 +155,20 @@ namespace {
 // deleteNode.
 template <class Node>
 void delete_without_recursion(Node* node) {
-  thread_local Tensors left;
-  thread_local bool is_nested = false;
-  node->leave_tensors(left);
+  // A pointer, for it outlives the thread's objects: when a thread ends, torch's queue of what a
+  // backward that failed has left undone may be the last to hold nodes.
+  thread_local Tensors* left = nullptr;
+  Tensors own;
+  const bool is_first = left == nullptr;
+  if (is_first) left = &own;
+  node->leave_tensors(*left);
   deleteNode(node);
-  if (std::exchange(is_nested, true)) return;
-  while (!left.empty()) {
-    const at::Tensor last = std::move(left.back());
-    left.pop_back();
+  if (!is_first) return;
+  while (!own.empty()) {
+    const at::Tensor last = std::move(own.back());
+    own.pop_back();
   }
-  is_nested = false;
+  left = nullptr;
 }
 
 // The pointer that this version of torch has for nodes.

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -90,3 +91,31 @@ def test_a_fused_model_in_all_threads() -> None:
                 assert torch.equal(model(x), expected)
 
     in_each(work)
+
+
+class Failure(Exception):
+    """Of a hook."""
+
+
+def _fail(t: Tensor) -> Tensor:
+    raise Failure
+
+
+def test_a_thread_ends_after_a_backward_that_failed() -> None:
+    """What it left undone holds nodes until the thread's last objects are gone."""
+    layers = [wnkernel.weight_norm(nn.Linear(5, 5)) for _ in range(3)]
+
+    def forward() -> Tensor:
+        return torch.cat([layer(torch.ones(2, 5)) for layer in layers])
+
+    def work() -> None:
+        forward().sum().backward()
+        for _ in range(5):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, _fail):
+                y = forward()
+            with pytest.raises(Failure):
+                y.sum().backward()
+
+    for _ in range(10):
+        together(work)
+    forward().sum().backward()
