@@ -114,9 +114,7 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
             warnings.append(f"not kept, for a file of torch has no place for it: {lost}")
         if file_form == Format.SAFETENSORS and of_torch:
             for shard in opened:
-                for key, t in shard.tensors().items():
-                    safetensors_files.spec(key, t)
-                warnings += _untied(shard.tensors())
+                warnings += _as_safetensors(source, shard.tensors())[1]
         if request.dry_run:
             return Report(conversion.changes, warnings, [])
         total = sum(spec.nbytes for spec in flat.specs().values())

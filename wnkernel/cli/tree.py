@@ -126,7 +126,7 @@ class Tree:
 
 
 def _short(where: str) -> str:
-    """A path as messages show it: nested ones of any length have any number of characters."""
+    """A path as messages show it. Every level keeps its own: long keys below each other add up."""
     half = MOST_SHOWN // 2
     return where if len(where) <= MOST_SHOWN else f"{where[:half]}…{where[1 - half :]}"
 
