@@ -33,6 +33,16 @@ all_layers = pytest.mark.parametrize("layer", LAYERS)
 all_dims = pytest.mark.parametrize("dim", DIMS)
 
 
+class Doubled(nn.Module):
+    """A parametrization to stack on a weight norm."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return w / 2
+
+
 def legacy_weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -17,7 +17,7 @@ import wnkernel
 from wnkernel.parametrization import weight_norm_kinds
 
 from .groups import ramp
-from .layers import assert_same_state, legacy_weight_norm
+from .layers import Doubled, assert_same_state, legacy_weight_norm
 from .layers import originals as g_and_v
 
 
@@ -316,14 +316,6 @@ def test_a_module_registers_parameters_in_its_own_way() -> None:
     assert {*layer.registered} == {"weight", "bias", "extra"}
     assert layer.registered.index("extra") == 2  # what was assigned to a normed weight is not one
     assert isinstance(layer, Counting)
-
-
-class Doubled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2
-
-    def right_inverse(self, x: Tensor) -> Tensor:
-        return x / 2
 
 
 def test_another_parametrization_of_the_layer_takes_its_own_weight() -> None:

@@ -24,7 +24,7 @@ from .checkpoints import (
     saved,
     unchanged,
 )
-from .layers import originals
+from .layers import Doubled, originals
 
 both_pairs = pytest.mark.parametrize("kind", ["torch", "legacy"])
 either = pytest.mark.parametrize("which", [0, 1], ids=["g", "v"])
@@ -219,14 +219,6 @@ def test_a_plain_weight_of_something_else(kind, strict):
     keys = g_and_v(kind=kind, prefix="bad.")
     error = refusal(two(checkpoint), strict)
     assert f'got "bad.weight", which is not that of "{keys[0]}" and "{keys[1]}"' in error
-
-
-class Doubled(nn.Module):
-    def forward(self, w):
-        return 2 * w
-
-    def right_inverse(self, w):
-        return w / 2
 
 
 def test_a_plain_weight_where_more_is_stacked():

@@ -15,6 +15,7 @@ from wnkernel import functional as F
 from . import reference
 from .layers import (
     LAYERS,
+    Doubled,
     all_dims,
     all_layers,
     assert_same_state,
@@ -230,14 +231,6 @@ def test_global_hooks_fire(route):
     finally:
         handle.remove()
     assert wnkernel.WeightNorm in seen
-
-
-class Doubled(nn.Module):
-    def forward(self, w: torch.Tensor) -> torch.Tensor:
-        return 2 * w
-
-    def right_inverse(self, w: torch.Tensor) -> torch.Tensor:
-        return w / 2
 
 
 def test_stacking_a_parametrization(route):

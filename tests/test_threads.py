@@ -15,7 +15,7 @@ import wnkernel
 from wnkernel import functional as F
 from wnkernel.grouping import slots
 
-from .threads import together
+from .threads import Failure, failing_saves, together
 
 THREADS, STEPS = 8, 20
 SIZES = [(128, 64, 8), (96, 700), (64, 40, 3), (300, 256)]
@@ -93,14 +93,6 @@ def test_a_fused_model_in_all_threads() -> None:
     in_each(work)
 
 
-class Failure(Exception):
-    """Of a hook."""
-
-
-def _fail(t: Tensor) -> Tensor:
-    raise Failure
-
-
 def test_a_thread_ends_after_a_backward_that_failed() -> None:
     """What it left undone holds nodes until the thread's last objects are gone."""
     layers = [wnkernel.weight_norm(nn.Linear(5, 5)) for _ in range(3)]
@@ -111,7 +103,7 @@ def test_a_thread_ends_after_a_backward_that_failed() -> None:
     def work() -> None:
         forward().sum().backward()
         for _ in range(5):
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, _fail):
+            with failing_saves():
                 y = forward()
             with pytest.raises(Failure):
                 y.sum().backward()

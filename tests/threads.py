@@ -6,7 +6,23 @@ import threading
 import time
 from collections.abc import Callable
 
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
 from .processes import PATIENCE_S
+
+
+class Failure(Exception):
+    """Of a hook."""
+
+
+def failing_saves() -> saved_tensors_hooks:
+    """Within it, a forward saves what its backward fails at."""
+    return saved_tensors_hooks(lambda t: t, _fail)
+
+
+def _fail(t: Tensor) -> Tensor:
+    raise Failure
 
 
 def together(*functions: Callable[[], object]) -> None:

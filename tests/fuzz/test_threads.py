@@ -11,13 +11,13 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import wnkernel
 from wnkernel import WeightNormGroup
 
 from ..groups import Net, assert_plain, both_modes, originals, twins, weights
-from ..threads import together
+from ..threads import Failure, failing_saves, together
 from . import cases
 
 THREADS = 6
@@ -55,10 +55,6 @@ def test_threads_come_while_a_group_is_looked_at_or_removed(reuse: str, what: st
         assert_plain(model)
 
 
-class Failure(Exception):
-    """Of a hook."""
-
-
 FAILING = threading.Lock()
 
 
@@ -94,7 +90,7 @@ class Storm:
 
     def fail(self) -> None:
         """In a backward, one thread at a time: several abort in torch's code, plain layers too."""
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, _fail):
+        with failing_saves():
             y = self.model()
         with FAILING, pytest.raises(Failure):
             y.sum().backward()
@@ -117,10 +113,6 @@ class Storm:
     def check(got: object, want: object) -> None:
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
-
-
-def _fail(t: Tensor) -> Tensor:
-    raise Failure
 
 
 @both_modes
