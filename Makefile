@@ -3,6 +3,7 @@
 # make cuda-build-check : builds against a CUDA torch (several GB) where nvcc is; needs no GPU.
 # make test-matrix ARGS="--session torch-2.6.0-py3.12 -- --discard" : one of the versions of
 #   docs/versions.md, in an environment of its own (5 GB); without ARGS all of them, --list shows which.
+# make test-oldest : the command line with the oldest packages that pyproject.toml allows.
 # make sanitize : the compiled module under sanitizers; ARGS=--quick the CPU kernels alone.
 # make coverage ARGS="-k gradients" : lines and branches that tests run, of Python and of C++.
 # make mutants : faults that are put into sources one by one, and whether tests find them.
@@ -30,7 +31,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
 CPP := $(shell find csrc tests/simt tests/cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build bench test test-matrix sanitize coverage mutants fuzz audit wheel gpu-check \
+.PHONY: build bench test test-matrix test-oldest sanitize coverage mutants fuzz audit wheel gpu-check \
   cuda-build-check lint format clean
 
 # torch first: the compiled module is built against the one that is there. Of the models that tests
@@ -80,6 +81,9 @@ wheel: $(STAMP)
 # A leg whose Python is not there is skipped. The table is of all legs that were ever run.
 test-matrix: $(STAMP)
 	$(PY) -m nox $(ARGS); status=$$?; $(PY) -m tests.matrix table; exit $$status
+
+test-oldest: $(STAMP)
+	$(PY) -m nox --session oldest -- --discard
 
 # Builds by itself, so that a failed build does not stop the rest.
 gpu-check: $(if $(BIN),$(STAMP))

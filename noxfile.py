@@ -1,4 +1,5 @@
-"""The legs of tests/matrix.py, each in an environment of its own: ``make test-matrix``.
+"""The legs of tests/matrix.py, each in an environment of its own: ``make test-matrix``; and the
+command line with the oldest packages that it is said to take: ``make test-oldest``.
 
 What is tested is what is committed. ``-- --discard`` deletes an environment, of about 5 GB, after
 its leg.
@@ -6,6 +7,9 @@ its leg.
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 
 import nox
@@ -23,29 +27,43 @@ def define(leg: Leg) -> None:
 
     @nox.session(name=leg.name, python=leg.python)
     def session(session: nox.Session) -> None:
-        """Builds the compiled module, runs the tests, writes docs/versions/*.json."""
-        environment = Path(session.virtualenv.location).resolve()
-        try:
-            try_leg(session, leg, environment / "tree")
-        finally:
-            if "--discard" in session.posargs:
-                shutil.rmtree(environment)
+        """Runs the tests, writes docs/versions/*.json."""
+        out = RESULTS / f"{leg.name}.json"
+        out.unlink(missing_ok=True)  # what another commit gave
+        with build(session, *leg.requirements) as commit:
+            session.run("python", "-m", "tests.matrix", "run", str(out), commit)
 
 
-def try_leg(session: nox.Session, leg: Leg, tree: Path) -> None:
-    """In a checkout of its own, for compiled modules of two versions have the same name."""
-    out = RESULTS / f"{leg.name}.json"
-    out.unlink(missing_ok=True)  # what another commit gave
-    session.run("git", "init", "-q", str(tree), external=True)
-    session.chdir(tree)
-    session.run("git", "fetch", "-q", str(ROOT), "HEAD", external=True)
-    session.run("git", "checkout", "-q", "--detach", "FETCH_HEAD", external=True)
-    commit = session.run("git", "rev-parse", "--short", "HEAD", external=True, silent=True).strip()
-    session.install("--no-cache-dir", *leg.requirements)
-    session.install("--no-cache-dir", *PACKAGES)
-    build = {"WNKERNEL_BUILD": "cpu"}
-    session.run("python", "setup.py", "-q", "build_ext", "--inplace", env=build)
-    session.run("python", "-m", "tests.matrix", "run", str(out), commit)
+@nox.session(name="oldest", python="3.11")
+def oldest(session: nox.Session) -> None:
+    """Runs the tests of the command line with the lower bounds of its packages."""
+    extras = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+    bounds = [requirement.replace(">=", "==") for requirement in extras["cli"]]
+    with build(session, "torch==2.13.0", "numpy>=2"):
+        session.install(*bounds)
+        session.run("python", "-m", "pytest", "-n", "2", *glob("tests/test_cli_*.py"))
+
+
+@contextmanager
+def build(session: nox.Session, *requirements: str) -> Iterator[str]:
+    """Builds the compiled module and yields the commit, in a checkout of its own: compiled modules
+    of two versions have the same name."""
+    environment = Path(session.virtualenv.location).resolve()
+    try:
+        tree = environment / "tree"
+        session.run("git", "init", "-q", str(tree), external=True)
+        session.chdir(tree)
+        session.run("git", "fetch", "-q", str(ROOT), "HEAD", external=True)
+        session.run("git", "checkout", "-q", "--detach", "FETCH_HEAD", external=True)
+        session.install("--no-cache-dir", *requirements)
+        session.install("--no-cache-dir", *PACKAGES)
+        only_cpu = {"WNKERNEL_BUILD": "cpu"}
+        session.run("python", "setup.py", "-q", "build_ext", "--inplace", env=only_cpu)
+        commit = session.run("git", "rev-parse", "--short", "HEAD", external=True, silent=True)
+        yield commit.strip()
+    finally:
+        if "--discard" in session.posargs:
+            shutil.rmtree(environment)
 
 
 for each in LEGS:

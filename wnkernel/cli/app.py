@@ -9,7 +9,7 @@ import math
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,8 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -35,7 +37,6 @@ from .errors import EXIT_CODES, WrongUsage, printable
 from .output import Advance, Outputs
 
 app = typer.Typer(
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Checkpoints of weight-normed models, and what this machine makes of weight norm.",
@@ -60,13 +61,17 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Only ``--version``; the help is that of the app."""
+    """Only ``--version``; the help is that of the app, and is shown where no command is named."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(WrongUsage.exit_code)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -208,33 +213,38 @@ def bench(
 
 
 @contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Advance]:
-    """A bar on standard error while bytes are written, if there is somebody to see it."""
+def _bar(
+    columns: tuple[ProgressColumn, ...], total: int, shown: bool, *, auto_refresh: bool = True
+) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar on standard error, if there is somebody to see it."""
     console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, auto_refresh=auto_refresh)
+    task = bar.add_task("", total=total)
+    # Never started where nobody sees it: rich before 14.3 ends a disabled bar with an empty line.
+    with bar if shown and console.is_terminal else nullcontext():
+        yield bar, task
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Advance]:
+    """Shows bytes that are written."""
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    hidden = not (shown and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda count: progress.advance(task, count)
+    with _bar(columns, total, shown) as (bar, task):
+        yield lambda count: bar.advance(task, count)
 
 
 def _run(
     asked: list[cases.Case], device: torch.device, seconds: float, *, shown: bool
 ) -> list[benchmark.Result]:
-    console = Console(stderr=True)
-    hidden = not (shown and console.is_terminal)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     results = []
     # refreshed between cases only: a refreshing thread would take its share of what is timed
-    with Progress(
-        *columns, console=console, transient=True, auto_refresh=False, disable=hidden
-    ) as progress:
-        task = progress.add_task("", total=len(asked))
+    with _bar(columns, len(asked), shown, auto_refresh=False) as (bar, task):
         for case in asked:
-            progress.update(task, description=str(case))
-            progress.refresh()
+            bar.update(task, description=str(case))
+            bar.refresh()
             results += benchmark.run(case, device, seconds)
-            progress.advance(task)
+            bar.advance(task)
     return results
 
 

@@ -102,6 +102,5 @@ def _run(arguments: Sequence[str]) -> int:
             text, code = f"a bug: {error!r}", BUG
     if "--json" in arguments:
         print(report.as_json({"error": text, "exit_code": code}))
-    if text:  # without a command, the help has been printed
-        print(f"wnkernel: {printable(text)}", file=sys.stderr)
+    print(f"wnkernel: {printable(text)}", file=sys.stderr)
     return code
