@@ -70,8 +70,14 @@ mutants: build
 fuzz: build
 	OMP_WAIT_POLICY=passive WNKERNEL_FUZZ_CASES=$(CASES) $(PY) -m pytest -n $(JOBS) tests/fuzz $(ARGS)
 
+# pip-audit is content with packages that it could not look up, even with none at all.
 audit: $(STAMP)
-	$(PY) -m pip_audit --skip-editable --progress-spinner off $(ARGS)
+	@mkdir -p build
+	$(PY) -m pip_audit --skip-editable --progress-spinner off -f json -o build/audit.json $(ARGS) \
+	  || { cat build/audit.json; exit 1; }
+	@$(PY) -c "import json; all = json.load(open('build/audit.json'))['dependencies']; \
+	  known = sum('vulns' in p for p in all); print(f'{known} of {len(all)} packages were looked up'); \
+	  exit(not known)"
 
 wheel: $(STAMP)
 	rm -rf dist
