@@ -3,12 +3,13 @@
 # make cuda-build-check : builds against a CUDA torch (several GB) where nvcc is; needs no GPU.
 # make test-matrix ARGS="--session torch-2.6.0-py3.12 -- --discard" : one of the versions of
 #   docs/versions.md, in an environment of its own (5 GB); without ARGS all of them, --list shows which.
-# make test-oldest : the command line with the oldest packages that pyproject.toml allows.
+# make test-oldest : the command line with the lower bounds of its packages (5 GB, deleted afterwards).
 # make sanitize : the compiled module under sanitizers; ARGS=--quick the CPU kernels alone.
 # make coverage ARGS="-k gradients" : lines and branches that tests run, of Python and of C++.
 # make mutants : faults that are put into sources one by one, and whether tests find them.
 # make fuzz CASES=10000 : random cases, as many for each property.
-# make audit : known weaknesses of what the package and its extras take, in this environment.
+# make audit : known weaknesses of what the package and its extras take, in this environment; fails
+#   where they cannot be looked up.
 # make wheel : builds one and tries it in a fresh environment.
 # make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
 VENV ?= .venv
@@ -70,14 +71,8 @@ mutants: build
 fuzz: build
 	OMP_WAIT_POLICY=passive WNKERNEL_FUZZ_CASES=$(CASES) $(PY) -m pytest -n $(JOBS) tests/fuzz $(ARGS)
 
-# pip-audit is content with packages that it could not look up, even with none at all.
 audit: $(STAMP)
-	@mkdir -p build
-	$(PY) -m pip_audit --skip-editable --progress-spinner off -f json -o build/audit.json $(ARGS) \
-	  || { cat build/audit.json; exit 1; }
-	@$(PY) -c "import json; all = json.load(open('build/audit.json'))['dependencies']; \
-	  known = sum('vulns' in p for p in all); print(f'{known} of {len(all)} packages were looked up'); \
-	  exit(not known)"
+	$(PY) -m tests.audit
 
 wheel: $(STAMP)
 	rm -rf dist
@@ -89,7 +84,7 @@ test-matrix: $(STAMP)
 	$(PY) -m nox $(ARGS); status=$$?; $(PY) -m tests.matrix table; exit $$status
 
 test-oldest: $(STAMP)
-	$(PY) -m nox --session oldest -- --discard
+	$(PY) -m nox --error-on-missing-interpreters --session oldest -- --discard
 
 # Builds by itself, so that a failed build does not stop the rest.
 gpu-check: $(if $(BIN),$(STAMP))

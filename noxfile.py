@@ -1,8 +1,8 @@
 """The legs of tests/matrix.py, each in an environment of its own: ``make test-matrix``; and the
-command line with the oldest packages that it is said to take: ``make test-oldest``.
+command line with the lower bounds of its packages: ``make test-oldest``.
 
-What is tested is what is committed. ``-- --discard`` deletes an environment, of about 5 GB, after
-its leg.
+What is tested is what is committed. ``-- --discard`` deletes an environment, of about 5 GB,
+afterwards.
 """
 
 import shutil
@@ -17,7 +17,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tests"))  # importing the package `tests` takes torch
 
-from matrix import LEGS, PACKAGES, RESULTS, Leg  # noqa: E402
+from matrix import LEGS, PACKAGES, RESULTS, TIMEOUT_S, Leg  # noqa: E402
 
 nox.options.error_on_missing_interpreters = False  # such legs are reported as skipped
 
@@ -30,24 +30,32 @@ def define(leg: Leg) -> None:
         """Runs the tests, writes docs/versions/*.json."""
         out = RESULTS / f"{leg.name}.json"
         out.unlink(missing_ok=True)  # what another commit gave
-        with build(session, *leg.requirements) as commit:
+        with built(session, *leg.requirements) as commit:
             session.run("python", "-m", "tests.matrix", "run", str(out), commit)
 
 
-@nox.session(name="oldest", python="3.11")
+OLDEST = next(leg for leg in LEGS if leg.name == "torch-2.13.0-py3.11")
+
+
+@nox.session(name="oldest", python=OLDEST.python, default=False)
 def oldest(session: nox.Session) -> None:
     """Runs the tests of the command line with the lower bounds of its packages."""
     extras = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
     bounds = [requirement.replace(">=", "==") for requirement in extras["cli"]]
-    with build(session, "torch==2.13.0", "numpy>=2"):
-        session.install(*bounds)
-        session.run("python", "-m", "pytest", "-n", "2", *glob("tests/test_cli_*.py"))
+    with built(session, *OLDEST.requirements):
+        session.install(*bounds, "click<8.2")  # typer 0.18 takes it; 8.2 changed what commands do
+        pytest = "python", "-m", "pytest", "-n", "2", f"--timeout={TIMEOUT_S}"
+        passive = {"OMP_WAIT_POLICY": "passive"}
+        session.run(*pytest, *sorted(glob("tests/test_cli_*.py")), env=passive)
 
 
 @contextmanager
-def build(session: nox.Session, *requirements: str) -> Iterator[str]:
-    """Builds the compiled module and yields the commit, in a checkout of its own: compiled modules
-    of two versions have the same name."""
+def built(session: nox.Session, *requirements: str) -> Iterator[str]:
+    """A checkout with the compiled module in the session's environment; yields the commit.
+
+    Of its own, for compiled modules of two versions have one name. At the end ``--discard`` deletes
+    the environment.
+    """
     environment = Path(session.virtualenv.location).resolve()
     try:
         tree = environment / "tree"

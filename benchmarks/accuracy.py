@@ -29,8 +29,8 @@ RESULTS = Path(__file__).parent / "results"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (7, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 ELEMENTS, MOST_ROWS = 20_000_000, 512
-"""Of shorter rows so many elements, in no more rows than that: of few rows the largest error is a
-matter of chance."""
+"""As many rows as have so many elements together, two at least and MOST_ROWS at most: of few rows
+the largest error is a matter of chance."""
 MARKS = "<!-- accuracy -->", "<!-- /accuracy -->"
 CONTENDERS = {OURS: F.weight_norm, TORCH: torch._weight_norm}
 RESULT_NAMES = ("w", "grad_v", "grad_g", "second, grad_w", "second, v", "second, g")

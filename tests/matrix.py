@@ -87,6 +87,7 @@ LEFT_OUT = {
     "test_triton_*": "Triton kernels, in Triton's interpreter",
     "test_setup": "the build",
     "test_others": "other people's tests",
+    "test_audit": "what is installed",
     "test_public_ci": "the CI file for public hosts",
     "test_cpu_mutants": "the tests themselves",
     "test_mutants": "the tests themselves",

@@ -221,7 +221,7 @@ def _bar(
     bar = Progress(*columns, console=console, transient=True, auto_refresh=auto_refresh)
     task = bar.add_task("", total=total)
     # Never started where nobody sees it: rich before 14.3 ends a disabled bar with an empty line.
-    with bar if shown and console.is_terminal else nullcontext():
+    with bar if shown and console.is_interactive else nullcontext():
         yield bar, task
 
 
