@@ -70,12 +70,12 @@ class WeightNormGroup:
             yield
             return
         call = threading.Lock()
-        with call:  # let go also if an interrupt comes within cut()
-            depth = launches.enter(container, call)
+        with call:  # let go also if an interrupt comes within close()
             try:
+                launches.enter(container, call)
                 yield
             finally:
-                launches.cut(self._roster, depth)
+                launches.close(self._roster, call)
 
     def refresh(self) -> None:
         """Compute every weight anew at its next read, in all threads."""

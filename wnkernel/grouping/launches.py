@@ -77,7 +77,7 @@ class Launches:
         if mode is None or (mode.capturing and stack[0].captured != v.device):
             return None
         if has_ended(stack[0].call):
-            self.cut(roster, 0)
+            self.close(roster, stack[0].call)
             return None
         refresh, step = roster.latest_refresh, steps.latest
         if self._refresh is not refresh or self._step is not step:
@@ -92,14 +92,12 @@ class Launches:
                 return self._launch(scope.container, member, mode, v, g)
         return None
 
-    def enter(self, container: Container, call: FrameType | threading.Lock) -> int:
-        """Open a scope, unless the group is no more; how many were open before."""
+    def enter(self, container: Container, call: FrameType | threading.Lock) -> None:
+        """Open a scope, unless the group is no more."""
         stack = self._close_ended(container.roster)
-        depth = len(stack)
         if not container.roster.removed:  # asked when the stack was read
             captured = stack[0].captured if stack else captured_device()
             stack.append(Scope(container, call, captured))
-        return depth
 
     def leave(self, roster: Roster, frame: FrameType) -> None:
         """Close the scope that a frame opened, if it did."""
@@ -107,10 +105,10 @@ class Launches:
         if stack and stack[-1].call is frame:
             self._close_last(stack, roster)
 
-    def cut(self, roster: Roster, depth: int) -> None:
-        """Close all scopes but the outermost ``depth``."""
+    def close(self, roster: Roster, call: FrameType | threading.Lock) -> None:
+        """Close the scope of a call, if it is open, and all within it."""
         stack = self.stack
-        while len(stack) > depth:
+        while any(scope.call is call for scope in stack):
             self._close_last(stack, roster)
 
     def forget(self) -> None:
