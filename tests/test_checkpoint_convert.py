@@ -185,12 +185,15 @@ def nothing_normed():
     g, v = torch.rand(4, 1), torch.randn(4, 5)
     below = "parametrizations.weight."
     stacked = spectral_norm(APPLY["torch"](linear())).state_dict()
+    normed = APPLY["torch"](linear())
+    spectral_norm(normed.parametrizations.weight, "original1")
     return {
         "empty": {},
         "other things": {"epoch": 3, "name": "x", "extra": b"\0", 7: g, None: v, "_g": g, "_v": v},
         "nested": {"model": pair("legacy", g, v), "optimizer": {"state": {}}},
         "a lone g": {"weight_g": g},
         "a lone v": {"weight_v": v},
+        "a v and another one": {"scale": g, "scale_v": v},
         "shapes": {"weight_g": torch.rand(4), "weight_v": v},
         "shapes of another weight": {"weight_g": torch.rand(3, 1), "weight_v": v},
         "two dims": {"weight_g": torch.rand(4, 5, 1), "weight_v": torch.rand(4, 5, 6)},
@@ -208,6 +211,7 @@ def nothing_normed():
         "a scalar and something": {"loss_g": torch.tensor(1.0), "loss_v": v},
         "spectral norm": spectral_norm(linear()).state_dict(),
         "more on top": stacked,
+        "more on v": normed.state_dict(),
         "a third original": {f"{below}original{k}": t for k, t in enumerate((g, v, v))},
         "other originals": {f"{below}original0": v, f"{below}original1": v},
         "a weight norm with a state": {

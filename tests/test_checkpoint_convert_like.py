@@ -207,13 +207,15 @@ def computed_otherwise(how):
         next(iter(layer._forward_pre_hooks.values())).__class__ = HalvedHook
     elif how == "norm":
         layer.parametrizations.weight[0].__class__ = Halved
+    elif how == "nested":
+        parametrize.register_parametrization(layer.parametrizations.weight, "original1", Half())
     else:
         parametrize.register_parametrization(layer, "weight", Half())
     return layer
 
 
 @all_targets
-@pytest.mark.parametrize("how", ["stack", "norm", "hook"])
+@pytest.mark.parametrize("how", ["stack", "nested", "norm", "hook"])
 def test_what_a_module_computes_otherwise_is_left_alone(how, to):
     like = nn.Sequential(computed_otherwise(how), wnkernel.weight_norm(linear()))
     checkpoint = like.state_dict()
@@ -223,7 +225,9 @@ def test_what_a_module_computes_otherwise_is_left_alone(how, to):
     ]
     keys = ("weight",) if to == "folded" else g_and_v(kind=KIND[to])
     assert {f"1.{key}" for key in keys} < converted.keys()
-    assert convert_state_dict({"0.weight": torch.ones(4, 5)}, to, like=like).keys() == {"0.weight"}
+    g, v = g_and_v(kind="legacy", prefix="0.")
+    for other in ({"0.weight": torch.ones(4, 5)}, {g: torch.ones(4, 1), v: torch.ones(4, 5)}):
+        assert convert_state_dict(other, to, like=like).keys() == other.keys()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

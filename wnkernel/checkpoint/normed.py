@@ -73,6 +73,9 @@ def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tu
         g, v = weight_keys(prefix + name, PARAMETRIZED)
         if found in ({"original0"}, {"original1"}):
             present, missing = (g, v) if g in state_dict else (v, g)
+            inner = f"{prefix}parametrizations.{name}."
+            if (inner, missing.removeprefix(inner)) in below:  # it is parametrized itself
+                continue
             raise ValueError(
                 f'state_dict: expected "{missing}" beside "{present}", got no such key'
             )
