@@ -72,7 +72,7 @@ fuzz: build
 	OMP_WAIT_POLICY=passive WNKERNEL_FUZZ_CASES=$(CASES) $(PY) -m pytest -n $(JOBS) tests/fuzz $(ARGS)
 
 audit: $(STAMP)
-	$(PY) -m tests.audit
+	$(PY) -m tests.audit $(ARGS)
 
 wheel: $(STAMP)
 	rm -rf dist

@@ -34,15 +34,15 @@ def define(leg: Leg) -> None:
             session.run("python", "-m", "tests.matrix", "run", str(out), commit)
 
 
-OLDEST = next(leg for leg in LEGS if leg.name == "torch-2.13.0-py3.11")
+CLI_LEG = next(leg for leg in LEGS if leg.name == "torch-2.13.0-py3.11")
 
 
-@nox.session(name="oldest", python=OLDEST.python, default=False)
+@nox.session(name="oldest", python=CLI_LEG.python, default=False)
 def oldest(session: nox.Session) -> None:
     """Runs the tests of the command line with the lower bounds of its packages."""
     extras = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
     bounds = [requirement.replace(">=", "==") for requirement in extras["cli"]]
-    with built(session, *OLDEST.requirements):
+    with built(session, *CLI_LEG.requirements):
         session.install(*bounds, "click<8.2")  # typer 0.18 takes it; 8.2 changed what commands do
         pytest = "python", "-m", "pytest", "-n", "2", f"--timeout={TIMEOUT_S}"
         passive = {"OMP_WAIT_POLICY": "passive"}
@@ -53,8 +53,8 @@ def oldest(session: nox.Session) -> None:
 def built(session: nox.Session, *requirements: str) -> Iterator[str]:
     """A checkout with the compiled module in the session's environment; yields the commit.
 
-    Of its own, for compiled modules of two versions have one name. At the end ``--discard`` deletes
-    the environment.
+    The checkout is the session's own, for compiled modules of two versions have one name. At the
+    end ``--discard`` deletes the environment.
     """
     environment = Path(session.virtualenv.location).resolve()
     try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
 
 import wnkernel
 from wnkernel import convert_state_dict
@@ -181,12 +182,16 @@ def test_a_second_conversion_changes_nothing(layout, to):
     assert all(twice[key] is t for key, t in once.items())
 
 
+def nested(name, apply):
+    layer = APPLY["torch"](linear())
+    apply(layer.parametrizations.weight, name)
+    return layer.state_dict()
+
+
 def nothing_normed():
     g, v = torch.rand(4, 1), torch.randn(4, 5)
     below = "parametrizations.weight."
     stacked = spectral_norm(APPLY["torch"](linear())).state_dict()
-    normed = APPLY["torch"](linear())
-    spectral_norm(normed.parametrizations.weight, "original1")
     return {
         "empty": {},
         "other things": {"epoch": 3, "name": "x", "extra": b"\0", 7: g, None: v, "_g": g, "_v": v},
@@ -211,7 +216,9 @@ def nothing_normed():
         "a scalar and something": {"loss_g": torch.tensor(1.0), "loss_v": v},
         "spectral norm": spectral_norm(linear()).state_dict(),
         "more on top": stacked,
-        "more on v": normed.state_dict(),
+        "more on g": nested("original0", spectral_norm),
+        "more on v": nested("original1", spectral_norm),
+        "a weight norm on v": nested("original1", torch_weight_norm),
         "a third original": {f"{below}original{k}": t for k, t in enumerate((g, v, v))},
         "other originals": {f"{below}original0": v, f"{below}original1": v},
         "a weight norm with a state": {

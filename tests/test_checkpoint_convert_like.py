@@ -297,8 +297,10 @@ def test_half_of_a_parametrized_pair(which, to):
     checkpoint = {f"a.{key}": t for key, t in saved(linear(), "parametrized").items()}
     keys = g_and_v(prefix="a.")
     del checkpoint[keys[which]]
-    error = refusal(checkpoint, to)
-    assert f'expected "{keys[which]}" beside "{keys[1 - which]}", got no such key' in error
+    nested = f"a.parametrizations.weight.parametrizations.original{1 - which}.original"
+    for more in ({}, {nested: torch.ones(4, 1)}):  # of the one that is there
+        error = refusal(checkpoint | more, to)
+        assert f'expected "{keys[which]}" beside "{keys[1 - which]}", got no such key' in error
 
 
 def two_spellings():

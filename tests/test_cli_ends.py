@@ -195,21 +195,24 @@ def test_nobody_reads_the_errors(tmp_path):
 
 
 @posix_only
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
 @pytest.mark.parametrize("options", [[], ["--quiet"], ["--json"]])
 def test_a_bar_is_shown_on_a_terminal_only_and_only_if_there_is_something_to_say(
-    tmp_path, monkeypatch, options
+    tmp_path, monkeypatch, options, terminal
 ):
     import pty
 
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TERM", terminal)
+    shown = terminal == "xterm" and not options
     torch.save({"weight_g": torch.ones(3, 1), "weight_v": torch.ones(3, 2)}, tmp_path / "in.pt")
     arguments = ("convert", tmp_path / "in.pt", tmp_path / "out.pt", "--to", "folded", *options)
     ours, theirs = pty.openpty()
-    with open(ours, "rb", buffering=0) as seen, open(theirs, "w") as terminal:
-        terminal.write("begin")  # so that there is something to read
-        terminal.flush()
-        code, _ = invoke_on(terminal, redirect_stderr, *arguments)
-        assert (code, b"writing" in seen.read(1 << 16)) == (0, not options)
+    with open(ours, "rb", buffering=0) as seen, open(theirs, "w") as errors:
+        errors.write("begin")  # so that there is something to read
+        errors.flush()
+        code, _ = invoke_on(errors, redirect_stderr, *arguments)
+        said = seen.read(1 << 16)
+        assert (code, b"writing" in said, said != b"begin") == (0, shown, shown)
     again = invoke(*arguments, "--force")  # on no terminal
     assert (again.exit_code, again.stderr) == (0, "")
 

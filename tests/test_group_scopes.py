@@ -161,6 +161,21 @@ def test_a_scope_ends_with_an_exception(backend: str) -> None:
         assert_same_models(model, twin)
 
 
+def test_an_interrupt_while_a_scope_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, group = twins("forward")
+    launches = group._roster.local.launches
+    enter = launches.enter
+
+    def interrupted(*args: Any) -> None:
+        enter(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launches, "enter", interrupted)
+    with pytest.raises(KeyboardInterrupt), group.scope():
+        pass
+    assert not launches.stack
+
+
 @both_modes
 def test_refresh_within_a_scope_counts_at_once(backend: str, reuse: str) -> None:
     model, twin, group = twins(reuse)

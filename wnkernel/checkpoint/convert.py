@@ -50,7 +50,8 @@ def convert_state_dict(
     ``_metadata``, and the tensors themselves, which are passed on, not copied (tied ones stay
     tied). The argument is not changed. Left alone, because a dict does not tell:
 
-    - parametrized pairs with other parametrizations stacked on them, as far as those have keys;
+    - parametrized pairs with other parametrizations stacked on them, as far as those have keys,
+      or whose g or v is parametrized itself;
     - ``x_g`` and ``x_v`` where g, or each row of v, has one element, unless "weight" is in the
       name: many models have unrelated parameters of such names and shapes;
     - a lone ``x_g`` or ``x_v``, as in one shard of a checkpoint, and what is in nested dicts.
@@ -68,7 +69,8 @@ def convert_state_dict(
             was normed, and stays folded; but those that are weight-normed in ``like`` are split,
             into their norms and themselves. Pairs that are left alone above are converted if
             ``like`` has them. A module also tells what it does not compute from g and v alone (by
-            a subclass of torch's weight norm, or with others stacked on it): that is left alone.
+            a subclass of torch's weight norm, or with others stacked on it, or on its g or v): that
+            is left alone.
             A dict that has only some of the layers of ``like``, normed or not, is none the worse;
             one that has no key of it is refused, since its prefixes are others.
         eps: that of the layers; only folded weights depend on it. 0 means that of the layers of

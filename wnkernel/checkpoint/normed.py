@@ -24,6 +24,9 @@ from .layouts import (
 )
 
 _PARAMETRIZED_KEY = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)", re.DOTALL)
+_ORIGINALS = ("original0", "original1")
+_WITHIN_ANOTHER = re.compile(r"(?:.*\.)?parametrizations\.[^.]+\.", re.DOTALL)
+"""What the keys of a g or v begin with that is parametrized itself."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,13 @@ def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tu
         if isinstance(key, str) and (match := _PARAMETRIZED_KEY.fullmatch(key)):
             below.setdefault(match.groups()[:2], set()).add(match[3])
     for (prefix, name), found in below.items():
+        if name in _ORIGINALS and _WITHIN_ANOTHER.fullmatch(prefix):
+            continue
         g, v = weight_keys(prefix + name, PARAMETRIZED)
         if found in ({"original0"}, {"original1"}):
             present, missing = (g, v) if g in state_dict else (v, g)
             inner = f"{prefix}parametrizations.{name}."
-            if (inner, missing.removeprefix(inner)) in below:  # it is parametrized itself
+            if (inner, missing.removeprefix(inner)) in below:  # there, parametrized itself
                 continue
             raise ValueError(
                 f'state_dict: expected "{missing}" beside "{present}", got no such key'

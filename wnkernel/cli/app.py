@@ -220,7 +220,8 @@ def _bar(
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, auto_refresh=auto_refresh)
     task = bar.add_task("", total=total)
-    # Never started where nobody sees it: rich before 14.3 ends a disabled bar with an empty line.
+    # Never started where nobody sees it: rich before 14.3 ends even a disabled bar with an empty
+    # line where the console is not interactive.
     with bar if shown and console.is_interactive else nullcontext():
         yield bar, task
 
