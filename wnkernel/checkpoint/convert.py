@@ -70,9 +70,8 @@ def convert_state_dict(
             into their norms and themselves. Pairs that are left alone above are converted if
             ``like`` has them. A module also tells what it does not compute from g and v alone (by
             a subclass of torch's weight norm, or with others stacked on it, or on its g or v): that
-            is left alone.
-            A dict that has only some of the layers of ``like``, normed or not, is none the worse;
-            one that has no key of it is refused, since its prefixes are others.
+            is left alone. A dict that has only some of the layers of ``like``, normed or not, is
+            none the worse; one that has no key of it is refused, since its prefixes are others.
         eps: that of the layers; only folded weights depend on it. 0 means that of the layers of
             ``like`` if it is a module, else none.
 

@@ -24,9 +24,7 @@ from .layouts import (
 )
 
 _PARAMETRIZED_KEY = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)", re.DOTALL)
-_ORIGINALS = ("original0", "original1")
-_WITHIN_ANOTHER = re.compile(r"(?:.*\.)?parametrizations\.[^.]+\.", re.DOTALL)
-"""What the keys of a g or v begin with that is parametrized itself."""
+_ORIGINAL = re.compile(r"(?:.*\.)?parametrizations\.[^.]+\.original[01]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,15 @@ def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tu
     for key in state_dict:
         if isinstance(key, str) and (match := _PARAMETRIZED_KEY.fullmatch(key)):
             below.setdefault(match.groups()[:2], set()).add(match[3])
+    # each g and v that is parametrized itself
+    nested = {key for key in map("".join, below) if _ORIGINAL.fullmatch(key)}
     for (prefix, name), found in below.items():
-        if name in _ORIGINALS and _WITHIN_ANOTHER.fullmatch(prefix):
+        if prefix + name in nested:
             continue
         g, v = weight_keys(prefix + name, PARAMETRIZED)
         if found in ({"original0"}, {"original1"}):
             present, missing = (g, v) if g in state_dict else (v, g)
-            inner = f"{prefix}parametrizations.{name}."
-            if (inner, missing.removeprefix(inner)) in below:  # there, parametrized itself
+            if missing in nested:
                 continue
             raise ValueError(
                 f'state_dict: expected "{missing}" beside "{present}", got no such key'
