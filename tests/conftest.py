@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import wnkernel
-from wnkernel import _ops
+from wnkernel import native
 from wnkernel.backends import AUTO, BACKENDS
 from wnkernel.backends.compiled import CompiledBackend
 
@@ -96,7 +96,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def route(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend, and the automatic choice, which has a shorter way into the compiled module."""
-    if request.param == AUTO and not _ops.loaded():
+    if request.param == AUTO and not native.loaded():
         pytest.skip("without wnkernel._C the automatic choice is the eager backend")
     yield from only(request.param)
 
@@ -132,8 +132,8 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def ops() -> object:
     """``torch.ops.wnkernel``."""
-    if not _ops.loaded():
-        pytest.skip(_ops.load_error())
+    if not native.loaded():
+        pytest.skip(native.load_error())
     return torch.ops.wnkernel
 
 

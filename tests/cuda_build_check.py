@@ -9,16 +9,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wnkernel
-from wnkernel import _ops
+from wnkernel import native
 
 OPERATORS = ("weight_norm", "forward", "backward")
 
 
 def check_loaded() -> None:
     assert Path(wnkernel.__file__).is_relative_to(Path.cwd()), wnkernel.__file__
-    assert _ops.loaded(), _ops.load_error()
-    assert _ops.BUILD_INFO["devices"] == ["cpu", "cuda"], _ops.BUILD_INFO
-    assert _ops.BUILD_INFO["cuda_architectures"], _ops.BUILD_INFO
+    assert native.loaded(), native.load_error()
+    assert native.BUILD_INFO["devices"] == ["cpu", "cuda"], native.BUILD_INFO
+    assert native.BUILD_INFO["cuda_architectures"], native.BUILD_INFO
 
 
 def check_registered() -> None:
@@ -53,4 +53,4 @@ if __name__ == "__main__":
     for check in (check_loaded, check_registered, check_traced, check_cpu):
         check()
         print(f"{check.__name__}: ok")
-    print(_ops.BUILD_INFO)
+    print(native.BUILD_INFO)

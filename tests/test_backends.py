@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import wnkernel
-from wnkernel import _ops
 from wnkernel import functional as F
+from wnkernel import native
 from wnkernel.backends import BACKENDS, choice, choose
 
 from .conftest import only
@@ -177,11 +177,11 @@ wnkernel.functional.weight_norm(torch.ones(3, 4), torch.ones(3, 1))
 def test_import_without_the_compiled_module():
     code = """
 import json, torch, wnkernel
-from wnkernel import _ops
+from wnkernel import native
 layer = wnkernel.weight_norm(torch.nn.Linear(3, 4))
 layer(torch.ones(2, 3)).sum().backward()
 assert all(p.grad is not None for p in layer.parameters())
-print(json.dumps([_ops.loaded(), _ops.load_error(), wnkernel.info()]))
+print(json.dumps([native.loaded(), native.load_error(), wnkernel.info()]))
 """
     result = python("-c", WITHOUT_MODULE + code)
     assert result.returncode == 0, result.stderr
@@ -202,7 +202,7 @@ def test_import_is_quiet_and_leaves_cuda_alone():
 
 
 def test_load_error_agrees_with_loaded():
-    assert bool(_ops.load_error()) != _ops.loaded()
+    assert bool(native.load_error()) != native.loaded()
 
 
 def test_info_is_plain_json():
@@ -212,7 +212,7 @@ def test_info_is_plain_json():
     assert info["torch"] == torch.__version__
     assert list(info["backends"]) == list(BACKENDS)
     assert info["backends"]["eager"] == []
-    assert (info["compiled"] is None) == (not _ops.loaded())
+    assert (info["compiled"] is None) == (not native.loaded())
 
 
 def test_info_names_the_forced_backend():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import wnkernel
-from wnkernel import _ops, compiled_graphs
+from wnkernel import compiled_graphs, native
 from wnkernel import functional as F
 
 from .cases import randn, randn_g
@@ -24,7 +24,7 @@ from .versions import layers_in_graphs, needs, since
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.skipif(not _ops.loaded(), reason="without wnkernel._C there are no operators"),
+    pytest.mark.skipif(not native.loaded(), reason="without wnkernel._C there are no operators"),
 ]
 
 ONE_EACH = [{"forward": 1}, {"backward": 1}]

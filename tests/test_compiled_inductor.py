@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 
 import wnkernel
-from wnkernel import _ops
 from wnkernel import functional as F
+from wnkernel import native
 from wnkernel.compiled_graphs import INFERENCE_AWARE, SLOT, GraphPass, _pass_types, install
 
 from .compiled import by_inductor
@@ -25,7 +25,7 @@ from .versions import needs, since
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.skipif(not _ops.loaded(), reason="without wnkernel._C there are no operators"),
+    pytest.mark.skipif(not native.loaded(), reason="without wnkernel._C there are no operators"),
 ]
 
 

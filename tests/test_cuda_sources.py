@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from wnkernel import _ops
+from wnkernel import native
 from wnkernel.backends import compiled
 
 from .cuda_compiler import FLAGS, SOURCES, find_tool
@@ -168,9 +168,9 @@ def test_an_error_that_passes_is_not_kept(cards):
 
 
 def test_a_reason_has_the_words_of_cuda_and_what_was_built(monkeypatch):
-    monkeypatch.setattr(_ops, "cuda_reason", lambda device: "out of memory")
-    monkeypatch.setitem(_ops.BUILD_INFO, "cuda_architectures", "9.0")
+    monkeypatch.setattr(native, "cuda_reason", lambda device: "out of memory")
+    monkeypatch.setitem(native.BUILD_INFO, "cuda_architectures", "9.0")
     (reason,) = compiled._cuda_reasons(torch.device("cuda", 1))
     assert reason == "cuda:1: out of memory (wnkernel._C was built for compute capabilities 9.0)"
-    monkeypatch.setattr(_ops, "cuda_reason", lambda device: "")
+    monkeypatch.setattr(native, "cuda_reason", lambda device: "")
     assert compiled._cuda_reasons(torch.device("cuda", 1)) == []

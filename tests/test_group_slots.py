@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.func import functionalize, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from wnkernel import _ops
+from wnkernel import native
 from wnkernel.grouping import slots as of_groups
 from wnkernel.grouping.slots import ALONE, _python_launch_mode, _python_slots
 
 from .torch_modes import Dispatches, Functions, deterministic
 
-needs_native = pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error() or "loaded")
+needs_native = pytest.mark.skipif(not native.loaded(), reason=native.load_error() or "loaded")
 
 Slots = Callable[[list[Tensor], list[Tensor], list[Tensor]], list]
 
@@ -29,9 +29,9 @@ Slots = Callable[[list[Tensor], list[Tensor], list[Tensor]], list]
 def slots(request: pytest.FixtureRequest) -> Slots:
     if request.param == "python":
         return _python_slots
-    if _ops.native_slots is None:
-        pytest.skip(_ops.load_error())
-    return _ops.native_slots
+    if native.slots is None:
+        pytest.skip(native.load_error())
+    return native.slots
 
 
 def weight() -> tuple[Tensor, Tensor, Tensor]:
@@ -145,8 +145,8 @@ def test_lists_of_different_lengths_are_refused(slots: Slots) -> None:
 
 @needs_native
 def test_the_compiled_twins_are_taken_where_they_are() -> None:
-    assert of_groups.slots is _ops.native_slots
-    assert of_groups.launch_mode is _ops.native_launch_mode
+    assert of_groups.slots is native.slots
+    assert of_groups.launch_mode is native.launch_mode
 
 
 def test_a_change_of_data_that_is_taken_back_is_none(slots: Slots) -> None:
@@ -206,12 +206,12 @@ def test_a_slot_keeps_its_tensors_alive_and_lets_go_of_them(slots: Slots) -> Non
 def test_wrong_arguments_are_refused() -> None:
     w, v, g = weight()
     with pytest.raises(TypeError, match="expected three lists"):
-        _ops.native_slots((w,), (v,), (g,))
+        native.slots((w,), (v,), (g,))
     with pytest.raises(ValueError, match="same length"):
-        _ops.native_slots([w], [v], [])
+        native.slots([w], [v], [])
     with pytest.raises(TypeError, match=r"v: expected a torch\.Tensor, got int"):
-        _ops.native_slots([w], [1], [g])
-    [slot] = _ops.native_slots([w], [v], [g])
+        native.slots([w], [1], [g])
+    [slot] = native.slots([w], [v], [g])
     with pytest.raises(TypeError, match="expected v and g, got 1"):
         slot.take(v)
     with pytest.raises(TypeError, match=r"g: expected a torch\.Tensor, got NoneType"):
@@ -255,21 +255,21 @@ def test_the_twins_agree_on_the_launch_mode() -> None:
     for name, outer in TOGETHER.items():
         for other, inner in TOGETHER.items():
             with outer(), inner():
-                assert _python_launch_mode() == _ops.native_launch_mode()
+                assert _python_launch_mode() == native.launch_mode()
                 seen[name, other] = _python_launch_mode()
     alone = {name: seen[name, "nothing"] for name in TOGETHER if name != "device"}
     assert len({*alone.values()}) == len(alone)
     assert ALONE not in seen.values()
     with deterministic(warn_only=True):
-        assert _python_launch_mode() == _ops.native_launch_mode() == alone["deterministic"]
+        assert _python_launch_mode() == native.launch_mode() == alone["deterministic"]
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native), False])
+@pytest.mark.parametrize("is_native", [pytest.param(True, marks=needs_native), False])
 @pytest.mark.parametrize("transform", SINGLY.values(), ids=SINGLY)
 def test_under_transforms_and_tracers_weights_are_alone(
-    transform: Callable[[Callable[[Tensor], Tensor]], Any], native: bool
+    transform: Callable[[Callable[[Tensor], Tensor]], Any], is_native: bool
 ) -> None:
-    launch_mode = _ops.native_launch_mode if native else _python_launch_mode
+    launch_mode = native.launch_mode if is_native else _python_launch_mode
     seen = []
 
     def function(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from wnkernel import _ops
+from wnkernel import native
 
 from .bits import SETS
 from .processes import python
@@ -40,8 +40,8 @@ print("right")
 
 @pytest.mark.parametrize("name", SETS)
 def test_results_are_right(name: str) -> None:
-    if not _ops.loaded():
-        pytest.skip(_ops.load_error())
+    if not native.loaded():
+        pytest.skip(native.load_error())
     result = python("-c", CHECK, WNKERNEL_CPU_ISA=name)
     assert result.returncode == 0, result.stderr
     used, verdict = result.stdout.split()
@@ -60,8 +60,8 @@ print(*hashes(shapes=[(7, 5, 3), (40, 70)], pairs=types), sep="\\n")
 
 def test_hashes_of_results() -> None:
     """A line for each weight, types and dim, the same in every process."""
-    if not _ops.loaded():
-        pytest.skip(_ops.load_error())
+    if not native.loaded():
+        pytest.skip(native.load_error())
     first, second = (python("-c", HASHES, WNKERNEL_CPU_ISA=SETS[0]) for _ in range(2))
     assert first.returncode == 0, first.stderr
     lines = first.stdout.splitlines()
@@ -71,8 +71,8 @@ def test_hashes_of_results() -> None:
 
 
 def test_a_name_that_there_is_not_is_an_error_of_the_import() -> None:
-    if not _ops.loaded():
-        pytest.skip(_ops.load_error())
+    if not native.loaded():
+        pytest.skip(native.load_error())
     result = python("-c", "import wnkernel", WNKERNEL_CPU_ISA="avx1024")
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from wnkernel import _ops
+from wnkernel import native
 
 from .processes import python
 
-pytestmark = pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error())
+pytestmark = pytest.mark.skipif(not native.loaded(), reason=native.load_error())
 
 KiB, MiB = 2**10, 2**20
 DEFAULTS = {"l1d": 32 * KiB, "l2": 256 * KiB, "l3": MiB}
@@ -55,7 +55,7 @@ def write(root: Path, caches: list[Files], cpu: int = 0) -> None:
 
 def facts(root: Path, cpus=(0,), cpuid=()) -> tuple[dict, dict]:
     """Bytes and sources of the three levels."""
-    found = _ops._C.machine_in(str(root), list(cpus), list(cpuid))
+    found = native._C.machine_in(str(root), list(cpus), list(cpuid))
     sources = found.pop("sources")
     assert (found.pop("page"), sources.pop("page")) == (os.sysconf("SC_PAGESIZE"), "system")
     return found, sources

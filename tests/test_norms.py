@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from wnkernel import _ops
 from wnkernel import functional as F
+from wnkernel import native
 
 from . import reference
 from .cases import DTYPES, EMPTY_SHAPES, LAYOUTS, SHAPES, g_shape, layout_dims, randn, shape_dims
@@ -332,7 +332,7 @@ def test_subclasses_stay_what_they_are(route):
     assert type(norm) is Tagged
 
 
-@pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error() or "wnkernel._C is loaded")
+@pytest.mark.skipif(not native.loaded(), reason=native.load_error() or "wnkernel._C is loaded")
 def test_the_compiled_module_rounds_one_norm_of_halves_as_python_does():
     """The compiled module has the rule on halves in C++ as well, and composes in C++."""
     for dtype in HALVES:

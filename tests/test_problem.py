@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import wnkernel
-from wnkernel import _ops
+from wnkernel import native
 from wnkernel._versions import release
 from wnkernel.problem import (
     WHOLE_TENSOR,
@@ -83,7 +83,7 @@ def test_row_view_covers_the_rows(t, data):
         assert torch.equal(got, t.select(dim, row).flatten().sort().values)
 
 
-@pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error())
+@pytest.mark.skipif(not native.loaded(), reason=native.load_error())
 @given(dense(), st.data())
 def test_row_view_in_cpp_is_the_same(t, data):
     from wnkernel import _C

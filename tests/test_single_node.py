@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
-from wnkernel import _ops
 from wnkernel import functional as F
+from wnkernel import native
 
 from .cases import randn, randn_g
 from .processes import python
@@ -22,7 +22,7 @@ from .test_single_path import Seen, assert_same_bits, in_a_list, leaves, pair, w
 
 __all__ = ["weight_norm"]
 
-pytestmark = pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error())
+pytestmark = pytest.mark.skipif(not native.loaded(), reason=native.load_error())
 
 SHAPE = (5, 6, 7)
 

@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from wnkernel import _ops
 from wnkernel import functional as F
+from wnkernel import native
 
 from .cases import (
     DTYPES,
@@ -31,7 +31,7 @@ from .messages import here
 from .reference import bits
 
 pytestmark = [
-    pytest.mark.skipif(not _ops.loaded(), reason=_ops.load_error()),
+    pytest.mark.skipif(not native.loaded(), reason=native.load_error()),
     pytest.mark.skipif(here().type != "cpu", reason="other devices have no such path"),
 ]
 

@@ -145,7 +145,7 @@ def test_a_driver_that_cannot_be_built(monkeypatch, error):
     assert str(error) in why
     assert TRITON.reasons(GPU) == [why]
     # Kernels that were built for CUDA would ask the driver, and there may be none.
-    monkeypatch.setattr("wnkernel._ops.cuda_reason", lambda device: "no driver")
+    monkeypatch.setattr("wnkernel.native.cuda_reason", lambda device: "no driver")
     assert choose(GPU).name == "eager"
     with pytest.raises(RuntimeError, match="C compiler"), wnkernel.use_backend("triton"):
         pass

@@ -17,8 +17,8 @@ from torch.fx import GraphModule
 from torch.library import Library, opcheck
 
 import wnkernel
-from wnkernel import _ops
 from wnkernel import functional as F
+from wnkernel import native
 from wnkernel.backends import gpu_operators
 from wnkernel.backends.operators import KEYS, OPERATORS
 
@@ -31,7 +31,7 @@ from .triton_cases import DEVICE, TRITON, Launch, fresh, needs_triton, record_la
 
 pytestmark = [
     needs_triton,
-    pytest.mark.skipif(not _ops.loaded(), reason="without wnkernel._C there are no operators"),
+    pytest.mark.skipif(not native.loaded(), reason="without wnkernel._C there are no operators"),
     pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning"),
 ]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.func import jvp, vmap
 
-from wnkernel import _ops
 from wnkernel import functional as F
+from wnkernel import native
 
 from . import reference
 from .cases import (
@@ -194,9 +194,9 @@ def test_a_bound_between_one_norm_and_what_it_is_rounded_to(route, dtype, side):
     reference.assert_close("w", F.weight_norm(v, g, None, **options), want)
     (w,) = vmap(lambda v: F.weight_norm(v, g, None, **options))(v[None])
     reference.assert_close("w", w, want)
-    if _ops.loaded():
-        native = torch.ops.wnkernel.weight_norm
-        w, tangent = jvp(lambda v: native(v, g, -1, eps, torch.float32), (v,), (v,))
+    if native.loaded():
+        operator = torch.ops.wnkernel.weight_norm
+        w, tangent = jvp(lambda v: operator(v, g, -1, eps, torch.float32), (v,), (v,))
         reference.assert_close("w", w, want)
         # w does not change with the length of v, or, where eps counts, as v does.
         is_bounded = reference.norm(v, None) < eps

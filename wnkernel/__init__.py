@@ -2,14 +2,14 @@
 
 from . import _program, _versions, functional  # noqa: F401 (both act at once)
 from ._info import info
-from ._ops import cpu_buffers, release_cpu_buffers
 from ._version import __version__
 from .backends import use_backend
 from .checkpoint import accept_any_layout, convert_state_dict
 from .grouping.group import WeightNormGroup, fuse
-from .init import data_dependent_init_, init_weight_
+from .initialisation import data_dependent_init_, init_weight_
 from .layers import remove_weight_norm, weight_norm
 from .model import convert, fold
+from .native import cpu_buffers, release_cpu_buffers
 from .parametrization import WeightNorm
 from .patching import patch_torch
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _ops
+from . import native
 from ._version import __version__
 from ._versions import limits
 from .backends import BACKENDS, choice
@@ -36,11 +36,11 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "limits": limits(torch.__version__),
         "threads": torch.get_num_threads(),
-        "compiled": _ops.BUILD_INFO or None,
-        "load_error": _ops.load_error(),
+        "compiled": native.BUILD_INFO or None,
+        "load_error": native.load_error(),
         "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
-        "cpu": _ops.MACHINE or None,
-        "cpu_buffers": _ops.cpu_buffers(),
+        "cpu": native.MACHINE or None,
+        "cpu_buffers": native.cpu_buffers(),
         "triton": BACKENDS["triton"].variants(),
         "forced_backend": choice.forced,
     }

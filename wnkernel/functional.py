@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _autograd, _ops, composed, exporting, forms
+from . import _autograd, composed, exporting, forms, native
 from .backends import choice, choose, gpu_operators, has_choice
 from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
@@ -28,8 +28,8 @@ from .problem import (
     norm_shape,
 )
 
-_native = _ops.native_weight_norm
-_native_list = _ops.native_weight_norms
+_native = native.weight_norm
+_native_list = native.weight_norms
 
 
 def weight_norm(

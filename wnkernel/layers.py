@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import remove_parametrizations
 
+from .aliases import forget_legacy_names, pruned_original
 from .checkpoint import (
     WeightNormOriginals,
     legacy_hooks,
@@ -19,7 +20,6 @@ from .checkpoint import (
     stacked_in,
     unregister_load_hook,
 )
-from .legacy_names import forget_legacy_names, pruned_original
 from .lost_writes import FirstReads, stop_watching
 from .module_class import adopt_class, own_class, share_class
 from .parametrization import (

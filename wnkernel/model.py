@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
+from .aliases import answer_to_legacy_names, pruned_original
 from .checkpoint import (
     legacy_hooks,
     legacy_keys,
@@ -26,7 +27,6 @@ from .grouping.batch import sharding_modules
 from .grouping.group import WeightNormGroup
 from .grouping.watches import end_watches
 from .layers import folded_weight, make_ours, make_plain, register, update_flat_weights
-from .legacy_names import answer_to_legacy_names, pruned_original
 from .module_class import own_class, share_class
 from .parametrization import (
     OURS,

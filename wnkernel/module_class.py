@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .assigning import assign, refuse
-from .checkpoint import WeightNormOriginals, legacy_keys, unregister_load_hook
-from .checkpoint.loading import loads_for
-from .hook_ids import count_on_from, last_hook_id
-from .legacy_names import (
+from .aliases import (
     answer_to_legacy_names,
     forget_legacy_names,
     has_legacy_names,
     register_by_legacy_name,
 )
+from .assigning import assign, refuse
+from .checkpoint import WeightNormOriginals, legacy_keys, unregister_load_hook
+from .checkpoint.loading import loads_for
+from .hook_ids import count_on_from, last_hook_id
 from .removal import take_removal_hook
 from .write_guards import WRITE_GUARDS
 

@@ -15,8 +15,8 @@ from torch.nn.utils import remove_weight_norm as torchs_remove_legacy
 from torch.nn.utils import weight_norm as torchs_legacy
 
 from . import layers
+from .aliases import answer_to_legacy_names
 from .checkpoint import stacked_in, unregister_load_hook
-from .legacy_names import answer_to_legacy_names
 from .module_class import own_class, share_class
 from .parametrization import TORCH_HOOK, weight_norm_kind
 

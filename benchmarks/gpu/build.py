@@ -14,8 +14,8 @@ from ..environment import ROOT
 
 ASK = """if True:
     import json
-    from wnkernel import _ops
-    print(json.dumps([_ops.load_error(), _ops.BUILD_INFO]))
+    from wnkernel import native
+    print(json.dumps([native.load_error(), native.BUILD_INFO]))
 """
 """In a process of its own: a module that was loaded before it was built stays unloaded."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import assume_constant_result
 
-from .. import _ops
+from .. import native
 
 
 class CompiledBackend:
@@ -20,11 +20,11 @@ class CompiledBackend:
         self.name = name
 
     def missing(self) -> list[str]:
-        if not _ops.loaded():
-            return [_ops.load_error()]
+        if not native.loaded():
+            return [native.load_error()]
         if self.name == "cuda" and torch.version.hip is not None:
             return ["its kernels are for NVIDIA GPUs, on AMD's those of triton run"]
-        if self.name not in _ops.BUILD_INFO["devices"]:
+        if self.name not in native.BUILD_INFO["devices"]:
             return [f"wnkernel._C was built without {self.name} kernels"]
         if self.name == "cuda" and not torch.cuda.is_available():
             return ["there is no GPU that torch can use"]
@@ -43,7 +43,7 @@ class CompiledBackend:
 
 @assume_constant_result  # torch.compile need not know how this is found out
 def _cuda_reasons(device: torch.device) -> list[str]:
-    if why := _ops.cuda_reason(device):
-        built = _ops.BUILD_INFO["cuda_architectures"]
+    if why := native.cuda_reason(device):
+        built = native.BUILD_INFO["cuda_architectures"]
         return [f"{device}: {why} (wnkernel._C was built for compute capabilities {built})"]
     return []

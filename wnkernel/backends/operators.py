@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _ops
+from .. import native
 from ..problem import Problem, check_backward, check_forward
 from .eager import EagerBackend
 from .triton import TritonBackend
@@ -28,7 +28,9 @@ class Operators:
 
     def __init__(self, triton: TritonBackend, eager: EagerBackend) -> None:
         self._triton, self._eager = triton, eager
-        self.devices = [d for d in KEYS if _ops.loaded() and d not in _ops.BUILD_INFO["devices"]]
+        self.devices = [
+            d for d in KEYS if native.loaded() and d not in native.BUILD_INFO["devices"]
+        ]
         self._libraries = []
         for device in self.devices:
             library = torch.library.Library("wnkernel", "IMPL", KEYS[device])

@@ -12,7 +12,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 
-from .. import _ops
+from .. import native
 from ..checkpoint import own_parametrizations, stacked_in
 from ..parametrization import OURS, TORCH, TORCH_HOOK, WeightNormList, weight_norm_kinds
 from . import scopes
@@ -94,7 +94,7 @@ class WeightNormGroup:
         return {
             "slots": len(held),
             "slot_bytes": sum(slot.nbytes for slot in held),
-            "idle_bytes": _ops.cpu_buffers().get("held_bytes", 0),
+            "idle_bytes": native.cpu_buffers().get("held_bytes", 0),
         }
 
     def remove(self) -> None:

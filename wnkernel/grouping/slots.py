@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from .. import _ops
+from .. import native
 from ..problem import version_of
 
 ALONE = -1
@@ -103,10 +103,10 @@ def _calls_are_watched() -> bool:
     )
 
 
-slots = _python_slots if _ops.native_slots is None else _ops.native_slots
+slots = _python_slots if native.slots is None else native.slots
 """``slots(ws, vs, gs)``: a slot for each weight of a launch."""
 
-launch_mode = _python_launch_mode if _ops.native_launch_mode is None else _ops.native_launch_mode
+launch_mode = _python_launch_mode if native.launch_mode is None else native.launch_mode
 """What a weight depends on besides its parameters, as one number: grad mode, inference mode, the
 deterministic setting. :data:`ALONE` under function transforms, ``__torch_dispatch__`` modes and
 tracers, whose tensors must not outlive them, and under ``__torch_function__`` modes, which are to

@@ -53,15 +53,15 @@ def loaded() -> bool:
     return _C is not None
 
 
-native_weight_norm = None if _C is None else _C.weight_norm
+weight_norm = None if _C is None else _C.weight_norm
 """``weight_norm(v, g, dim, eps, out_dtype)`` in C++: checks, autograd and kernel behind one call.
 The shortest way to torch.ops.wnkernel.weight_norm, for code that is not being traced."""
 
-native_weight_norms = None if _C is None else _C.weight_norms
+weight_norms = None if _C is None else _C.weight_norms
 """``weight_norms(vs, gs, dims, eps, out_dtype)``, the way to torch.ops.wnkernel.forward."""
 
-native_slots = None if _C is None else _C.slots
-native_launch_mode = None if _C is None else _C.launch_mode
+slots = None if _C is None else _C.slots
+launch_mode = None if _C is None else _C.launch_mode
 """What wnkernel/grouping/slots.py asks on every read."""
 
 
