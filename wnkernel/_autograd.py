@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling
 
 from . import composed
 from .backends.base import PythonBackend
-from .forms import PLAIN, Problems, spread
+from .forms import Problems, spread
+from .observers import have_addresses, is_transformed
 from .problem import accumulation_dtype, version_of
 
 Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
@@ -39,33 +40,6 @@ def norms(
 ) -> Tensor:
     """``compute(v)`` in v's dtype, differentiable by ``weight_norm(v, g)``."""
     return _Norms.apply(v, compute, weight_norm)
-
-
-def have_addresses(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels may be given addresses: there is memory, and no mode or subclass (make_fx,
-    fake tensors) that wants to see operators."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and all(map(torch._C._has_storage, tensors))
-        and (PLAIN.issuperset(map(type, tensors)) or not any(map(_dispatches, tensors)))
-    )
-
-
-def _dispatches(t: Tensor) -> bool:
-    return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
-
-
-def is_untouched(tensors: Sequence[Tensor]) -> bool:
-    """Whether a custom node and kernels may be given tensors as they are."""
-    return have_addresses(tensors) and not torch._C._is_tracing() and not is_transformed(tensors)
-
-
-def is_transformed(tensors: Sequence[Tensor]) -> bool:
-    """Whether a function transform or forward-mode AD is at work, which no custom node survives."""
-    return torch._C._are_functorch_transforms_active() or (
-        forward_ad._current_level >= 0
-        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    )
 
 
 class _Forward(Function):

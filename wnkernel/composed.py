@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter
 
+from .observers import PLAIN
 from .problem import WHOLE_TENSOR, Problem, norm_shape
 
 
@@ -42,7 +42,7 @@ def norm_except_dim(v: Tensor, dim: int) -> Tensor:
 def _largest(v: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The largest absolute values. ``amax`` is ten times as fast as the norm that is the same, and
     DTensors have no rule for it in torch 2.6."""
-    if type(v) in (Tensor, Parameter):
+    if type(v) in PLAIN:
         return v.abs().amax(dims, keepdim=True)
     return torch.linalg.vector_norm(v, torch.inf, dims, keepdim=True)
 

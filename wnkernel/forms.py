@@ -7,21 +7,18 @@ change of them, however it was made, leads to another entry, or to the checks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter
 
+from .observers import are_plain
 from .problem import Problem, check, check_forward
 
 KEPT = 4096
 """Forms that are remembered. Then all are forgotten."""
-
-PLAIN = frozenset((Tensor, Parameter))
-"""Types without ``__torch_function__`` and ``__torch_dispatch__``."""
 
 Options = tuple[int, float, torch.dtype]
 """dim, eps and out_dtype, as a :class:`Problem` has them."""
@@ -35,16 +32,6 @@ class Form:
     def __init__(self, p: Problem) -> None:
         self.device = p.v.device
         self.options: Options = (p.dim, p.eps, p.out_dtype)
-
-
-def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors are what they seem, and no transform, mode or tracer looks at them."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and PLAIN.issuperset(map(type, tensors))
-    )
 
 
 _known: dict[tuple[object, ...], Form] = {}

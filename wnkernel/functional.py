@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import _autograd, composed, exporting, forms, native
+from . import _autograd, composed, forms, native, observers
 from .backends import choice, choose, gpu_operators, has_choice
 from .backends.base import PythonBackend
 from .backends.compiled import CompiledBackend
@@ -78,9 +76,9 @@ def weight_norm(
         return handle_torch_function(weight_norm, (v, g), v, g, dim, eps=eps, out_dtype=out_dtype)
     if is_compiling():
         return _traced(check(v, g, dim, eps, out_dtype))
-    if exporting.is_torchscript_trace():
+    if observers.is_torchscript_trace():
         return _in_torchscript([v], [g], [dim], [eps], out_dtype)[0]
-    if _is_distributed(v) or _is_distributed(g):
+    if observers.is_distributed(v) or observers.is_distributed(g):
         return composed.weight_norm(check(v, g, dim, eps, out_dtype))
     problems = forms.known(v, g, dim, eps, out_dtype)
     backend = choose(v)
@@ -147,9 +145,9 @@ def weight_norms(
         )
     if is_compiling():
         return _traced_list(check_forward(v, g, dim, eps, out_dtype), out_dtype)
-    if exporting.is_torchscript_trace():
+    if observers.is_torchscript_trace():
         return _in_torchscript(v, g, dim, eps, out_dtype)
-    if any(map(_is_distributed, (*v, *g))):
+    if any(map(observers.is_distributed, (*v, *g))):
         return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
     # copied: the backward needs them, and the caller's lists may have changed by then
     problems = forms.known_list([*v], [*g], dim, eps, out_dtype)
@@ -207,7 +205,10 @@ def _has_kernels_norms(v: Tensor) -> bool:
     """Whether there is a kernel to ask for norms. A layer may be built where the backend that was
     asked for cannot run, and moved afterwards."""
     return (
-        v.numel() > 0 and not _is_distributed(v) and _autograd.is_untouched([v]) and has_choice(v)
+        v.numel() > 0
+        and not observers.is_distributed(v)
+        and observers.are_untouched([v])
+        and has_choice(v)
     )
 
 
@@ -231,8 +232,8 @@ def _composed_norms(v: Tensor, dim: int) -> Tensor:
 
 def _on_python_backend(problems: Problems, backend: PythonBackend) -> list[Tensor]:
     tensors = *problems.v, *problems.g
-    can_run = backend.is_traceable or _autograd.have_addresses(tensors)
-    if _autograd.is_transformed(tensors) or not can_run:
+    can_run = backend.is_traceable or observers.have_addresses(tensors)
+    if observers.is_transformed(tensors) or not can_run:
         return [composed.weight_norm(p) for p in problems]
     return _autograd.weight_norms(problems, backend)
 
@@ -240,17 +241,18 @@ def _on_python_backend(problems: Problems, backend: PythonBackend) -> list[Tenso
 def _traced(p: Problem, bucket: int | None = None) -> Tensor:
     """What a compiler sees: one operator if there are kernels of ours behind it. What an exporter
     sees: the plain formula."""
-    if exporting.is_exporting():
+    if observers.is_exporting():
         return composed.plain_weight_norm(p, p.divisor_dtype)
-    if not (_is_distributed(p.v) or _is_distributed(p.g)) and _has_operators(p.v):
+    if _have_operators((p,)):
         return torch.ops.wnkernel.weight_norm(p.v, p.g, p.dim, p.eps, p.out_dtype, bucket)
     return composed.weight_norm(p)
 
 
 def _traced_list(problems: Sequence[Problem], out_dtype: torch.dtype | None) -> list[Tensor]:
-    if exporting.is_exporting():
+    """The same for a list, which is one operator too."""
+    if observers.is_exporting():
         return [composed.plain_weight_norm(p, p.divisor_dtype) for p in problems]
-    if not _has_operators(problems[0].v):
+    if not _have_operators(problems):
         return [composed.weight_norm(p) for p in problems]
     columns = zip(*((p.v, p.g, p.dim, p.eps) for p in problems), strict=True)
     v, g, dim, eps = (list(column) for column in columns)
@@ -265,31 +267,24 @@ def _in_torchscript(
     out_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """What the TorchScript tracer sees: the plain formula, and nothing of what is asked before."""
-    with exporting.tracer_paused():
+    with observers.tracer_paused():
         problems = check_forward(v, g, dim, eps, out_dtype)
         dtypes = [p.divisor_dtype for p in problems]
-    reduce_l2 = exporting.is_torchscript_onnx()
+    reduce_l2 = observers.is_torchscript_onnx()
     return [
         composed.plain_weight_norm(p, dtype, reduce_l2=reduce_l2)
         for p, dtype in zip(problems, dtypes, strict=True)
     ]
 
 
-def _has_operators(v: Tensor) -> bool:
-    """Whether the kernels that v gets are behind torch.ops.wnkernel. Outside of compilers those of
-    Triton are called without it, which is shorter."""
+def _have_operators(problems: Sequence[Problem]) -> bool:
+    """Whether the kernels that weights on one device get are behind torch.ops.wnkernel, and take
+    their tensors. Outside of compilers those of Triton are called without it, which is shorter."""
+    for p in problems:
+        if observers.is_distributed(p.v) or observers.is_distributed(p.g):
+            return False
+    v = problems[0].v
     backend = choose(v)
     return isinstance(backend, CompiledBackend) or (
         backend.name == "triton" and gpu_operators.are_on(v.device)
     )
-
-
-def _is_distributed(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor, which has rules for torch's own operators only."""
-    if type(t) in (Tensor, Parameter):  # torch 2.6 and 2.7 cannot trace `in` of a frozenset
-        return False
-    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):  # before torch 2.5
-        kind = getattr(sys.modules.get(name), "DTensor", None)  # there if anybody made a DTensor
-        if kind is not None:
-            return isinstance(t, kind)
-    return False

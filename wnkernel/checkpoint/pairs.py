@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import _is_distributed
+from ..observers import is_distributed
 from .layouts import LEGACY, PARAMETRIZED, same_bits, same_up_to_rounding, weight_keys
 
 
@@ -128,7 +128,7 @@ def _check_pair(
 
 def _check_plain(layer: str, key: str, weight: Any, target: Target) -> None:
     _check_kind(layer, key, weight)
-    if _is_distributed(weight) or _is_distributed(target.v):
+    if is_distributed(weight) or is_distributed(target.v):
         raise LayoutError(
             f'{layer}: expected g and v, got the plain weight "{key}", which a sharded layer '
             "cannot split: load it before sharding, or convert the state dict with "
