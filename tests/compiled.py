@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import wnkernel
 from wnkernel._versions import release
-from wnkernel.grouping import batch
+from wnkernel.grouping import threads
 
 
 class Net(nn.Sequential):
@@ -79,7 +79,7 @@ def change(*modules: nn.Module) -> None:
 
 
 def open_scopes(group: wnkernel.WeightNormGroup) -> int:
-    return len(group._roster.local.launches.stack)
+    return len(group._roster.threads.current.stack)
 
 
 @pytest.fixture
@@ -93,12 +93,12 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that gets the number of weights of every launch."""
-    sizes, launch = [], batch.launch
+    sizes, launch = [], threads.launch
 
     def counted(*args: object) -> list:
         slots = launch(*args)
         sizes.append(len(slots))
         return slots
 
-    monkeypatch.setattr(batch, "launch", counted)
+    monkeypatch.setattr(threads, "launch", counted)
     return sizes

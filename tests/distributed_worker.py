@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import wnkernel
-from wnkernel.grouping import batch
+from wnkernel.grouping import threads
 
 from .processes import PATIENCE_S, ROOT
 from .versions import DTensor
@@ -94,14 +94,14 @@ class Launched:
 
     def __init__(self) -> None:
         self.names: list[set[str]] = []
-        self._launch = batch.launch
+        self._launch = threads.launch
 
     def __enter__(self) -> Launched:
-        batch.launch = self._counted
+        threads.launch = self._counted
         return self
 
     def __exit__(self, *error: object) -> None:
-        batch.launch = self._launch
+        threads.launch = self._launch
 
     def _counted(self, roster: object, *args: object) -> list:
         slots = self._launch(roster, *args)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import wnkernel
 from wnkernel import WeightNormGroup, functional
-from wnkernel.grouping import batch, modes, slots
+from wnkernel.grouping import slots, threads
 from wnkernel.grouping.members import Member
 
 Context = Callable[[], AbstractContextManager[object]]
@@ -183,8 +183,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
 @pytest.fixture
 def python_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups keep their weights as they do without the compiled module."""
-    monkeypatch.setattr(batch, "slots", slots._python_slots)
-    monkeypatch.setattr(modes, "launch_mode", slots._python_launch_mode)
+    monkeypatch.setattr(threads, "slots", slots._python_slots)
+    monkeypatch.setattr(slots, "launch_mode", slots._python_launch_mode)
 
 
 def triple(model: nn.Module) -> None:

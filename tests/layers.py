@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import wnkernel
+from wnkernel.census import normed_in
 
 # id -> (constructor, parameter, input shape)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
@@ -31,6 +32,11 @@ DIMS = [0, 1, None, -1]
 
 all_layers = pytest.mark.parametrize("layer", LAYERS)
 all_dims = pytest.mark.parametrize("dim", DIMS)
+
+
+def weight_norm_kinds(module: nn.Module) -> dict[str, str]:
+    """The weight-normed parameters of a module, each with its kind."""
+    return {name: normed.kind for name, normed in normed_in(module).items()}
 
 
 class Doubled(nn.Module):

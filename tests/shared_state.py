@@ -15,7 +15,7 @@ from torch.optim import optimizer
 
 from wnkernel.backends import choice
 from wnkernel.cli.signals import ENDING
-from wnkernel.grouping.optimizers import steps
+from wnkernel.grouping.running import steps
 
 LIBRARIES = (
     *("_TORCH", "TORCH", "CUDA_MODULE_LOADING", "KMP_", "TEARDOWN_CUPTI", "DISABLE_CUPTI_"),

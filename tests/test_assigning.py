@@ -14,10 +14,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import wnkernel
-from wnkernel.parametrization import weight_norm_kinds
 
 from .groups import ramp
-from .layers import Doubled, assert_same_state, legacy_weight_norm
+from .layers import Doubled, assert_same_state, legacy_weight_norm, weight_norm_kinds
 from .layers import originals as g_and_v
 
 

@@ -196,6 +196,21 @@ class Halved(_WeightNorm):
         return super().forward(weight_g, weight_v) / 2
 
 
+class HalvedOurs(wnkernel.WeightNorm):
+    def forward(self, weight_g, weight_v):
+        return super().forward(weight_g, weight_v) / 2
+
+
+class ScaledRows(nn.Module):
+    """No weight norm, but of two tensors whose shapes would do for one."""
+
+    def forward(self, scale, rows):
+        return scale * rows
+
+    def right_inverse(self, weight):
+        return torch.ones(len(weight), 1), weight
+
+
 class HalvedHook(LegacyHook):
     def compute_weight(self, module):
         return super().compute_weight(module) / 2
@@ -207,6 +222,12 @@ def computed_otherwise(how):
         next(iter(layer._forward_pre_hooks.values())).__class__ = HalvedHook
     elif how == "norm":
         layer.parametrizations.weight[0].__class__ = Halved
+    elif how == "norm of ours":
+        layer = APPLY["ours"](linear())
+        layer.parametrizations.weight[0].__class__ = HalvedOurs
+    elif how == "rows":
+        layer = linear()
+        parametrize.register_parametrization(layer, "weight", ScaledRows())
     elif how == "nested":
         parametrize.register_parametrization(layer.parametrizations.weight, "original1", Half())
     else:
@@ -215,7 +236,7 @@ def computed_otherwise(how):
 
 
 @all_targets
-@pytest.mark.parametrize("how", ["stack", "nested", "norm", "hook"])
+@pytest.mark.parametrize("how", ["stack", "nested", "norm", "norm of ours", "rows", "hook"])
 def test_what_a_module_computes_otherwise_is_left_alone(how, to):
     like = nn.Sequential(computed_otherwise(how), wnkernel.weight_norm(linear()))
     checkpoint = like.state_dict()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import wnkernel
-from wnkernel.checkpoint import pairs
+from wnkernel.checkpoint import agreement
 
 from .checkpoints import (
     all_layouts,
@@ -322,7 +322,7 @@ def test_a_weight_that_cannot_be_compared_with_its_pair(monkeypatch):
     def fail(*_):
         raise RuntimeError("not me")
 
-    monkeypatch.setattr(pairs, "same_up_to_rounding", fail)
+    monkeypatch.setattr(agreement, "same_up_to_rounding", fail)
     pair = saved(linear(), "parametrized")
     error = refusal(two({**pair, "weight": torch.ones(4, 5)}))
     assert 'got "bad.weight" beside "bad.parametrizations.weight.original0"' in error

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import wnkernel
-from wnkernel.checkpoint.layouts import same_bits
+from wnkernel.checkpoint.agreement import same_bits
 
 from . import reference
 from .checkpoints import (

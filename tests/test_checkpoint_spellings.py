@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import wnkernel
-from wnkernel.checkpoint.layouts import infer_dim, same_bits, same_up_to_rounding, split_for_torch
+from wnkernel.checkpoint.agreement import infer_dim, same_bits, same_up_to_rounding
+from wnkernel.splitting import split_for_torch
 
 from .cases import randn
 from .checkpoints import g_and_v

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import wnkernel
-from wnkernel.parametrization import OURS, TORCH, TORCH_HOOK, WeightNormList, weight_norm_kinds
+from wnkernel.census import OURS, TORCH, TORCH_HOOK
+from wnkernel.parametrization import WeightNormList
 
 from . import reference
 from .layers import (
@@ -25,6 +26,7 @@ from .layers import (
     originals,
     run,
     twins,
+    weight_norm_kinds,
 )
 
 torchs_kinds = pytest.mark.parametrize("kind", ["torch", "legacy"])

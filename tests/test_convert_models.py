@@ -13,10 +13,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import wnkernel
 from benchmarks.hifigan import Discriminators, Generator, weight_normed
-from wnkernel.parametrization import OURS, TORCH, weight_norm_kinds
+from wnkernel.census import OURS, TORCH
 
 from . import reference, small_models
-from .layers import APPLY, assert_same_state, originals
+from .layers import APPLY, assert_same_state, originals, weight_norm_kinds
 from .small_models import MODELS, all_models
 
 torchs_kinds = pytest.mark.parametrize("kind", ["torch", "legacy"])

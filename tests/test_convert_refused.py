@@ -13,9 +13,9 @@ from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wnkernel
 from wnkernel import model as surgery
-from wnkernel.parametrization import TORCH, TORCH_HOOK, weight_norm_kinds
+from wnkernel.census import TORCH, TORCH_HOOK
 
-from .layers import APPLY, assert_same_state, legacy_weight_norm, originals, run
+from .layers import APPLY, assert_same_state, legacy_weight_norm, originals, run, weight_norm_kinds
 from .versions import needs
 
 torchs_kinds = pytest.mark.parametrize("kind", ["torch", "legacy"])

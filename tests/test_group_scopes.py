@@ -163,17 +163,17 @@ def test_a_scope_ends_with_an_exception(backend: str) -> None:
 
 def test_an_interrupt_while_a_scope_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, group = twins("forward")
-    launches = group._roster.local.launches
-    enter = launches.enter
+    state = group._roster.threads.current
+    enter = state.enter
 
     def interrupted(*args: Any) -> None:
         enter(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launches, "enter", interrupted)
+    monkeypatch.setattr(state, "enter", interrupted)
     with pytest.raises(KeyboardInterrupt), group.scope():
         pass
-    assert not launches.stack
+    assert not state.stack
 
 
 @both_modes

@@ -14,7 +14,7 @@ from torch.nn.utils import weight_norm as imported_earlier
 from torch.nn.utils.parametrizations import spectral_norm
 
 import wnkernel
-from wnkernel.parametrization import OURS, TORCH_HOOK, weight_norm_kind
+from wnkernel.census import OURS, TORCH_HOOK, weight_norm_kind
 
 from . import small_models
 from .layers import (

@@ -15,7 +15,7 @@ from torch.nn.utils import weight_norm as imported_earlier
 
 import wnkernel
 from wnkernel import patching
-from wnkernel.parametrization import OURS, TORCH
+from wnkernel.census import OURS, TORCH
 
 from .processes import PATIENCE_S
 from .test_patch_torch import OF_TORCH, PATHS, kind_of

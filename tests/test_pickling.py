@@ -18,10 +18,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import wnkernel
-from wnkernel.parametrization import weight_norm_kinds
 
 from .groups import ramp
-from .layers import APPLY, assert_same_state
+from .layers import APPLY, assert_same_state, weight_norm_kinds
 from .pickles import all_ways, by_cloudpickle, by_protocol, by_torch_save
 from .processes import python
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import wnkernel
-from wnkernel.parametrization import weight_norm_kinds
 
 from .groups import ramp
-from .layers import legacy_weight_norm
+from .layers import legacy_weight_norm, weight_norm_kinds
 
 
 def pair() -> tuple[nn.Module, nn.Module]:

@@ -13,10 +13,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
 import wnkernel
-from wnkernel.parametrization import weight_norm_kinds
 
 from .groups import ramp
-from .layers import APPLY, legacy_weight_norm
+from .layers import APPLY, legacy_weight_norm, weight_norm_kinds
 
 
 def patched(apply: Callable[[], Callable]) -> Callable[..., nn.Module]:

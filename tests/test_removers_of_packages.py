@@ -12,11 +12,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 import wnkernel
-from wnkernel.parametrization import weight_norm_kinds
 
 from . import small_models
 from .groups import ramp
-from .layers import APPLY
+from .layers import APPLY, weight_norm_kinds
 
 
 class Vocoder(nn.Module):

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wnkernel
-from wnkernel.parametrization import WeightNorm, WeightNormList
+from wnkernel.norm_module import WeightNorm
+from wnkernel.parametrization import WeightNormList
 
 from .groups import Computed
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from wnkernel import streams
-from wnkernel.grouping import launches
-from wnkernel.grouping.modes import current_mode
+from wnkernel.grouping import threads
+from wnkernel.grouping.slots import current_mode
 
 from .groups import Computed, twins
 
@@ -107,8 +107,8 @@ def test_a_captured_read_is_served_from_launches_of_its_capture(
     here = torch.empty(0).device
     captured = None if began is None else here if began == "here" else torch.device(began)
     mode = dataclasses.replace(current_mode(torch.empty(0), None), capturing=True)
-    monkeypatch.setattr(launches, "captured_device", lambda: captured)
-    monkeypatch.setattr(launches, "current_mode", lambda *_: mode)
+    monkeypatch.setattr(threads, "captured_device", lambda: captured)
+    monkeypatch.setattr(threads, "current_mode", lambda *_: mode)
     model, _, _ = twins()
     model()
     assert computed.take() == (([7], 0) if captured == here else ([], 7))

@@ -10,7 +10,7 @@ from .initialisation import data_dependent_init_, init_weight_
 from .layers import remove_weight_norm, weight_norm
 from .model import convert, fold
 from .native import cpu_buffers, release_cpu_buffers
-from .parametrization import WeightNorm
+from .norm_module import WeightNorm
 from .patching import patch_torch
 
 __all__ = [

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checkpoint import legacy_keys
-from .checkpoint.loading import G, V
+from .keys import G, V, legacy_keys
 
 PRUNED = "_orig"
 """What :mod:`torch.nn.utils.prune` appends to the name of a parameter that it takes over."""

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import WeightNormOriginals, stacked_in
+from .census import originals, stacked_in
+from .checkpoint import WeightNormOriginals
 from .lost_writes import forget_writes
 
 
@@ -21,24 +22,24 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    originals = weights.original0, weights.original1
-    expected, got = ((t.dtype, t.device) for t in (originals[1], value))
+    g, v = originals(weights)
+    expected, got = ((t.dtype, t.device) for t in (v, value))
     if expected != got and len(stacked_in(weights)) == 1:  # what is stacked may change them
         raise ValueError(
             f"{name}: expected a weight like the one of this {type(module).__name__}, of "
             f"{expected[0]} on {expected[1]}, got {got[0]} on {got[1]}; one of another kind can "
             "take its place after wnkernel.remove_weight_norm(layer)"
         )
-    value_is_kept = value.shape != originals[1].shape  # as v, see assign_weight
+    value_is_kept = value.shape != v.shape  # as v, see assign_weight
     w = value.detach()
-    if value_is_kept or torch._C._is_alias_of(w, originals[1]):
+    if value_is_kept or torch._C._is_alias_of(w, v):
         w = w.clone()
     weights.right_inverse(w)
     forget_writes(weights)
     if isinstance(value, nn.Parameter) and (
-        not value.requires_grad or not any(p.requires_grad for p in originals)
+        not value.requires_grad or not (g.requires_grad or v.requires_grad)
     ):
-        for p in originals:
+        for p in (g, v):
             p.requires_grad_(value.requires_grad)
 
 

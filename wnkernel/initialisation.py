@@ -11,19 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checkpoint import (
-    WeightNormOriginals,
-    legacy_hooks,
-    legacy_keys,
-    split_for_torch,
-    stacked_in,
-)
+from .census import OURS, TORCH_HOOK, census, normed_in, originals
+from .checkpoint import WeightNormOriginals
 from .checkpoint.loading import assign_weight
-from .grouping.batch import sharding_modules
 from .layers import folded_weight, update_flat_weights
 from .module_class import forget_cached
-from .parametrization import OURS, TORCH_HOOK, WeightNorm, check_module, weight_norm_kind
-from .problem import accumulation_dtype, canonical_dim
+from .observers import sharding_modules
+from .problem import accumulation_dtype, canonical_dim, check_module
+from .splitting import split_for_torch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -62,24 +57,23 @@ def init_weight_(module: nn.Module, fn: Callable[[Tensor], Any], name: str = "we
         ValueError: ``name`` has no weight norm.
     """
     check_module("module", module)
-    kind = weight_norm_kind(module, name)
-    if kind is None:
+    normed = normed_in(module).get(name)
+    if normed is None:
         raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
     with torch.no_grad():
         weight = folded_weight(module, name).detach()
         fn(weight)
-        if kind == TORCH_HOOK:
-            hook = legacy_hooks(module)[name][1]
-            pair = split_for_torch(weight, hook.dim)
-            for key, t in zip(legacy_keys(name), pair, strict=True):
-                getattr(module, key).copy_(t)
+        if normed.kind == TORCH_HOOK:
+            pair = split_for_torch(weight, normed.norm.dim)
+            for own, t in zip(normed.originals(), pair, strict=True):
+                own.copy_(t)
         elif isinstance(module.parametrizations[name], WeightNormOriginals):
             setattr(module, name, weight)
         else:  # torch's own list would leave rows of zeros without a direction
             assign_weight(module.parametrizations[name], weight)
             update_flat_weights(module, name)
-    if kind == TORCH_HOOK:  # else it is that of the last forward until the next one
-        setattr(module, name, hook.compute_weight(module))
+    if normed.kind == TORCH_HOOK:  # else it is that of the last forward until the next one
+        setattr(module, name, normed.norm.compute_weight(module))
     return module
 
 
@@ -166,7 +160,7 @@ class _Layer:
 
     @property
     def g(self) -> Tensor:
-        return self.module.parametrizations[NAME].original0
+        return originals(self.module.parametrizations[NAME])[0]
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The forward hook: initialise, and say what the layer gives now."""
@@ -182,7 +176,7 @@ class _Layer:
 
     def _statistics(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and one by the standard deviation of every channel."""
-        ndim = self.module.parametrizations[NAME].original1.ndim
+        ndim = originals(self.module.parametrizations[NAME])[1].ndim
         channels = t.movedim(1 - ndim, 0).flatten(1) if t.ndim > 1 else t.unsqueeze(1)
         channels = channels.to(accumulation_dtype(t.dtype))
         variance, mean = torch.var_mean(channels, dim=1, correction=0)
@@ -215,20 +209,19 @@ class _Layer:
 def _layers(model: nn.Module, initialised: list[_Layer]) -> list[_Layer]:
     """The layers with weight norm that have one g per output channel."""
     found = []
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)):
-            continue
-        if weight_norm_kind(module, NAME) != OURS or parametrize.is_parametrized(module, "bias"):
-            continue
-        weights = module.parametrizations[NAME]
+    for normed in census(model):
+        module = normed.module
         transposed = isinstance(module, TRANSPOSED)
         if (
-            len(stacked_in(weights)) == 1
-            and type(weights[0]) is WeightNorm
-            and canonical_dim(weights[0].dim, weights.original1.ndim) == int(transposed)
+            normed.name == NAME
+            and normed.kind == OURS
+            and normed.is_exact
+            and isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
+            and not parametrize.is_parametrized(module, "bias")
+            and canonical_dim(normed.norm.dim, normed.originals()[1].ndim) == int(transposed)
             and not (transposed and module.groups > 1)
         ):
-            found.append(_Layer(f"{path}.{NAME}" if path else NAME, module, initialised))
+            found.append(_Layer(normed.path, module, initialised))
     return found
 
 

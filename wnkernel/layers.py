@@ -12,24 +12,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from .aliases import forget_legacy_names, pruned_original
-from .checkpoint import (
-    WeightNormOriginals,
-    legacy_hooks,
-    legacy_keys,
-    register_load_hook,
-    stacked_in,
-    unregister_load_hook,
-)
+from .census import TORCH_HOOK, legacy_hooks, stacked_in, weight_norm_kind
+from .checkpoint import WeightNormOriginals, register_load_hook, unregister_load_hook
+from .keys import legacy_keys
 from .lost_writes import FirstReads, stop_watching
 from .module_class import adopt_class, own_class, share_class
-from .parametrization import (
-    TORCH_HOOK,
-    WeightNorm,
-    WeightNormList,
-    check_module,
-    weight_norm_kind,
-)
-from .problem import check_eps, check_v
+from .norm_module import WeightNorm
+from .parametrization import WeightNormList
+from .problem import check_eps, check_module, check_v
 from .removal import RemovalHook, add_removal_hook, take_removal_hook
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .grouping.slots import ALONE, launch_mode
+from .observers import are_calls_watched, is_followed
 from .parametrization import WeightNormList
 from .streams import is_capturing
 
@@ -97,6 +98,26 @@ def stop_watching(weights: nn.Module) -> None:
         watch.end()
 
 
+def end_watches(lists: Iterable[WeightNormList]) -> None:
+    """End the watches on lists of parametrizations, all or none of them.
+
+    A watch that ends may warn, and warnings may be errors. The first of these is raised when all
+    lost writes have been told, and everybody is watched as before.
+    """
+    watched = [(weights, owner) for weights in lists if (owner := weights.owner) is not None]
+    error: Warning | None = None
+    for _, owner in watched:
+        if not owner.is_group:
+            try:
+                owner.end()
+            except Warning as warning:
+                error = error or warning
+    if error is not None:
+        for weights, owner in watched:
+            weights.owner = owner
+        raise error
+
+
 def forget_writes(weights: nn.Module) -> None:
     """Warn of no write to a weight that was read until now: another one is assigned."""
     if (watch := _watch_on(weights)) is not None:
@@ -128,7 +149,7 @@ def _has_values_now(w: Tensor) -> bool:
     not without memory, which some devices do not show and others may have taken away."""
     return (
         not w.is_meta
-        and launch_mode() != ALONE
+        and not (is_followed() or are_calls_watched())
         and not is_capturing(w.device)
         and torch._C._has_storage(w)
         and w.untyped_storage().nbytes() >= w.nbytes

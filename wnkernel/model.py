@@ -5,41 +5,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
-from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .aliases import answer_to_legacy_names, pruned_original
-from .checkpoint import (
-    legacy_hooks,
-    legacy_keys,
-    own_parametrizations,
-    stacked_in,
-    unregister_load_hook,
-)
-from .checkpoint.loading import G, V, loads_for
-from .grouping import scopes
-from .grouping.batch import sharding_modules
-from .grouping.group import WeightNormGroup
-from .grouping.watches import end_watches
-from .layers import folded_weight, make_ours, make_plain, register, update_flat_weights
-from .module_class import own_class, share_class
-from .parametrization import (
+from .census import (
     OURS,
     TORCH_HOOK,
-    WeightNorm,
-    WeightNormList,
-    check_module,
-    weight_norm_kinds,
+    NormedParameter,
+    census,
+    is_known,
+    legacy_hooks,
+    normed_in,
 )
-from .problem import check
-
-EXACT = (WeightNorm, TorchWeightNorm, LegacyHook)
-"""What is known to compute ``g * v / norm(v)``; subclasses may compute something else."""
+from .checkpoint import unregister_load_hook
+from .checkpoint.loading import loads_for
+from .grouping import scopes
+from .grouping.group import WeightNormGroup
+from .keys import G, V, legacy_keys
+from .layers import folded_weight, make_ours, make_plain, register, update_flat_weights
+from .lost_writes import end_watches
+from .module_class import own_class, share_class
+from .norm_module import WeightNorm
+from .observers import sharding_modules
+from .parametrization import WeightNormList
+from .problem import check, check_module
 
 
 @torch.inference_mode(False)
@@ -66,7 +58,7 @@ def convert(model: nn.Module) -> list[str]:
         ValueError: a weight norm cannot be converted. Nothing has been changed then.
     """
     check_module("model", model)
-    found = [e for e in entries(model) if type(e.norm) in (LegacyHook, TorchWeightNorm)]
+    found = [e for e in census(model) if e.kind != OURS and is_known(e.norm)]
     _check(model, found)
     with _all_or_nothing(e.module for e in found):
         for e in reversed(found):  # each hook's list goes before those that are there
@@ -102,7 +94,7 @@ def fold(model: nn.Module) -> list[str]:
             weight norm raises.
     """
     check_module("model", model)
-    found = _outermost(entries(model))
+    found = _outermost(census(model))
     _check(model, found)
     _refuse_within(
         model,
@@ -116,7 +108,7 @@ def fold(model: nn.Module) -> list[str]:
     for e, source in zip(found, sources, strict=True):
         if source not in plain:
             plain[source] = folded_weight(e.module, e.name)
-    lists = (e.module.parametrizations[e.name] for e in found if e.kind == OURS)
+    lists = (e.weights for e in found if e.kind == OURS)
     end_watches(weights for weights in lists if isinstance(weights, WeightNormList))
     _ungroup(model)
     for e, source in zip(found, sources, strict=True):
@@ -125,62 +117,13 @@ def fold(model: nn.Module) -> list[str]:
     return [e.path for e in found]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A weight-normed parameter of a model."""
-
-    path: str
-    """Its name in the model, such as ``decoder.conv.weight``."""
-    module: nn.Module
-    name: str
-    kind: str
-    """OURS, TORCH or TORCH_HOOK."""
-
-    @property
-    def norm(self) -> nn.Module | LegacyHook:
-        """The parametrization, or the hook."""
-        if self.kind == TORCH_HOOK:
-            return legacy_hooks(self.module)[self.name][1]
-        weights = self.module.parametrizations[self.name]
-        return next(p for p in weights if isinstance(p, (WeightNorm, TorchWeightNorm)))
-
-    def originals(self) -> tuple[Tensor, Tensor]:
-        """``(g, v)``."""
-        if self.kind == TORCH_HOOK:
-            g, v = (getattr(self.module, key) for key in legacy_keys(self.name))
-            return g, v
-        weights = self.module.parametrizations[self.name]
-        return weights.original0, weights.original1
-
-    def source(self) -> Hashable:
-        """What its weight is computed from: the same for two entries that share g and v."""
-        norm = self.norm
-        if self.kind != TORCH_HOOK:
-            weights = self.module.parametrizations[self.name]
-            if len(stacked_in(weights)) > 1 or own_parametrizations(weights):
-                return id(self.module), self.name
-        if type(norm) not in EXACT:
-            return id(self.module), self.name
-        g, v = self.originals()
-        return id(g), id(v), self.kind, norm.dim, getattr(norm, "eps", 0.0)
-
-
-def entries(model: nn.Module) -> list[Entry]:
-    """Every weight-normed parameter of a model, once, in the order of ``named_modules``."""
-    return [
-        Entry(f"{path}.{name}" if path else name, module, name, kind)
-        for path, module in model.named_modules()
-        for name, kind in weight_norm_kinds(module).items()
-    ]
-
-
-def _outermost(found: list[Entry]) -> list[Entry]:
+def _outermost(found: list[NormedParameter]) -> list[NormedParameter]:
     """Those without the weight norms of a g or a v, which go with that of the weight."""
-    lists = {id(e.module.parametrizations[e.name]) for e in found if e.kind != TORCH_HOOK}
+    lists = {id(e.weights) for e in found if e.kind != TORCH_HOOK}
     return [e for e in found if id(e.module) not in lists]
 
 
-def _check(model: nn.Module, found: Iterable[Entry]) -> None:
+def _check(model: nn.Module, found: Iterable[NormedParameter]) -> None:
     """Refuse what can be neither converted nor folded."""
     _refuse_within(
         model,
@@ -197,11 +140,11 @@ def _check(model: nn.Module, found: Iterable[Entry]) -> None:
                         f"without a parameter {key!r}; undo what computes that first, such as "
                         "with prune.remove or nn.utils.remove_spectral_norm",
                     )
-        elif e.module.parametrizations[e.name][0] is not e.norm:
+        elif not e.is_first:
             _refuse(e, "on top of another parametrization")
         elif key := pruned_original(e.module, e.name):
             _refuse(e, f"of which {key!r} is pruned; call torch.nn.utils.prune.remove before")
-        if type(e.norm) in EXACT:
+        if is_known(e.norm):
             g, v = e.originals()
             try:
                 check(v, g, e.norm.dim)
@@ -210,7 +153,7 @@ def _check(model: nn.Module, found: Iterable[Entry]) -> None:
 
 
 def _refuse_within(
-    model: nn.Module, wrappers: tuple[type, ...], found: Iterable[Entry], why: str
+    model: nn.Module, wrappers: tuple[type, ...], found: Iterable[NormedParameter], why: str
 ) -> None:
     units = [m for m in model.modules() if isinstance(m, wrappers)]
     within = {id(m) for unit in units for m in unit.modules()}
@@ -219,7 +162,7 @@ def _refuse_within(
             _refuse(e, why)
 
 
-def _refuse(e: Entry, why: str, cause: Exception | None = None) -> None:
+def _refuse(e: NormedParameter, why: str, cause: Exception | None = None) -> None:
     raise ValueError(
         f"model: expected weight norms that can be computed, got {e.path!r} ({e.kind}), {why}"
     ) from cause
@@ -312,7 +255,7 @@ def _forget_stale_hooks(model: nn.Module) -> None:
     """Drop load hooks of weight norms that are no more. ``remove_parametrizations`` leaves torch's
     behind, which goes on to rename keys that a plain or legacy layer wants as they are."""
     for module in model.modules():
-        live = {name for name, kind in weight_norm_kinds(module).items() if kind != TORCH_HOOK}
+        live = {name for name, e in normed_in(module).items() if e.kind != TORCH_HOOK}
         for wrapped in list(module._load_state_dict_pre_hooks.values()):
             name = loads_for(wrapped.hook)
             if name is not None and name not in live:
@@ -323,6 +266,6 @@ def _ungroup(model: nn.Module) -> None:
     """Remove the groups of a model, and what groups around it know of its inner modules."""
     for module in model.modules():
         container = scopes.container_of(module)
-        if container is not None and container.roster.root() is module:
+        if container is not None and container.is_root():
             WeightNormGroup.of(module).remove()
         scopes.detach(module)

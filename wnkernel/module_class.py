@@ -33,9 +33,10 @@ from .aliases import (
     register_by_legacy_name,
 )
 from .assigning import assign, refuse
-from .checkpoint import WeightNormOriginals, legacy_keys, unregister_load_hook
+from .checkpoint import WeightNormOriginals, unregister_load_hook
 from .checkpoint.loading import loads_for
 from .hook_ids import count_on_from, last_hook_id
+from .keys import legacy_keys
 from .removal import take_removal_hook
 from .write_guards import WRITE_GUARDS
 

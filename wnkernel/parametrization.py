@@ -1,11 +1,11 @@
-"""The parametrization of a weight-normed layer, and which parameters of a module have one."""
+"""The list of parametrizations of a weight-normed layer, and the short way through it."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import torch
-from torch import Tensor, is_inference_mode_enabled, nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -13,11 +13,11 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
-from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
 from . import functional
-from .checkpoint import WeightNormOriginals, legacy_hooks, own_parametrizations, split_weight
-from .problem import WHOLE_TENSOR, int_of
+from .checkpoint import WeightNormOriginals
+from .keys import G, V
+from .norm_module import KnowsSubclasses, WeightNorm
 
 
 class Owner(Protocol):
@@ -34,51 +34,10 @@ class Owner(Protocol):
         """What there is to do before another takes its place."""
 
 
-class WeightNorm(nn.Module):
-    """The parametrization ``(g, v) -> w``: what ``module.parametrizations[name][0]`` is.
-
-    Args:
-        dim: the dimension that keeps its norms apart; ``None`` and -1 mean the whole tensor.
-        eps: lower bound of the norm, see :func:`wnkernel.functional.weight_norm`.
-    """
-
-    def __init__(self, dim: int | None = 0, *, eps: float = 0.0) -> None:
-        super().__init__()
-        self.dim = WHOLE_TENSOR if dim is None else int_of(dim)
-        self.eps = eps
-
-    is_subclass = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.is_subclass = True
-
-    has_eps = True
-    """Whether ``eps`` is not 0. With ``dynamic=True`` torch.compile makes every float that it reads
-    an input of the graph, finds that nobody needs it, and compiles once more."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "eps":
-            self.has_eps = bool(value)
-
-    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        return functional.weight_norm(weight_v, weight_g, self.dim, eps=self.eps)
-
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``(g, v)`` that give ``weight``."""
-        if weight.is_inference() and not is_inference_mode_enabled():
-            weight = weight.clone()  # what an inference tensor is shared with cannot be trained
-        return split_weight(weight, self.dim, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}" + (f", eps={self.eps}" if self.eps else "")
-
-
 _MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 
 
-class WeightNormList(WeightNormOriginals):
+class WeightNormList(WeightNormOriginals, KnowsSubclasses):
     """torch's ``ParametrizationList`` with a short way through when it holds one weight norm.
 
     ``nn.Module.__call__`` and the generic loop over parametrizations cost several times the
@@ -97,19 +56,13 @@ class WeightNormList(WeightNormOriginals):
     casts: bool = False
     """In a group: whether compiled graphs compute the weight in the dtype of autocast."""
 
-    is_subclass = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.is_subclass = True
-
     def __call__(self) -> Tensor:
         parameters = self._parameters
-        has_both = "original0" in parameters and "original1" in parameters
+        has_both = G in parameters and V in parameters
         if is_dynamo_compiling():
             return self._in_graph() if has_both else super().__call__()
         if has_both and self.is_as_made():
-            v, g, norm = parameters["original1"], parameters["original0"], self._modules["0"]
+            v, g, norm = parameters[V], parameters[G], self._modules["0"]
             owner = self.owner  # read once: a first forward in another thread may take it away
             if owner is not None:
                 return owner.read(v, g, norm.dim, norm.eps)
@@ -119,7 +72,7 @@ class WeightNormList(WeightNormOriginals):
     def _in_graph(self) -> Tensor:
         """The same where Dynamo traces it. A graph guards all that is asked here, and takes several
         times as long for the type of a module as for an attribute."""
-        v, g = self._parameters["original1"], self._parameters["original0"]
+        v, g = self._parameters[V], self._parameters[G]
         norm = self._modules.get("0")
         if (
             not isinstance(norm, WeightNorm)
@@ -214,30 +167,3 @@ def _has_that_of_its_class(module: nn.Module) -> bool:
     forward = module.__dict__["forward"]
     own = getattr(forward, "__func__", None) is type(module).forward
     return own and forward.__self__ is module
-
-
-OURS = "wnkernel.weight_norm"
-TORCH = "torch.nn.utils.parametrizations.weight_norm"
-TORCH_HOOK = "torch.nn.utils.weight_norm"
-
-
-def weight_norm_kind(module: nn.Module, name: str) -> str | None:
-    """Which weight norm ``module.<name>`` has: OURS, TORCH, TORCH_HOOK or None."""
-    return weight_norm_kinds(module).get(name)
-
-
-def weight_norm_kinds(module: nn.Module) -> dict[str, str]:
-    """The weight-normed parameters of a module (not of its children), each with its kind."""
-    kinds = dict.fromkeys(legacy_hooks(module), TORCH_HOOK)
-    for name, parametrizations in own_parametrizations(module).items():
-        for p in parametrizations:
-            if isinstance(p, (WeightNorm, TorchWeightNorm)):
-                kinds[name] = OURS if isinstance(p, WeightNorm) else TORCH
-                break
-    return kinds
-
-
-def check_module(argument: str, module: Any) -> None:
-    """Refuse what is no module."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(module).__name__}")

@@ -16,9 +16,9 @@ from torch.nn.utils import weight_norm as torchs_legacy
 
 from . import layers
 from .aliases import answer_to_legacy_names
-from .checkpoint import stacked_in, unregister_load_hook
+from .census import TORCH_HOOK, stacked_in, weight_norm_kind
+from .checkpoint import unregister_load_hook
 from .module_class import own_class, share_class
-from .parametrization import TORCH_HOOK, weight_norm_kind
 
 torchs = parametrizations.weight_norm
 torchs_remove = parametrize.remove_parametrizations

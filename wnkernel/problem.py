@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WHOLE_TENSOR = -1
 """The canonical ``dim`` of one norm over the whole tensor, as in :mod:`torch.nn.utils`."""
@@ -148,6 +148,12 @@ def row_view(v: Tensor, dim: int) -> RowView:
 def version_of(t: Tensor) -> int:
     """Writes so far, as autograd counts them; inference tensors have no counter."""
     return 0 if t.is_inference() else t._version
+
+
+def check_module(argument: str, module: Any) -> None:
+    """Refuse what is no module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
 def check_v(v: Tensor, dim: int | None) -> int:

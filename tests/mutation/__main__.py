@@ -31,7 +31,7 @@ TESTS = {
     "grouping/slots.py": SLOTS,
     **{
         f"checkpoint/{name}.py": KEYS
-        for name in ("layouts", "pairs", "legacy", "normed", "convert", "loading", "accept")
+        for name in ("agreement", "pairs", "legacy", "normed", "convert", "loading", "accept")
     },
 }
 """Modules, and the files of tests that are to find what is wrong with them, quick ones first."""

@@ -1,21 +1,13 @@
-"""Checkpoints: the key layouts of weight norm, loading from all of them, and conversions.
+"""Checkpoints: loading from every key layout of weight norm, and conversions between them.
 
-From the bottom up: ``layouts`` (keys, dims, comparisons), ``pairs`` (g and v of one layer: found,
-checked, loaded), ``legacy`` and ``loading`` (what runs in modules), ``accept`` (the same for models
-that keep torch's weight norm), ``normed`` (what is under weight norm, of a dict or a model),
+From the bottom up: ``agreement`` (whether what a dict says of a weight fits together), ``pairs``
+(g and v of one layer: found, checked, loaded), ``legacy`` and ``loading`` (what runs in modules),
+``accept`` (the same for models that keep torch's weight norm), ``normed`` (the census of a dict),
 ``convert`` (dicts alone).
 """
 
 from .accept import LayoutHandle, accept_any_layout
 from .convert import convert_state_dict
-from .layouts import (
-    legacy_hooks,
-    legacy_keys,
-    own_parametrizations,
-    split_for_torch,
-    split_weight,
-    stacked_in,
-)
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
 
 __all__ = [
@@ -23,12 +15,6 @@ __all__ = [
     "WeightNormOriginals",
     "accept_any_layout",
     "convert_state_dict",
-    "legacy_hooks",
-    "legacy_keys",
-    "own_parametrizations",
     "register_load_hook",
-    "split_for_torch",
-    "split_weight",
-    "stacked_in",
     "unregister_load_hook",
 ]

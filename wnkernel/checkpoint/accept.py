@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
-from .layouts import legacy_hooks, own_parametrizations
+from ..census import TORCH, TORCH_HOOK, NormedParameter, legacy_hooks, normed_in
+from ..problem import check_module
 from .legacy import replace_loading, restore_loading
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
 
@@ -56,25 +56,22 @@ def accept_any_layout(model: nn.Module) -> LayoutHandle:
     Raises:
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     undo = {}
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
+        normed = normed_in(module, path).values()
         if replace_loading(module):
-            undo |= {prefix + name: _accept_legacy(module, name) for name in legacy_hooks(module)}
-        for name in _torch_parametrized(module):
-            undo[prefix + name] = _accept_parametrized(module, name)
+            hooks = [weight for weight in normed if weight.kind == TORCH_HOOK]
+            undo |= {weight.path: _accept_legacy(module, weight.name) for weight in hooks}
+        for weight in normed:
+            if weight.kind == TORCH and _is_of_torch(weight):
+                undo[weight.path] = _accept_parametrized(module, weight.name)
     return LayoutHandle(undo)
 
 
-def _torch_parametrized(module: nn.Module) -> list[str]:
-    return [
-        name
-        for name, weights in own_parametrizations(module).items()
-        if type(weights) is parametrize.ParametrizationList
-        and isinstance(weights[0], TorchWeightNorm)
-    ]
+def _is_of_torch(weight: NormedParameter) -> bool:
+    """Whether torch loads it, with its weight norm first."""
+    return weight.is_first and type(weight.weights) is parametrize.ParametrizationList
 
 
 def _accept_legacy(module: nn.Module, name: str) -> Callable[[], None]:

@@ -12,17 +12,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .. import functional
+from ..keys import FOLDED, LAYOUTS, PARAMETRIZED, weight_keys
 from ..problem import WHOLE_TENSOR, check_eps
-from .layouts import (
-    FOLDED,
-    LAYOUTS,
-    PARAMETRIZED,
-    same_bits,
-    same_up_to_rounding,
-    split_for_torch,
-    split_weight,
-    weight_keys,
-)
+from ..splitting import split_for_torch, split_weight
+from .agreement import contradiction, difference, identity
 from .normed import Like, NormedWeight, find_normed_weights, is_float, weights_of
 
 T = TypeVar("T")
@@ -121,16 +114,13 @@ class _Conversion:
         g_key, v_key = weight.pairs[0]
         g, v = self.state_dict[g_key], self.state_dict[v_key]
         for other in weight.pairs[1:]:
-            self._check_same(weight.pairs[0], other)
+            _refuse(difference(weight.pairs[0], other, self.state_dict))
         for pair in weight.pairs:
             self.changes |= {key: {} for key in pair}
         plain = self.state_dict.get(weight.key)
         if isinstance(plain, Tensor) and plain.is_floating_point() and plain.shape == v.shape:
-            if not same_up_to_rounding(plain, self._fold(g, v, weight)):
-                raise ValueError(
-                    f'state_dict: expected one weight, got "{weight.key}", which is not that of '
-                    f'"{g_key}" and "{v_key}"'
-                )
+            w = self._fold(g, v, weight)
+            _refuse(contradiction(weight.key, plain, w, weight.pairs[0]))
             if self.to == FOLDED:
                 return
             self.changes[weight.key] = {}
@@ -161,7 +151,7 @@ class _Conversion:
             own_v = w if v is plain else _as_in(w, v, w.requires_grad)
             return _as_in(w, g, w.requires_grad), own_v
 
-        key = (_identity(w), split.func, *split.keywords.values())
+        key = (identity(w), split.func, *split.keywords.values())
         g, v = self._once(key, pair)
         new_g, new_v = weight_keys(weight.key, self.to)
         self.changes[weight.key] = {new_g: self._shaped(g, weight.key), new_v: v}
@@ -182,14 +172,6 @@ class _Conversion:
             converted._metadata = copy.deepcopy(metadata)
         return converted
 
-    def _check_same(self, pair: tuple[str, str], other: tuple[str, str]) -> None:
-        for key, other_key in zip(pair, other, strict=True):
-            if not same_bits(self.state_dict[key], self.state_dict[other_key]):
-                raise ValueError(
-                    f'state_dict: expected one g and one v of a weight, got "{key}" and '
-                    f'"{other_key}", which differ'
-                )
-
     def _fold(self, g: Tensor, v: Tensor, weight: NormedWeight) -> Tensor:
         eps = self._eps_of(weight)
 
@@ -200,7 +182,7 @@ class _Conversion:
             w = functional.weight_norm(v.detach(), norms, weight.dim, eps=eps)
             return _as_in(v, w, g.requires_grad or v.requires_grad)
 
-        return self._once((_identity(g), _identity(v), eps), compute)
+        return self._once((identity(g), identity(v), eps), compute)
 
     def _shaped(self, g: Tensor, key: str) -> Tensor:
         """A g of one norm over the whole tensor, which may be 0-dimensional or of shape (1,), as it
@@ -222,12 +204,11 @@ class _Conversion:
         return self.computed[key]
 
 
+def _refuse(wrong: str | None) -> None:
+    if wrong is not None:
+        raise ValueError(f"state_dict: {wrong}")
+
+
 def _as_in(source: Tensor, t: Tensor, requires_grad: bool) -> Tensor:
     """A Parameter where the source was one, as in ``state_dict(keep_vars=True)``."""
     return nn.Parameter(t, requires_grad) if isinstance(source, nn.Parameter) else t
-
-
-def _identity(t: Tensor) -> Any:
-    """The same for tensors that are one in memory: ``state_dict`` detaches tied ones apart."""
-    storage = t.untyped_storage()._cdata
-    return storage, t.storage_offset(), t.shape, t.stride(), t.dtype

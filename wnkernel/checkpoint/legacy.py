@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .. import functional
-from .layouts import legacy_hooks, legacy_keys, split_for_torch
+from ..census import is_known, legacy_hooks
+from ..keys import legacy_keys
+from ..splitting import split_for_torch
 from .pairs import Place, Target, forget, load_weight, source
 
 _BEFORE = "_load_before_any_layout"
@@ -81,7 +83,7 @@ def _places(module: nn.Module, names: tuple[str, str], pair: tuple[Tensor, Tenso
 
 def _target(module: nn.Module, names: tuple[str, str], hook: LegacyHook) -> Target:
     g, v = (getattr(module, name) for name in names)
-    if type(hook) is not LegacyHook:
+    if not is_known(hook):
         return Target(g, v, partial(_refuse, hook), None)
 
     def compose(g: Tensor, v: Tensor) -> Tensor:

@@ -23,17 +23,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
-from .layouts import (
-    legacy_hooks,
-    legacy_keys,
-    own_parametrizations,
-    split_for_torch,
-    stacked_in,
-)
+from ..census import legacy_hooks, originals, own_parametrizations, stacked_in
+from ..keys import G, V, legacy_keys
+from ..splitting import split_for_torch
 from .legacy import restore_loading
 from .pairs import Source, Target, forget, load_weight, source
-
-G, V = "original0", "original1"
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ class WeightNormOriginals(parametrize.ParametrizationList):
     ) -> None:
         """Load g and v, and say so to the lists that compute them, if there are any."""
         compose = self[0].forward if len(stacked_in(self)) == 1 else None
-        target = Target(self.original0, self.original1, self.split, compose)
+        target = Target(*originals(self), self.split, compose)
         load_weight(where, target, partial(_places, self), prefix, local_metadata, error_msgs)
         self._tell_inner(error_msgs)
 
@@ -239,8 +233,9 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
             kind = type(parametrization).__name__
             raise RuntimeError(f"parametrization {kind} does not implement right_inverse.")
     g, v = _split(weights, value)
-    expected, got = weights.original1.shape, v.shape
-    if got != expected or g.numel() != weights.original0.numel():
+    own_g, own_v = originals(weights)
+    expected, got = own_v.shape, v.shape
+    if got != expected or g.numel() != own_g.numel():
         if own_parametrizations(weights):
             raise ValueError(f"v: expected shape {tuple(expected)}, got {tuple(got)}")
         parametrize.ParametrizationList.right_inverse(weights, value)

@@ -9,22 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
-from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
+from ..census import OURS, TORCH_HOOK, census, own_parametrizations
+from ..keys import LAYOUTS, PARAMETRIZED, G, V, weight_keys
 from ..problem import FLOAT_DTYPES
-from .layouts import (
-    LAYOUTS,
-    PARAMETRIZED,
-    infer_dim,
-    legacy_hooks,
-    own_parametrizations,
-    stacked_in,
-    weight_keys,
-)
+from .agreement import half, infer_dim
 
 _PARAMETRIZED_KEY = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)", re.DOTALL)
-_ORIGINAL = re.compile(r"(?:.*\.)?parametrizations\.[^.]+\.original[01]", re.DOTALL)
+ORIGINAL_KEY = re.compile(rf"(?:.*\.)?parametrizations\.[^.]+\.(?:{G}|{V})", re.DOTALL)
+"""The key of a g or a v in the parametrized layout."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +64,16 @@ def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tu
         if isinstance(key, str) and (match := _PARAMETRIZED_KEY.fullmatch(key)):
             below.setdefault(match.groups()[:2], set()).add(match[3])
     # each g and v that is parametrized itself
-    nested = {key for key in map("".join, below) if _ORIGINAL.fullmatch(key)}
+    nested = {key for key in map("".join, below) if ORIGINAL_KEY.fullmatch(key)}
     for (prefix, name), found in below.items():
         if prefix + name in nested:
             continue
         g, v = weight_keys(prefix + name, PARAMETRIZED)
-        if found in ({"original0"}, {"original1"}):
-            present, missing = (g, v) if g in state_dict else (v, g)
-            if missing in nested:
+        if found in ({G}, {V}):
+            if (v if g in state_dict else g) in nested:
                 continue
-            raise ValueError(
-                f'state_dict: expected "{missing}" beside "{present}", got no such key'
-            )
-        if found == {"original0", "original1"} and _fit(state_dict[g], state_dict[v]):
+            raise ValueError(f"state_dict: {half((g, v), state_dict)}")
+        if found == {G, V} and _fit(state_dict[g], state_dict[v]):
             yield prefix + name, (g, v)
 
 
@@ -126,7 +116,7 @@ class Like:
     eps: Mapping[str, float] = field(default_factory=dict)
     """Of those that a module has."""
     others: Collection[str] = ()
-    """The weights that a module computes otherwise than from g and v alone."""
+    """What a module computes otherwise, or from more than a g and a v."""
 
     def check_related(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse a dict of another model, or of the same below another prefix.
@@ -156,32 +146,21 @@ def weights_of(like: nn.Module | Mapping[str, Any] | None) -> Like:
     if not isinstance(like, nn.Module):
         raise TypeError(f"like: expected a module or a dict, got {type(like).__name__}")
     state_dict = like.state_dict()
-    legacy: set[str] = set()
-    torchs: set[str] = set()
-    others: set[str] = set()
-    eps: dict[str, float] = {}
-    for path, module in like.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for name, (_, hook) in legacy_hooks(module).items():
-            (legacy if type(hook) is LegacyHook else others).add(prefix + name)
-        for name, norms in own_parametrizations(module).items():
-            (norm, *stacked), key = stacked_in(norms), prefix + name
-            is_nested = bool(own_parametrizations(norms))  # g or v is parametrized itself
-            if (
-                stacked
-                or is_nested
-                or (isinstance(norm, TorchWeightNorm) and type(norm) is not TorchWeightNorm)
-            ):
-                others.add(key)
-            else:
-                eps[key] = getattr(norm, "eps", 0.0)
-                if isinstance(norm, TorchWeightNorm):
-                    torchs.add(key)
-    known = legacy | {key for key, _ in _parametrized_pairs(state_dict)} - others
-    found = {weight.key: weight for weight in find_normed_weights(state_dict, legacy)}
+    normed = {weight.path: weight for weight in census(like, shared=True)}
+    exact = {key: weight for key, weight in normed.items() if weight.is_exact}
+    hooks = {key for key, weight in exact.items() if weight.kind == TORCH_HOOK}
+    found = {weight.key: weight for weight in find_normed_weights(state_dict, hooks)}
     weights = {
-        key: replace(weight, by_torch=key in torchs | legacy)
-        for key, weight in found.items()
-        if key in known
+        key: replace(found[key], by_torch=weight.kind != OURS)
+        for key, weight in exact.items()
+        if key in found
     }
+    eps = {key: weight.eps for key, weight in exact.items()}
+    others = {*normed, *_parametrized(like)} - exact.keys()
     return Like(state_dict.keys(), weights, eps, others)
+
+
+def _parametrized(model: nn.Module) -> Iterator[str]:
+    """The parametrized tensors of a model, as a plain model names them."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        yield from (f"{path}.{name}" if path else name for name in own_parametrizations(module))

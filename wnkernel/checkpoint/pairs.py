@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..keys import LEGACY, PARAMETRIZED, weight_keys
 from ..observers import is_distributed
-from .layouts import LEGACY, PARAMETRIZED, same_bits, same_up_to_rounding, weight_keys
+from .agreement import Pair, contradiction, difference, half
 
 
 class LayoutError(ValueError):
@@ -44,8 +45,8 @@ class Source:
     state_dict: Mapping[str, Any]
     layer: str
     """How errors call the weight."""
-    pairs: tuple[tuple[str, str], ...]
-    """Keys of g and v, a pair for each layout."""
+    pairs: tuple[Pair, ...]
+    """Those of each layout."""
     plain: str | None = None
     """The key of w."""
 
@@ -61,14 +62,16 @@ def source(state_dict: Mapping[str, Any], prefix: str, name: str, *, legacy: boo
     return Source(state_dict, key, tuple(weight_keys(key, layout) for layout in layouts), key)
 
 
-def choose(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Tensor]:
+def g_and_v(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Tensor]:
     """The g and v to load, of a dict that has any of the keys.
 
     Raises:
         LayoutError: half a pair, wrong shapes or kinds of tensors, spellings that disagree.
     """
     layer, sd, plain = source.layer, source.state_dict, source.plain
-    pairs = [pair for pair in source.pairs if _is_whole(layer, pair, sd)]
+    for pair in source.pairs:
+        _refuse(layer, half(pair, sd))
+    pairs = [pair for pair in source.pairs if pair[0] in sd]
     for pair in pairs:
         _check_pair(layer, pair, sd, target)
     if plain in sd:
@@ -77,40 +80,28 @@ def choose(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Ten
         return _split(layer, plain, sd[plain], target, assign)
     first, *others = pairs
     for other in others:
-        for key, other_key in zip(first, other, strict=True):
-            if not same_bits(sd[key], sd[other_key]):
-                raise LayoutError(
-                    f'{layer}: expected one g and one v, got "{key}" and "{other_key}", which '
-                    "differ"
-                )
+        _refuse(layer, difference(first, other, sd))
     g, v = (sd[key] for key in first)
     if plain in sd:
         try:
-            same = _is_weight_of(sd[plain], g, v, target)
+            wrong = contradiction(plain, sd[plain], _composed(g, v, target), first)
         except Exception as error:
             raise LayoutError(
                 f'{layer}: expected one weight, got "{plain}" beside "{first[0]}" and '
                 f'"{first[1]}", which cannot be computed ({error})'
             ) from error
-        if not same:
-            raise LayoutError(
-                f'{layer}: expected one weight, got "{plain}", which is not that of "{first[0]}" '
-                f'and "{first[1]}"'
-            )
+        _refuse(layer, wrong)
     return g, v
 
 
-def _is_whole(layer: str, pair: tuple[str, str], state_dict: Mapping[str, Any]) -> bool:
-    present = [key for key in pair if key in state_dict]
-    if len(present) == 1:
-        missing = pair[1 - pair.index(present[0])]
-        raise LayoutError(f'{layer}: expected "{missing}" beside "{present[0]}", got no such key')
-    return len(present) == 2
+def _refuse(layer: str, wrong: str | None) -> None:
+    if wrong is not None:
+        raise LayoutError(f"{layer}: {wrong}")
 
 
 def _check_pair(
     layer: str,
-    pair: tuple[str, str],
+    pair: Pair,
     state_dict: Mapping[str, Any],
     target: Target,
 ) -> None:
@@ -178,11 +169,11 @@ def _split(
 
 
 @torch.no_grad()
-def _is_weight_of(weight: Tensor, g: Tensor, v: Tensor, target: Target) -> bool:
+def _composed(g: Tensor, v: Tensor, target: Target) -> Tensor | None:
+    """The plain weight of a g and a v; None where it is not known how it is computed."""
     if target.compose is None:
-        return False
-    w = target.compose(g.to(v.device).reshape(target.g.shape), v)
-    return same_up_to_rounding(weight, w)
+        return None
+    return target.compose(g.to(v.device).reshape(target.g.shape), v)
 
 
 def load_weight(
@@ -197,7 +188,7 @@ def load_weight(
     wrong goes into ``error_msgs``, as with torch."""
     assign = local_metadata.get("assign_to_params_buffers", False)
     try:
-        pair = choose(where, target, assign=assign)
+        pair = g_and_v(where, target, assign=assign)
     except LayoutError as error:
         error_msgs.append(str(error))
     else:

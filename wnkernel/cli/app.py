@@ -29,7 +29,7 @@ from rich.progress import (
 
 from .. import __version__
 from .. import info as facts
-from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED
+from ..keys import FOLDED, LEGACY, PARAMETRIZED
 from . import bench as benchmark
 from . import cases, report
 from . import convert as conversion

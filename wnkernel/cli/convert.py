@@ -10,10 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from . import safetensors_files, shards, torch_files
+from .conversion import Change, Conversion, aliases
 from .errors import CannotWrite, NothingToConvert
 from .flat import Flat
 from .formats import SUFFIXES, Format, format_of, output_format
-from .layouts import Change, Conversion, aliases
 from .output import Advance, Outputs, Writer
 from .safetensors_files import Spec
 from .tree import Tree

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint.layouts import weight_keys
-from .layouts import Conversion, keys_of
+from ..keys import weight_keys
+from .conversion import Conversion, keys_of
 from .safetensors_files import Spec
 from .shards import Shard
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.layouts import PARAMETRIZED, weight_keys
-from .layouts import identity
+from ..checkpoint.agreement import identity
+from ..keys import PARAMETRIZED, weight_keys
 
 STATISTICS = ("running_mean", "running_var")
 """Buffers of torch's norms."""
@@ -123,8 +123,8 @@ class Order:
     def _same(self, key: str) -> object:
         """Equal for keys of tied tensors."""
         t = self._tensors[key]
-        has_address = t.layout == torch.strided and t.numel() and not t.is_meta
-        return identity(t) if has_address else key
+        has_memory = t.layout == torch.strided and t.numel()
+        return identity(t) if has_memory else key
 
     def _after(self, keys: Sequence[str]) -> list[str]:
         """The keys in the order that a model in the new layout has: g and v come behind the last

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..checkpoint.layouts import FOLDED
+from ..keys import FOLDED
+from .conversion import Conversion
 from .errors import BadInput
-from .layouts import Conversion
 from .parameter_order import (
     Doubt,
     Order,

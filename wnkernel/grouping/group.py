@@ -10,15 +10,16 @@ from typing import Any, Literal, NoReturn
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
-from torch.nn.utils import parametrize
 
 from .. import native
-from ..checkpoint import own_parametrizations, stacked_in
-from ..parametrization import OURS, TORCH, TORCH_HOOK, WeightNormList, weight_norm_kinds
+from ..census import OURS, TORCH, TORCH_HOOK, NormedParameter, census, originals, stacked_in
+from ..lost_writes import end_watches
+from ..parametrization import WeightNormList
+from ..problem import check_module
 from . import scopes
 from .members import Container, Member, Roster
-from .optimizers import steps
-from .watches import end_watches
+from .running import steps
+from .threads import new_threads, threads_of
 
 REUSE = ("forward", "version")
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
@@ -41,9 +42,9 @@ class WeightNormGroup:
             TypeError: ``model`` is no module.
             ValueError: it was not passed to :func:`fuse`, and is no copy of such a model.
         """
-        _check_model(model)
+        check_module("model", model)
         container = scopes.container_of(model)
-        if container is None or container.roster.root() is not model:
+        if container is None or not container.is_root():
             raise ValueError(
                 f"model: expected one that fuse() was called with, got {type(model).__name__}"
             )
@@ -65,22 +66,22 @@ class WeightNormGroup:
         forwards to share them. It belongs to the thread: no ``yield`` and no ``await`` in the
         block, or code that runs meanwhile is served from it.
         """
-        container, launches = self._root, self._roster.local.launches
+        container, state = self._root, threads_of(self._roster).current
         if container is None or is_dynamo_compiling():  # removed; graphs have their own launches
             yield
             return
         call = threading.Lock()
         with call:  # let go also if an interrupt comes within close()
             try:
-                launches.enter(container, call)
+                state.enter(container, call)
                 yield
             finally:
-                launches.close(self._roster, call)
+                state.close(self._roster, call)
 
     def refresh(self) -> None:
         """Compute every weight anew at its next read, in all threads."""
         self._roster.latest_refresh = object()
-        self._roster.local.launches.drop()
+        threads_of(self._roster).current.drop()
 
     def memory(self) -> dict[str, int]:
         """What the group holds at this moment.
@@ -90,7 +91,8 @@ class WeightNormGroup:
             ``slot_bytes``: their memory; ``idle_bytes``: memory on the CPU that served results of
             this process before and waits for the next ones (:func:`wnkernel.cpu_buffers`).
         """
-        held = [slot for launches in self._roster.launches() for slot in launches.slots()]
+        states = threads_of(self._roster).registry.states()
+        held = [slot for state in states for slot in state.slots()]
         return {
             "slots": len(held),
             "slot_bytes": sum(slot.nbytes for slot in held),
@@ -138,7 +140,7 @@ class WeightNormGroup:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._root = state["root"]
-        of_nobody = Roster(nn.Module(), "forward", False)  # as after remove()
+        of_nobody = Roster(nn.Module(), "forward", False, new_threads)  # as after remove()
         self._roster = of_nobody if self._root is None else self._root.roster
 
     def __repr__(self) -> str:
@@ -186,7 +188,7 @@ def fuse(
     found = _weights(model)
     end_watches(weights for _, weights, _ in found)
     steps.watch()
-    roster = Roster(model, reuse, autocast)
+    roster = Roster(model, reuse, autocast, new_threads)
     buckets = _buckets([weights for _, weights, _ in found], bucket_cap_mb)
     group = WeightNormGroup(roster)
     try:
@@ -207,13 +209,8 @@ def fuse(
     return group
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-
-
 def _check(model: object, reuse: object, bucket_cap_mb: object, autocast: object) -> None:
-    _check_model(model)
+    check_module("model", model)
     if reuse not in REUSE:
         raise ValueError(f"reuse: expected one of {', '.join(REUSE)}, got {reuse!r}")
     if not isinstance(autocast, bool):
@@ -239,21 +236,23 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
     found = []
     others = set()
     modules = dict(model.named_modules())
-    for path, module in modules.items():
-        for name, kind in weight_norm_kinds(module).items():
-            full_name = f"{path}.{name}" if path else name
-            weights = module.parametrizations[name] if kind == OURS else None
-            if not isinstance(weights, WeightNormList) or _is_computed_otherwise(weights):
-                others.add(kind if weights is None else f"{kind} {_why_not(weights)}")
-                continue
-            if weights.owner is not None and weights.owner.is_group:
-                raise RuntimeError(
-                    f"model: expected layers outside any group, got {full_name!r}, which is in one "
-                    "already; remove() that group first"
-                )
-            parts = path.split(".")
-            around = [modules[".".join(parts[:k])] for k in range(len(parts), 0, -1)]
-            found.append((full_name, weights, [*around, model] if path else [model]))
+    for normed in census(model):
+        if normed.kind != OURS:
+            others.add(normed.kind)
+            continue
+        if why := _why_not(normed):
+            others.add(f"{normed.kind} {why}")
+            continue
+        weights = normed.weights
+        if weights.owner is not None and weights.owner.is_group:
+            raise RuntimeError(
+                f"model: expected layers outside any group, got {normed.path!r}, which is in one "
+                "already; remove() that group first"
+            )
+        path = normed.path.removesuffix(normed.name).removesuffix(".")
+        parts = path.split(".")
+        around = [modules[".".join(parts[:k])] for k in range(len(parts), 0, -1)]
+        found.append((normed.path, weights, [*around, model] if path else [model]))
     if not found:
         got = f"layers with {', '.join(sorted(others))} only" if others else "none"
         hint = (
@@ -263,18 +262,15 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
     return found
 
 
-def _is_computed_otherwise(weights: parametrize.ParametrizationList) -> bool:
-    """Whether a weight is not computed from a g and a v by a weight norm alone."""
-    return len(stacked_in(weights)) > 1 or bool(own_parametrizations(weights))
-
-
-def _why_not(weights: parametrize.ParametrizationList) -> str:
-    """Why a weight norm of this package cannot be in a group."""
-    if len(stacked_in(weights)) > 1:
+def _why_not(normed: NormedParameter) -> str | None:
+    """Why a weight norm of this package cannot be in a group; None: it can."""
+    if len(stacked_in(normed.weights)) > 1:
         return "under other parametrizations"
-    if own_parametrizations(weights):
+    if not normed.is_alone:
         return "on top of other parametrizations"
-    return "registered as a parametrization by hand"
+    if not isinstance(normed.weights, WeightNormList):
+        return "registered as a parametrization by hand"
+    return None
 
 
 def _buckets(weights: list[WeightNormList], cap_mb: float | None) -> list[int]:
@@ -282,7 +278,7 @@ def _buckets(weights: list[WeightNormList], cap_mb: float | None) -> list[int]:
     bucket, filled = 0, 0
     buckets = []
     for entry in reversed(weights):
-        size = entry.original1.numel() * entry.original1.element_size()
+        size = originals(entry)[1].nbytes
         if cap_mb is not None and filled and filled + size > cap_mb * 2**20:
             bucket, filled = bucket + 1, 0
         filled += size

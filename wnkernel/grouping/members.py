@@ -8,32 +8,54 @@ root: deep-copying it copies the group, deep-copying a part of it leaves the par
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..parametrization import WeightNormList, autocast_dtype
-from .launches import Launches
-from .modes import Mode
-
-_Threads = weakref.WeakValueDictionary[int, Launches]
+from .slots import Mode
 
 
-class _ThreadLocal(threading.local):
-    def __init__(self, threads: _Threads) -> None:
-        self.launches = Launches()
-        threads[id(self.launches)] = self.launches
+class ThreadState(Protocol):
+    """What a member asks of the state of its thread (threads.py)."""
+
+    def take(self, member: Member, v: Tensor, g: Tensor) -> Tensor | None:
+        """``w`` of a member, if the thread has it or can compute it with others."""
+
+
+class Registry(Protocol):
+    """What a roster asks of the states of all threads."""
+
+    def forget(self) -> None:
+        """Let go of all that was computed, in every thread."""
+
+
+class Threads(Protocol):
+    """What a roster gets from :func:`wnkernel.fuse`."""
+
+    @property
+    def current(self) -> ThreadState:
+        """The state of the thread that asks."""
+
+    @property
+    def registry(self) -> Registry:
+        """The states of all threads."""
 
 
 class Roster:
     """What the members and containers of one group share."""
 
-    def __init__(self, root: nn.Module | None, reuse: str, autocast: bool) -> None:
+    def __init__(
+        self,
+        root: nn.Module | None,
+        reuse: str,
+        autocast: bool,
+        new_threads: Callable[[], Threads],
+    ) -> None:
         self.reuse = reuse
         self.autocast = autocast
         self.members: list[Callable[[], Member | None]] = []
@@ -41,20 +63,15 @@ class Roster:
         self.latest_refresh = object()
         """Another one whenever all that was computed has to be thrown away."""
         self.removed = False
-        threads: _Threads = weakref.WeakValueDictionary()
-        self._threads = threads
-        self.local = _ThreadLocal(threads)
-        # Not a method of self: no cycle.
-        self.root = _nobody if root is None else weakref.ref(root, lambda _: _forget_all(threads))
-
-    def launches(self) -> list[Launches]:
-        """Those of all threads."""
-        return _living(self._threads)
+        self._new_threads = new_threads
+        self.threads = new_threads()
+        registry = self.threads.registry  # not self: no cycle
+        self.root = _nobody if root is None else weakref.ref(root, lambda _: registry.forget())
 
     def remove(self) -> None:
         """Let nobody open a scope any more, then let go of the slots and scopes of all threads."""
         self.removed = True
-        _forget_all(self._threads)
+        self.threads.registry.forget()
 
     def out_dtype(self, v: Tensor) -> torch.dtype | None:
         """The dtype that ``w`` is computed in; None: v's own."""
@@ -65,7 +82,7 @@ class Roster:
         new_root = copy.deepcopy(root, memo)  # copied already, unless the copy begins here
         if (done := memo.get(id(self))) is not None:
             return done
-        new = memo[id(self)] = Roster(new_root, self.reuse, self.autocast)
+        new = memo[id(self)] = Roster(new_root, self.reuse, self.autocast, self._new_threads)
         new.reserve(len(self.members), len(self.containers))
         return new
 
@@ -102,7 +119,7 @@ class Member:
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """``w``: from the group if it has it or can compute it now, else computed alone."""
-        w = self.roster.local.launches.take(self, v, g)
+        w = self.roster.threads.current.take(self, v, g)
         return self.alone(v, g, dim, eps) if w is None else w
 
     def alone(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
@@ -143,6 +160,11 @@ class Container:
         """The members that its previous forward read."""
         self.index = _enroll(roster.containers, self, index)
 
+    def is_root(self) -> bool:
+        """Whether its module is the one that :func:`wnkernel.fuse` was called with."""
+        module = self.module()
+        return module is not None and self.roster.root() is module
+
     def likely(self, mode: Mode, index: int) -> list[int]:
         """The members that a forward is likely to read: the one at ``index`` and those of the
         previous forward, or all if there was none."""
@@ -154,16 +176,6 @@ class Container:
         if roster is None or module is None:
             return None
         return Container(roster, module, sorted(self.members), self.index)
-
-
-def _forget_all(threads: _Threads) -> None:
-    for launches in _living(threads):
-        launches.forget()
-
-
-def _living(threads: _Threads) -> list[Launches]:
-    """In one step, ``valuerefs``: other threads may come meanwhile."""
-    return [launches for ref in threads.valuerefs() if (launches := ref()) is not None]
 
 
 def _enroll(registry: list[Callable[[], Any]], entry: object, index: int | None) -> int:

@@ -16,7 +16,8 @@ from ..hook_ids import count_on_from, last_hook_id
 from ..parametrization import WeightNormList
 from . import scopes
 from .members import Container, Member, Roster
-from .optimizers import steps
+from .running import steps
+from .threads import new_threads
 
 
 class _PickledMember(NamedTuple):
@@ -46,7 +47,7 @@ def _reduce_member(member: Member) -> tuple[Any, ...]:
 
 def _reduce_container(container: Container) -> tuple[Any, ...]:
     roster, root = container.roster, container.module()
-    if root is None or roster.root() is not root:
+    if root is None or not container.is_root():
         return _nothing, ()
     members = [
         _PickledMember(m.index, weights, m.name, m.bucket, m.modules_around())
@@ -76,7 +77,7 @@ def _restore(container: Container, group: _PickledGroup) -> None:
     """Make a group anew, around the container of its root."""
     count_on_from(group.last_hook)
     modules = {index: module for index, module, _ in group.containers}
-    roster = Roster(modules[group.root], group.reuse, group.autocast)
+    roster = Roster(modules[group.root], group.reuse, group.autocast, new_threads)
     roster.reserve(*group.counts)
     for m in group.members:
         m.weights.owner = Member(roster, m.weights, m.name, m.bucket, m.around, m.index)

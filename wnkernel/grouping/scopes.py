@@ -16,6 +16,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from .members import Container
+from .threads import threads_of
 
 ATTRIBUTE = "_weight_norm_container"
 
@@ -52,7 +53,7 @@ def _enter(module: nn.Module, args: Any) -> None:
         return
     container = container_of(module)
     if container is not None:
-        container.roster.local.launches.enter(container, sys._getframe(1))
+        threads_of(container.roster).current.enter(container, sys._getframe(1))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -60,4 +61,5 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
         return
     container = container_of(module)
     if container is not None:
-        container.roster.local.launches.leave(container.roster, sys._getframe(1))
+        state = threads_of(container.roster).current
+        state.leave(container.roster, sys._getframe(1))

@@ -4,19 +4,24 @@ A slot serves ``w`` as long as nothing shows that it would come out differently 
 and ``w`` itself are the same objects with the same storage, sizes, strides, dtype,
 ``requires_grad`` and version counter. The check is a handful of comparisons, whatever
 the size. csrc/slot.cpp is the twin for installations with ``wnkernel._C``.
+
+What a weight depends on besides its parameters is the mode: each mode has slots of its own.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from .. import native
+from ..backends import choice
+from ..observers import are_calls_watched, is_followed
 from ..problem import version_of
+from ..streams import current_stream, is_capturing
 
 ALONE = -1
 """The launch mode in which every weight is to be computed on its own."""
@@ -78,12 +83,7 @@ def _python_slots(
 
 
 def _python_launch_mode() -> int:
-    if (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or _calls_are_watched()
-    ):
+    if is_followed() or are_calls_watched():
         return ALONE
     mode = 0
     for bit in (
@@ -95,14 +95,6 @@ def _python_launch_mode() -> int:
     return mode
 
 
-def _calls_are_watched() -> bool:
-    """Whether a ``__torch_function__`` mode wants to see every call. The one of
-    ``torch.set_default_device`` does not: it looks at functions that make tensors."""
-    return torch._C._len_torch_function_stack() > 0 and any(
-        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
-    )
-
-
 slots = _python_slots if native.slots is None else native.slots
 """``slots(ws, vs, gs)``: a slot for each weight of a launch."""
 
@@ -111,3 +103,44 @@ launch_mode = _python_launch_mode if native.launch_mode is None else native.laun
 deterministic setting. :data:`ALONE` under function transforms, ``__torch_dispatch__`` modes and
 tracers, whose tensors must not outlive them, and under ``__torch_function__`` modes, which are to
 see every call."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mode:
+    """Equal modes are the same object."""
+
+    flags: int
+    """See :data:`launch_mode`."""
+    backend: str | None
+    """The one that was asked for."""
+    out_dtype: torch.dtype | None
+    """None: that of v."""
+    stream: int
+    """Results are ready in the order of a stream only."""
+    capturing: bool
+    """Whether the stream is being captured into a graph."""
+
+
+@functools.cache
+def _mode(
+    flags: int,
+    backend: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    stream: int = 0,
+    capturing: bool = False,
+) -> Mode:
+    return Mode(flags, backend, out_dtype, stream, capturing)
+
+
+def current_mode(v: Tensor, out_dtype: torch.dtype | None) -> Mode | None:
+    """The mode for v's device; None: results may not outlive what runs now, or cannot be told
+    apart from those of another stream."""
+    flags = launch_mode()
+    if flags == ALONE:
+        return None
+    if v.is_cpu:
+        return _mode(flags, choice.forced, out_dtype)
+    stream = current_stream(v.device)
+    if stream is None:
+        return None
+    return _mode(flags, choice.forced, out_dtype, stream, is_capturing(v.device))

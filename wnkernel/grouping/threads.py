@@ -1,33 +1,45 @@
-"""What one thread has computed of one group, and how long it may serve it.
+"""What one thread has computed of one group, how it computes it, and how long that may serve.
 
 A launch computes many members at once and puts each into a slot. With ``reuse="forward"`` slots
 live until the outermost scope ends; with ``reuse="version"`` until one shows a change, an optimizer
 steps, or someone asks.
 
-Only its own thread changes what is in a :class:`Launches`, at any bytecode of which an interrupt
-may come. Other threads replace its stack and its records by empty ones (:meth:`Launches.forget`),
-so a method reads each of these once.
+Only its own thread changes what is in a :class:`ThreadState`, at any bytecode of which an interrupt
+may come. Other threads replace its stack and its records by empty ones
+(:meth:`ThreadState.forget`), so a method reads each of these once.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+from torch import Tensor, nn
 
+from .. import functional
+from ..keys import G, V
+from ..observers import PLAIN, has_memory, is_forward_ad, sharding_modules
+from ..parametrization import classes_are_as_made
 from ..streams import captured_device
-from . import batch
-from .frames import has_ended
-from .modes import Mode, current_mode
-from .optimizers import steps
-from .slots import PythonSlot
+from .members import Container, Member, Roster
+from .running import has_ended, steps
+from .slots import Mode, PythonSlot, current_mode, slots
 
-if TYPE_CHECKING:
-    from .members import Container, Member, Roster
+
+class Bucket(NamedTuple):
+    """What members of one launch have in common."""
+
+    number: int
+    """Its place among those that ``bucket_cap_mb`` makes."""
+    device: torch.device
+    out_dtype: torch.dtype | None
+    unit: int | None
+    """The module that gathers and frees their parameters as one (FSDP)."""
 
 
 class Scope(NamedTuple):
@@ -48,14 +60,14 @@ class _Record:
     def __init__(self, members: int) -> None:
         self.slots: list[PythonSlot | None] = [None] * members
         """One for each member that was launched, by the member's index."""
-        self.buckets: set[batch.Bucket] = set()
+        self.buckets: set[Bucket] = set()
         """Those that had their launch in the scope that is running."""
         self.missed: set[int] = set()
         """Members that were read in a scope and have no slot, or none any more."""
         self.launchers: set[Container] = set()
 
 
-class Launches:
+class ThreadState:
     """The scopes and the slots of one thread."""
 
     def __init__(self) -> None:
@@ -131,9 +143,9 @@ class Launches:
         self, container: Container, member: Member, mode: Mode, v: Tensor, g: Tensor
     ) -> Tensor | None:
         """Compute a member and all else in its bucket that the container is likely to read."""
-        if not batch.can_be_launched(v, g) or forward_ad._current_level >= 0:
+        if not _can_be_launched(v, g) or is_forward_ad():
             return None
-        bucket = batch.bucket_of(member, v, batch.sharding_modules())
+        bucket = _bucket_of(member, v, sharding_modules())
         if bucket.unit is not None and not self._is_running(bucket.unit):
             return None
         records = self.records
@@ -149,7 +161,7 @@ class Launches:
         if bucket.unit is not None:
             self._units.add(bucket.unit)
         likely = container.likely(mode, member.index)
-        for index, slot in batch.launch(member.roster, likely, bucket, slots):
+        for index, slot in launch(member.roster, likely, bucket, slots):
             slots[index] = slot
         record.launchers.add(container)  # not if it raised: what was read then says nothing
         slot = slots[member.index]
@@ -202,3 +214,109 @@ def _tell_launchers(mode: Mode, record: _Record) -> None:
     record.missed = set()
     for container in record.launchers:
         container.previous[mode] = sorted(read & container.members)
+
+
+def _can_be_launched(v: Tensor | None, g: Tensor | None) -> bool:
+    """Whether v and g are plain tensors with a version counter."""
+    return type(v) in PLAIN and type(g) in PLAIN and not (v.is_inference() or g.is_inference())
+
+
+def _bucket_of(member: Member, v: Tensor, sharding: tuple[type[nn.Module], ...]) -> Bucket:
+    """Where a member belongs at this moment, given :func:`~wnkernel.observers.sharding_modules`."""
+    unit = member.innermost(sharding) if sharding else None
+    return Bucket(member.bucket, v.device, member.roster.out_dtype(v), unit)
+
+
+def launch(
+    roster: Roster, indices: Iterable[int], bucket: Bucket, present: list[PythonSlot | None]
+) -> list[tuple[int, PythonSlot]]:
+    """Compute the members among ``indices`` that belong to a bucket and have no slot that is up to
+    date: one forward launch, one autograd node.
+
+    Returns:
+        Their slots. None at all if a weight has something wrong with it: read alone, it says what.
+    """
+    if not classes_are_as_made():
+        return []
+    sharding = sharding_modules()
+    simple = not (sharding or roster.autocast)
+    chosen, vs, gs, dims, eps = [], [], [], [], []
+    for index in indices:
+        member = roster.members[index]()
+        weights = None if member is None else member.weights()
+        if weights is None or member.bucket != bucket.number or not weights.is_untouched():
+            continue
+        parameters = weights._parameters
+        v, g = parameters.get(V), parameters.get(G)
+        if not _can_be_launched(v, g) or v.device != bucket.device:
+            continue
+        if not simple and _bucket_of(member, v, sharding) != bucket:
+            continue
+        norm, slot = weights._modules["0"], present[index]
+        if slot is not None and slot.is_current(v, g):
+            continue
+        chosen.append(index)
+        vs.append(v)
+        gs.append(g)
+        dims.append(norm.dim)
+        eps.append(norm.eps)
+    try:
+        with _version_counters():
+            ws = functional.weight_norms(vs, gs, dims, eps=eps, out_dtype=bucket.out_dtype)
+    except (TypeError, ValueError):
+        return []
+    except RuntimeError:
+        if all(map(has_memory, (*vs, *gs))):  # no weight's fault: out of memory, say
+            raise
+        return []
+    return list(zip(chosen, slots(list(ws), vs, gs), strict=True))
+
+
+def _version_counters() -> AbstractContextManager[object]:
+    """Results without gradients in inference mode too, but with a version counter: a write to one
+    of them must not go unseen."""
+    if not torch.is_inference_mode_enabled():
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    return stack
+
+
+class Registry:
+    """The states that threads have of one group. It keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self._states: weakref.WeakValueDictionary[int, ThreadState] = weakref.WeakValueDictionary()
+
+    def add(self, state: ThreadState) -> None:
+        """Take in the state of a new thread."""
+        self._states[id(state)] = state
+
+    def states(self) -> list[ThreadState]:
+        """Those of all threads. They are read in one step, since other threads may come."""
+        return [state for ref in self._states.valuerefs() if (state := ref()) is not None]
+
+    def forget(self) -> None:
+        """Close every scope and let go of every slot, in all threads."""
+        for state in self.states():
+            state.forget()
+
+
+class Threads(threading.local):
+    """The state of the thread that asks, and the registry of all of them."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.current = ThreadState()
+        registry.add(self.current)
+
+
+def new_threads() -> Threads:
+    """What a roster is made with."""
+    return Threads(Registry())
+
+
+def threads_of(roster: Roster) -> Threads:
+    """What a roster was made with."""
+    return cast(Threads, roster.threads)

@@ -1,4 +1,4 @@
-"""When torch's optimizers begin and end a step.
+"""What is running: calls that opened something, and steps of torch's optimizers.
 
 torch's fused Adam, SGD and Adagrad write to parameters without a trace in their version counters,
 and so does any optimizer that writes through ``.data``. What they have in common are the hooks
@@ -8,6 +8,7 @@ that ``torch.optim.Optimizer`` runs around every step of every subclass.
 from __future__ import annotations
 
 import sys
+import threading
 from types import FrameType
 
 import torch
@@ -19,7 +20,20 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from .frames import has_ended
+
+def has_ended(call: FrameType | threading.Lock) -> bool:
+    """Whether the call of a frame has returned or raised, or the ``with`` of a lock is over.
+
+    Neither torch's modules nor its optimizers run their hooks after every exception, so what a
+    hook began has to look for itself. A frame that has ended loses its local variables here.
+    """
+    if not isinstance(call, FrameType):
+        return not call.locked()
+    try:
+        call.clear()
+    except RuntimeError:  # refused, as it is being executed
+        return False
+    return True
 
 
 class _Steps:
@@ -30,14 +44,17 @@ class _Steps:
         self._running: dict[FrameType, None] = {}
         """Calls of ``step``, of all threads."""
         self._hooks: list[RemovableHandle] = []
+        self._lock = threading.Lock()
+        """Held while hooks are registered."""
 
     def watch(self) -> None:
         """Begin to look."""
-        if not self._hooks:
-            self._hooks = [
-                register_optimizer_step_pre_hook(self._begin),
-                register_optimizer_step_post_hook(self._end),
-            ]
+        with self._lock:
+            if not self._hooks:
+                self._hooks = [
+                    register_optimizer_step_pre_hook(self._begin),
+                    register_optimizer_step_post_hook(self._end),
+                ]
 
     def running(self) -> bool:
         """Whether an optimizer is within a step: it may write, and run the model, repeatedly."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint import convert_state_dict
-from ..checkpoint.layouts import FOLDED, LEGACY, PARAMETRIZED, weight_keys
-from ..checkpoint.normed import NormedWeight, find_normed_weights
+from ..checkpoint.agreement import identity
+from ..checkpoint.normed import ORIGINAL_KEY, NormedWeight, find_normed_weights
+from ..keys import FOLDED, LEGACY, PARAMETRIZED, weight_keys
+from ..observers import PLAIN
 from ..problem import WHOLE_TENSOR
 from .errors import BadInput
 
 _HALF = re.compile(r"(?:.*\.)?weight[^.]*_([gv])")
-_G_OR_V = re.compile(rf"{_HALF.pattern}|(?:.*\.)?parametrizations\.[^.]+\.original[01]", re.DOTALL)
+_G_OR_V = re.compile(f"{_HALF.pattern}|{ORIGINAL_KEY.pattern}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Conversion:
         """Keys that may be one half of a legacy pair, without the other."""
         self._eps = eps
         self._aliases = aliases
-        self._folded: dict[tuple[object, ...], Tensor] = {}
+        self._folded: dict[Hashable, Tensor] = {}
 
     def again(self) -> Conversion:
         """The same anew."""
@@ -130,7 +132,7 @@ def _other_kind(t: Tensor) -> str | None:
         return f"a {t.layout} one"
     if t.is_quantized:
         return f"a quantized one ({t.dtype})"
-    return None if type(t) in (Tensor, nn.Parameter) else f"a {type(t).__name__}"
+    return None if type(t) in PLAIN else f"a {type(t).__name__}"
 
 
 def keys_of(weight: NormedWeight, state_dict: Mapping[str, Any]) -> list[str]:
@@ -155,13 +157,8 @@ def _halves(state_dict: Mapping[str, Any]) -> list[str]:
 
 def aliases(state_dict: Mapping[str, Tensor]) -> list[list[str]]:
     """Keys that hold one tensor."""
-    same: dict[tuple[object, ...], list[str]] = {}
+    same: dict[Hashable, list[str]] = {}
     for key, t in state_dict.items():
         if t.numel():
             same.setdefault(identity(t), []).append(key)
     return [keys for keys in same.values() if len(keys) > 1]
-
-
-def identity(t: Tensor) -> tuple[object, ...]:
-    """The same for tensors that are one in memory."""
-    return t.data_ptr(), t.shape, t.stride(), t.dtype

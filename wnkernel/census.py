@@ -1,0 +1,167 @@
+"""The census: which weights of a model are normed, by which kind of weight norm, and how exactly.
+
+=====================================================  ==========================================
+kind                                                   what computes the weight
+=====================================================  ==========================================
+``OURS``, of :func:`wnkernel.weight_norm`              a parametrization of this package
+``TORCH``, of ``torch.nn.utils.parametrizations``      a parametrization of torch
+``TORCH_HOOK``, of ``torch.nn.utils.weight_norm``      a hook that runs before each forward (legacy)
+=====================================================  ==========================================
+
+A subclass of one of the three counts as of its kind, but may compute another weight. What is known
+to be ``g * v / norm(v)`` of its g and v, and of nothing else, is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
+
+from .keys import G, V, legacy_keys
+from .norm_module import WeightNorm
+from .removal import RemovalHook
+
+OURS = "wnkernel.weight_norm"
+TORCH = "torch.nn.utils.parametrizations.weight_norm"
+TORCH_HOOK = "torch.nn.utils.weight_norm"
+
+
+@dataclass(frozen=True)
+class NormedParameter:
+    """A weight-normed parameter of a model."""
+
+    path: str
+    """Its name in the model, such as ``decoder.conv.weight``."""
+    module: nn.Module
+    name: str
+    """Its name in the module."""
+    kind: str
+    """OURS, TORCH or TORCH_HOOK."""
+    norm: nn.Module | LegacyHook
+    """The parametrization, or the hook."""
+
+    @property
+    def weights(self) -> parametrize.ParametrizationList:
+        """The list of parametrizations; there is none of a hook."""
+        return self.module.parametrizations[self.name]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the weight norm is computed before whatever else is in the list."""
+        return self.kind == TORCH_HOOK or stacked_in(self.weights)[0] is self.norm
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing else is computed on the way from g and v to the weight."""
+        return self.kind == TORCH_HOOK or is_alone(self.weights)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the weight is known to be ``g * v / norm(v)`` of its g and v."""
+        return is_known(self.norm) and self.is_alone
+
+    @property
+    def eps(self) -> float:
+        """The lower bound of the norms; torch's kinds have none."""
+        return getattr(self.norm, "eps", 0.0)
+
+    def originals(self) -> tuple[Tensor, Tensor]:
+        """``(g, v)``."""
+        if self.kind == TORCH_HOOK:
+            g, v = (getattr(self.module, key) for key in legacy_keys(self.name))
+            return g, v
+        return originals(self.weights)
+
+    def source(self) -> Hashable:
+        """What the weight is computed from: the same for two that share g and v."""
+        if not self.is_exact:
+            return id(self.module), self.name
+        g, v = self.originals()
+        return id(g), id(v), self.kind, self.norm.dim, self.eps
+
+
+def census(model: nn.Module, *, shared: bool = False) -> list[NormedParameter]:
+    """Every weight-normed parameter of a model, in the order of ``named_modules``.
+
+    Args:
+        model: any module; everything beneath it is looked at.
+        shared: whether a module that the model has under several names counts under each of them.
+    """
+    return [
+        normed
+        for path, module in model.named_modules(remove_duplicate=not shared)
+        for normed in normed_in(module, path).values()
+    ]
+
+
+def normed_in(module: nn.Module, path: str = "") -> dict[str, NormedParameter]:
+    """The weight-normed parameters of a module, and not of its children, by their names in it.
+
+    Args:
+        module: any module.
+        path: its own name in the model.
+    """
+    prefix = f"{path}." if path else ""
+    found: dict[str, NormedParameter] = {}
+
+    def add(name: str, kind: str, norm: nn.Module | LegacyHook) -> None:
+        found[name] = NormedParameter(prefix + name, module, name, kind, norm)
+
+    for name, (_, hook) in legacy_hooks(module).items():
+        add(name, TORCH_HOOK, hook)
+    for name, weights in own_parametrizations(module).items():
+        for norm in stacked_in(weights):
+            if isinstance(norm, (WeightNorm, TorchWeightNorm)):
+                add(name, OURS if isinstance(norm, WeightNorm) else TORCH, norm)
+                break
+    return found
+
+
+def weight_norm_kind(module: nn.Module, name: str) -> str | None:
+    """Which weight norm ``module.<name>`` has: OURS, TORCH, TORCH_HOOK or None."""
+    normed = normed_in(module).get(name)
+    return None if normed is None else normed.kind
+
+
+def is_known(norm: nn.Module | LegacyHook) -> bool:
+    """Whether a weight norm computes ``g * v / norm(v)``. Subclasses may compute something else."""
+    return type(norm) in (WeightNorm, TorchWeightNorm, LegacyHook)
+
+
+def is_alone(weights: parametrize.ParametrizationList) -> bool:
+    """Whether a list has one parametrization, whose g and v are not parametrized themselves."""
+    return len(stacked_in(weights)) == 1 and not own_parametrizations(weights)
+
+
+def originals(weights: parametrize.ParametrizationList) -> tuple[Tensor, Tensor]:
+    """``(g, v)`` of a list."""
+    return getattr(weights, G), getattr(weights, V)
+
+
+def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
+    """torch's legacy weight norms of a module: the names of the parameters, and for each the hook
+    after its key among the hooks."""
+    return {
+        hook.name: (key, hook)
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, LegacyHook) and type(hook) is not RemovalHook
+    }
+
+
+def own_parametrizations(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrizations of a module itself, by the names of the parameters. Wrappers (that of
+    ``torch.compile``, PEFT's, FSDP's) answer for the module that they hold when they are asked
+    for ``parametrizations``, and have none."""
+    lists = module._modules.get("parametrizations")
+    return dict(lists.items()) if isinstance(lists, nn.ModuleDict) else {}
+
+
+def stacked_in(weights: parametrize.ParametrizationList) -> list[nn.Module]:
+    """The parametrizations of a list, in the order in which they are computed. ``len`` and ``iter``
+    count ``weights.parametrizations`` too, which is there where g or v is parametrized itself."""
+    return [module for key, module in weights._modules.items() if key.isdigit()]

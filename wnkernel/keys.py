@@ -1,0 +1,37 @@
+"""The names of g and v: in state dicts, in modules and in lists of parametrizations.
+
+======================  =====================================  ==========================
+layout                  g                                      v
+======================  =====================================  ==========================
+parametrized (new)      ``parametrizations.<name>.original0``  ``....<name>.original1``
+legacy                  ``<name>_g``                           ``<name>_v``
+folded (plain)          none: ``<name>`` holds ``w``
+======================  =====================================  ==========================
+"""
+
+from __future__ import annotations
+
+G, V = "original0", "original1"
+"""Of g and v in a ``ParametrizationList``."""
+
+PARAMETRIZED, LEGACY, FOLDED = "parametrized", "legacy", "folded"
+LAYOUTS = (PARAMETRIZED, LEGACY, FOLDED)
+
+
+def parametrized_keys(name: str) -> tuple[str, str]:
+    """Keys of g and v, below the layer's prefix, in the parametrized layout."""
+    return f"parametrizations.{name}.{G}", f"parametrizations.{name}.{V}"
+
+
+def legacy_keys(name: str) -> tuple[str, str]:
+    """Keys of g and v, below the layer's prefix, in the legacy layout."""
+    return f"{name}_g", f"{name}_v"
+
+
+def weight_keys(key: str, layout: str) -> tuple[str, ...]:
+    """The keys in a layout (of g and v, if it has them) of the weight that is ``key`` if folded."""
+    if layout == FOLDED:
+        return (key,)
+    prefix, dot, name = key.rpartition(".")
+    names = parametrized_keys(name) if layout == PARAMETRIZED else legacy_keys(name)
+    return prefix + dot + names[0], prefix + dot + names[1]
