@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import wnkernel
-from wnkernel.model import entries
+from wnkernel.census import census
 
 from . import small_models
 from .small_models import all_models
@@ -36,7 +36,7 @@ def ids(tensors: list[Tensor]) -> list[int]:
 def test_names_find_g_and_nothing_else(name: str, kind: str) -> None:
     """Before a conversion and after it: the same tensors."""
     model = small_models.build(name, kind)
-    expected = ids([e.originals()[0] for e in entries(model)])
+    expected = ids([e.originals()[0] for e in census(model)])
     assert ids(by_name(model)[0]) == expected
     wnkernel.convert(model)
     assert ids(by_name(model)[0]) == expected
