@@ -22,6 +22,7 @@ OUTSIDE = {
 
 LINK = re.compile(r"(!?)\[([^\]]+)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
 ROLE = re.compile(r":(?:func|class|meth|math):`~?([^`]*)`")
+TABLE = re.compile(r"^=[= ]+\n(?:.*\n)+?=[= ]+\n(?:.*\n)+?=[= ]+$", re.M)
 LATEX = {
     r"\\frac\{v\}\{(.*)\}": r"v / \1",
     r"\\[lr]Vert( v)?": r"‖\1",
@@ -32,7 +33,7 @@ LATEX = {
     r"\\sigma": "\N{GREEK SMALL LETTER SIGMA}",
     r"\\mu": "μ",
     r"\\cdot": "·",
-    r" ?\\(,|qquad)": "",
+    r" ?\\(,|qquad)|_2": "",
 }
 
 
@@ -79,9 +80,20 @@ class Docstrings(griffe.Extension):
 
 
 def _markdown(text: str) -> str:
+    text = TABLE.sub(_table, text)
     text = re.sub(r"^\.\. math:: (.*)$", lambda found: f"    {_plain(found[1])}", text, flags=re.M)
     text = re.sub(r"^::\n", "", text, flags=re.M).replace("::\n", ":\n")
+    text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.html)", text)
+    text = re.sub(r":\w+:`(wnkernel[^`]*)`", r"[`\1`][\1]", text)
     return ROLE.sub(lambda found: f"`{_plain(found[1])}`", text)
+
+
+def _table(found: re.Match[str]) -> str:
+    header, *rows = (
+        re.split(r"\s{2,}", line) for line in found[0].splitlines() if not line.startswith("=")
+    )
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _plain(formula: str) -> str:
