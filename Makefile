@@ -11,6 +11,7 @@
 # make audit : known weaknesses of what the package and its extras take, in this environment; fails
 #   where they cannot be looked up.
 # make wheel : builds one and tries it in a fresh environment.
+# make docs : builds the site of the documentation into build/site, and takes no warning.
 # make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
@@ -33,7 +34,7 @@ STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
 CPP := $(shell find csrc tests/simt tests/cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build bench test test-matrix test-oldest sanitize coverage mutants fuzz audit wheel gpu-check \
-  cuda-build-check lint format clean
+  cuda-build-check docs lint format clean
 
 # torch first: the compiled module is built against the one that is there. Of the models that tests
 # build, two come from packages whose dependencies they do not need, torchaudio among them.
@@ -42,7 +43,7 @@ $(STAMP): pyproject.toml
 	$(if $(BIN),$(PYTHON) -m venv $(VENV))
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
 	$(PIP) install -q 'setuptools>=77' ninja pybind11
-	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[audit,bench,coverage,lint,matrix,test]'
+	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[audit,bench,coverage,docs,lint,matrix,test]'
 	$(PIP) install -q --no-deps encodec einops ChatTTS
 	@touch $@
 
@@ -97,6 +98,9 @@ cuda-build-check:
 	WNKERNEL_BUILD=cuda $(CUDA_VENV)/bin/python setup.py -q build --build-base build/cuda \
 	  --build-lib build/cuda/lib
 	cd build/cuda/lib && $(abspath $(CUDA_VENV))/bin/python - < $(CURDIR)/tests/cuda_build_check.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

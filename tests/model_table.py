@@ -184,23 +184,23 @@ def page(cells: Callable[[str, str], str]) -> str:
 
 _BEFORE = """# Your model
 
-Published models that were tried, built with torch's legacy weight norm and few channels, on a CPU.
+These published models were tried on a CPU, built with few channels and torch's legacy weight norm.
 Every cell is a test (`tests/test_model_table.py`); `python -m tests.model_table` writes this page.
 """
 _AFTER = f"""
-- "its own remover": the model's `remove_weight_norm()` after `wnkernel.convert(model)`, with
-  nothing patched. "{BROKEN}": VITS's raises with torch's weight norm too.
-- "`torch.compile`": the same outputs. A model that breaks its own graphs breaks them here as well,
-  and then weight norm adds to them: a layer that is called between two breaks is compiled alone,
-  once for each class that it has. Layers of a kind share one, with weight norm or without.
-  VitsModel becomes 10 graphs converted and 7 folded (`python -m tests.model_table VitsModel`,
-  torch 2.13.0). Fold what is compiled to serve.
-- "`torch.export`": of the model as it is, unfolded. "{NEITHER}": the model's own code, also without
-  any weight norm. ONNX, AOTInductor and TorchScript start from the same formula
-  ([export.md](export.md)).
+- "its own remover": what the model's `remove_weight_norm()` does after `wnkernel.convert(model)`,
+  with nothing patched. "{BROKEN}": that of VITS raises with torch's weight norm too.
+- "`torch.compile`": the compiled model has the same outputs. Where a model's own code breaks the
+  graph, weight norm adds more pieces: a layer that is called between two breaks is compiled alone,
+  once for each class. Layers of a kind share a class, with weight norm or without. VitsModel
+  becomes 10 graphs converted and 7 folded (`python -m tests.model_table VitsModel`, torch 2.13.0).
+  So fold a model before you compile it to serve.
+- "`torch.export`": the model was exported as it is, unfolded. "{NEITHER}": the model's own code
+  cannot be exported, not even without weight norm. ONNX, AOTInductor and TorchScript start from the
+  same formula ([export.md](export.md)).
 
-ChatTTS's heads are in `tests/test_checkpoint_models.py`: they load whichever keys a file has. Other
-packages call the same two functions of torch: `wnkernel.convert(model)` says what it found.
+The heads of ChatTTS load whichever keys a file has (`tests/test_checkpoint_models.py`). Other
+packages call the same two functions of torch: `wnkernel.convert(model)` returns what it found.
 """
 
 if __name__ == "__main__":

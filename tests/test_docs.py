@@ -18,17 +18,28 @@ PAGES = sorted(
     page.relative_to(ROOT).as_posix() for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 )
 EXAMPLES = {
-    "README.md": 2,
+    "README.md": 3,
     "docs/checkpoints.md": 5,
     "docs/convert.md": 2,
     "docs/export.md": 2,
+    "docs/faq.md": 11,
     "docs/fuse.md": 2,
+    "docs/migration.md": 1,
     "docs/plain_weights.md": 1,
-    "docs/recipes.md": 8,
+    "docs/recipes.md": 7,
+    "docs/serving.md": 1,
 }
 """How many examples in Python a page has."""
 
 GIVEN = {
+    "README.md": """
+import torch
+old, new = torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm
+model = torch.nn.Sequential(old(torch.nn.Conv1d(4, 8, 3)), new(torch.nn.Conv1d(8, 1, 3)))
+checkpoint = torch.nn.Sequential(new(torch.nn.Linear(4, 2))).state_dict()
+vocoder = torch.nn.Sequential(old(torch.nn.Linear(4, 2)))
+generator = torch.nn.Sequential(old(torch.nn.Linear(4, 2)), new(torch.nn.Linear(2, 2)))
+""",
     "docs/fuse.md": """
 import torch, wnkernel
 from torch import nn
@@ -47,6 +58,12 @@ def train(model):
     optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
     model(torch.randn(2, 4, 9)).sum().backward()
     optimizer.step()
+""",
+    "docs/serving.md": """
+import torch, wnkernel
+from torch import nn
+old = nn.utils.weight_norm
+model = nn.Sequential(wnkernel.weight_norm(nn.Conv1d(4, 8, 3)), old(nn.Conv1d(8, 1, 3)))
 """,
 }
 """What the reader of a page has: names that its examples use and do not define."""
@@ -83,7 +100,7 @@ def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def table_of_the_api() -> str:
-    return text_of("README.md").partition("\n## API\n")[2].partition("\n## ")[0]
+    return text_of("docs/api.md").partition("\n## At a glance\n")[2].partition("\n## ")[0]
 
 
 def test_the_table_of_the_api_has_every_public_name() -> None:
@@ -97,8 +114,31 @@ def test_the_table_of_the_api_has_the_parameters() -> None:
         for part in name.split("."):
             function = getattr(function, part)
         shown = [p.partition("=")[0].strip() for p in parameters.split(",") if p.strip(" *")]
-        if name != "use_backend":  # shown with the choices that it has
-            assert shown == list(inspect.signature(function).parameters), name
+        assert shown == list(inspect.signature(function).parameters), name
+
+
+def test_every_public_name_is_described() -> None:
+    """The site makes these parts of the page from the docstrings."""
+    described = re.findall(r"^::: wnkernel\.([\w.]+)$", text_of("docs/api.md"), re.MULTILINE)
+    functions = ["weight_norm", "weight_norms", "norm_except_dim"]
+    expected = set(wnkernel.__all__) - {"__version__", "functional"}
+    assert sorted(described) == sorted(expected | {f"functional.{name}" for name in functions})
+
+
+def pages_in(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [
+        page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages_in(part)
+    ]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    yaml = pytest.importorskip("yaml", reason="reading mkdocs.yml needs PyYAML")
+    nav = text_of("mkdocs.yml").partition("\nnav:\n")[2]
+    shown = pages_in(yaml.safe_load(nav))
+    outside = {"index.md", "changelog.md", "contributing.md", "security.md"}
+    assert sorted(shown) == sorted({p.name for p in ROOT.glob("docs/*.md")} | outside)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,5 +1,5 @@
 """A decoder that is called again and again for every chunk of audio: how often its weights are
-computed, in each of the ways of docs/recipes.md, and that the audio is the same."""
+computed, in each of the ways of docs/serving.md, and that the audio is the same."""
 
 from __future__ import annotations
 
