@@ -101,6 +101,7 @@ cuda-build-check:
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(BIN)clang-format --dry-run --Werror $(CPP)
 
 format: $(STAMP)
