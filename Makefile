@@ -105,6 +105,7 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(BIN)clang-format --dry-run --Werror $(CPP)
 
 format: $(STAMP)

@@ -60,7 +60,8 @@ class _Forward(Function):
         return tuple(w)
 
     @staticmethod
-    def backward(ctx: Any, *grad_ws: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_ws: Sequence[Any] = grads
         n, need = len(grad_ws), ctx.needs_input_grad
         need_v, need_g = need[2 : 2 + n], need[2 + n :]
         live = [k for k in range(n) if grad_ws[k] is not None and (need_v[k] or need_g[k])]
@@ -70,8 +71,9 @@ class _Forward(Function):
         if len(live) < n:
             problems = problems.at(live)
             columns = norms, grad_ws, need_v, need_g, versions[:n], versions[n:]
-            columns = ([column[k] for k in live] for column in columns)
-            norms, grad_ws, need_v, need_g, of_v, of_g = columns
+            norms, grad_ws, need_v, need_g, of_v, of_g = (
+                [column[k] for k in live] for column in columns
+            )
             versions = of_v + of_g
         inputs = *problems.v, *problems.g
         if any(t.layout != torch.strided for t in grad_ws):  # of an embedding, say

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -13,22 +13,40 @@ from ._versions import limits
 from .backends import BACKENDS, choice
 
 
-def info() -> dict[str, Any]:
-    """Versions, the compiled module and every backend, as plain JSON types.
+class Info(TypedDict):
+    """What :func:`info` returns."""
 
-    Returns:
-        ``wnkernel``, ``torch``, ``python``, ``platform``: versions. ``limits``: what this torch
-        cannot do. ``compiled``: what the compiled module was built with (torch, compiler, devices),
-        the instruction set in use; or None. ``load_error``: why it is not loaded, empty when it is.
-        ``backends``: for every backend, in the order of the automatic choice, the reasons why it
-        cannot run here (empty: it can).
-        ``cpu``: bytes of the caches (``l1d``, ``l2``, ``l3``: what a thread may count on) and of a
-        ``page``, and the ``sources`` of these facts; None without the compiled module.
-        ``cpu_buffers``: bytes that results on the CPU use and hold.
-        ``triton``: variants of the Triton kernels that this process has launched, and how many one
-        combination of dtypes can come to; None where they cannot run.
-        ``forced_backend``: the one asked for on this thread, or ``None``.
-    """
+    wnkernel: str
+    torch: str
+    python: str
+    platform: str
+    limits: list[str]
+    """What this torch cannot do."""
+    threads: int
+    """How many threads of the CPU torch uses."""
+    compiled: dict[str, Any] | None
+    """What the compiled module was built with (torch, compiler, devices), the instruction set in
+    use; or None."""
+    load_error: str
+    """Why the compiled module is not loaded; empty when it is."""
+    backends: dict[str, list[str]]
+    """For every backend, in the order of the automatic choice, the reasons why it cannot run here
+    (empty: it can)."""
+    cpu: dict[str, Any] | None
+    """Bytes of the caches (``l1d``, ``l2``, ``l3``: what a thread may count on) and of a ``page``,
+    and the ``sources`` of these facts; None without the compiled module."""
+    cpu_buffers: dict[str, int]
+    """Bytes that results on the CPU use and hold."""
+    triton: dict[str, int] | None
+    """Variants of the Triton kernels that this process has launched, and how many one combination
+    of dtypes can come to; None where they cannot run."""
+    forced_backend: str | None
+    """The one asked for on this thread, or None."""
+
+
+def info() -> Info:
+    """Versions, the compiled module and every backend, as plain JSON types (:class:`Info`)."""
+    triton: Any = BACKENDS["triton"]
     return {
         "wnkernel": __version__,
         "torch": torch.__version__,
@@ -41,6 +59,6 @@ def info() -> dict[str, Any]:
         "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
         "cpu": native.MACHINE or None,
         "cpu_buffers": native.cpu_buffers(),
-        "triton": BACKENDS["triton"].variants(),
+        "triton": triton.variants(),
         "forced_backend": choice.forced,
     }

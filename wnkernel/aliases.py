@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .census import parametrizations_of
 from .keys import G, V, legacy_keys
 
 PRUNED = "_orig"
@@ -34,7 +35,7 @@ class LegacyName(property):
         """The list that the original is in; None once the weight norm is gone."""
         if not parametrize.is_parametrized(module, self.name):
             return None
-        return module.parametrizations[self.name]
+        return parametrizations_of(module, self.name)
 
     def _get(self, module: nn.Module) -> Tensor:
         weights = self.weights(module)
@@ -100,15 +101,13 @@ def register_by_legacy_name(module: nn.Module, key: str, parameter: nn.Parameter
     """
     alias = _alias(module, key)
     if alias is not None and alias.weights(module) is not None:
-        alias.fset(module, parameter)
+        alias._set(module, parameter)
         return True
     pruned = _alias(module, key.removesuffix(PRUNED)) if key.endswith(PRUNED) else None
-    weights = None if pruned is None else pruned.weights(module)
-    if (
-        weights is not None
-        and parameter is not None
-        and weights._parameters.get(pruned.original) is parameter
-    ):
+    if pruned is None or parameter is None:
+        return False
+    weights = pruned.weights(module)
+    if weights is not None and weights._parameters.get(pruned.original) is parameter:
         # Pruning keeps the parameter under another name, deletes this entry of the module's own
         # parameters, and assigns a masked tensor to the legacy name before every forward.
         module._parameters[pruned.key] = weights._parameters.pop(pruned.original)

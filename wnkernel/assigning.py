@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .census import originals, stacked_in
+from .census import originals, parametrizations_of, stacked_in
 from .checkpoint import WeightNormOriginals
 from .lost_writes import forget_writes
 
@@ -16,7 +16,7 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
     """What ``module.weight = value`` means: g and v that give this weight. They stay the Parameters
     that they are, so optimizers go on. A frozen Parameter freezes them, and one that is not frozen
     lets them be trained if both were frozen. Another shape is taken, as by a plain layer."""
-    weights = module.parametrizations[name]
+    weights = parametrizations_of(module, name)
     if not isinstance(weights, WeightNormOriginals):  # spectral norm alone, say
         weights.right_inverse(value)
         return
@@ -32,7 +32,7 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
         )
     value_is_kept = value.shape != v.shape  # as v, see assign_weight
     w = value.detach()
-    if value_is_kept or torch._C._is_alias_of(w, v):
+    if value_is_kept or torch._C._is_alias_of(w, v):  # type: ignore[attr-defined]  # no stub has it
         w = w.clone()
     weights.right_inverse(w)
     forget_writes(weights)

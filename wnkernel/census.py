@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -30,6 +31,9 @@ OURS = "wnkernel.weight_norm"
 TORCH = "torch.nn.utils.parametrizations.weight_norm"
 TORCH_HOOK = "torch.nn.utils.weight_norm"
 
+Norm = WeightNorm | TorchWeightNorm | LegacyHook
+"""What computes a weight, of each kind."""
+
 
 @dataclass(frozen=True)
 class NormedParameter:
@@ -42,13 +46,13 @@ class NormedParameter:
     """Its name in the module."""
     kind: str
     """OURS, TORCH or TORCH_HOOK."""
-    norm: nn.Module | LegacyHook
+    norm: Norm
     """The parametrization, or the hook."""
 
     @property
     def weights(self) -> parametrize.ParametrizationList:
         """The list of parametrizations; there is none of a hook."""
-        return self.module.parametrizations[self.name]
+        return parametrizations_of(self.module, self.name)
 
     @property
     def is_first(self) -> bool:
@@ -109,7 +113,7 @@ def normed_in(module: nn.Module, path: str = "") -> dict[str, NormedParameter]:
     prefix = f"{path}." if path else ""
     found: dict[str, NormedParameter] = {}
 
-    def add(name: str, kind: str, norm: nn.Module | LegacyHook) -> None:
+    def add(name: str, kind: str, norm: Norm) -> None:
         found[name] = NormedParameter(prefix + name, module, name, kind, norm)
 
     for name, (_, hook) in legacy_hooks(module).items():
@@ -153,12 +157,21 @@ def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
     }
 
 
+def parametrizations_of(module: nn.Module, name: str) -> parametrize.ParametrizationList:
+    """``module.parametrizations[name]``, which is a tensor or any module to a type checker."""
+    lists: Any = module.parametrizations
+    return lists[name]
+
+
 def own_parametrizations(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """The parametrizations of a module itself, by the names of the parameters. Wrappers (that of
     ``torch.compile``, PEFT's, FSDP's) answer for the module that they hold when they are asked
     for ``parametrizations``, and have none."""
     lists = module._modules.get("parametrizations")
-    return dict(lists.items()) if isinstance(lists, nn.ModuleDict) else {}
+    if not isinstance(lists, nn.ModuleDict):
+        return {}
+    found: dict[str, Any] = lists._modules
+    return dict(found)
 
 
 def stacked_in(weights: parametrize.ParametrizationList) -> list[nn.Module]:

@@ -180,9 +180,10 @@ def _can_be_moved(node: fx.Node) -> bool:
     target = node.target
     if target is operator.getitem:
         return True
-    is_operator = isinstance(target, torch._ops.OpOverload)
     return (
-        is_operator and not _writes(node) and torch.Tag.nondeterministic_seeded not in target.tags
+        isinstance(target, torch._ops.OpOverload)
+        and not _writes(node)
+        and torch.Tag.nondeterministic_seeded not in target.tags
     )
 
 
@@ -198,9 +199,14 @@ def _can_be_replaced(node: fx.Node) -> bool:
     named = _arguments(node)
     wanted = named.get("need_v", True), named.get("need_g", True)
     return all(
-        user.target is operator.getitem and (wanted[user.args[1]] or not user.users)
+        user.target is operator.getitem and (wanted[_index(user)] or not user.users)
         for user in node.users
     )
+
+
+def _index(item: fx.Node) -> Any:
+    """Which result of an operator an ``operator.getitem`` takes."""
+    return item.args[1]
 
 
 def _bytes(v: torch.Tensor) -> int:
@@ -222,7 +228,7 @@ def _fake_arguments(node: fx.Node) -> dict[str, Any]:
     return fakes | {name: x for name, x in noted.items() if isinstance(x, torch.Tensor)}
 
 
-def _named(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> dict[str, Any]:
+def _named(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     arguments = target._schema.arguments
     given = dict(zip((a.name for a in arguments), args, strict=False))
     return {a.name: a.default_value for a in arguments} | given | kwargs
@@ -291,7 +297,7 @@ def _take_pair(graph: fx.Graph, results: fx.Node, places: tuple[int, int], node:
     """Let results of a list stand for those of an operator on one weight."""
     for item in list(node.users):
         if item.users:
-            _take(graph, results, places[item.args[1]], item)
+            _take(graph, results, places[_index(item)], item)
         else:
             graph.erase_node(item)
     graph.erase_node(node)

@@ -55,7 +55,7 @@ def forms_of(
     """
     weights = v, g, dim, eps, out_dtype
     try:
-        forms = list(map(_known.get, _keys(*weights)))
+        forms: list[Any] = list(map(_known.get, _keys(*weights)))
     except (RuntimeError, TypeError):  # no strides, or no hash: check() says what was expected
         forms = [None] * len(v)
     if None in forms:
@@ -171,8 +171,10 @@ class Problems(Sequence[Problem]):
 
     def at(self, places: Sequence[int]) -> Problems:
         """Those at some places."""
-        columns = self.v, self.g, self.options
-        return Problems(*([column[k] for k in places] for column in columns))
+        v, g, options = self.v, self.g, self.options
+        return Problems(
+            [v[k] for k in places], [g[k] for k in places], [options[k] for k in places]
+        )
 
     def __len__(self) -> int:
         return len(self.v)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def weight_norm(
     if observers.is_distributed(v) or observers.is_distributed(g):
         return composed.weight_norm(check(v, g, dim, eps, out_dtype))
     problems = forms.known(v, g, dim, eps, out_dtype)
-    backend = choose(v)
+    backend: Any = choose(v)
     if isinstance(backend, CompiledBackend):
         return torch.ops.wnkernel.weight_norm(v, g, *problems.options[0])
     return _on_python_backend(problems, backend)[0]
@@ -151,7 +152,7 @@ def weight_norms(
         return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
     # copied: the backward needs them, and the caller's lists may have changed by then
     problems = forms.known_list([*v], [*g], dim, eps, out_dtype)
-    backend = choose(v[0])
+    backend: Any = choose(v[0])
     if isinstance(backend, CompiledBackend):
         dim, eps, _ = map(list, zip(*problems.options, strict=True))
         return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[: len(v)]
@@ -216,7 +217,8 @@ def _norms(v: Tensor, dim: int, eps: float) -> Tensor:
     """The norms that the kernels for v compute, in the dtype of norms and not clamped. On the eager
     backend those with an ``eps`` come from other operators than those without."""
     acc = accumulation_dtype(v.dtype)
-    g, backend = v.new_ones(norm_shape(v.shape, dim), dtype=acc), choose(v)
+    g = v.new_ones(norm_shape(v.shape, dim), dtype=acc)
+    backend: Any = choose(v)
     if isinstance(backend, CompiledBackend):
         return torch.ops.wnkernel.forward_one(v, g, dim, eps)[1]
     norm = backend.forward(forms.known(v, g, dim, eps, None))[1][0]

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
-from .census import OURS, TORCH_HOOK, census, normed_in, originals
+from .census import OURS, census, normed_in, originals, parametrizations_of
 from .checkpoint import WeightNormOriginals
 from .checkpoint.loading import assign_weight
-from .layers import folded_weight, update_flat_weights
+from .layers import M, folded_weight, update_flat_weights
 from .module_class import forget_cached
 from .observers import sharding_modules
 from .problem import accumulation_dtype, canonical_dim, check_module
@@ -25,7 +26,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NAME = "weight"
 
 
-def init_weight_(module: nn.Module, fn: Callable[[Tensor], Any], name: str = "weight") -> nn.Module:
+def init_weight_(module: M, fn: Callable[[Tensor], Any], name: str = "weight") -> M:
     """Initialise the weight of a weight-normed layer in place, as ``fn`` would a plain one.
 
     ::
@@ -63,16 +64,16 @@ def init_weight_(module: nn.Module, fn: Callable[[Tensor], Any], name: str = "we
     with torch.no_grad():
         weight = folded_weight(module, name).detach()
         fn(weight)
-        if normed.kind == TORCH_HOOK:
+        if isinstance(normed.norm, LegacyHook):
             pair = split_for_torch(weight, normed.norm.dim)
             for own, t in zip(normed.originals(), pair, strict=True):
                 own.copy_(t)
-        elif isinstance(module.parametrizations[name], WeightNormOriginals):
+        elif isinstance(normed.weights, WeightNormOriginals):
             setattr(module, name, weight)
         else:  # torch's own list would leave rows of zeros without a direction
-            assign_weight(module.parametrizations[name], weight)
+            assign_weight(normed.weights, weight)
             update_flat_weights(module, name)
-    if normed.kind == TORCH_HOOK:  # else it is that of the last forward until the next one
+    if isinstance(normed.norm, LegacyHook):  # else it is of the last forward until the next one
         setattr(module, name, normed.norm.compute_weight(module))
     return module
 
@@ -160,9 +161,9 @@ class _Layer:
 
     @property
     def g(self) -> Tensor:
-        return originals(self.module.parametrizations[NAME])[0]
+        return originals(parametrizations_of(self.module, NAME))[0]
 
-    def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """The forward hook: initialise, and say what the layer gives now."""
         if any(layer.g is self.g for layer in self.initialised):
             return None
@@ -176,7 +177,7 @@ class _Layer:
 
     def _statistics(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and one by the standard deviation of every channel."""
-        ndim = originals(self.module.parametrizations[NAME])[1].ndim
+        ndim = originals(parametrizations_of(self.module, NAME))[1].ndim
         channels = t.movedim(1 - ndim, 0).flatten(1) if t.ndim > 1 else t.unsqueeze(1)
         channels = channels.to(accumulation_dtype(t.dtype))
         variance, mean = torch.var_mean(channels, dim=1, correction=0)
@@ -219,7 +220,7 @@ def _layers(model: nn.Module, initialised: list[_Layer]) -> list[_Layer]:
             and isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
             and not parametrize.is_parametrized(module, "bias")
             and canonical_dim(normed.norm.dim, normed.originals()[1].ndim) == int(transposed)
-            and not (transposed and module.groups > 1)
+            and not (isinstance(module, TRANSPOSED) and module.groups > 1)
         ):
             found.append(_Layer(normed.path, module, initialised))
     return found

@@ -30,8 +30,11 @@ def legacy_keys(name: str) -> tuple[str, str]:
 
 def weight_keys(key: str, layout: str) -> tuple[str, ...]:
     """The keys in a layout (of g and v, if it has them) of the weight that is ``key`` if folded."""
-    if layout == FOLDED:
-        return (key,)
+    return (key,) if layout == FOLDED else pair_keys(key, layout)
+
+
+def pair_keys(key: str, layout: str) -> tuple[str, str]:
+    """The keys of g and v in one of the two layouts that have them."""
     prefix, dot, name = key.rpartition(".")
     names = parametrized_keys(name) if layout == PARAMETRIZED else legacy_keys(name)
     return prefix + dot + names[0], prefix + dot + names[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from .aliases import forget_legacy_names, pruned_original
-from .census import TORCH_HOOK, legacy_hooks, stacked_in, weight_norm_kind
+from .census import TORCH_HOOK, legacy_hooks, parametrizations_of, stacked_in, weight_norm_kind
 from .checkpoint import WeightNormOriginals, register_load_hook, unregister_load_hook
 from .keys import legacy_keys
 from .lost_writes import FirstReads, stop_watching
@@ -22,11 +23,11 @@ from .parametrization import WeightNormList
 from .problem import check_eps, check_module, check_v
 from .removal import RemovalHook, add_removal_hook, take_removal_hook
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @torch.inference_mode(False)
-def weight_norm(
-    module: nn.Module, name: str = "weight", dim: int | None = 0, *, eps: float = 0.0
-) -> nn.Module:
+def weight_norm(module: M, name: str = "weight", dim: int | None = 0, *, eps: float = 0.0) -> M:
     """Weight-normalise a parameter of ``module``: ``w = g * v / ||v||``.
 
     A drop-in for :func:`torch.nn.utils.parametrizations.weight_norm`: the same keys
@@ -103,13 +104,14 @@ def update_flat_weights(module: nn.Module, name: str) -> None:
     if not isinstance(module, nn.RNNBase) or name not in module._flat_weights_names:
         return
     with torch.no_grad():
-        w = nn.Module.__call__(module.parametrizations[name])  # a read would be watched for writes
+        weights = parametrizations_of(module, name)
+        w = nn.Module.__call__(weights)  # a read would be watched for writes
     module._flat_weights[module._flat_weights_names.index(name)] = w
 
 
 def make_ours(module: nn.Module, name: str) -> None:
     """What is ours in a parametrized module, besides the weight norm itself."""
-    weights = module.parametrizations[name]
+    weights: Any = parametrizations_of(module, name)
     of_torch, cls = (parametrize.ParametrizationList, WeightNormOriginals), type(weights)
     is_plain = cls in of_torch
     if is_plain or (parametrize.is_parametrized(weights) and cls.__base__ in of_torch):
@@ -125,7 +127,7 @@ def make_ours(module: nn.Module, name: str) -> None:
 
 
 @torch.inference_mode(False)
-def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
+def remove_weight_norm(module: M, name: str = "weight") -> M:
     """Fold ``w`` back into a plain parameter ``module.<name>``; the way back from any of the three
     kinds: this package's, torch's parametrization, torch's legacy hook.
 
@@ -147,7 +149,7 @@ def remove_weight_norm(module: nn.Module, name: str = "weight") -> nn.Module:
     kind = weight_norm_kind(module, name)
     if kind is None:
         raise ValueError(f"name: expected a weight-normed parameter, got {name!r}, which is not")
-    stacked = [] if kind == TORCH_HOOK else stacked_in(module.parametrizations[name])
+    stacked = [] if kind == TORCH_HOOK else stacked_in(parametrizations_of(module, name))
     if len(stacked) > 1:
         got = ", ".join(type(p).__name__ for p in stacked)
         raise RuntimeError(
@@ -171,7 +173,7 @@ def folded_weight(module: nn.Module, name: str) -> nn.Parameter:
         with torch.no_grad():
             w = legacy_hooks(module)[name][1].compute_weight(module)
     else:
-        weights = module.parametrizations[name]
+        weights = parametrizations_of(module, name)
         sources = list(weights.parameters())
         with torch.no_grad(), _eval_mode(weights):  # spectral norm would iterate
             w = nn.Module.__call__(weights)  # what a group computes is the group's
@@ -197,9 +199,10 @@ def make_plain(module: nn.Module, name: str, weight: nn.Parameter) -> None:
             delattr(module, attribute)
         vars(module).pop(name, None)  # w of the last forward
     else:
-        weights = module.parametrizations[name]
+        weights = parametrizations_of(module, name)
         stop_watching(weights)
-        weights.owner = None
+        if isinstance(weights, WeightNormList):
+            weights.owner = None
         weights.eval()  # torch computes it once more
         own_class(module)
         forget_legacy_names(module, name)

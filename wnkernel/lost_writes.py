@@ -107,7 +107,7 @@ def end_watches(lists: Iterable[WeightNormList]) -> None:
     watched = [(weights, owner) for weights in lists if (owner := weights.owner) is not None]
     error: Warning | None = None
     for _, owner in watched:
-        if not owner.is_group:
+        if isinstance(owner, FirstReads):
             try:
                 owner.end()
             except Warning as warning:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from .census import (
     is_known,
     legacy_hooks,
     normed_in,
+    parametrizations_of,
 )
 from .checkpoint import unregister_load_hook
-from .checkpoint.loading import loads_for
+from .checkpoint.loading import load_hooks, loads_for
 from .grouping import scopes
 from .grouping.group import WeightNormGroup
 from .keys import G, V, legacy_keys
@@ -142,8 +144,8 @@ def _check(model: nn.Module, found: Iterable[NormedParameter]) -> None:
                     )
         elif not e.is_first:
             _refuse(e, "on top of another parametrization")
-        elif key := pruned_original(e.module, e.name):
-            _refuse(e, f"of which {key!r} is pruned; call torch.nn.utils.prune.remove before")
+        elif pruned := pruned_original(e.module, e.name):
+            _refuse(e, f"of which {pruned!r} is pruned; call torch.nn.utils.prune.remove before")
         if is_known(e.norm):
             g, v = e.originals()
             try:
@@ -175,8 +177,8 @@ def _all_or_nothing(changed: Iterable[nn.Module]) -> Iterator[None]:
     before = []
     for module in modules.values():
         state = vars(module)
-        containers = [c for c in state.values() if isinstance(c, (dict, set, list))]
-        before.append((module, type(module), dict(state), [(c, copy.copy(c)) for c in containers]))
+        found = [c for c in state.values() if isinstance(c, (dict, set, list))]
+        before.append((module, type(module), dict(state), [(c, copy.copy(c)) for c in found]))
     try:
         yield
     except BaseException:
@@ -192,12 +194,12 @@ def _all_or_nothing(changed: Iterable[nn.Module]) -> Iterator[None]:
 
 def _parametrizations(module: nn.Module) -> Iterator[nn.Module]:
     if parametrize.is_parametrized(module):
-        yield from module.parametrizations.modules()
+        yield from module.get_submodule("parametrizations").modules()
 
 
 def _convert_parametrization(module: nn.Module, name: str) -> None:
     own_class(module)
-    norm = module.parametrizations[name][0]
+    norm: Any = parametrizations_of(module, name)[0]
     norm.__class__ = WeightNorm  # in place: its hooks stay, and whoever holds it holds ours
     norm.eps = 0.0
     make_ours(module, name)
@@ -211,18 +213,18 @@ class _Adopting(WeightNorm):
 
 
 def _convert_hook(module: nn.Module, name: str) -> None:
-    key, hook = legacy_hooks(module)[name]
-    del module._forward_pre_hooks[key]
+    number, hook = legacy_hooks(module)[name]
+    del module._forward_pre_hooks[number]
     vars(module).pop(name, None)  # w of the last forward
     had_parametrizations = parametrize.is_parametrized(module)
 
     _, v = (getattr(module, key) for key in legacy_keys(name))
-    norm = _Adopting(hook.dim)
+    norm: WeightNorm = _Adopting(hook.dim)
     module.register_parameter(name, nn.Parameter(v.detach(), requires_grad=False))
     register(module, name, norm)
     norm.__class__ = WeightNorm
-    weights = module.parametrizations[name]
-    (weights if had_parametrizations else module.parametrizations).train(module.training)
+    lists, weights = module.get_submodule("parametrizations"), parametrizations_of(module, name)
+    (weights if had_parametrizations else lists).train(module.training)
     for original, key in zip((G, V), legacy_keys(name), strict=True):
         delattr(weights, original)
         _move(module, key, weights, original)
@@ -230,7 +232,7 @@ def _convert_hook(module: nn.Module, name: str) -> None:
 
     # As far forward as can be: g and v were among the module's own parameters.
     if had_parametrizations:
-        _to_front(module.parametrizations._modules, name)
+        _to_front(lists._modules, name)
     else:
         _to_front(module._modules, "parametrizations")
     update_flat_weights(module, name)
@@ -256,8 +258,8 @@ def _forget_stale_hooks(model: nn.Module) -> None:
     behind, which goes on to rename keys that a plain or legacy layer wants as they are."""
     for module in model.modules():
         live = {name for name, e in normed_in(module).items() if e.kind != TORCH_HOOK}
-        for wrapped in list(module._load_state_dict_pre_hooks.values()):
-            name = loads_for(wrapped.hook)
+        for hook in load_hooks(module).values():
+            name = loads_for(hook)
             if name is not None and name not in live:
                 unregister_load_hook(module, name)
 

@@ -33,6 +33,7 @@ from .aliases import (
     register_by_legacy_name,
 )
 from .assigning import assign, refuse
+from .census import own_parametrizations, parametrizations_of
 from .checkpoint import WeightNormOriginals, unregister_load_hook
 from .checkpoint.loading import loads_for
 from .hook_ids import count_on_from, last_hook_id
@@ -67,7 +68,7 @@ def share_class(module: nn.Module) -> None:
     A compiler compiles code again for each class that it meets, and gives up after a few: blocks
     that are compiled one by one are one program only if their layers have the same classes.
     """
-    lists = module.parametrizations
+    lists = own_parametrizations(module)
     if all(isinstance(weights, WeightNormOriginals) for weights in lists.values()):
         _share_class(module, lists)
 
@@ -78,7 +79,7 @@ def _share_class(module: nn.Module, normed: Iterable[str]) -> None:
     expected = {key for name in normed for key in (name, *legacy_keys(name))}
     if not is_ours(cls) or not members <= expected or _is_registered(cls):
         return
-    shared = _shared_classes.get((cls.__bases__, members))
+    shared: Any = _shared_classes.get((cls.__bases__, members))
     if shared is None or _members(shared) != vars(shared)[_SHARED]:  # changed by somebody else
         made = _members(cls)
         shared = _Shared(cls.__name__, cls.__bases__, made | {_SHARED: made})
@@ -110,7 +111,7 @@ _SHARED = "_weight_norm_shared"
 """Marks a class that may be that of several modules. Its value, where :func:`share_class` made the
 class, is what that had then."""
 
-_shared_classes: WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = WeakValueDictionary()
+_shared_classes: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
 
 
 def is_ours(cls: type[nn.Module]) -> bool:
@@ -120,7 +121,7 @@ def is_ours(cls: type[nn.Module]) -> bool:
 
 def adopt_class(module: nn.Module, name: str) -> None:
     """Change the class of a parametrized module, for a weight norm on one of its parameters."""
-    cls = type(module)
+    cls: Any = type(module)
     _add_property(cls, name)
     if is_ours(cls):
         return
@@ -154,7 +155,7 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
     """How the weight is read. torch's property is let go of: it holds on to the module that it was
     made for, which then waits for the garbage collector, and so does each of its copies."""
 
-    def read(self: nn.Module) -> Tensor:
+    def read(self: Any) -> Tensor:
         try:
             weights = self._modules["parametrizations"]._modules[name]
         except KeyError:  # type(module)(...) is being made, or a removal is under way
@@ -190,14 +191,16 @@ def _read_cached(weights: parametrize.ParametrizationList) -> Tensor:
     modules will not do, which may have an equality of their own."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")  # as torch does
-    if weights not in parametrize._cache:
-        parametrize._cache[weights] = weights()
-    return parametrize._cache[weights]
+    cache: dict[Any, Any] = parametrize._cache
+    if weights not in cache:
+        cache[weights] = weights()
+    return cache[weights]
 
 
 def forget_cached(module: nn.Module, name: str) -> None:
     """Let the next read within ``parametrize.cached()`` compute the weight anew."""
-    parametrize._cache.pop(module.parametrizations[name], None)
+    cache: dict[Any, Any] = parametrize._cache
+    cache.pop(parametrizations_of(module, name), None)
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -253,6 +256,11 @@ def _last_of_ours(cls: type[nn.Module]) -> type[nn.Module]:
     return [c for c in cls.__mro__ if is_ours(c)][-1]
 
 
+def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module before it got a weight norm."""
+    return _last_of_ours(cls).__bases__[0]
+
+
 def _next(module: nn.Module, method: str) -> Callable[..., Any]:
     """The method that ours stands before."""
     return getattr(super(_last_of_ours(type(module)), module), method)
@@ -262,7 +270,7 @@ def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """A plain module for ``type(module)(4, 2, 1)``. One of this class would have no weight norm
     either, but a property in the place of its weight, which torch.compile stumbles over. Copies are
     made of an empty one, for which there are no arguments."""
-    base = _last_of_ours(cls).__bases__[0]
+    base = _plain_class(cls)
     if args or kwargs:
         return base(*args, **kwargs)
     if _SHARED not in vars(cls):
@@ -276,7 +284,7 @@ class _Signature:
     def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> inspect.Signature:
         if module is not None:
             raise AttributeError("__signature__")  # that of calling a module is another
-        return inspect.signature(_last_of_ours(cls).__bases__[0])
+        return inspect.signature(_plain_class(cls))
 
 
 def _deepcopy_by(
@@ -294,12 +302,11 @@ def _deepcopy_by(
     return deepcopy
 
 
-def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+def _reduce(self: nn.Module, protocol: int) -> str | tuple[Any, ...]:
     """How a module is pickled: its class, which nobody can import, as what it is made from."""
     if vars(type(self)).get("__reduce_ex__") is not _reduce:  # others changed its class after us
         return object.__reduce_ex__(self, protocol)
-    ours = _last_of_ours(type(self))
-    base = ours.__bases__[0]
+    ours, base = _last_of_ours(type(self)), _plain_class(type(self))
     if (base.__reduce_ex__, base.__reduce__) != (object.__reduce_ex__, object.__reduce__):
         return super(ours, self).__reduce_ex__(protocol)  # it has a way of its own
     getstate = getattr(super(ours, self), "__getstate__", None)  # object has one since Python 3.11
@@ -309,7 +316,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
             w.detach() if isinstance(w, Tensor) and not w.is_leaf else w
             for w in state["_flat_weights"]
         ]
-    lists = self.parametrizations if parametrize.is_parametrized(self) else {}
+    lists = own_parametrizations(self)
     normed = [name for name in lists if isinstance(lists[name], WeightNormOriginals)]
     legacy = [name for name in lists if has_legacy_names(self, name)]
     last = last_hook_id([self, *lists.values()])

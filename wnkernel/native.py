@@ -7,7 +7,6 @@ for another torch, the package runs on its other backends and :func:`load_error`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from . import _versions, compiled_graphs
 from .problem import Problem, check, check_backward, check_forward, is_dense
 
 
-def _load() -> tuple[ModuleType | None, dict[str, Any], str]:
+def _load() -> tuple[Any, dict[str, Any], str]:
     """The compiled module and what it was built with, or None and one line on why it is not
     there."""
     if reason := _versions.untried():
@@ -30,7 +29,7 @@ def _load() -> tuple[ModuleType | None, dict[str, Any], str]:
         here = torch.__version__
         return None, {}, f"wnkernel._C was built for torch {TORCH_VERSION}, this is torch {here}"
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]  # it is compiled
     except ImportError as error:
         return None, {}, f"wnkernel._C cannot be loaded: {error}"
     info = _C.build_info()

@@ -167,8 +167,8 @@ def tracer_paused() -> Iterator[None]:
     """In the block the TorchScript tracer sees nothing. It would record the shapes that arguments
     are checked by, and warn of every comparison."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # no stub has it
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]  # no stub has it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ class Owner(Protocol):
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """``w``, as fresh as :func:`wnkernel.functional.weight_norm` would give it."""
 
-    def end(self) -> None:
-        """What there is to do before another takes its place."""
-
 
 _MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 
@@ -57,12 +54,13 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
     """In a group: whether compiled graphs compute the weight in the dtype of autocast."""
 
     def __call__(self) -> Tensor:
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         has_both = G in parameters and V in parameters
         if is_dynamo_compiling():
             return self._in_graph() if has_both else super().__call__()
         if has_both and self.is_as_made():
-            v, g, norm = parameters[V], parameters[G], self._modules["0"]
+            v, g = parameters[V], parameters[G]
+            norm: Any = self._modules["0"]
             owner = self.owner  # read once: a first forward in another thread may take it away
             if owner is not None:
                 return owner.read(v, g, norm.dim, norm.eps)
@@ -72,6 +70,8 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
     def _in_graph(self) -> Tensor:
         """The same where Dynamo traces it. A graph guards all that is asked here, and takes several
         times as long for the type of a module as for an attribute."""
+        v: Any
+        g: Any
         v, g = self._parameters[V], self._parameters[G]
         norm = self._modules.get("0")
         if (

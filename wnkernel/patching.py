@@ -16,7 +16,7 @@ from torch.nn.utils import weight_norm as torchs_legacy
 
 from . import layers
 from .aliases import answer_to_legacy_names
-from .census import TORCH_HOOK, stacked_in, weight_norm_kind
+from .census import TORCH_HOOK, parametrizations_of, stacked_in, weight_norm_kind
 from .checkpoint import unregister_load_hook
 from .module_class import own_class, share_class
 
@@ -52,7 +52,7 @@ def _remove(
     normed = isinstance(module, nn.Module) and weight_norm_kind(module, tensor_name)
     if not normed or normed == TORCH_HOOK or not leave_parametrized:
         return torchs_remove(module, tensor_name, leave_parametrized)
-    if len(stacked_in(module.parametrizations[tensor_name])) == 1:
+    if len(stacked_in(parametrizations_of(module, tensor_name))) == 1:
         return layers.remove_weight_norm(module, tensor_name)
     own_class(module)
     torchs_remove(module, tensor_name)
@@ -67,7 +67,7 @@ class _Patch:
         self._lock = threading.Lock()
         self._contexts = 0
         self._namespaces: list[dict[str, Any]] = []
-        self._pairs = [
+        self._pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
             (torchs_legacy, _legacy),
             (torchs, _weight_norm),
             (torchs_remove_legacy, _remove_legacy),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -46,7 +46,7 @@ def captured_device() -> torch.device | None:
     return None
 
 
-_WITH_GRAPHS: dict[str, ModuleType] = {
+_WITH_GRAPHS: dict[str, Any] = {
     kind: module
     for kind in KINDS
     if hasattr(module := getattr(torch, kind, None), "is_current_stream_capturing")

@@ -68,12 +68,13 @@ class WriteGuard:
 def _merging(frame: FrameType) -> str | None:
     if frame.f_code.co_name != "get_base_layer":
         return None
+    caller = frame.f_back
     for _ in range(DEPTH):
-        frame = frame.f_back
-        if frame is None or "peft" not in _module(frame).split("."):
+        if caller is None or "peft" not in _module(caller).split("."):
             return None
-        if frame.f_code.co_name in WRITERS:
-            return frame.f_code.co_name
+        if caller.f_code.co_name in WRITERS:
+            return caller.f_code.co_name
+        caller = caller.f_back
     return None
 
 

@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..census import TORCH, TORCH_HOOK, NormedParameter, legacy_hooks, normed_in
+from ..census import (
+    TORCH,
+    TORCH_HOOK,
+    NormedParameter,
+    legacy_hooks,
+    normed_in,
+    parametrizations_of,
+)
 from ..problem import check_module
 from .legacy import replace_loading, restore_loading
 from .loading import WeightNormOriginals, register_load_hook, unregister_load_hook
@@ -57,7 +64,7 @@ def accept_any_layout(model: nn.Module) -> LayoutHandle:
         TypeError: ``model`` is no module.
     """
     check_module("model", model)
-    undo = {}
+    undo: dict[str, Callable[[], None]] = {}
     for path, module in model.named_modules():
         normed = normed_in(module, path).values()
         if replace_loading(module):
@@ -86,12 +93,13 @@ def _accept_legacy(module: nn.Module, name: str) -> Callable[[], None]:
 
 
 def _accept_parametrized(module: nn.Module, name: str) -> Callable[[], None]:
-    weights = module.parametrizations[name]
+    weights = parametrizations_of(module, name)
     weights.__class__ = WeightNormOriginals
     of_torch = register_load_hook(module, name)
 
     def undo() -> None:
-        if type(weights) is WeightNormOriginals:  # not made ours since
+        kind = type(weights)
+        if kind is WeightNormOriginals:  # not made ours since
             weights.__class__ = parametrize.ParametrizationList
             unregister_load_hook(module, name)
             module._load_state_dict_pre_hooks.update(of_torch)

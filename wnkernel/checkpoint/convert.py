@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .. import functional
-from ..keys import FOLDED, LAYOUTS, PARAMETRIZED, weight_keys
+from ..keys import FOLDED, LAYOUTS, PARAMETRIZED, pair_keys
 from ..problem import WHOLE_TENSOR, check_eps
 from ..splitting import split_for_torch, split_weight
 from .agreement import contradiction, difference, identity
@@ -104,7 +104,7 @@ class _Conversion:
     like: Like
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What takes the place of an entry."""
-    computed: dict[Any, Tensor] = field(default_factory=dict)
+    computed: dict[Any, Any] = field(default_factory=dict)
     """By what it was computed from: tied tensors stay tied."""
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class _Conversion:
             first = min(g_key, v_key, key=self.position.__getitem__)
             self.changes[first] = {weight.key: self._fold(g, v, weight)}
         else:
-            new_g, new_v = weight_keys(weight.key, self.to)
+            new_g, new_v = pair_keys(weight.key, self.to)
             self.changes |= {g_key: {new_g: self._shaped(g, weight.key)}, v_key: {new_v: v}}
 
     def split(self, weight: NormedWeight) -> None:
@@ -153,12 +153,12 @@ class _Conversion:
 
         key = (identity(w), split.func, *split.keywords.values())
         g, v = self._once(key, pair)
-        new_g, new_v = weight_keys(weight.key, self.to)
+        new_g, new_v = pair_keys(weight.key, self.to)
         self.changes[weight.key] = {new_g: self._shaped(g, weight.key), new_v: v}
 
     def result(self) -> dict[str, Any]:
         ordered = isinstance(self.state_dict, OrderedDict)
-        converted = OrderedDict() if ordered else {}
+        converted: Any = OrderedDict() if ordered else {}
         for key, t in self.state_dict.items():
             for new_key, new in self.changes.get(key, {key: t}).items():
                 if new_key != key and new_key in self.state_dict and new_key not in self.changes:

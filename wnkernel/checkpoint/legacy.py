@@ -17,8 +17,8 @@ from ..keys import legacy_keys
 from ..splitting import split_for_torch
 from .pairs import Place, Target, forget, load_weight, source
 
-_BEFORE = "_load_before_any_layout"
-"""A module's own way of loading that :func:`replace_loading` replaced."""
+_LOAD, _BEFORE = "_load_from_state_dict", "_load_before_any_layout"
+"""A module's way of loading, and its own one that :func:`replace_loading` replaced."""
 
 
 def replace_loading(module: nn.Module) -> bool:
@@ -29,22 +29,22 @@ def replace_loading(module: nn.Module) -> bool:
     """
     if _is_replaced(module) or not legacy_hooks(module):
         return False
-    if "_load_from_state_dict" in vars(module):
+    if _LOAD in vars(module):
         setattr(module, _BEFORE, module._load_from_state_dict)
-    module._load_from_state_dict = MethodType(_load_from_state_dict, module)
+    setattr(module, _LOAD, MethodType(_load_from_state_dict, module))
     return True
 
 
 def restore_loading(module: nn.Module) -> None:
     """Undo :func:`replace_loading`, if it was done."""
     if _is_replaced(module):
-        del module._load_from_state_dict
+        delattr(module, _LOAD)
         if _BEFORE in vars(module):
-            module._load_from_state_dict = vars(module).pop(_BEFORE)
+            setattr(module, _LOAD, vars(module).pop(_BEFORE))
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    method = vars(module).get("_load_from_state_dict")
+    method = vars(module).get(_LOAD)
     return getattr(method, "__func__", None) is _load_from_state_dict
 
 
@@ -59,7 +59,8 @@ def _load_from_state_dict(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    used, current = [], {}
+    used: list[str] = []
+    current: dict[str, Tensor] = {}
     for name, (_, hook) in legacy_hooks(self).items():
         where, names = source(state_dict, prefix, name), legacy_keys(name)
         if keys := where.keys():

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 
-from ..census import legacy_hooks, originals, own_parametrizations, stacked_in
+from ..census import (
+    legacy_hooks,
+    originals,
+    own_parametrizations,
+    parametrizations_of,
+    stacked_in,
+)
 from ..keys import G, V, legacy_keys
 from ..splitting import split_for_torch
 from .legacy import restore_loading
@@ -67,10 +73,10 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         if visit is not None and visit.error_msgs is not error_msgs:  # of a call that failed
             visit = None
         is_loaded = visit is not None and visit.where is None
-        keys = visit.keys if is_loaded else ()
+        keys = () if visit is None else visit.keys
         if self.takes_both(state_dict, prefix):
             if not is_loaded:
-                where = _where(visit and visit.where, state_dict, prefix)
+                where = _where(None if visit is None else visit.where, state_dict, prefix)
                 if keys := where.keys():
                     self.load(where, prefix, local_metadata, error_msgs)
                     is_loaded = True
@@ -184,7 +190,7 @@ class LoadHook:
     ) -> None:
         if not parametrize.is_parametrized(module, self.name):
             return
-        weights = module.parametrizations[self.name]
+        weights = parametrizations_of(module, self.name)
         if not isinstance(weights, WeightNormOriginals):
             return
         own = module._parameters.keys() | module._buffers.keys()
@@ -199,21 +205,21 @@ class LoadHook:
 
     def _is_followed(self, module: nn.Module, weights: nn.Module) -> bool:
         """Whether a hook of others is called after this one and before the list loads."""
-        hooks, *later = (
-            [wrapped.hook for wrapped in m._load_state_dict_pre_hooks.values()]
-            for m in (module, module.parametrizations, weights)
-        )
+        modules = module, module.get_submodule("parametrizations"), weights
+        hooks, *later = (list(load_hooks(m).values()) for m in modules)
         after = chain(hooks[hooks.index(self) :], *later)
         return not all(isinstance(hook, LoadHook) for hook in after)
 
 
 def _split(weights: parametrize.ParametrizationList, weight: Tensor) -> tuple[Tensor, Tensor]:
+    value: Any = weight
+    parametrization: Any
     for parametrization in reversed(stacked_in(weights)):
         if type(parametrization) is TorchWeightNorm:
-            weight = split_for_torch(weight, parametrization.dim)
+            value = split_for_torch(value, parametrization.dim)
         else:
-            weight = parametrization.right_inverse(weight)
-    return weight
+            value = parametrization.right_inverse(value)
+    return value
 
 
 @torch.no_grad()
@@ -284,8 +290,14 @@ def unregister_load_hook(module: nn.Module, name: str) -> dict[int, Any]:
         restore_loading(module)
     hooks = module._load_state_dict_pre_hooks
     return {
-        key: hooks.pop(key) for key, wrapped in [*hooks.items()] if loads_for(wrapped.hook) == name
+        key: hooks.pop(key) for key, hook in load_hooks(module).items() if loads_for(hook) == name
     }
+
+
+def load_hooks(module: nn.Module) -> dict[int, Callable[..., None]]:
+    """The load hooks of a module, which torch keeps wrapped, by their keys."""
+    wrapped: dict[int, Any] = module._load_state_dict_pre_hooks
+    return {key: entry.hook for key, entry in wrapped.items()}
 
 
 def loads_for(hook: Callable[..., None]) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..census import OURS, TORCH_HOOK, census, own_parametrizations
-from ..keys import LAYOUTS, PARAMETRIZED, G, V, weight_keys
+from ..keys import LAYOUTS, PARAMETRIZED, G, V, pair_keys, weight_keys
 from ..problem import FLOAT_DTYPES
 from .agreement import half, infer_dim
 
@@ -53,8 +53,8 @@ def find_normed_weights(
     weights = []
     for key, spelled in pairs.items():
         g, v = (state_dict[k] for k in spelled[0])
-        dim = infer_dim(g.shape, v.shape)
-        weights.append(NormedWeight(key, dim, v.shape, g.shape, tuple(spelled)))
+        if (dim := infer_dim(g.shape, v.shape)) is not None:
+            weights.append(NormedWeight(key, dim, v.shape, g.shape, tuple(spelled)))
     return weights
 
 
@@ -62,13 +62,13 @@ def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tu
     below: dict[tuple[str, str], set[str]] = {}
     for key in state_dict:
         if isinstance(key, str) and (match := _PARAMETRIZED_KEY.fullmatch(key)):
-            below.setdefault(match.groups()[:2], set()).add(match[3])
+            below.setdefault((match[1], match[2]), set()).add(match[3])
     # each g and v that is parametrized itself
     nested = {key for key in map("".join, below) if ORIGINAL_KEY.fullmatch(key)}
     for (prefix, name), found in below.items():
         if prefix + name in nested:
             continue
-        g, v = weight_keys(prefix + name, PARAMETRIZED)
+        g, v = pair_keys(prefix + name, PARAMETRIZED)
         if found in ({G}, {V}):
             if (v if g in state_dict else g) in nested:
                 continue

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..keys import LEGACY, PARAMETRIZED, weight_keys
+from ..keys import LEGACY, PARAMETRIZED, pair_keys
 from ..observers import is_distributed
 from .agreement import Pair, contradiction, difference, half
 
@@ -59,7 +59,7 @@ class Source:
 def source(state_dict: Mapping[str, Any], prefix: str, name: str, *, legacy: bool = True) -> Source:
     """All layouts of parameter ``name`` below ``prefix``; the legacy one if it is wanted."""
     key, layouts = prefix + name, (PARAMETRIZED, LEGACY) if legacy else (PARAMETRIZED,)
-    return Source(state_dict, key, tuple(weight_keys(key, layout) for layout in layouts), key)
+    return Source(state_dict, key, tuple(pair_keys(key, layout) for layout in layouts), key)
 
 
 def g_and_v(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Tensor]:
@@ -68,21 +68,22 @@ def g_and_v(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Te
     Raises:
         LayoutError: half a pair, wrong shapes or kinds of tensors, spellings that disagree.
     """
-    layer, sd, plain = source.layer, source.state_dict, source.plain
+    layer, sd = source.layer, source.state_dict
+    plain = source.plain if source.plain in sd else None
     for pair in source.pairs:
         _refuse(layer, half(pair, sd))
     pairs = [pair for pair in source.pairs if pair[0] in sd]
     for pair in pairs:
         _check_pair(layer, pair, sd, target)
-    if plain in sd:
+    if plain is not None:
         _check_plain(layer, plain, sd[plain], target)
-    if not pairs:
-        return _split(layer, plain, sd[plain], target, assign)
+        if not pairs:
+            return _split(layer, plain, sd[plain], target, assign)
     first, *others = pairs
     for other in others:
         _refuse(layer, difference(first, other, sd))
     g, v = (sd[key] for key in first)
-    if plain in sd:
+    if plain is not None:
         try:
             wrong = contradiction(plain, sd[plain], _composed(g, v, target), first)
         except Exception as error:
@@ -109,7 +110,7 @@ def _check_pair(
         _check_kind(layer, key, state_dict[key])
     g, v = (list(state_dict[key].shape) for key in pair)
     expected_g, expected_v = list(target.g.shape), list(target.v.shape)
-    either = ([], [1])  # of one norm over the whole tensor
+    either: tuple[list[int], list[int]] = ([], [1])  # of one norm over the whole tensor
     if v != expected_v or not (g == expected_g or (g in either and expected_g in either)):
         raise LayoutError(
             f"size mismatch for {layer}: expected g of shape {expected_g} and v of shape "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +70,13 @@ def _convert_tree(request: Request, kind: Format, progress: Progress) -> Report:
         _demand_changes(conversion)
         warnings = tree.warnings()
         if form == Format.SAFETENSORS:
-            specs, more = _as_safetensors(source, content)
+            tensors, specs, more = _as_safetensors(source, content)
             warnings += more
         if request.dry_run or target is None:
             return Report(conversion.changes, warnings, [])
         with progress(source.stat().st_size) as advance, outputs.file(target, advance) as writer:
             if form == Format.SAFETENSORS:
-                safetensors_files.write(writer, specs, METADATA, content.items())
+                safetensors_files.write(writer, specs, METADATA, tensors.items())
             else:
                 torch_files.write(writer, content, source)
         return Report(conversion.changes, warnings, outputs.commit())
@@ -101,7 +101,8 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
         _demand_changes(conversion)
         if target is None:
             return Report(conversion.changes, [], [])
-        numbers, paths, file_form = [None], [target], form
+        numbers: Sequence[int | None] = [None]
+        paths, file_form = [target], form
         if form == Format.INDEX:
             numbers = flat.shards()
             paths = shards.shard_paths(target, len(numbers))
@@ -114,7 +115,7 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
             warnings.append(f"not kept, for a file of torch has no place for it: {lost}")
         if file_form == Format.SAFETENSORS and of_torch:
             for shard in opened:
-                warnings += _as_safetensors(source, shard.tensors())[1]
+                warnings += _as_safetensors(source, shard.tensors())[2]
         if request.dry_run:
             return Report(conversion.changes, warnings, [])
         total = sum(spec.nbytes for spec in flat.specs().values())
@@ -153,8 +154,10 @@ def _demand_changes(conversion: Conversion) -> None:
     raise NothingToConvert(f"{conversion.file}: nothing to convert, {what}; nothing was written")
 
 
-def _as_safetensors(source: Path, content: object) -> tuple[dict[str, Spec], list[str]]:
-    """The header of a file with ``content``, and what it cannot say.
+def _as_safetensors(
+    source: Path, content: object
+) -> tuple[dict[str, Tensor], dict[str, Spec], list[str]]:
+    """What a file with ``content`` holds, its header, and what this cannot say.
 
     Raises:
         CannotWrite: it is more than a dict of tensors.
@@ -168,7 +171,7 @@ def _as_safetensors(source: Path, content: object) -> tuple[dict[str, Spec], lis
             "hold; write a file of torch (.pt)"
         )
     specs = {key: safetensors_files.spec(key, t) for key, t in content.items()}
-    return specs, _untied(content)
+    return content, specs, _untied(content)
 
 
 def _untied(state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -42,6 +42,7 @@ class Draft:
 
     def finish(self) -> None:
         """Nothing more will be written: it is on the disk after this."""
+        assert self.raw is not None, "not open"
         self.raw.flush()
         os.fsync(self.raw.fileno())
         if self._name:
@@ -55,6 +56,7 @@ class Draft:
             OSError: it cannot be done.
         """
         if self._name is None:
+            assert self.raw is not None, "not open"
             name = hidden(self.target) if replace else self.target
             # with a descriptor, of whatever: Python follows the link to the file only then
             os.link(_path(self.raw.fileno()), name, src_dir_fd=self.raw.fileno())

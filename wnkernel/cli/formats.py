@@ -56,8 +56,8 @@ def format_of(path: Path) -> Format:
         found = Format.TORCH
     if named and found and named != found:
         raise BadInput(f"{path}: looks like a file of {found.value} by its contents; rename it")
-    if named or found:
-        return named or found
+    if kind := named or found:
+        return kind
     raise BadInput(f"{path}: neither its name nor its contents are those of a checkpoint")
 
 

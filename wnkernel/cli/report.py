@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .._info import Info
 from .bench import PHASES, TORCH, Result
 from .cases import dim_text, dtype_text, shape_text
 from .convert import Report, Request
@@ -89,11 +90,12 @@ def _changes(report: Report) -> Table:
     return table
 
 
-def print_info(content: dict[str, Any]) -> None:
+def print_info(content: Info) -> None:
     """:func:`wnkernel.info` as a table."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
+    value: Any
     for key, value in content.items():
         if key == "backends":
             for name, reasons in value.items():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def _reading(path: Path) -> Iterator[Shard]:
     yield Shard(specs, content.__getitem__)
 
 
-def is_flat(content: object) -> bool:
+def is_flat(content: object) -> TypeGuard[dict[str, Tensor]]:
     """Whether it is a dict of tensors and nothing else."""
     return isinstance(content, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()

@@ -119,7 +119,7 @@ def write(writer: Writer, content: object, source: Path) -> None:
         BadInput: torch cannot save it, though it could be loaded.
     """
     try:
-        torch.save(content, writer)
+        torch.save(content, writer)  # type: ignore[arg-type]  # it needs write() and flush() only
     except (AttributeError, RuntimeError, TypeError, ValueError, pickle.PickleError) as error:
         if writer.failure or out_of_memory(error):
             raise

@@ -63,9 +63,11 @@ class Tree:
     def _reorder(self) -> None:
         for where, optimizer in self._optimizers:
             if not _goes_by_names(optimizer):
-                optimizer.update(self._reordered(where, reordered_optimizer, optimizer))
+                reordered = self._reordered(where, reordered_optimizer, optimizer)
+                optimizer.update(reordered)
         for where, tensors in self._lists:
-            tensors[:] = self._reordered(where, reordered_tensors, tensors)
+            in_order = self._reordered(where, reordered_tensors, tensors)
+            tensors[:] = in_order
 
     def _reordered(self, where: str, reorder: Callable[[T, list[Order]], T], content: T) -> T:
         try:
@@ -93,8 +95,10 @@ class Tree:
         if id(node) in self._seen:  # in several places, or inside itself
             return self._seen[id(node)][1]
         self._seen[id(node)] = (node, node)
-        visit = self._visit_dict if isinstance(node, dict) else self._visit_items
-        new = visit(node, where)
+        if isinstance(node, dict):
+            new: object = self._visit_dict(node, where)
+        else:
+            new = self._visit_items(node, where)
         self._seen[id(node)] = (node, new)  # with the node, so that nothing else gets its id
         return new
 

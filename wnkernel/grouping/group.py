@@ -240,10 +240,10 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
         if normed.kind != OURS:
             others.add(normed.kind)
             continue
-        if why := _why_not(normed):
-            others.add(f"{normed.kind} {why}")
+        why, weights = _why_not(normed), normed.weights
+        if why or not isinstance(weights, WeightNormList):
+            others.add(f"{normed.kind} {why or 'registered as a parametrization by hand'}")
             continue
-        weights = normed.weights
         if weights.owner is not None and weights.owner.is_group:
             raise RuntimeError(
                 f"model: expected layers outside any group, got {normed.path!r}, which is in one "
@@ -263,13 +263,11 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
 
 
 def _why_not(normed: NormedParameter) -> str | None:
-    """Why a weight norm of this package cannot be in a group; None: it can."""
+    """Which parametrizations keep a weight norm of this package from a group; None: none do."""
     if len(stacked_in(normed.weights)) > 1:
         return "under other parametrizations"
     if not normed.is_alone:
         return "on top of other parametrizations"
-    if not isinstance(normed.weights, WeightNormList):
-        return "registered as a parametrization by hand"
     return None
 
 

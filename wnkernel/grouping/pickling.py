@@ -21,7 +21,7 @@ from .threads import new_threads
 
 
 class _PickledMember(NamedTuple):
-    index: int
+    place: int
     weights: WeightNormList
     name: str
     bucket: int
@@ -80,11 +80,11 @@ def _restore(container: Container, group: _PickledGroup) -> None:
     roster = Roster(modules[group.root], group.reuse, group.autocast, new_threads)
     roster.reserve(*group.counts)
     for m in group.members:
-        m.weights.owner = Member(roster, m.weights, m.name, m.bucket, m.around, m.index)
+        m.weights.owner = Member(roster, m.weights, m.name, m.bucket, m.around, m.place)
         m.weights.bucket, m.weights.casts = m.bucket, group.autocast
     for index, module, members in group.containers:
         if index == group.root:
-            container.__init__(roster, module, members, index)
+            Container.__init__(container, roster, module, members, index)
         else:
             setattr(module, scopes.ATTRIBUTE, Container(roster, module, members, index))
     steps.watch()

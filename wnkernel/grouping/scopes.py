@@ -29,7 +29,8 @@ def attach(module: nn.Module, container: Container) -> None:
     """Make the forward of ``module`` a scope."""
     detach(module)  # hooks that a copy of a part brought along
     setattr(module, ATTRIBUTE, container)
-    before, after = module._forward_pre_hooks, module._forward_hooks
+    before: Any = module._forward_pre_hooks  # an OrderedDict
+    after = module._forward_hooks
     before[HOOK_ID], after[HOOK_ID] = _enter, _leave
     before.move_to_end(HOOK_ID, last=False)
     module._forward_hooks_always_called[HOOK_ID] = True

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import FrameType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,8 +164,8 @@ class ThreadState:
         for index, slot in launch(member.roster, likely, bucket, slots):
             slots[index] = slot
         record.launchers.add(container)  # not if it raised: what was read then says nothing
-        slot = slots[member.index]
-        return None if slot is None else slot.take(v, g)
+        own = slots[member.index]
+        return None if own is None else own.take(v, g)
 
     def _close_ended(self, roster: Roster) -> list[Scope]:
         """Close the innermost scopes that are over; returns those that are open."""
@@ -216,7 +216,7 @@ def _tell_launchers(mode: Mode, record: _Record) -> None:
         container.previous[mode] = sorted(read & container.members)
 
 
-def _can_be_launched(v: Tensor | None, g: Tensor | None) -> bool:
+def _can_be_launched(v: Any, g: Any) -> bool:
     """Whether v and g are plain tensors with a version counter."""
     return type(v) in PLAIN and type(g) in PLAIN and not (v.is_inference() or g.is_inference())
 
@@ -243,16 +243,19 @@ def launch(
     chosen, vs, gs, dims, eps = [], [], [], [], []
     for index in indices:
         member = roster.members[index]()
-        weights = None if member is None else member.weights()
-        if weights is None or member.bucket != bucket.number or not weights.is_untouched():
+        if member is None or member.bucket != bucket.number:
             continue
-        parameters = weights._parameters
-        v, g = parameters.get(V), parameters.get(G)
+        weights = member.weights()
+        if weights is None or not weights.is_untouched():
+            continue
+        v: Any = weights._parameters.get(V)
+        g: Any = weights._parameters.get(G)
         if not _can_be_launched(v, g) or v.device != bucket.device:
             continue
         if not simple and _bucket_of(member, v, sharding) != bucket:
             continue
-        norm, slot = weights._modules["0"], present[index]
+        norm: Any = weights._modules["0"]
+        slot = present[index]
         if slot is not None and slot.is_current(v, g):
             continue
         chosen.append(index)
