@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -93,6 +93,16 @@ def convert_state_dict(
         paired = {weight.key for weight in weights}
         for key in state_dict.keys() & known.weights.keys() - paired:
             conversion.split(known.weights[key])
+    return conversion.result()
+
+
+def convert_found(
+    state_dict: Mapping[str, Any], found: Iterable[NormedWeight], to: str, eps: float = 0.0
+) -> dict[str, Any]:
+    """:func:`convert_state_dict` of the weights that :func:`find_normed_weights` has found."""
+    conversion = _Conversion(state_dict, to, eps, Like())
+    for weight in found:
+        conversion.convert_pair(weight)
     return conversion.result()
 
 

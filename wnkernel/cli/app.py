@@ -32,7 +32,8 @@ from .. import info as facts
 from ..keys import FOLDED, LEGACY, PARAMETRIZED
 from . import bench as benchmark
 from . import cases, report
-from . import convert as conversion
+from .convert import Request
+from .convert import convert as convert_files
 from .errors import EXIT_CODES, WrongUsage, printable
 from .output import Advance, Outputs
 
@@ -126,9 +127,9 @@ def convert(
         raise WrongUsage("OUT: expected a file to write to (or --dry-run), got none")
     if not math.isfinite(eps):
         raise WrongUsage(f"--eps: expected a finite number, got {eps}")
-    request = conversion.Request(source, target, to.value, eps, force, dry_run)
+    request = Request(source, target, to.value, eps, force, dry_run)
     shown = not (quiet or as_json)
-    done = conversion.convert(request, lambda total: _progress(total, shown))
+    done = convert_files(request, lambda total: _progress(total, shown))
     if as_json:
         print(report.as_json(report.conversion_as_json(request, done)))
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import convert_state_dict
 from ..checkpoint.agreement import identity
+from ..checkpoint.convert import convert_found
 from ..checkpoint.normed import ORIGINAL_KEY, NormedWeight, find_normed_weights
 from ..keys import FOLDED, LEGACY, PARAMETRIZED, weight_keys
 from ..observers import PLAIN
@@ -77,20 +77,27 @@ class Conversion:
         except ValueError as error:
             raise self._bad(where, error) from None
 
-    def convert(self, state_dict: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    def convert(
+        self,
+        state_dict: Mapping[str, Any],
+        where: str = "",
+        *,
+        found: Sequence[NormedWeight] | None = None,
+    ) -> dict[str, Any]:
         """The same in the other layout.
 
         Args:
             state_dict: what may have weight norms, beside anything else.
             where: the part of the file that it is.
+            found: its weight norms, if :meth:`find` has found them already.
 
         Raises:
             BadInput: it contradicts itself.
         """
-        weights = self.find(state_dict, where)
+        weights = self.find(state_dict, where) if found is None else found
         self.halves += _halves(state_dict)
         try:
-            converted = convert_state_dict(state_dict, to=self.to, eps=self._eps)
+            converted = convert_found(state_dict, weights, self.to, self._eps)
         except ValueError as error:
             raise self._bad(where, error) from None
         for weight in weights:
@@ -107,18 +114,20 @@ class Conversion:
                 converted[weight.key] = self._folded.setdefault(pair, w)
         return converted
 
-    def check_kinds(self, state_dict: Mapping[str, Any], where: str = "") -> None:
-        """Refuse g and v that are no dense tensors with values.
+    def check_kinds(self, state_dict: Mapping[str, Any], where: str = "") -> Sequence[NormedWeight]:
+        """The same as :meth:`find`, where all g and v are dense tensors with values.
 
         Raises:
             BadInput: one of them is on the meta device, sparse, quantized or of a subclass.
         """
-        found = [key for w in self.find(state_dict, where) for key in keys_of(w, state_dict)]
+        weights = self.find(state_dict, where)
+        found = [key for weight in weights for key in keys_of(weight, state_dict)]
         named = [k for k in state_dict if isinstance(k, str) and _G_OR_V.fullmatch(k)]
         for key in (*found, *named):
             t = state_dict[key]
             if isinstance(t, Tensor) and (kind := _other_kind(t)):
                 raise self._bad(where, f'expected a dense tensor in "{key}", got {kind}')
+        return weights
 
     def _bad(self, where: str, error: ValueError | str) -> BadInput:
         text = str(error).removeprefix("state_dict: ")

@@ -41,10 +41,12 @@ class Flat:
         self._homes = {key: i for i, shard in enumerate(shards) for key in shard.specs}
         self._empty: dict[Spec, Tensor] = {}
         shapes = {key: self._shape(key) for key in self._homes}
-        self._new = {k: Spec(t.dtype, t.shape) for k, t in conversion.convert(shapes).items()}
+        found = conversion.find(shapes)
+        new = conversion.convert(shapes, found=found)
+        self._new = {key: Spec(t.dtype, t.shape) for key, t in new.items()}
         self._parts: list[_Part] = []
         alone = dict.fromkeys(shapes)
-        for weight in conversion.find(shapes):
+        for weight in found:
             keys = keys_of(weight, shapes)
             if not all(key in self._new for key in keys):
                 self._parts.append(self._part(keys, weight_keys(weight.key, conversion.to)))

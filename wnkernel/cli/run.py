@@ -27,8 +27,8 @@ from .errors import (
 )
 from .signals import Signals
 
-UsageError: type[Any] = typer.BadParameter.__mro__[1]
-"""The base of what is wrong with options, which typer has under a private name."""
+UsageError: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+"""The base of what is wrong with options. Some versions of typer keep it under a private name."""
 
 
 class StreamFailed(BaseException):

@@ -110,9 +110,9 @@ class Tree:
             node[key] = self._visit(value, _short(f"{where}.{key}" if where else str(key)))
         if not _is_state_dict(node):
             return node
-        self._conversion.check_kinds(node, where)
+        found = self._conversion.check_kinds(node, where)
         before = len(self._conversion.changes)
-        converted = self._conversion.convert(node, where)
+        converted = self._conversion.convert(node, where, found=found)
         changes = self._conversion.changes[before:]
         weights = [change.weight for change in changes]
         self._orders.append(Order(converted, weights, self._conversion.to))
