@@ -75,12 +75,20 @@ std::string py_cuda_reason([[maybe_unused]] c10::DeviceIndex device) {
 #endif
 }
 
-// Whether C++ can take a weight as it is. Throws on wrong layouts and devices.
+// Whether this module has kernels for where a tensor is.
+bool has_kernels(const at::Tensor& t) {
+#if defined(WNKERNEL_CUDA)
+  if (t.is_cuda()) return cuda_reason(t.device().index()).empty();
+#endif
+  return t.is_cpu();
+}
+
+// Whether C++ can take a weight as it is. Throws on wrong layouts and devices: the dispatcher would
+// choose by them before the operator has checked its arguments, and say that there is no kernel.
 bool is_plain_native(PyObject* v, PyObject* g) {
   if (!is_plain(v) || !is_plain(g)) return false;
   check_placement(THPVariable_Unpack(v), THPVariable_Unpack(g));
-  const at::Tensor& t = THPVariable_Unpack(v);
-  return t.is_cpu() || (t.is_cuda() && py_cuda_reason(t.device().index()).empty());
+  return has_kernels(THPVariable_Unpack(v));
 }
 
 // Whether somebody looks at what is called: a __torch_function__ mode, or the TorchScript tracer,
@@ -171,7 +179,7 @@ pybind11::dict build_info() {
 std::array<int64_t, 3> py_row_view(const at::Tensor& v, int64_t dim) {
   TORCH_CHECK_VALUE(v.numel() > 0 && v.is_non_overlapping_and_dense(),
                     "v: expected a dense, non-empty tensor, got shape ", v.sizes());
-  const RowView view = row_view(v, dim);
+  const RowView view = row_view(v, canonical_dim(dim, v.dim()));
   return {view.outer, view.rows, view.inner};
 }
 

@@ -1,4 +1,3 @@
-// Which CUDA devices the kernels can run on.
 #pragma once
 #include <c10/core/Device.h>
 

@@ -1,4 +1,3 @@
-// Operators on CPU tensors.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
@@ -28,7 +27,7 @@ struct Cpu {
   static at::Tensor empty_norm(at::IntArrayRef sizes, at::ScalarType dtype) {
     return at::detail::empty_cpu(sizes, dtype);
   }
-  static constexpr bool takes(DType, DType) { return true; }
+  static constexpr bool takes(DType v, DType w) { return cpu_takes(v, w); }
 
   void forward(const Forward* table, int64_t count) { forward_cpu(table, count, threads()); }
   void backward(const Backward* table, int64_t count) { backward_cpu(table, count, threads()); }

@@ -1,4 +1,4 @@
-// Operators on CUDA tensors. Compiled only where torch has CUDA and there is nvcc (setup.py).
+// Compiled only where torch has CUDA and there is nvcc (setup.py).
 #if defined(WNKERNEL_CUDA)
 #include <ATen/EmptyTensor.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -39,7 +39,7 @@ class Cuda {
                                      c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype,
                                      std::nullopt);
   }
-  static bool takes(DType v, DType w) { return cuda_takes(v, w); }
+  static constexpr bool takes(DType v, DType w) { return cuda_takes(v, w); }
 
   void forward(const Forward* table, int64_t count) { check(forward_cuda(table, count, launch())); }
   void backward(const Backward* table, int64_t count) {

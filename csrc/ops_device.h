@@ -35,10 +35,6 @@ inline at::Tensor dense(const at::Tensor& v) {
   return v.is_non_overlapping_and_dense() ? v : v.contiguous();
 }
 
-inline at::Tensor with_type(const at::Tensor& t, at::ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : t.to(dtype);
-}
-
 // Memory laid out like a dense tensor. apart_from: what a kernel reads while it writes there.
 template <class Device>
 at::Tensor empty_like(const at::Tensor& dense, at::ScalarType dtype,
@@ -46,19 +42,29 @@ at::Tensor empty_like(const at::Tensor& dense, at::ScalarType dtype,
   return Device::empty(dense.sizes(), dense.strides(), dtype, apart_from);
 }
 
-// t in the memory order of v: itself, or one copy.
+// t in the memory order of v, which is dense, and of a dtype: itself, or one copy.
 template <class Device>
-at::Tensor ordered_like(const at::Tensor& t, const at::Tensor& v) {
-  if (t.strides() == v.strides()) return t;
-  if (t.is_contiguous() && v.is_contiguous()) return t;  // strides of size-1 dims may differ
-  at::Tensor ordered = empty_like<Device>(v, t.scalar_type());
+at::Tensor ordered_like(const at::Tensor& t, const at::Tensor& v, at::ScalarType dtype) {
+  const bool is_ordered =  // strides of size-1 dims may differ
+      t.strides() == v.strides() || (t.is_contiguous() && v.is_contiguous());
+  if (is_ordered && t.scalar_type() == dtype) return t;
+  at::Tensor ordered = empty_like<Device>(v, dtype);
   ordered.copy_(t);
   return ordered;
 }
 
-// What kernels are given for v and w (or grad_w) of other types: the type of sums for v, which
-// holds it without loss, and for w if need be. The caller's types are made of the results, which
-// rounds as a kernel would have.
+// A dense tensor in a dtype: itself, or a copy. Doubles become halves by way of float, as kernels
+// round them: bits of the NaNs that torch makes of them depend on the number of threads.
+template <class Device>
+at::Tensor with_type(at::Tensor t, at::ScalarType dtype) {
+  if (t.scalar_type() == at::kDouble && (dtype == at::kHalf || dtype == at::kBFloat16))
+    t = ordered_like<Device>(t, t, at::kFloat);
+  return ordered_like<Device>(t, t, dtype);
+}
+
+// What kernels are given for v and w (or grad_w) of types that they are not compiled for: the type
+// of sums for v, which holds it without loss, and for w if need be. The caller's types are made of
+// the results, which rounds as a kernel would have.
 struct Types {
   at::ScalarType v, w;
 };
@@ -81,7 +87,7 @@ struct ForwardWeight {
                 std::optional<at::ScalarType> out_dtype) {
     const auto [v_type, w_type] =
         types_of<Device>(v_.scalar_type(), out_dtype.value_or(v_.scalar_type()));
-    v = with_type(dense(v_), v_type);
+    v = with_type<Device>(dense(v_), v_type);
     g = g_.contiguous();
     w = empty_like<Device>(v, w_type, {&v});
     norm = Device::empty_norm(g.sizes(), accumulation_dtype(v_type));
@@ -119,7 +125,8 @@ TensorPair forward_one_on(const at::Tensor& v, const at::Tensor& g, int64_t dim,
   Device device(v);
   ForwardWeight<Device> weight(v, g, dim, eps, out_dtype);
   if (!weight.is_empty()) device.forward(&weight.line, 1);
-  return {with_type(weight.w, out_dtype.value_or(v.scalar_type())), std::move(weight.norm)};
+  return {with_type<Device>(std::move(weight.w), out_dtype.value_or(v.scalar_type())),
+          std::move(weight.norm)};
 }
 
 template <class Device>
@@ -148,7 +155,7 @@ Tensors forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
   device.forward(table.data(), static_cast<int64_t>(table.size()));
   Tensors results(2 * count);
   for (size_t k = 0; k < count; ++k) {
-    results[k] = with_type(weights[k].w, out_dtype.value_or(v[k].scalar_type()));
+    results[k] = with_type<Device>(std::move(weights[k].w), out_dtype.value_or(v[k].scalar_type()));
     results[count + k] = std::move(weights[k].norm);
   }
   return results;
@@ -163,9 +170,9 @@ struct BackwardWeight {
   BackwardWeight(const at::Tensor& grad_w_, const at::Tensor& v_, const at::Tensor& g_,
                  const at::Tensor& norm_, int64_t dim, double eps, bool need_v, bool need_g) {
     const auto [v_type, w_type] = types_of<Device>(v_.scalar_type(), grad_w_.scalar_type());
-    v = with_type(dense(v_), v_type);
+    v = with_type<Device>(dense(v_), v_type);
     g = g_.contiguous();
-    grad_w = with_type(ordered_like<Device>(grad_w_, v), w_type);
+    grad_w = ordered_like<Device>(grad_w_, v, w_type);
     void *to_v = nullptr, *to_g = nullptr;
     if (need_v) {
       grad_v = empty_like<Device>(v, v_type, {&v, &grad_w});
@@ -213,7 +220,7 @@ TensorPair gradients_on(const at::Tensor& grad_w, const at::Tensor& v, const at:
   Device device(v);
   BackwardWeight<Device> weight(grad_w, v, g, norm, dim, eps, need_v, need_g);
   if (!weight.is_empty()) device.backward(&weight.line, 1);
-  if (need_v) weight.grad_v = with_type(weight.grad_v, v.scalar_type());
+  if (need_v) weight.grad_v = with_type<Device>(std::move(weight.grad_v), v.scalar_type());
   return {std::move(weight.grad_v), std::move(weight.grad_g)};
 }
 
@@ -250,7 +257,8 @@ Tensors backward_on(at::TensorList grad_w, at::TensorList v, at::TensorList g, a
   Tensors grads;
   auto weight = weights.begin();
   for (size_t k = 0; k < count; ++k) {
-    if (need_v[k]) grads.push_back(with_type(weight->grad_v, v[k].scalar_type()));
+    if (need_v[k])
+      grads.push_back(with_type<Device>(std::move(weight->grad_v), v[k].scalar_type()));
     if (need_v[k] || need_g[k]) ++weight;
   }
   for (auto& w : weights)

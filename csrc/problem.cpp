@@ -124,7 +124,6 @@ void check_one_device(at::TensorList v) {
 }
 
 RowView row_view(const at::Tensor& v, int64_t dim) {
-  dim = canonical_dim(dim, v.dim());
   if (dim == kWholeTensor || v.size(dim) == 1) return {1, 1, v.numel()};
   const int64_t rows = v.size(dim), inner = v.stride(dim);
   return {v.numel() / (rows * inner), rows, inner};

@@ -1,5 +1,5 @@
 // What a weight norm is asked to do: argument checks, dim rules and memory-order rules, on tensors.
-// The twin of wnkernel/problem.py; no kernel and no other file knows what `dim` means.
+// The twin of wnkernel/problem.py. Kernels know of no `dim`: they are given what row_view() makes.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -33,7 +33,7 @@ void check_backward_lengths(at::TensorList grad_w, at::TensorList v, at::TensorL
 // The dispatcher chooses by any of a list; throws ValueError if v are not all on one device.
 void check_one_device(at::TensorList v);
 
-// [outer, rows, inner] of a dense, non-empty tensor, in memory order.
+// [outer, rows, inner] of a dense, non-empty tensor, in memory order, for a dim that was checked.
 RowView row_view(const at::Tensor& v, int64_t dim);
 
 // float64 for float64, float32 for the others.

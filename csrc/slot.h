@@ -1,4 +1,4 @@
-// The Python type wnkernel._C.Slot and what else the group (wnkernel/group.py) asks on every read.
+// The Python type wnkernel._C.Slot, and what else a group (wnkernel/grouping/) asks on every read.
 #pragma once
 #include <torch/csrc/python_headers.h>
 

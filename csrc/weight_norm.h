@@ -14,6 +14,31 @@ constexpr DType accumulation(DType v_type) {
   return v_type == DType::f64 ? DType::f64 : DType::f32;
 }
 
+// The pairs of types of v and w (or grad_w) that kernels are compiled for: calls PAIR(name, type of
+// v, type of w) for each of them. Weights of other types are converted before and after a launch,
+// see types_of() in ops_device.h.
+#define WNKERNEL_PAIRS(PAIR) \
+  PAIR(f32, f32, f32)        \
+  PAIR(f16, f16, f16)        \
+  PAIR(bf16, bf16, bf16)     \
+  PAIR(f32_f16, f32, f16)    \
+  PAIR(f32_bf16, f32, bf16)  \
+  PAIR(f64, f64, f64)
+
+// One more on the CPU: whatever a gradient in double can hold is right there, so that it must not
+// become a float.
+#define WNKERNEL_CPU_PAIRS(PAIR) WNKERNEL_PAIRS(PAIR) PAIR(f32_f64, f32, f64)
+
+// Whether there are kernels for v and w (or grad_w) of these types; problems have to be of such.
+#define WNKERNEL_IS_PAIR(name, v, w) || (v_type == DType::v && w_type == DType::w)
+constexpr bool cuda_takes(DType v_type, DType w_type) {
+  return false WNKERNEL_PAIRS(WNKERNEL_IS_PAIR);
+}
+constexpr bool cpu_takes(DType v_type, DType w_type) {
+  return false WNKERNEL_CPU_PAIRS(WNKERNEL_IS_PAIR);
+}
+#undef WNKERNEL_IS_PAIR
+
 struct RowView {
   int64_t outer, rows, inner;
   int64_t row_size() const { return outer * inner; }
@@ -65,9 +90,6 @@ struct CudaLaunch {
   // Memory that stays until what is on the stream by the end of the call is done.
   void* (*workspace)(void* context, int64_t bytes);
 };
-
-// Whether there are kernels for v and w (or grad_w) of these types; problems have to be of such.
-bool cuda_takes(DType v_type, DType w_type);
 
 // 0 if there is code for the current device, else a CUDA error.
 int cuda_supports_device();

@@ -96,6 +96,33 @@ def test_gradients_that_are_kept_stay():
     assert torch.equal(kept, expected)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_copies_in_other_types_come_back(several):
+    """What kernels are given, and what they return, in the place of types that they do not take."""
+    v, g = (t.half().requires_grad_() for t in weight())
+    halves, floats, doubles = (v.numel() * size for size in (2, 4, 8))
+    before = wnkernel.cpu_buffers()["used_bytes"]
+
+    def buffers() -> tuple[int, int]:
+        now = wnkernel.cpu_buffers()
+        return now["used_bytes"] - before, now["held_bytes"]
+
+    def weight_norm(v, g, out_dtype):
+        if several:
+            return F.weight_norms([v], [g], [0], out_dtype=out_dtype)[0]
+        return F.weight_norm(v, g, out_dtype=out_dtype)
+
+    w = weight_norm(v, g, torch.float32)
+    assert buffers() == (floats, floats)  # v
+    (grad_v,) = torch.autograd.grad(w, v, torch.ones_like(w))
+    assert buffers() == (floats + halves, 2 * floats)  # v, grad_v
+    del w, grad_v
+    wnkernel.release_cpu_buffers()
+    kept = weight_norm(v.detach().double(), g, torch.float16)
+    assert kept.dtype == torch.float16
+    assert buffers() == (halves, doubles + floats)  # w, and w on its way to halves
+
+
 def test_threads_do_not_share_a_buffer():
     weights = [weight() for _ in range(4)]
     failures = []
@@ -192,10 +219,12 @@ print("alive")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_w_starts_half_a_page_from_v(offset, dtype):
+    """With kernels for their types: others read a copy of v."""
     v, (_, g) = placed(offset, dtype=dtype), weight()
     single = F.weight_norm(v, g)
     several = F.weight_norms([v, v], [g, g], [0, 0])
-    other_type = F.weight_norm(v, g, out_dtype=torch.float32)
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    other_type = F.weight_norm(v, g, out_dtype=half)
     for w in (single, *several, other_type):
         assert apart(w, v) > PAGE // 2 - LINE
         assert w.data_ptr() % LINE == 0

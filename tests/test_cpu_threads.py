@@ -22,8 +22,8 @@ DIRECTIONS = pytest.mark.parametrize("direction", ["forward", "backward"])
 # csrc/cpu/driver.cpp, plan.h
 GRAIN, ROW_WORK = 8192, 32
 """Work for which there is another thread; of a row, beside its elements."""
-PIECE, STRIP = 16384, 65536
-"""Elements of a piece of a row that is too long for one chunk; at most, of a strip of columns."""
+CHUNK, STRIP = 16384, 65536
+"""Elements of a chunk of a row that is too long for one; at most, of a strip."""
 
 SIZES = {  # of caches
     "small": {"WNKERNEL_CPU_L1D": "4K", "WNKERNEL_CPU_L2": "16K", "WNKERNEL_CPU_L3": "16K"},
@@ -79,12 +79,12 @@ WHOLE_ROWS = {
     "two in a cache": Weight(1, 130, 4060, BF16, BF16),
 }
 CUT = {  # and how many chunks of how many elements there are
-    "few long rows": (Weight(1, 3, 1_000_000), 186, PIECE),
-    "whole tensor": (Weight(1, 1, 2_000_000), 123, PIECE),
+    "few long rows": (Weight(1, 3, 1_000_000), 186, CHUNK),
+    "whole tensor": (Weight(1, 1, 2_000_000), 123, CHUNK),
     "strips": (Weight(512, 256, 16), 32, STRIP),
 }
 ROWS = (Weight(1, 2000, 300), Weight(1, 40_000, 7, F64, F64), Weight(1, 64, 64))
-ROWS += (Weight(1, 900, 640, BF16, F32), Weight(1, 5, 16_000))
+ROWS += (Weight(1, 900, 640, F32, BF16), Weight(1, 5, 16_000))
 MIXED = (Weight(1, 3, 200_000), *ROWS, Weight(128, 2048, 2), Weight(40, 24, 3))
 
 
@@ -173,7 +173,7 @@ UNEVEN = {
 @pytest.mark.parametrize("name", UNEVEN)
 def test_two_threads_map_as_much(shares, name, direction):
     """Five quarters of the mean at most. (Where a sum ends is a matter of bits, so that the last
-    piece of a row, and the last rows of a two-phase strip, are as long as they are.)"""
+    chunk of a row, and the last rows of a two-phase strip, are as long as they are.)"""
     weights = UNEVEN[name]
     launch = launches(shares, direction, [2], weights, **SIZES["usual"])[2]
     assert_written_once(launch, *weights)
@@ -200,7 +200,7 @@ CALLS = {  # and how often threads are asked for
     "many rows": (Weight(1, 20_000, 64), 1),
     "some leave the range": (Weight(1, 20_000, 64, huge_rows=900), 1),
     "one-phase strips": (Weight(9, 20_000, 7), 1),
-    "pieces": (Weight(1, 5, 100_000), 2),  # one block of rows is finished by one thread
+    "runs": (Weight(1, 5, 100_000), 2),  # one block of rows is finished by one thread
     "few strips": (Weight(80, 2000, 3), 3),
     "strips": (Weight(80, 6000, 3), 3),
     "strips that leave the range": (Weight(80, 6000, 3, huge_rows=900), 4),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from wnkernel import functional as F
+from wnkernel.problem import HALF_DTYPES, accumulation_dtype
 
 from .cases import DTYPES, randn, randn_g
 from .operators import halves
@@ -41,12 +42,12 @@ def _threads_restored() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def run(ops, problems) -> list[list[torch.Tensor]]:
+def run(ops, problems, out_dtype=None) -> list[list[torch.Tensor]]:
     """w, norm, grad_v and grad_g of ``(v, g, grad_w, dim)`` problems in one launch each way."""
     v, g, grad_w, dim = ([p[k] for p in problems] for k in range(4))
     eps = [0.0] * len(v)
     canonical = [-1 if d is None else d for d in dim]
-    w, norm = halves(ops.forward(v, g, canonical, eps))
+    w, norm = halves(ops.forward(v, g, canonical, eps, out_dtype))
     yes = [True] * len(v)
     grad_v, grad_g = halves(ops.backward(grad_w, v, g, norm, canonical, eps, yes, yes))
     return [list(results) for results in zip(w, norm, grad_v, grad_g, strict=True)]
@@ -58,6 +59,7 @@ def problem(shape, dim, dtype):
 
 def assert_same_bits(a, b):
     for name, x, y in zip(("w", "norm", "grad_v", "grad_g"), a, b, strict=True):
+        assert x.dtype == y.dtype, name
         assert torch.equal(bits(x), bits(y)), name
 
 
@@ -90,6 +92,34 @@ def test_alone_or_in_a_list(compiled_backend, ops, threads):
         assert_same_bits(got, want)
     for got, want in zip(reversed(run(ops, problems[::-1])), alone, strict=True):
         assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("w_dtype", DTYPES, ids=str)
+def test_v_and_w_of_any_types(compiled_backend, ops, w_dtype):
+    """Alone, in a list, and with any threads, NaN included; and the bits are those of weights of
+    the types that hold v and w, rounded."""
+    problems, wide = [], []
+    for dtype in DTYPES:
+        for shape, dim in CASES[:8]:
+            v, g, grad_w = randn(shape, dtype), randn_g(shape, dim), randn(shape, w_dtype)
+            if dim == 0 and shape[0] == 2:
+                v[1, 5] = torch.nan
+            problems.append((v, g, grad_w, dim))
+            acc = accumulation_dtype(dtype)
+            wide.append((v.to(acc), g, grad_w.to(acc), dim))
+    torch.set_num_threads(1)
+    alone = [run(ops, [p], w_dtype)[0] for p in problems]
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for got, want in zip(run(ops, problems, w_dtype), alone, strict=True):
+            assert_same_bits(got, want)
+    for (v, *_), other, results in zip(problems, wide, alone, strict=True):
+        assert (results[0].dtype, results[2].dtype) == (w_dtype, v.dtype)
+        if v.dtype == w_dtype == torch.bfloat16:
+            continue  # whose sums have an order of their own
+        for got, want in zip(results, run(ops, [other])[0], strict=True):
+            rounded = want.float() if got.dtype in HALF_DTYPES else want
+            assert torch.equal(got.nan_to_num(0.5), rounded.to(got.dtype).nan_to_num(0.5))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, None])

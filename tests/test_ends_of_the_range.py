@@ -69,6 +69,18 @@ def test_numbers_far_apart_in_a_row(ops):
         want.assert_close(w, *torch.autograd.grad(w, (v, g), grad_w))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("size", [1e-60, 1e60])
+def test_doubles_beside_a_v_of_another_type(ops, size, dim, dtype):
+    """g, w and its gradient are far outside of the range of floats."""
+    v = randn(SHAPE, dtype).cpu()
+    g, grad_w = randn_g(SHAPE, dim, F64).cpu() * size, randn(SHAPE, F64).cpu() / size
+    want = wide_reference.weight_norm(v, g, grad_w, dim)
+    w = F.weight_norm(v.requires_grad_(), g.requires_grad_(), dim, out_dtype=F64)
+    want.assert_close(w, *torch.autograd.grad(w, (v, g), grad_w))
+
+
 @pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_long_extreme_rows_are_added_up_in_pairs(ops, size):
     """Of equal numbers the errors add up, when one is added after the other."""

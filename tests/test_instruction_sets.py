@@ -20,7 +20,7 @@ from wnkernel import functional as F
 
 torch.manual_seed(0)
 print(wnkernel.info()["compiled"]["cpu_instruction_set"])
-# tails of every length around a vector; rows in one chunk, in pieces; columns, narrow, wide
+# tails of every length around a vector; rows in one chunk, in several; strips, narrow, wide
 SHAPES = [(3, n) for n in range(1, 70)]
 SHAPES += [(5, 7, 3), (2, 70001), (700, 3), (90, 200, 3), (6, 4, 300)]
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

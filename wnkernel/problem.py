@@ -1,6 +1,6 @@
 """What a weight norm is asked to do: dim rules, memory-order rules and argument checks.
 
-This is the only place in Python that knows what ``dim`` means; csrc/problem.cpp is its twin for
+Whatever computes is given a canonical ``dim``, which is made here. csrc/problem.cpp is the twin for
 the compiled operators, and tests/test_problem.py holds the two together.
 """
 

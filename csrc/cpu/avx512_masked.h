@@ -24,10 +24,6 @@ static inline __attribute__((always_inline)) auto masked_load(const void* p, int
     return _mm512_maskz_loadu_epi32(first(n), p);
   } else if constexpr (bytes == 64) {
     return _mm512_maskz_loadu_epi64(first(n), p);
-  } else if constexpr (bytes == 32 && element == 4) {
-    return _mm256_maskz_loadu_epi32(first(n), p);
-  } else if constexpr (bytes == 32) {
-    return _mm256_maskz_loadu_epi16(first(n), p);
   } else if constexpr (bytes == 128) {  // double grads of float weights
     struct {
       __m512i low, high;
@@ -35,7 +31,8 @@ static inline __attribute__((always_inline)) auto masked_load(const void* p, int
            _mm512_maskz_loadu_epi64(first(n < 8 ? 0 : n - 8), static_cast<const double*>(p) + 8)};
     return pair;
   } else {
-    return _mm_maskz_loadu_epi16(first(n), p);
+    static_assert(bytes == 32 && element == 2);
+    return _mm256_maskz_loadu_epi16(first(n), p);
   }
 }
 
@@ -46,10 +43,6 @@ static inline __attribute__((always_inline)) void masked_store(void* p, Raw raw,
     _mm512_mask_storeu_epi32(p, first(n), (__m512i)raw);
   } else if constexpr (bytes == 64) {
     _mm512_mask_storeu_epi64(p, first(n), (__m512i)raw);
-  } else if constexpr (bytes == 32 && element == 4) {
-    _mm256_mask_storeu_epi32(p, first(n), (__m256i)raw);
-  } else if constexpr (bytes == 32) {
-    _mm256_mask_storeu_epi16(p, first(n), (__m256i)raw);
   } else if constexpr (bytes == 128) {
     struct {
       __m512i low, high;
@@ -58,7 +51,8 @@ static inline __attribute__((always_inline)) void masked_store(void* p, Raw raw,
     _mm512_mask_storeu_epi64(p, first(n < 8 ? n : 8), pair.low);
     _mm512_mask_storeu_epi64(static_cast<double*>(p) + 8, first(n < 8 ? 0 : n - 8), pair.high);
   } else {
-    _mm_mask_storeu_epi16(p, first(n), (__m128i)raw);
+    static_assert(bytes == 32 && element == 2);
+    _mm256_mask_storeu_epi16(p, first(n), (__m256i)raw);
   }
 }
 

@@ -67,22 +67,22 @@ class Launch {
       switch (job.plan.kind) {
         case Plan::Kind::rows:
           return whole_rows(job, task);
-        case Plan::Kind::pieces:
-          return piece_sum(job, task);
-        case Plan::Kind::columns:
+        case Plan::Kind::runs:
+          return runs_sum(job, task);
+        case Plan::Kind::strips:
           return job.plan.one_phase ? whole_strip(job, task) : strip_sum(job, task);
       }
     });
     if (!workspace_) return;
     std::atomic<int64_t> unsafe{0};
     each_row_block([&](const Job<P>& job, int64_t row, int64_t rows) {
-      const bool pieces = job.plan.kind == Plan::Kind::pieces;
-      const int64_t bad = pieces ? piece_finish(job, row, rows) : strip_finish(job, row, rows);
+      const bool runs = job.plan.kind == Plan::Kind::runs;
+      const int64_t bad = runs ? runs_finish(job, row, rows) : strip_finish(job, row, rows);
       if (bad) unsafe.fetch_add(bad, std::memory_order_relaxed);
     });
     const auto mapped = [](const Job<P>& job) { return !job.plan.one_phase && wants_map(*job.p); };
     each_chunk<!kFromTheEnd>(mapped, [](const Job<P>& job, int64_t task) {
-      job.plan.kind == Plan::Kind::pieces ? piece_map(job, task) : strip_map(job, task);
+      job.plan.kind == Plan::Kind::runs ? runs_map(job, task) : strip_map(job, task);
     });
     if (unsafe.load() == 0) return;
     each_row_block([](const Job<P>& job, int64_t row, int64_t rows) {

@@ -14,6 +14,8 @@ struct f16 {
 struct bf16 {
   uint16_t bits;
 };
+using f32 = float;
+using f64 = double;
 
 template <class V>
 struct AccumulationOf {

@@ -37,17 +37,22 @@ inline int64_t bytes_written(const Backward& p) { return p.grad_v ? element_size
 inline bool wants_map(const Forward&) { return true; }
 inline bool wants_map(const Backward& p) { return p.grad_v != nullptr; }
 
+template <class P>
+const Finish& finish_of(const InstructionSet& set, const P& p) {
+  return set.finish[accumulation(p.v_type) == DType::f64][index_of(p.g_type)];
+}
+
 inline int64_t finish(const InstructionSet& set, const Forward& p, int64_t row, int64_t rows,
                       double* sums, void* a, void*) {
-  return set.finish[index_of(p.v_type)][index_of(p.g_type)].forward(
-      sums, at(p.g, row, p.g_type), rows, p.eps, p.divisor_type != accumulation(p.v_type),
-      at(p.norm, row, accumulation(p.v_type)), a);
+  return finish_of(set, p).forward(sums, at(p.g, row, p.g_type), rows, p.eps,
+                                   p.divisor_type != accumulation(p.v_type),
+                                   at(p.norm, row, accumulation(p.v_type)), a);
 }
 inline int64_t finish(const InstructionSet& set, const Backward& p, int64_t row, int64_t rows,
                       double* sums, void* a, void* b) {
-  return set.finish[index_of(p.v_type)][index_of(p.g_type)].backward(
-      sums, at(p.g, row, p.g_type), at(p.norm, row, accumulation(p.v_type)), rows, p.eps,
-      p.grad_g ? at(p.grad_g, row, p.g_type) : nullptr, a, b);
+  return finish_of(set, p).backward(sums, at(p.g, row, p.g_type),
+                                    at(p.norm, row, accumulation(p.v_type)), rows, p.eps,
+                                    p.grad_g ? at(p.grad_g, row, p.g_type) : nullptr, a, b);
 }
 
 // Does the rows again that finish() has marked.

@@ -1,5 +1,6 @@
-// What an instruction set provides: reductions and maps over the rows or columns of one chunk, for
-// every pair of element types. driver.cpp cuts the chunks and owns their order.
+// What an instruction set provides: reductions and maps over the rows or the strip of one chunk,
+// for each pair of element types of WNKERNEL_CPU_PAIRS. driver.cpp cuts the chunks and owns their
+// order.
 //
 // y is v. x is what is multiplied with it: v again in the forward, grad_w in the backward. A is the
 // accumulation type: double where v is f64, float otherwise.
@@ -37,9 +38,9 @@ struct Finish {
 
 struct InstructionSet {
   const char* name;
-  Kernels forward[4][4];   // [v_type][w_type]
-  Kernels backward[4][4];  // [v_type][w_type]
-  Finish finish[4][4];     // [v_type][g_type]
+  Kernels forward[4][4];   // [v_type][w_type], of WNKERNEL_CPU_PAIRS; null for others
+  Kernels backward[4][4];  // the same
+  Finish finish[2][4];     // [whether A is double][g_type]
 };
 
 extern const InstructionSet kBaseline;  // what the compiler assumes anyway: SSE2, NEON, ...

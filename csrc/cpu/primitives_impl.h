@@ -222,9 +222,8 @@ struct KernelsOf {
   static constexpr Kernels table() { return {dot_rows, dot_columns, map_rows, map_columns}; }
 };
 
-template <class V, class G>
+template <class A, class G>
 struct FinishOf {
-  using A = typename AccumulationOf<V>::type;
   using Range = SafeRange<A>;
 
   // Conditions as 0.0 and 1.0: the compiler makes no vectors of chains of bools.
@@ -243,7 +242,7 @@ struct FinishOf {
   // Plain loops, one exit each: the compiler turns them into vectors of doubles.
   static int64_t forward(double* sums, const void* g, int64_t rows, double eps, bool as_g,
                          void* norm, void* a) {
-    if constexpr (sizeof(G) == 2)
+    if constexpr (sizeof(A) == 4 && sizeof(G) == 2)
       if (as_g) return forward_as<G>(sums, g, rows, eps, norm, a);
     return forward_as<A>(sums, g, rows, eps, norm, a);
   }
@@ -307,33 +306,25 @@ struct FinishOf {
   static constexpr Finish table() { return {forward, backward}; }
 };
 
-template <bool backward, class V>
-constexpr void fill(Kernels (&row)[4]) {
-  row[0] = KernelsOf<V, f16, backward>::table();
-  row[1] = KernelsOf<V, bf16, backward>::table();
-  row[2] = KernelsOf<V, float, backward>::table();
-  row[3] = KernelsOf<V, double, backward>::table();
-}
-
-template <class V>
-constexpr void fill(InstructionSet& set, DType v_type) {
-  const int v = static_cast<int>(v_type);
-  fill<false, V>(set.forward[v]);
-  fill<true, V>(set.backward[v]);
-  set.finish[v][0] = FinishOf<V, f16>::table();
-  set.finish[v][1] = FinishOf<V, bf16>::table();
-  set.finish[v][2] = FinishOf<V, float>::table();
-  set.finish[v][3] = FinishOf<V, double>::table();
+template <class A>
+constexpr void fill(Finish (&of_g)[4]) {
+  of_g[0] = FinishOf<A, f16>::table();
+  of_g[1] = FinishOf<A, bf16>::table();
+  of_g[2] = FinishOf<A, f32>::table();
+  of_g[3] = FinishOf<A, f64>::table();
 }
 
 // A constant expression: no code of this instruction set runs before it is chosen.
 constexpr InstructionSet make(const char* name) {
   InstructionSet set{};
   set.name = name;
-  fill<f16>(set, DType::f16);
-  fill<bf16>(set, DType::bf16);
-  fill<float>(set, DType::f32);
-  fill<double>(set, DType::f64);
+#define WNKERNEL_FILL(name, v, w)                                              \
+  set.forward[int(DType::v)][int(DType::w)] = KernelsOf<v, w, false>::table(); \
+  set.backward[int(DType::v)][int(DType::w)] = KernelsOf<v, w, true>::table();
+  WNKERNEL_CPU_PAIRS(WNKERNEL_FILL)
+#undef WNKERNEL_FILL
+  fill<f32>(set.finish[0]);
+  fill<f64>(set.finish[1]);
   return set;
 }
 

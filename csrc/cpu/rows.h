@@ -1,4 +1,5 @@
-// Chunks that are reduced along runs of memory: adjacent whole rows, and pieces of long rows.
+// Chunks that are summed run by run: adjacent whole rows, and runs of long rows. A run is a stretch
+// of a row without gaps; of one that is longer than a chunk, what each chunk has is a run.
 #pragma once
 #include <algorithm>
 
@@ -41,40 +42,40 @@ void whole_rows(const Job<P>& job, int64_t task) {
   if (unsafe) exact_rows(*job.p, sums, row, rows);
 }
 
-// f(row, first element, elements) for every run of one piece.
+// f(row, first element, elements) for every run of one chunk.
 template <class F>
 void each_run(const Plan& plan, int64_t task, F&& f) {
   const RowView& view = plan.view;
-  const int64_t pieces = plan.tasks / view.rows, row = task / pieces, piece = task % pieces;
-  const int64_t first = piece / plan.run_pieces * plan.outer_per_task;
+  const int64_t chunks = plan.tasks / view.rows, row = task / chunks, chunk = task % chunks;
+  const int64_t first = chunk / plan.chunks_per_run * plan.outer_per_task;
   const int64_t last = std::min(view.outer, first + plan.outer_per_task);
-  const int64_t from = piece % plan.run_pieces * kChunk;
-  const int64_t size = std::min(view.inner - from, plan.run_pieces > 1 ? kChunk : view.inner);
+  const int64_t from = chunk % plan.chunks_per_run * kChunk;
+  const int64_t size = std::min(view.inner - from, plan.chunks_per_run > 1 ? kChunk : view.inner);
   for (int64_t o = first; o < last; ++o) f(row, (o * view.rows + row) * view.inner + from, size);
 }
 
 template <class P>
-void piece_sum(const Job<P>& job, int64_t task) {
-  double& sum = reinterpret_cast<double*>(job.partials)[task];  // [rows][pieces]
+void runs_sum(const Job<P>& job, int64_t task) {
+  double& sum = reinterpret_cast<double*>(job.partials)[task];  // [rows][chunks]
   sum = 0;
   each_run(job.plan, task,
            [&](int64_t, int64_t k, int64_t n) { job.k->dot_rows(job.x(k), job.y(k), 1, n, &sum); });
 }
 
 template <class P>
-int64_t piece_finish(const Job<P>& job, int64_t row, int64_t rows) {
-  const int64_t pieces = job.plan.tasks / job.plan.view.rows;
-  const double* partial = reinterpret_cast<const double*>(job.partials) + row * pieces;
+int64_t runs_finish(const Job<P>& job, int64_t row, int64_t rows) {
+  const int64_t chunks = job.plan.tasks / job.plan.view.rows;
+  const double* partial = reinterpret_cast<const double*>(job.partials) + row * chunks;
   for (int64_t r = row; r < row + rows; ++r) {
     job.sums[r] = 0;
-    for (int64_t k = 0; k < pieces; ++k) job.sums[r] += *partial++;
+    for (int64_t k = 0; k < chunks; ++k) job.sums[r] += *partial++;
   }
   return finish(*job.set, *job.p, row, rows, job.sums + row, at(job.a, row, job.acc),
                 at(job.b, row, job.acc));
 }
 
 template <class P>
-void piece_map(const Job<P>& job, int64_t task) {
+void runs_map(const Job<P>& job, int64_t task) {
   each_run(job.plan, task, [&](int64_t row, int64_t k, int64_t n) {
     job.k->map_rows(job.x(k), job.y(k), job.out(k), 1, n, at(job.a, row, job.acc),
                     at(job.b, row, job.acc), job.stream);

@@ -1,5 +1,5 @@
-// Chunks that are reduced down the columns of memory: rows made of many short runs. A strip is some
-// adjacent rows of the problem, that is some adjacent columns of memory, times some rows of memory.
+// Chunks that are summed down the columns of memory: rows of many short runs. A strip is a band of
+// adjacent columns, those of some adjacent rows of the problem, and as high as a chunk may be.
 // Narrow problems (fewer than kMinColumns columns) lay `repeat` rows of memory side by side as one
 // super-row.
 #pragma once
@@ -19,9 +19,9 @@ struct Strip {
 inline Strip strip_of(const Plan& plan, int64_t task) {
   const RowView& view = plan.view;
   Strip s{};
-  s.row = task % plan.row_blocks * plan.rows_per_task;
+  s.row = task % plan.strips * plan.rows_per_task;
   s.rows = std::min(plan.rows_per_task, view.rows - s.row);
-  const int64_t outer = task / plan.row_blocks * plan.outer_per_task;
+  const int64_t outer = task / plan.strips * plan.outer_per_task;
   const int64_t outers = std::min(plan.outer_per_task, view.outer - outer);
   s.columns = s.rows * view.inner;
   s.stride = view.rows * view.inner;
@@ -107,7 +107,7 @@ void whole_strip(const Job<P>& job, int64_t task) {
 template <class P>
 void strip_sum(const Job<P>& job, int64_t task) {
   const Strip s = strip_of(job.plan, task);
-  const int64_t block = task / job.plan.row_blocks, inner = job.plan.view.inner;
+  const int64_t block = task / job.plan.strips, inner = job.plan.view.inner;
   column_sums(job, s,
               at(job.partials, block * job.plan.repeat * s.stride + s.row * inner, job.acc));
 }

@@ -54,7 +54,7 @@ WNKERNEL_INLINE To bit_cast(From from) {
 
 // Raw -> Vec<A> and back, by element type.
 template <class A, class T>
-struct Convert {  // float <-> double
+struct Convert {  // float and double
   WNKERNEL_INLINE Vec<A> widen(Raw<T, A> raw) { return __builtin_convertvector(raw, Vec<A>); }
   WNKERNEL_INLINE Raw<T, A> narrow(Vec<A> x) { return __builtin_convertvector(x, Raw<T, A>); }
 };
@@ -64,28 +64,6 @@ struct Convert<A, A> {
   WNKERNEL_INLINE Vec<A> widen(Vec<A> raw) { return raw; }
   WNKERNEL_INLINE Vec<A> narrow(Vec<A> x) { return x; }
 };
-
-template <class A, class H>
-struct ConvertByElement {  // the pairs that nobody uses: half grads of double weights
-  WNKERNEL_INLINE Vec<A> widen(Raw<H, A> raw) {
-    Vec<A> out{};
-    for (int k = 0; k < kLanes<A>; ++k) out[k] = to_float(H{raw[k]});
-    return out;
-  }
-  WNKERNEL_INLINE Raw<H, A> narrow(Vec<A> x) {
-    Raw<H, A> out{};
-    for (int k = 0; k < kLanes<A>; ++k) {
-      H h;
-      from_double(x[k], &h);
-      out[k] = h.bits;
-    }
-    return out;
-  }
-};
-template <class A>
-struct Convert<A, f16> : ConvertByElement<A, f16> {};
-template <class A>
-struct Convert<A, bf16> : ConvertByElement<A, bf16> {};
 
 #if !defined(WNKERNEL_WIDEN_U16)
 #define WNKERNEL_WIDEN_U16(raw) __builtin_convertvector(raw, Vec<uint32_t>)
@@ -111,16 +89,31 @@ struct Convert<float, bf16> {
   }
 };
 
-#if defined(WNKERNEL_WIDEN_HALF)
 template <>
 struct Convert<float, f16> {
   using U16 = Raw<f16, float>;
+#if defined(WNKERNEL_WIDEN_HALF)
   WNKERNEL_INLINE Vec<float> widen(U16 raw) {
     return bit_cast<Vec<float>>(WNKERNEL_WIDEN_HALF(raw));
   }
   WNKERNEL_INLINE U16 narrow(Vec<float> x) { return bit_cast<U16>(WNKERNEL_NARROW_HALF(x)); }
-};
+#else
+  WNKERNEL_INLINE Vec<float> widen(U16 raw) {
+    Vec<float> out{};
+    for (int64_t k = 0; k < kLanes<float>; ++k) out[k] = to_float(f16{raw[k]});
+    return out;
+  }
+  WNKERNEL_INLINE U16 narrow(Vec<float> x) {
+    U16 out{};
+    for (int64_t k = 0; k < kLanes<float>; ++k) {
+      f16 h;
+      from_float(x[k], &h);
+      out[k] = h.bits;
+    }
+    return out;
+  }
 #endif
+};
 
 template <class A, class T>
 WNKERNEL_INLINE Vec<A> load(const T* p) {

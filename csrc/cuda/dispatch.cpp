@@ -18,14 +18,6 @@ int launch_pair(const Problem* problems, int64_t count, DType v_type, DType w_ty
 
 }  // namespace
 
-bool cuda_takes(DType v_type, DType w_type) {
-#define WNKERNEL_TAKES(name, v, w) \
-  if (v_type == DType::v && w_type == DType::w) return true;
-  WNKERNEL_PAIRS(WNKERNEL_TAKES)
-#undef WNKERNEL_TAKES
-  return false;
-}
-
 #define WNKERNEL_FORWARD(name, v, w)                                                  \
   if (const int error =                                                               \
           launch_pair(problems, count, DType::v, DType::w, cuda::forward_##name, on)) \

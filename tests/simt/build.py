@@ -20,7 +20,7 @@ FLAGS = [
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
 ]
 PAIRS = ("f32", "bf16", "f32_bf16", "f64")
-"""Names of the pairs of types of v and w, as in csrc/cuda/launch.h. Those of float16 differ from
+"""Names of the pairs of types of v and w, as in csrc/weight_norm.h. Those of float16 differ from
 bfloat16 by their rounding only, and take as long to compile and to run."""
 if os.environ.get("WNKERNEL_OFFLINE_ALL"):
     PAIRS = (*PAIRS, "f16", "f32_f16")

@@ -48,7 +48,7 @@ TYPES = {
     "f32_bf16": Types(F32, BF16),
     "f64": Types(F64, F64),
 }
-"""Every pair, by the names of csrc/cuda/launch.h."""
+"""Every pair, by the names of csrc/weight_norm.h."""
 PAIRS = {name: TYPES[name] for name in build.PAIRS}
 """Those that are compiled here."""
 
