@@ -179,7 +179,7 @@ def test_allocators_make_what_torch_makes(monkeypatch, guards):
         monkeypatch.setattr(torch._C._dynamo, "guards", object())
     elif guards == "none":
         monkeypatch.delattr(torch._C, "_dynamo")
-    allocate = arrays.allocator.__wrapped__(DEVICE)
+    allocate = arrays.allocator(DEVICE)
     for size, stride in (((3, 4), (4, 1)), ((3, 4), (1, 3)), ((), ()), ((0, 3), (3, 1))):
         for dtype in (torch.float16, torch.float64, torch.uint8):
             t = allocate(size, stride, dtype)
