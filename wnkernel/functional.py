@@ -13,9 +13,8 @@ from torch.nn.parameter import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, _ops, composed, exporting, forms
-from .backends import choice, choose, gpu_operators, has_choice
+from .backends import choice, choose, has_choice
 from .backends.base import PythonBackend
-from .backends.compiled import CompiledBackend
 from .forms import Problems
 from .problem import (
     Problem,
@@ -84,7 +83,7 @@ def weight_norm(
         return composed.weight_norm(check(v, g, dim, eps, out_dtype))
     problems = forms.known(v, g, dim, eps, out_dtype)
     backend = choose(v)
-    if isinstance(backend, CompiledBackend):
+    if backend.is_compiled:
         return torch.ops.wnkernel.weight_norm(v, g, *problems.options[0])
     return _on_python_backend(problems, backend)[0]
 
@@ -154,7 +153,7 @@ def weight_norms(
     # copied: the backward needs them, and the caller's lists may have changed by then
     problems = forms.known_list([*v], [*g], dim, eps, out_dtype)
     backend = choose(v[0])
-    if isinstance(backend, CompiledBackend):
+    if backend.is_compiled:
         dim, eps, _ = map(list, zip(*problems.options, strict=True))
         return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[: len(v)]
     return _on_python_backend(problems, backend)
@@ -214,15 +213,8 @@ def _has_kernels_norms(v: Tensor) -> bool:
 def _norms(v: Tensor, dim: int, eps: float) -> Tensor:
     """The norms that the kernels for v compute, in the dtype of norms and not clamped. On the eager
     backend those with an ``eps`` come from other operators than those without."""
-    acc = accumulation_dtype(v.dtype)
-    g, backend = v.new_ones(norm_shape(v.shape, dim), dtype=acc), choose(v)
-    if isinstance(backend, CompiledBackend):
-        return torch.ops.wnkernel.forward_one(v, g, dim, eps)[1]
-    norm = backend.forward(forms.known(v, g, dim, eps, None))[1][0]
-    if backend.name == "eager":  # torch's kernels lose rows whose squares leave the float range
-        is_right = (norm > 0) & norm.isfinite()
-        return torch.where(is_right, norm, composed.norm_except_dim(v.to(acc), dim))
-    return norm.clone()  # alone in its memory
+    g = v.new_ones(norm_shape(v.shape, dim), dtype=accumulation_dtype(v.dtype))
+    return choose(v).norm(v, g, dim, eps)
 
 
 def _composed_norms(v: Tensor, dim: int) -> Tensor:
@@ -278,10 +270,7 @@ def _in_torchscript(
 def _has_operators(v: Tensor) -> bool:
     """Whether the kernels that v gets are behind torch.ops.wnkernel. Outside of compilers those of
     Triton are called without it, which is shorter."""
-    backend = choose(v)
-    return isinstance(backend, CompiledBackend) or (
-        backend.name == "triton" and gpu_operators.are_on(v.device)
-    )
+    return choose(v).has_operators(v)
 
 
 def _is_distributed(t: Tensor) -> bool:

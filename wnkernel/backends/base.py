@@ -15,14 +15,28 @@ class Backend(Protocol):
 
     name: str
 
+    is_compiled: bool
+    """Whether ``torch.ops.wnkernel`` is all there is to call: checks, kernels and autograd. All
+    others are :class:`PythonBackend`."""
+
     def missing(self) -> list[str]:
         """Why this backend cannot run on this machine at all; empty when it can."""
 
+    def takes(self, v: Tensor) -> bool:
+        """Whether it can take a (checked) weight norm of ``v``."""
+
     def reasons(self, v: Tensor) -> list[str]:
-        """Why it cannot take a (checked) weight norm of ``v``; empty when it can."""
+        """Why it cannot take it; empty when it can. For messages: :meth:`takes` is quicker."""
 
     def is_automatic(self, v: Tensor) -> bool:
         """Whether nobody has to ask for it by name to have it take ``v``."""
+
+    def has_operators(self, v: Tensor) -> bool:
+        """Whether ``torch.ops.wnkernel`` runs its kernels where ``v`` is."""
+
+    def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        """The norm that its kernels compute for these arguments of a weight norm, right wherever
+        its dtype holds it, in memory of its own."""
 
 
 class PythonBackend(Backend, Protocol):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from ... import _ops
 from ...forms import Problems, spread
-from ...problem import Problem, row_view
+from ...problem import Problem, check, row_view
 from ...streams import guard
 from . import availability
 from .arrays import dense, ordered_like
@@ -65,23 +66,33 @@ class TritonBackend:
     """
 
     name = "triton"
-    is_traceable = False
+    is_compiled = is_traceable = False
 
     def __init__(self) -> None:
+        self.operator_devices = [d for d in availability.GPUS if _ops.has_no_kernels_on(d)]
+        """Types of devices on which ``torch.ops.wnkernel`` runs these kernels."""
         self._used: set[torch.device] = set()
         """Devices that kernels ran on, so that nobody need ask again whether they can."""
 
     def missing(self) -> list[str]:
-        return _listed(availability.missing())
+        return [reason] if (reason := availability.missing()) else []
+
+    def takes(self, v: Tensor) -> bool:
+        # A graph would be compiled again as soon as the kernels have run.
+        is_known = not is_dynamo_compiling() and v.device in self._used
+        return is_known or availability.takes(v.device)
 
     def reasons(self, v: Tensor) -> list[str]:
-        # A graph would be compiled again as soon as the kernels have run.
-        if not is_dynamo_compiling() and v.device in self._used:
-            return []
-        return _listed(availability.reason(v.device))
+        return [] if self.takes(v) else [availability.reason(v.device)]
 
     def is_automatic(self, v: Tensor) -> bool:
         return v.device.type != "cpu"
+
+    def has_operators(self, v: Tensor) -> bool:
+        return v.device.type in self.operator_devices
+
+    def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        return self.forward([check(v, g, dim, eps)], apart=True)[1][0]
 
     def forward(
         self, problems: Sequence[Problem], *, apart: bool = False
@@ -221,7 +232,3 @@ def _addresses(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> Colu
     if all(needed):
         return list(map(_address, tensors))
     return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _listed(reason: str) -> list[str]:
-    return [reason] if reason else []
