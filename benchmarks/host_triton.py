@@ -31,7 +31,7 @@ if not torch.cuda.is_available():
 import wnkernel
 from wnkernel import functional as F
 from wnkernel.backends import BACKENDS
-from wnkernel.backends.triton import launch, tables
+from wnkernel.backends.triton import tables, variants
 
 from .environment import Environment, environment
 from .grouped import Checker, Iteration, Normed, random_grads, weights_model
@@ -152,7 +152,7 @@ def without_launches(who: str) -> Iterator[None]:
     launcher = BACKENDS["triton"]._launcher
     kept = Made() if who == MISS else Found()
     with (
-        mock.patch.object(launch.Launcher, "_run", leave_out),
+        mock.patch.object(variants.Variant, "launch", leave_out),
         mock.patch.object(launcher, "_tables", kept),
         wnkernel.use_backend("triton"),
     ):

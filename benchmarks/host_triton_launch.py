@@ -22,8 +22,10 @@ os.environ["TRITON_INTERPRET"] = "0"  # looked at when Triton is imported
 import triton
 from triton.backends.compiler import GPUTarget
 
-from wnkernel.backends.triton import launch
-from wnkernel.backends.triton.launch_table import tiles
+from wnkernel.backends.triton import variants
+from wnkernel.backends.triton.plan import tiles
+from wnkernel.backends.triton.tables import FORWARD
+from wnkernel.backends.triton.variants import Types
 
 from .environment import environment
 from .timing import Contender, least
@@ -64,24 +66,20 @@ class Driver:
 
 def ways() -> dict[str, Contender]:
     """To launch the forward of a weight alone, and of a list."""
-    t = launch.Types(*[torch.float32] * 3)
-    tile = tiles(4)[0]
-    one, many = launch.FORWARD.one, launch.FORWARD.many
+    t, device = Types(*[torch.float32] * 3), torch.device("cpu")
     cases = {
-        "a weight": (one, (1,) * 16, launch.choices_of_one(t, tile, 0)),
-        "a list": (many, (1,) * 3, launch.choices_of_list(t, True, 0)),
+        "a weight": (variants.of_one(FORWARD, t, tiles(4)[0], 0, device), (1,) * 16),
+        "a list": (variants.of_list(FORWARD, t, True, 0, device), (1,) * 3),
     }
-    launcher, device = launch.Launcher(), torch.device("cpu")
     found: dict[str, Contender] = {}
-    for what, (kernel, args, choices) in cases.items():
-        launcher._run(kernel, 1, args, choices, device)
-        (compiled,) = [c for (k, *_), c in launcher._compiled.items() if k is kernel]
-        every = (*args, *choices.values())
+    for what, (variant, args) in cases.items():
+        variant.launch(1, args)
+        every = (*args, *variant.choices.values())
         found |= {
-            f"{what}, ours": lambda k=kernel, a=args, c=choices: launcher._run(k, 1, a, c, device),
-            f"{what}, compiled(grid)": lambda c=compiled, a=every: c[1, 1, 1](*a),
-            f"{what}, kernel(grid)": lambda k=kernel, a=args, c=choices: k[(1,)](
-                *a, **c, num_warps=8
+            f"{what}, ours": lambda v=variant, a=args: v.launch(1, a),
+            f"{what}, compiled(grid)": lambda c=variant._compiled, a=every: c[1, 1, 1](*a),
+            f"{what}, kernel(grid)": lambda v=variant, a=args: v.kernel[(1,)](
+                *a, **v.choices, num_warps=8
             ),
         }
     return found

@@ -29,6 +29,9 @@ class Incapable:
     def missing(self) -> list[str]:
         return self._missing
 
+    def takes(self, v: torch.Tensor) -> bool:
+        return not self.reasons(v)
+
     def reasons(self, v: torch.Tensor) -> list[str]:
         return self._missing + self._reasons
 
@@ -95,6 +98,13 @@ def test_forced_backend_is_the_one_that_runs(backend):
     v, g = torch.randn(3, 4), torch.randn(3, 1)
     assert choose(v) is BACKENDS[backend]
     F.weight_norm(v, g)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_backend_takes_what_there_are_no_reasons_against(device):
+    v = torch.empty(3, 4, device=device)
+    for backend in BACKENDS.values():
+        assert backend.takes(v) is not bool(backend.reasons(v))
 
 
 def test_automatic_choice_is_the_first_that_can():

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wnkernel.backends.triton import launch_table
+from wnkernel.backends.triton import plan as plans
 
 from .processes import ROOT
 from .simt.build import missing
@@ -328,4 +328,4 @@ def test_numbers_are_those_of_the_sources(planner):
     assert (n.fill, n.split_from, n.strip_tiles) == (FILL, SPLIT_FROM, STRIP_TILES)
     assert (n.strip_parts, n.tiles_of_more_parts) == (STRIP_PARTS, TILES_OF_MORE_PARTS)
     assert (n.few_lines, n.most_lines) == (FEW_LINES, MOST_LINES)
-    assert (n.threads, n.vector_bytes) == (launch_table.THREADS, launch_table.VECTOR_BYTES)
+    assert (n.threads, n.vector_bytes) == (plans.THREADS, plans.VECTOR_BYTES)

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
 from wnkernel import native
-from wnkernel.backends import compiled
+from wnkernel.backends.compiled import CompiledBackend
 
 from .cuda_compiler import FLAGS, SOURCES, find_tool
 from .processes import ROOT
@@ -170,7 +171,15 @@ def test_an_error_that_passes_is_not_kept(cards):
 def test_a_reason_has_the_words_of_cuda_and_what_was_built(monkeypatch):
     monkeypatch.setattr(native, "cuda_reason", lambda device: "out of memory")
     monkeypatch.setitem(native.BUILD_INFO, "cuda_architectures", "9.0")
-    (reason,) = compiled._cuda_reasons(torch.device("cuda", 1))
+    monkeypatch.setitem(native.BUILD_INFO, "devices", ["cpu", "cuda"])
+    backend, v = CompiledBackend("cuda"), SimpleNamespace(device=torch.device("cuda", 1))
+    monkeypatch.setattr(backend, "missing", list)
+    (reason,) = backend.reasons(v)
     assert reason == "cuda:1: out of memory (wnkernel._C was built for compute capabilities 9.0)"
+    assert not backend.takes(v)
     monkeypatch.setattr(native, "cuda_reason", lambda device: "")
-    assert compiled._cuda_reasons(torch.device("cuda", 1)) == []
+    assert backend.reasons(v) == []
+    assert backend.takes(v)
+    monkeypatch.setattr(backend, "missing", lambda: ["no GPU"])
+    assert backend.reasons(v) == ["no GPU"]
+    assert not backend.takes(v)

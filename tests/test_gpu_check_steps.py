@@ -35,7 +35,7 @@ from benchmarks.gpu.plan import REAL, Part
 from benchmarks.gpu.steps import Step, longest_s
 from benchmarks.gpu.versions import Facts, facts_of
 from benchmarks.shapes import LayerCase, grid
-from wnkernel.backends.triton import launch_table
+from wnkernel.backends.triton import plan as plans
 from wnkernel.problem import canonical_dim, row_view
 
 from .on_the_cpu import on_the_cpu
@@ -326,7 +326,7 @@ def variants(weights: Iterable[tuple[LayerCase, torch.dtype]]) -> set[tuple[obje
         v = torch.empty(case.shape, dtype=dtype, device="meta")
         view = row_view(v, canonical_dim(case.dim, v.ndim))
         size = dtype.itemsize
-        p = launch_table.plan(view.outer, view.rows, view.inner, size, 16 // size)
+        p = plans.plan(view.outer, view.rows, view.inner, size, 16 // size)
         found.add((size, p.tile, p.split > 1))
     return found
 

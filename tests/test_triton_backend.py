@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wnkernel
 from wnkernel import functional as F
-from wnkernel.backends import gpu_operators
 from wnkernel.backends.triton import TritonBackend, arrays, availability
 from wnkernel.problem import check
 
@@ -132,7 +131,7 @@ def test_second_derivatives_of_split_rows(monkeypatch, eps):
 @pytest.mark.parametrize("count", [1, 3])
 def test_without_operators_the_composed_formula_is_compiled(monkeypatch, count):
     """Operators are what wnkernel._C has; tests/test_triton_operators.py."""
-    monkeypatch.setattr(gpu_operators, "devices", [])
+    monkeypatch.setattr(TRITON, "operator_devices", [])
     launches = record_launches(monkeypatch)
     torch.compiler.reset()
     shapes = [((6, 5, 4), 0), ((6, 5, 4), 1), ((7, 9), None)][:count]
@@ -179,7 +178,7 @@ def test_allocators_make_what_torch_makes(monkeypatch, guards):
         monkeypatch.setattr(torch._C._dynamo, "guards", object())
     elif guards == "none":
         monkeypatch.delattr(torch._C, "_dynamo")
-    allocate = arrays.allocator.__wrapped__(DEVICE)
+    allocate = arrays.allocator(DEVICE)
     for size, stride in (((3, 4), (4, 1)), ((3, 4), (1, 3)), ((), ()), ((0, 3), (3, 1))):
         for dtype in (torch.float16, torch.float64, torch.uint8):
             t = allocate(size, stride, dtype)
@@ -200,7 +199,8 @@ def test_two_threads_at_the_first_launch_share_a_launcher():
 @needs_triton
 def test_nobody_asks_again_about_a_device_that_kernels_ran_on(monkeypatch):
     asked: list[torch.device] = []
-    monkeypatch.setattr(availability, "reason", lambda d: asked.append(d) or "no GPU")
+    monkeypatch.setattr(availability, "takes", lambda d: asked.append(d))
+    monkeypatch.setattr(availability, "reason", lambda d: "no GPU")
     v, g = torch.ones(3, 4, device=DEVICE), torch.ones(3, 1, device=DEVICE)
     assert TRITON.reasons(v) == TRITON.reasons(v) == ["no GPU"]
     assert asked == [DEVICE] * 2

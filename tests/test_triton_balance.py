@@ -7,7 +7,7 @@ from math import prod
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
-from wnkernel.backends.triton.launch_table import (
+from wnkernel.backends.triton.plan import (
     MAX_PARTIALS,
     SPLIT_TILES,
     STRIP,
@@ -40,10 +40,10 @@ def test_programs_of_a_few_tiles_are_not_split(itemsize):
     """A second launch costs more than it saves there."""
     most = 2 * SPLIT_TILES - 1
     for vector in vectors(itemsize):
-        for kind, view in ((Kind.RUN, (1, 1, 0)), (Kind.SEGMENTS, (0, STRIP, 1))):
+        for kind, view in ((Kind.RUNS, (1, 1, 0)), (Kind.STRIPS, (0, STRIP, 1))):
             tile = next(t for t in tiles(itemsize) if t.kind is kind and t.aligned is (vector > 1))
             for count, splits in ((most, False), (most + 1, True)):
-                along = count * (tile.columns if kind is Kind.RUN else tile.lines)
+                along = count * (tile.columns if kind is Kind.RUNS else tile.lines)
                 p, used = check_limits(*(n or along for n in view), itemsize, vector)
                 assert (used, p.tiles, p.split > 1) == (tile, count, splits)
     for view in ((1, 1, 3 * 1024), (1024, 3, 1), (96, 8, 256)):

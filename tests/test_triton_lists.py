@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import wnkernel
 from wnkernel.backends.triton import tables
-from wnkernel.backends.triton.launch_table import Kind
-from wnkernel.backends.triton.tables import Weight
+from wnkernel.backends.triton.plan import Kind
+from wnkernel.backends.triton.tables import FORWARD, Weight
 from wnkernel.problem import check
 
 from . import reference
@@ -84,7 +84,7 @@ def test_alone_or_in_a_list(monkeypatch):
     cases = mixed()
     cuts = [plan_of(c) for c in cases[:-2]]
     assert {tile.kind for _, tile in cuts} == set(Kind)
-    assert {tile.kind for cut, tile in cuts if cut.split > 1} == {Kind.RUN, Kind.SEGMENTS}
+    assert {tile.kind for cut, tile in cuts if cut.split > 1} == {Kind.RUNS, Kind.STRIPS}
     alone = [run([c])[0] for c in cases]
     for c, result in zip(cases, alone, strict=True):
         assert_right(c, result)
@@ -226,9 +226,7 @@ class Held:
         weights = tuple(Weight(1, *v.shape, 1, self.eps) for v, *_ in self.arrays)
         launch = self._launch
         types = launch.Types(F32, F32, F32)
-        return self._batches.setdefault(
-            weights, launch.Batch(launch.FORWARD, types, weights, DEVICE)
-        )
+        return self._batches.setdefault(weights, launch.Batch(FORWARD, types, weights, DEVICE))
 
     def builds(self) -> int:
         """Launch, check the results, and say how many tables that took."""

@@ -19,8 +19,8 @@ from .triton_cases import OLDEST_TRITON
 
 pytest.importorskip("triton", minversion=OLDEST_TRITON, reason="needs Triton")
 
-from wnkernel.backends.triton import launch
-from wnkernel.backends.triton.launch_table import Kind, tiles
+from wnkernel.backends.triton.plan import Kind, tiles
+from wnkernel.backends.triton.variants import Types
 
 from .triton_offline_checks import (
     CUOBJDUMP,
@@ -87,8 +87,8 @@ def variants(ask: Ask) -> Callable[..., list[Variant]]:
     return variants
 
 
-def types_of(dtypes: str) -> launch.Types:
-    return launch.Types(*(getattr(torch, name) for name in DTYPES[dtypes]))
+def types_of(dtypes: str) -> Types:
+    return Types(*(getattr(torch, name) for name in DTYPES[dtypes]))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def place(**fields: Any) -> int:
 def test_mutants_of_single_weights_are_found(variants):
     aligned = place(kind=Kind.ROWS, aligned=True)
     unaligned = place(kind=Kind.ROWS, aligned=False)
-    segments = place(kind=Kind.SEGMENTS, aligned=True)
+    strips = place(kind=Kind.STRIPS, aligned=True)
     longest = max(range(len(tiles(4))), key=lambda k: tiles(4)[k].columns)
     good, scalar, halves, second, wide, large = variants(
         "cuda90",
@@ -135,7 +135,7 @@ def test_mutants_of_single_weights_are_found(variants):
         ("forward", aligned, 0, {}),
         ("forward", aligned, 0, {"VECTOR": 1}),
         ("forward", aligned, 0, {"VECTOR": 2}),
-        ("backward", segments, 1, {"VECTOR": 1}),
+        ("backward", strips, 1, {"VECTOR": 1}),
         ("forward", unaligned, 0, {"VECTOR": 4}),
         ("backward", longest, 0, {"COLUMNS": 4 * tiles(4)[longest].columns}),
     )

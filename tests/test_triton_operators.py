@@ -40,10 +40,10 @@ pytestmark = [
 def _on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The operators on the device of the tests are Triton's until the test is over."""
     fresh(monkeypatch)
-    if gpu_operators.are_on(DEVICE):
+    if DEVICE.type in TRITON.operator_devices:
         yield
         return
-    monkeypatch.setattr(gpu_operators, "devices", [DEVICE.type])
+    monkeypatch.setattr(TRITON, "operator_devices", [DEVICE.type])
     library = Library("wnkernel", "IMPL", {**KEYS, "cpu": "CPU"}[DEVICE.type])
     for name in OPERATORS:
         library.impl(name, getattr(gpu_operators, name))
@@ -65,7 +65,7 @@ def ops() -> Any:
 @pytest.fixture
 def too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that Triton does not support."""
-    monkeypatch.setattr(TRITON, "reasons", lambda v: ["too old"])
+    monkeypatch.setattr(TRITON, "takes", lambda v: False)
 
 
 def kernels(launches: list[Launch]) -> list[str]:

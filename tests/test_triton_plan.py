@@ -13,13 +13,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from wnkernel.backends.triton import launch_table
-from wnkernel.backends.triton.launch_table import STRIP, VECTOR_BYTES, Kind, Plan, plan, tiles
+from wnkernel.backends.triton import plan as plans
+from wnkernel.backends.triton.plan import STRIP, VECTOR_BYTES, Kind, Plan, plan, tiles
 from wnkernel.backends.triton.tables import (
     BACKWARD,
-    BACKWARD_PLANES,
     FORWARD,
-    FORWARD_PLANES,
     HEADER,
     Kept,
     Weight,
@@ -54,7 +52,7 @@ def test_every_element_is_in_one_tile(arguments):
 @given(problems(20_000), st.integers(1, 600), st.integers(1, 5))
 def test_every_element_is_in_one_tile_of_a_split_row(arguments, fill, split_tiles):
     early = {"FILL": fill, "SPLIT_TILES": split_tiles}
-    with mock.patch.multiple(launch_table, **early):
+    with mock.patch.multiple(plans, **early):
         p, _ = check_limits(*arguments)
         check_cells(*arguments)
     if p.split > 1:
@@ -69,7 +67,7 @@ def test_limits_of_the_largest_weights(arguments):
     p, _ = check_limits(*arguments)
     assert p.programs <= GRID_LIMIT
     if p.split > 1:
-        assert (p.split - 1) * (p.programs // p.split) < launch_table.FILL
+        assert (p.split - 1) * (p.programs // p.split) < plans.FILL
 
 
 # A few that hypothesis may miss: at every threshold, one element to either side of it.
@@ -101,7 +99,7 @@ def test_offsets_within_a_tile_fit_in_32_bits(pitch):
 
 def test_every_column_of_a_wide_matrix_is_in_one_tile():
     p, tile = check_cells(3, 600_000, 1, 4, 4)
-    assert tile.kind is Kind.SEGMENTS
+    assert tile.kind is Kind.STRIPS
     assert p.programs == 600_000 // STRIP
 
 
@@ -149,16 +147,16 @@ def weights(draw, itemsize: int):
 @given(
     st.data(),
     st.sampled_from(ITEMSIZES),
-    st.sampled_from([(FORWARD, FORWARD_PLANES), (BACKWARD, BACKWARD_PLANES)]),
+    st.sampled_from([FORWARD, BACKWARD]),
 )
 def test_a_weight_has_its_own_plan_whatever_its_neighbours(data, itemsize, direction):
     """A table holds the plans that weights have alone, in lines that programs find back to."""
-    columns, planes = direction
+    columns = direction.columns
     many = data.draw(st.lists(weights(itemsize), min_size=1, max_size=6))
     assume(sum(plan(*w[:3], itemsize, w.vector).programs for w in many) < 100_000)
     arrays = range(len(HEADER), len(columns))
     addresses = [[2**61 + 8 * (array + 64 * k) for k in range(len(many))] for array in arrays]
-    table = build(many, itemsize, columns, planes)
+    table = build(many, itemsize, direction)
     owners = table.owners[: table.programs].tolist()
     to_finish = table.owners[table.programs :].tolist()
     assert len(to_finish) == table.programs_to_finish
@@ -174,7 +172,7 @@ def test_a_weight_has_its_own_plan_whatever_its_neighbours(data, itemsize, direc
         again = to_finish[row["first_to_finish"] :][: p.programs if p.split > 1 else 0]
         assert again == [k] * len(again)
         assert len(again) == (p.programs if p.split > 1 else 0)
-        needed = workspace(p, itemsize, planes)
+        needed = workspace(p, itemsize, direction)
         assert (needed > 0) == (p.split > 1)
         reserved.append((row["partials"], row["partials"] + needed))
     assert sorted(found) == list(range(len(many)))
@@ -189,7 +187,7 @@ def test_a_weight_has_its_own_plan_whatever_its_neighbours(data, itemsize, direc
 
 
 def test_the_documentation_counts_the_integers_of_a_line():
-    lengths = f"{len(FORWARD)} or {len(BACKWARD)} integers"
+    lengths = f"{len(FORWARD.columns)} or {len(BACKWARD.columns)} integers"
     assert lengths in (ROOT / "docs" / "gpu.md").read_text()
 
 

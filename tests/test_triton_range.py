@@ -16,10 +16,10 @@ pytestmark = [needs_triton, pytest.mark.skipif(not IS_WIDE, reason=NOT_WIDE)]
 
 VIEWS = {
     "rows": (1, 3, 60),
-    "segments": (30, 3, 4),
+    "strips": (30, 3, 4),
     "a run": (1, 1, 9000),
     "a split run": (1, 3, 40_000),
-    "split segments": (3000, 3, 4),
+    "split strips": (3000, 3, 4),
 }
 
 

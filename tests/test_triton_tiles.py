@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wnkernel.backends.triton.launch_table import Kind
+from wnkernel.backends.triton.plan import Kind
 
 from . import reference
 from .cases import DTYPES
@@ -115,7 +115,7 @@ def test_strips(monkeypatch, name, dtype, fill):
     split_early(monkeypatch, fill)
     c = rows_case(*STRIPS[name], dtype)
     cut, tile = plan_of(c)
-    assert tile.kind is Kind.SEGMENTS
+    assert tile.kind is Kind.STRIPS
     assert (cut.split > 1) == (fill > 1 and cut.tiles > 1)
     assert_right(c, run([c])[0])
 
@@ -145,7 +145,7 @@ def test_rows_across_many_tiles(monkeypatch, view, fill):
     split_early(monkeypatch, fill)
     c = rows_case(*view)
     cut, tile = plan_of(c)
-    assert tile.kind is Kind.RUN
+    assert tile.kind is Kind.RUNS
     assert cut.tiles > 1
     assert (cut.split > 1) == (fill > 1)
     assert_right(c, run([c])[0])
@@ -169,7 +169,7 @@ def test_addresses_that_are_not_aligned(dtype, moved):
 
 
 SPLIT = [(1, 2, 3001), (140, 3, 5)]
-"""Rows split in three, and strips: RUN and SEGMENTS tiles."""
+"""Rows split in three, and strips: RUNS and STRIPS tiles."""
 
 VIEWS = [(1, 3, 60), *SPLIT]
 

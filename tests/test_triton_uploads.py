@@ -6,23 +6,17 @@ import gc
 import itertools
 import threading
 from collections import Counter
-from types import ModuleType
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .triton_cases import needs_triton
-
-pytestmark = needs_triton
+from wnkernel.backends.triton import tables
 
 
 @pytest.fixture
 def uploads(monkeypatch):
     """Uploads without a GPU: any memory counts as pinned, and copies go to the meta device."""
-    pytest.importorskip("triton", reason="needs Triton")
-    from wnkernel.backends.triton import device
-
     empty, numbered = torch.empty, itertools.count()
 
     def pinned(*args, pin_memory=False, **kwargs):
@@ -31,7 +25,7 @@ def uploads(monkeypatch):
     monkeypatch.setattr(torch, "empty", pinned)
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
 
-    class Watched(device.Uploads):
+    class Watched(tables.Uploads):
         """Remembers where captured copies came from, without keeping it."""
 
         def __init__(self):
@@ -44,7 +38,7 @@ def uploads(monkeypatch):
             return t
 
         def upload(self, numbers, capturing=True):
-            monkeypatch.setattr(device, "is_capturing", lambda _: capturing)
+            monkeypatch.setattr(tables, "is_capturing", lambda _: capturing)
             target = torch.device("meta")
             if not capturing:
                 self.refill(target)
@@ -95,7 +89,7 @@ def test_a_model_may_be_captured_again_and_again(uploads, numbers):
     meta = torch.device("meta")
     for table in numbers:
         uploads.expect(table)
-    for captures in [1] * 4 + [device_limits().CAPTURES] * 2:
+    for captures in [1] * 4 + [tables.CAPTURES] * 2:
         uploads.refill(meta)
         made = len(uploads._reserve)
         for table in captures * numbers:
@@ -108,15 +102,9 @@ def test_the_reserve_has_a_limit(uploads):
     for _ in range(100):
         uploads.expect(1 << 22)
         uploads.refill(torch.device("meta"))
-    assert sum(t.numel() for t in uploads._reserve) <= 2 * device_limits().MOST
+    assert sum(t.numel() for t in uploads._reserve) <= 2 * tables.MOST
     uploads.expect(1)
     assert len(uploads._expected) < 100
-
-
-def device_limits() -> ModuleType:
-    from wnkernel.backends.triton import device
-
-    return device
 
 
 def test_copies_captured_in_two_threads(uploads):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from wnkernel.backends import BACKENDS
-from wnkernel.backends.triton import availability, launch_table
-from wnkernel.backends.triton.launch_table import VECTOR_BYTES, Kind, Plan, Tile, plan, tiles
+from wnkernel.backends.triton import availability
+from wnkernel.backends.triton import plan as plans
+from wnkernel.backends.triton.plan import VECTOR_BYTES, Kind, Plan, Tile, plan, tiles
 from wnkernel.problem import accumulation_dtype, check, row_view
 
 from . import reference
@@ -147,11 +148,11 @@ def view_for(tile: Tile, dtype: torch.dtype) -> tuple[int, int, int]:
     match tile.kind:
         case Kind.ROWS:
             return 1, tile.lines + 1, tile.columns - vector
-        case Kind.RUN if tile.lines == 1:
+        case Kind.RUNS if tile.lines == 1:
             return 1, 2, _longest_row(tile.aligned, dtype) + vector
-        case Kind.RUN:
+        case Kind.RUNS:
             return tile.lines + 1, 2, 40 if tile.aligned else 33
-        case Kind.SEGMENTS:
+        case Kind.STRIPS:
             return tile.lines + 1, tile.columns // 8 + 1, 8 if tile.aligned else 7
     raise AssertionError(tile)
 
@@ -177,19 +178,22 @@ def _name(tile: Tile) -> str:
 
 
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plans, tables (addresses may come again) and answers of other tests."""
+    """No plans, variants, tables (addresses may come again) and answers of other tests."""
     plan.cache_clear()
     monkeypatch.setattr(TRITON, "_used", set())
     if not WHY_NOT:
+        from wnkernel.backends.triton import variants
         from wnkernel.backends.triton.launch import Launcher
 
+        variants.of_one.cache_clear()
+        variants.of_list.cache_clear()
         monkeypatch.setitem(vars(TRITON), "_launcher", Launcher())
 
 
 def split_early(monkeypatch: pytest.MonkeyPatch, fill: int = 4) -> None:
     """Rows and strips of two tiles and more are split, into ``fill`` programs all together."""
     for name, value in (("SPLIT_TILES", 1), ("FILL", fill)):
-        monkeypatch.setattr(launch_table, name, value)
+        monkeypatch.setattr(plans, name, value)
     fresh(monkeypatch)
 
 
@@ -203,14 +207,14 @@ class Launch(NamedTuple):
 
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """A list that grows with every launch."""
-    from wnkernel.backends.triton.launch import Launcher
+    from wnkernel.backends.triton.variants import Variant
 
     launches = []
-    original: Callable[..., None] = Launcher._run
+    original: Callable[..., None] = Variant.launch
 
-    def run(self, kernel, programs, args, choices, device):
-        launches.append(Launch(kernel.__name__, programs, choices["FINISH"]))
-        original(self, kernel, programs, args, choices, device)
+    def launch(variant, programs, args):
+        launches.append(Launch(variant.kernel.__name__, programs, variant.choices["FINISH"]))
+        original(variant, programs, args)
 
-    monkeypatch.setattr(Launcher, "_run", run)
+    monkeypatch.setattr(Variant, "launch", launch)
     return launches

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from wnkernel.backends.triton import launch
-from wnkernel.backends.triton.launch_table import (
+from wnkernel.backends.triton.plan import (
     THREADS,
     VECTOR_BYTES,
     Kind,
     Tile,
     tiles,
 )
+from wnkernel.backends.triton.variants import Types
 from wnkernel.problem import accumulation_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -56,7 +56,7 @@ ROWS, EVERY = "rows", "every tile"
 class Variant(NamedTuple):
     """What was compiled."""
 
-    types: launch.Types
+    types: Types
     direction: str
     of: str | int
     """The tiles of a list, or the place of a single weight's in the table of tiles."""
@@ -140,7 +140,7 @@ def others(v: Variant, accesses: str) -> int:
 
 def wide_partial_sums(v: Variant, accesses: str) -> int:
     """16-byte accesses of a thread to the partial sums of strips, which are always aligned."""
-    if v.tile.kind is not Kind.SEGMENTS:
+    if v.tile.kind is not Kind.STRIPS:
         return 0
     found = v.facts[f"tensor_{accesses}"]
     elements = sum(a["per_thread"] for a in found if len(a["shape"]) == 3)

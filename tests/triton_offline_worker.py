@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from wnkernel.backends.triton import launch
-from wnkernel.backends.triton.launch_table import tiles
+from wnkernel.backends.triton import variants
+from wnkernel.backends.triton.plan import tiles
+from wnkernel.backends.triton.tables import BACKWARD, FORWARD
+from wnkernel.backends.triton.variants import Types, Variant
 
 TARGETS = {
     "cuda80": GPUTarget("cuda", 80, 32),
@@ -33,7 +36,7 @@ TARGETS = {
     "cuda100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DIRECTIONS = {"forward": launch.FORWARD, "backward": launch.BACKWARD}
+DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD}
 NUMBERS = (1, 7, 16)
 """Arguments that Triton would tell apart if it were let."""
 
@@ -76,36 +79,33 @@ class NotLaunched:
 
 
 def compiled(
-    kernel: triton.JITFunction,
-    choices: Mapping[str, Any],
-    changes: Mapping[str, Any],
-    numbers: Sequence[int] = (1,),
+    variant: Variant, changes: Mapping[str, Any], numbers: Sequence[int] = (1,)
 ) -> list[Compiled]:
-    """A kernel as it is launched, once with each of ``numbers`` for all of its arguments."""
-    stand_in = NotLaunched(kernel, changes)
-    arguments = sum(not p.is_constexpr for p in kernel.params)
-    device = triton.runtime.driver.active.device
+    """A variant as it is launched, once with each of ``numbers`` for all of its arguments."""
+    launched = copy(variant)
+    launched.kernel = NotLaunched(variant.kernel, changes)
+    arguments = sum(not p.is_constexpr for p in variant.kernel.params)
     for n in numbers:
-        launch.Launcher()._run(stand_in, 1, [n] * arguments, dict(choices), device)
-    return stand_in.compiled
+        launched.launch(1, [n] * arguments)
+    return launched.kernel.compiled
 
 
-def variant(request: Mapping[str, Any], cuobjdump: str) -> dict[str, Any]:
+def facts_of(request: Mapping[str, Any], cuobjdump: str) -> dict[str, Any]:
     """Compile and describe one variant: ``dtypes`` of v, g and w; ``direction``; ``tile``, its
     place in the table, for a single weight, None for a list of rows or of ``every`` tile;
     ``finish``, 1 for a second launch; ``changes`` to choices and options; ``disassemble`` it."""
-    t = launch.Types(*(getattr(torch, name) for name in request["dtypes"]))
+    t = Types(*(getattr(torch, name) for name in request["dtypes"]))
     direction = DIRECTIONS[request["direction"]]
     tile, finish = request["tile"], request["finish"]
+    device = triton.runtime.driver.active.device
     if tile is None:
-        kernel, choices = direction.many, launch.choices_of_list(t, not request["every"], finish)
+        variant = variants.of_list(direction, t, not request["every"], finish, device)
     else:
-        choices = launch.choices_of_one(t, tiles(t.v.itemsize)[tile], finish)
-        kernel = direction.one
+        variant = variants.of_one(direction, t, tiles(t.v.itemsize)[tile], finish, device)
     changes = request["changes"]
     if "TILES" in changes:
         changes = changes | {"TILES": tuple(map(tuple, changes["TILES"]))}
-    (result,) = compiled(kernel, choices, changes)
+    (result,) = compiled(variant, changes)
     if "cubin" in result.asm:
         return _cuda(result.asm, cuobjdump, request["disassemble"])
     return _amd(result.asm)
@@ -229,8 +229,9 @@ def _per_thread(shape: Sequence[int], layout: str) -> int:
 def specialised(kernels: Sequence[triton.JITFunction]) -> dict[str, list[str]]:
     """Of each kernel, the arguments whose values Triton may compile in; of a small variant of those
     for single weights, also whether it does."""
-    t = launch.Types(*[torch.float32] * 3)
     tile = min(tiles(4), key=lambda k: k.lines * k.columns)
+    device = triton.runtime.driver.active.device
+    small = copy(variants.of_one(FORWARD, Types(*[torch.float32] * 3), tile, 0, device))
     found = {}
     for kernel in kernels:
         found[kernel.__name__] = [
@@ -239,7 +240,8 @@ def specialised(kernels: Sequence[triton.JITFunction]) -> dict[str, list[str]]:
             if not (p.is_constexpr or (p.do_not_specialize and p.annotation_type == "i64"))
         ]
         if "TILES" not in kernel.arg_names:
-            results = compiled(kernel, launch.choices_of_one(t, tile, 0), {}, NUMBERS)
+            small.kernel = kernel
+            results = compiled(small, {}, NUMBERS)
             if any(result is not results[0] for result in results):
                 found[kernel.__name__].append("compiled more than once")
     return found
@@ -249,8 +251,8 @@ def answer(request: Mapping[str, Any]) -> Any:
     """``gpu``; ``variants`` to compile, or None to look at arguments; where ``cuobjdump`` is."""
     triton.runtime.driver.set_active(NoGpu(request["gpu"]))
     if request["variants"] is not None:
-        return [variant(v, request["cuobjdump"]) for v in request["variants"]]
-    kernels = [kernel for d in DIRECTIONS.values() for kernel in (d.one, d.many)]
+        return [facts_of(v, request["cuobjdump"]) for v in request["variants"]]
+    kernels = [of[d] for d in DIRECTIONS.values() for of in (variants.OF_ONE, variants.OF_LIST)]
     mutants = [triton.jit(kernel.fn) for kernel in kernels[:2]]
     return {"as launched": specialised(kernels), "mutant": specialised(mutants)}
 

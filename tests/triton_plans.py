@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 from hypothesis import strategies as st
 
-from wnkernel.backends.triton import launch_table
-from wnkernel.backends.triton.launch_table import (
+from wnkernel.backends.triton import plan as plans
+from wnkernel.backends.triton.plan import (
     MAX_PARTIALS,
     MAX_SPLIT,
     VECTOR_BYTES,
@@ -60,13 +60,13 @@ def cells(p: Plan, tile: Tile) -> Iterator[tuple[int, int, int, np.ndarray]]:
                 yield program, row * p.pitch, p.width, np.full(p.width, row)
             continue
         origin = part * p.strip_rows * p.inner
-        width = p.width if tile.kind is Kind.RUN else min(p.width, p.pitch - origin)
+        width = p.width if tile.kind is Kind.RUNS else min(p.width, p.pitch - origin)
         across = -(-width // tile.columns)
         for k in range(chunk * p.per_chunk, min((chunk + 1) * p.per_chunk, p.tiles)):
             down, aside = divmod(k, across)
             columns = np.arange(aside * tile.columns, min((aside + 1) * tile.columns, width))
             rows = np.full(columns.size, part)
-            if tile.kind is Kind.SEGMENTS:
+            if tile.kind is Kind.STRIPS:
                 rows = part * p.strip_rows + columns // p.inner % p.rows
             for line in range(down * tile.lines, min((down + 1) * tile.lines, p.lines)):
                 start = origin + line * p.pitch + int(columns[0])
@@ -105,15 +105,15 @@ def check_limits(
     assert (min(tile.lines, p.lines) - 1) * p.pitch + tile.columns <= 2**31 - vector
     if tile.lines > 1:
         assert p.pitch < 2**31
-    if tile.kind is not Kind.RUN:
+    if tile.kind is not Kind.RUNS:
         assert p.width <= tile.columns
-    if tile.kind is Kind.SEGMENTS:
+    if tile.kind is Kind.STRIPS:
         assert p.strip_rows * inner <= tile.columns
         assert p.split * tile.columns <= MAX_PARTIALS
     if tile.kind is Kind.ROWS:
         assert (p.per_chunk, p.tiles, p.split) == (1, 1, 1)
     assert 1 <= p.split <= MAX_SPLIT
-    assert p.split == 1 or p.tiles >= 2 * launch_table.SPLIT_TILES
+    assert p.split == 1 or p.tiles >= 2 * plans.SPLIT_TILES
     assert (p.split - 1) * p.per_chunk < p.tiles <= p.split * p.per_chunk
     assert p.programs % p.split == 0
     assert p.numel == outer * rows * inner

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from wnkernel.backends import BACKENDS
-from wnkernel.backends.triton import launch
+from wnkernel.backends.triton import variants
 from wnkernel.problem import check
 
 loaded: list[str] = []
@@ -130,8 +130,8 @@ def run(*shapes: tuple[int, ...], hooks: bool = False) -> dict[str, list]:
 
 if __name__ == "__main__":
     driver.set_active(Driver())
-    for direction in (launch.FORWARD, launch.BACKWARD):
-        direction.one.__class__ = direction.many.__class__ = Bound
+    for kernel in (*variants.OF_ONE.values(), *variants.OF_LIST.values()):
+        kernel.__class__ = Bound
     steps = {
         "one": run((64, 32, 3), hooks=True),
         "one again": run((64, 32, 3)),
@@ -141,7 +141,7 @@ if __name__ == "__main__":
         "list again": run((64, 32, 3), (8, 40), (1, 512)),
         "another list": run((16, 4096), (3, 7), (5, 5), (1, 16)),
     }
-    variants = len(BACKENDS["triton"]._launcher.variants)
+    counted = variants.launched()
     compiled = sum(len(s["loaded"]) for s in steps.values())
-    print(json.dumps({"steps": steps, "variants": variants, "compiled": compiled}))
-    assert launch.warps(torch.device("cpu")) * Driver().get_current_target().warp_size == 256
+    print(json.dumps({"steps": steps, "variants": counted, "compiled": compiled}))
+    assert variants.warps(torch.device("cpu")) * Driver().get_current_target().warp_size == 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _autograd, composed, forms, native, observers
-from .backends import choice, choose, gpu_operators, has_choice
-from .backends.base import PythonBackend
-from .backends.compiled import CompiledBackend
+from .backends import choice, choose, has_choice
+from .backends.base import Backend, PythonBackend
 from .forms import Problems
 from .problem import (
     Problem,
@@ -82,8 +81,8 @@ def weight_norm(
     if observers.is_distributed(v) or observers.is_distributed(g):
         return composed.weight_norm(check(v, g, dim, eps, out_dtype))
     problems = forms.known(v, g, dim, eps, out_dtype)
-    backend: Any = choose(v)
-    if isinstance(backend, CompiledBackend):
+    backend = choose(v)
+    if backend.is_compiled:
         return torch.ops.wnkernel.weight_norm(v, g, *problems.options[0])
     return _on_python_backend(problems, backend)[0]
 
@@ -152,8 +151,8 @@ def weight_norms(
         return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
     # copied: the backward needs them, and the caller's lists may have changed by then
     problems = forms.known_list([*v], [*g], dim, eps, out_dtype)
-    backend: Any = choose(v[0])
-    if isinstance(backend, CompiledBackend):
+    backend = choose(v[0])
+    if backend.is_compiled:
         dim, eps, _ = map(list, zip(*problems.options, strict=True))
         return torch.ops.wnkernel.forward(v, g, dim, eps, out_dtype)[: len(v)]
     return _on_python_backend(problems, backend)
@@ -216,23 +215,16 @@ def _has_kernels_norms(v: Tensor) -> bool:
 def _norms(v: Tensor, dim: int, eps: float) -> Tensor:
     """The norms that the kernels for v compute, in the dtype of norms and not clamped. On the eager
     backend those with an ``eps`` come from other operators than those without."""
-    acc = accumulation_dtype(v.dtype)
-    g = v.new_ones(norm_shape(v.shape, dim), dtype=acc)
-    backend: Any = choose(v)
-    if isinstance(backend, CompiledBackend):
-        return torch.ops.wnkernel.forward_one(v, g, dim, eps)[1]
-    norm = backend.forward(forms.known(v, g, dim, eps, None))[1][0]
-    if backend.name == "eager":  # torch's kernels lose rows whose squares leave the float range
-        is_right = (norm > 0) & norm.isfinite()
-        return torch.where(is_right, norm, composed.norm_except_dim(v.to(acc), dim))
-    return norm.clone()  # alone in its memory
+    g = v.new_ones(norm_shape(v.shape, dim), dtype=accumulation_dtype(v.dtype))
+    return choose(v).norm(v, g, dim, eps)
 
 
 def _composed_norms(v: Tensor, dim: int) -> Tensor:
     return composed.norm_except_dim(v.to(accumulation_dtype(v.dtype)), dim)
 
 
-def _on_python_backend(problems: Problems, backend: PythonBackend) -> list[Tensor]:
+def _on_python_backend(problems: Problems, chosen: Backend) -> list[Tensor]:
+    backend = cast(PythonBackend, chosen)
     tensors = *problems.v, *problems.g
     can_run = backend.is_traceable or observers.have_addresses(tensors)
     if observers.is_transformed(tensors) or not can_run:
@@ -286,7 +278,4 @@ def _have_operators(problems: Sequence[Problem]) -> bool:
         if observers.is_distributed(p.v) or observers.is_distributed(p.g):
             return False
     v = problems[0].v
-    backend = choose(v)
-    return isinstance(backend, CompiledBackend) or (
-        backend.name == "triton" and gpu_operators.are_on(v.device)
-    )
+    return choose(v).has_operators(v)

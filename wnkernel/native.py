@@ -52,6 +52,11 @@ def loaded() -> bool:
     return _C is not None
 
 
+def has_no_kernels_on(device: str) -> bool:
+    """Whether operators are there for a type of devices that ``wnkernel._C`` has no kernels for."""
+    return loaded() and device not in BUILD_INFO["devices"]
+
+
 weight_norm = None if _C is None else _C.weight_norm
 """``weight_norm(v, g, dim, eps, out_dtype)`` in C++: checks, autograd and kernel behind one call.
 The shortest way to torch.ops.wnkernel.weight_norm, for code that is not being traced."""

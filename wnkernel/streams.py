@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-KINDS = ("cuda", "xpu")
-"""Types of devices with streams; AMD's are cuda, to torch."""
+GPUS = {"cuda": "CUDA", "xpu": "XPU"}
+"""Types of devices with streams, and their dispatch keys. AMD's are cuda, to torch."""
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the current one."""
-    if device.type not in KINDS:
+    if device.type not in GPUS:
         return nullcontext()
     module = getattr(torch, device.type)
     return nullcontext() if module.current_device() == device.index else module.device(device)
@@ -48,6 +48,6 @@ def captured_device() -> torch.device | None:
 
 _WITH_GRAPHS: dict[str, Any] = {
     kind: module
-    for kind in KINDS
+    for kind in GPUS
     if hasattr(module := getattr(torch, kind, None), "is_current_stream_capturing")
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from wnkernel.backends.base import Backend
-from wnkernel.backends.triton.launch_table import VECTOR_BYTES, plan
+from wnkernel.backends.triton.plan import VECTOR_BYTES, plan
 from wnkernel.problem import Problem, canonical_dim, row_view
 
 from ..shapes import LayerCase

@@ -82,7 +82,7 @@ def _forced() -> str | None:
 def has_choice(v: Tensor) -> bool:
     """Whether :func:`choose` has a backend for ``v``: none was asked for that cannot take it."""
     forced = _forced()
-    return forced is None or not BACKENDS[forced].reasons(v)
+    return forced is None or BACKENDS[forced].takes(v)
 
 
 def choose(v: Tensor) -> Backend:
@@ -93,9 +93,8 @@ def choose(v: Tensor) -> Backend:
     """
     if (forced := _forced()) is not None:
         backend = BACKENDS[forced]
-        if why := backend.reasons(v):
-            raise RuntimeError(
-                f"backend {backend.name!r} was asked for and cannot run: {'; '.join(why)}"
-            )
+        if not backend.takes(v):
+            why = "; ".join(backend.reasons(v))
+            raise RuntimeError(f"backend {backend.name!r} was asked for and cannot run: {why}")
         return backend
-    return next(b for b in BACKENDS.values() if b.is_automatic(v) and not b.reasons(v))
+    return next(b for b in BACKENDS.values() if b.is_automatic(v) and b.takes(v))

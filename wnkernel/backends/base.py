@@ -15,14 +15,28 @@ class Backend(Protocol):
 
     name: str
 
+    is_compiled: bool
+    """Whether ``torch.ops.wnkernel`` is all there is to call: checks, kernels and autograd. All
+    others are :class:`PythonBackend`."""
+
     def missing(self) -> list[str]:
         """Why this backend cannot run on this machine at all; empty when it can."""
 
+    def takes(self, v: Tensor) -> bool:
+        """Whether it can take a (checked) weight norm of ``v``."""
+
     def reasons(self, v: Tensor) -> list[str]:
-        """Why it cannot take a (checked) weight norm of ``v``; empty when it can."""
+        """Why it cannot take it; empty when it can. For messages: :meth:`takes` is quicker."""
 
     def is_automatic(self, v: Tensor) -> bool:
         """Whether nobody has to ask for it by name to have it take ``v``."""
+
+    def has_operators(self, v: Tensor) -> bool:
+        """Whether ``torch.ops.wnkernel`` runs its kernels where ``v`` is."""
+
+    def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        """The norm that its kernels compute for these arguments of a weight norm, right wherever
+        its dtype holds it, in memory of its own."""
 
 
 class PythonBackend(Backend, Protocol):
@@ -35,7 +49,7 @@ class PythonBackend(Backend, Protocol):
     is_traceable: bool
     """Whether it is made of torch's operators, which dispatch modes and fake tensors see."""
 
-    def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """``w`` and ``norm`` of every problem."""
 
     def backward(
@@ -45,5 +59,5 @@ class PythonBackend(Backend, Protocol):
         grad_ws: Sequence[Tensor],
         need_v: Sequence[bool],
         need_g: Sequence[bool],
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """``grad_v`` and ``grad_g`` of every problem, None where not needed."""

@@ -1,7 +1,7 @@
 """The backends behind ``wnkernel._C``: one instance per device type that it can be built for.
 
-They have no methods to compute with: their kernels, checks and autograd are
-``torch.ops.wnkernel`` (csrc/), below the dispatcher.
+They compute nothing by themselves: their kernels, checks and autograd are ``torch.ops.wnkernel``
+(csrc/), below the dispatcher.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from .. import native
 
 class CompiledBackend:
     """``torch.ops.wnkernel`` on one device type."""
+
+    is_compiled = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -30,20 +32,30 @@ class CompiledBackend:
             return ["there is no GPU that torch can use"]
         return []
 
+    def takes(self, v: Tensor) -> bool:
+        if v.device.type != self.name or self.name not in native.BUILD_INFO.get("devices", ()):
+            return False
+        return self.name != "cuda" or not (self.missing() or _cuda_reason(v.device))
+
     def reasons(self, v: Tensor) -> list[str]:
+        found = self.missing()
         if v.device.type != self.name:
-            return [*self.missing(), f"v is on {v.device}, its kernels run on {self.name}"]
-        if (found := self.missing()) or self.name != "cuda":
-            return found
-        return _cuda_reasons(v.device)
+            found.append(f"v is on {v.device}, its kernels run on {self.name}")
+        elif self.name == "cuda" and not found and (why := _cuda_reason(v.device)):
+            built = f"built for compute capabilities {native.BUILD_INFO['cuda_architectures']}"
+            found.append(f"{v.device}: {why} (wnkernel._C was {built})")
+        return found
 
     def is_automatic(self, v: Tensor) -> bool:
         return True
 
+    def has_operators(self, v: Tensor) -> bool:
+        return True
+
+    def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        return torch.ops.wnkernel.forward_one(v, g, dim, eps)[1]
+
 
 @assume_constant_result  # torch.compile need not know how this is found out
-def _cuda_reasons(device: torch.device) -> list[str]:
-    if why := native.cuda_reason(device):
-        built = native.BUILD_INFO["cuda_architectures"]
-        return [f"{device}: {why} (wnkernel._C was built for compute capabilities {built})"]
-    return []
+def _cuda_reason(device: torch.device) -> str:
+    return native.cuda_reason(device)

@@ -15,23 +15,37 @@ from torch import Tensor
 
 from .. import composed
 from .._versions import release
-from ..problem import Problem
+from ..problem import Problem, check
 
 
 class EagerBackend:
     """torch's own operators, outside torch's own autograd."""
 
     name = "eager"
+    is_compiled = False
     is_traceable = True
 
     def missing(self) -> list[str]:
         return []
+
+    def takes(self, v: Tensor) -> bool:
+        return True
 
     def reasons(self, v: Tensor) -> list[str]:
         return []
 
     def is_automatic(self, v: Tensor) -> bool:
         return True
+
+    def has_operators(self, v: Tensor) -> bool:
+        return False
+
+    def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        p = check(v, g, dim, eps)
+        norm = _forward_one(p)[1]
+        # torch's kernels lose rows whose squares leave the float range
+        is_right = (norm > 0) & norm.isfinite()
+        return torch.where(is_right, norm, composed.norm_except_dim(v.to(p.acc_dtype), p.dim))
 
     def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [_forward_one(p) for p in problems]

@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
 from ..problem import Problem, check_backward, check_forward
+from ..streams import GPUS
 from .eager import EagerBackend
 from .triton import TritonBackend
 from .triton.arrays import dense, ordered_like
-
-KEYS = {"cuda": "CUDA", "xpu": "XPU"}
-"""Dispatch keys of the devices that Triton has."""
-
 
 OPERATORS = ("weight_norm", "forward_one", "backward_one", "forward", "backward")
 
@@ -28,19 +24,12 @@ class Operators:
 
     def __init__(self, triton: TritonBackend, eager: EagerBackend) -> None:
         self._triton, self._eager = triton, eager
-        self.devices = [
-            d for d in KEYS if native.loaded() and d not in native.BUILD_INFO["devices"]
-        ]
         self._libraries = []
-        for device in self.devices:
-            library = torch.library.Library("wnkernel", "IMPL", KEYS[device])
+        for device in triton.operator_devices:
+            library = torch.library.Library("wnkernel", "IMPL", GPUS[device])
             for name in OPERATORS:
                 library.impl(name, getattr(self, name))
             self._libraries.append(library)
-
-    def are_on(self, device: torch.device) -> bool:
-        """Whether they are the kernels for tensors on ``device``."""
-        return device.type in self.devices
 
     def weight_norm(self, *arguments: Any) -> Tensor:
         return self.forward_one(*arguments)[0]
@@ -84,7 +73,7 @@ class Operators:
         out_dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
         problems = check_forward(v, g, dim, eps, out_dtype)
-        if not self._triton.reasons(v[0]):
+        if self._triton.takes(v[0]):
             w, norm = self._triton.forward(problems, apart=True)
         else:
             w, norm = self._eager.forward([_without_gaps(p) for p in problems])
@@ -103,7 +92,7 @@ class Operators:
     ) -> list[Tensor]:
         problems = check_backward(grad_w, v, g, norm, dim, eps, need_v, need_g)
         wanted = [bool(x) for x in need_v], [bool(x) for x in need_g]
-        if not self._triton.reasons(v[0]):
+        if self._triton.takes(v[0]):
             norm = [n.contiguous() for n in norm]
             grad_v, grad_g = self._triton.backward(problems, norm, grad_w, *wanted, apart=True)
         else:

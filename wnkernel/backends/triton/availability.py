@@ -10,16 +10,13 @@ import torch
 from torch.compiler import assume_constant_result
 
 from ..._versions import untried
+from ...streams import GPUS
 
 OLDEST = (3, 4)
 """The tiles of a list are a compile-time tuple of tuples, which came with this one (torch 2.8)."""
 
 OLDEST_CUDA = (8, 0)
 """Compute capability that Triton supports."""
-
-
-GPUS = ("cuda", "xpu")
-"""Types of devices."""
 
 
 @cache
@@ -57,24 +54,38 @@ def is_interpreted() -> bool:
 
 
 @assume_constant_result  # torch.compile need not know how this is found out
-def reason(device: torch.device) -> str:
-    """Why the kernels cannot take tensors on ``device``; empty when they can."""
-    elsewhere = f"v is on {device}, its kernels run on GPUs"
-    if device.type not in GPUS and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-        return elsewhere  # without importing Triton
-    if found := missing():
-        return found
+def takes(device: torch.device) -> bool:
+    """Whether the kernels can take tensors on ``device``."""
+    if _is_elsewhere(device) or missing():
+        return False
     if is_interpreted():
-        on_cpu = device.type == "cpu"
-        return "" if on_cpu else f"v is on {device}, and TRITON_INTERPRET runs kernels on the CPU"
-    if device.type not in GPUS:
-        return elsewhere
-    if device.type == "cuda" and torch.version.hip is None:
-        have = torch.cuda.get_device_capability(device)
-        if have < OLDEST_CUDA:
-            have, need = (".".join(map(str, c)) for c in (have, OLDEST_CUDA))
+        return device.type == "cpu"
+    return device.type in GPUS and not _is_too_old(device)
+
+
+@assume_constant_result
+def reason(device: torch.device) -> str:
+    """Why they cannot."""
+    if not _is_elsewhere(device):
+        if found := missing():
+            return found
+        if is_interpreted():
+            return f"v is on {device}, and TRITON_INTERPRET runs kernels on the CPU"
+        if device.type in GPUS:
+            capabilities = torch.cuda.get_device_capability(device), OLDEST_CUDA
+            have, need = (".".join(map(str, capability)) for capability in capabilities)
             return f"v is on a GPU of compute capability {have}, triton supports {need} and later"
-    return ""
+    return f"v is on {device}, its kernels run on GPUs"
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether kernels cannot run there, as far as that is known without importing Triton."""
+    return device.type not in GPUS and os.environ.get("TRITON_INTERPRET", "0") in ("", "0")
+
+
+def _is_too_old(device: torch.device) -> bool:
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) < OLDEST_CUDA
 
 
 def _has_xpu() -> bool:

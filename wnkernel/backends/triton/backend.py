@@ -1,25 +1,61 @@
-"""The Triton kernels as a backend. Triton is imported when they run first."""
+"""The Triton kernels as a backend: from tensors to addresses. Triton is imported when they run
+first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
 from operator import or_
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from ... import native
 from ...forms import Problems, spread
-from ...problem import Problem, row_view
+from ...problem import Problem, check, row_view
+from ...streams import GPUS, guard
 from . import availability
-from .arrays import dense
-from .launch_table import VECTOR_BYTES, Kind, plan, tiles
+from .arrays import dense, ordered_like
+from .plan import VECTOR_BYTES, Kind, plan, tiles
+from .tables import BACKWARD, FORWARD
 
 if TYPE_CHECKING:
-    from .launch import Launcher
+    from .launch import Launcher, Prepared
+
+Column = list[int]
+"""Addresses of an array of all weights of a list."""
+
+_address, _stride, _is_neg = Tensor.data_ptr, Tensor.stride, Tensor.is_neg
+
+
+class Norms(Sequence[Tensor]):
+    """The norms of a list in one piece of memory, and where v and g were when they were computed.
+    A backward needs the addresses only."""
+
+    __slots__ = ("_memory", "_prepared", "addresses", "g", "v")
+
+    def __init__(self, prepared: Prepared, v: Column, g: Column) -> None:
+        self._memory, self._prepared = prepared.norms.make(prepared.allocate), prepared
+        self.addresses = prepared.norms.addresses(self._memory)
+        self.v, self.g = v, g
+
+    def are_of(self, many: Problems, v: Column, g: Column, w_dtypes: list[torch.dtype]) -> bool:
+        """Whether v and g are where they were, and as they were. Versions do not tell: ``.data``
+        of a parameter may have been replaced by other strides of the same memory."""
+        return (
+            self.v == v
+            and self.g == g
+            and self._prepared.w_dtypes == w_dtypes
+            and self._prepared.is_of(many.v, many.g)
+        )
+
+    def __len__(self) -> int:
+        return len(self.v)
+
+    def __getitem__(self, k: int) -> Tensor:  # type: ignore[override]  # nobody slices norms
+        return self._prepared.norms.tensor(self._memory, k)
 
 
 class TritonBackend:
@@ -30,23 +66,33 @@ class TritonBackend:
     """
 
     name = "triton"
-    is_traceable = False
+    is_compiled = is_traceable = False
 
     def __init__(self) -> None:
+        self.operator_devices = [d for d in GPUS if native.has_no_kernels_on(d)]
+        """Types of devices on which ``torch.ops.wnkernel`` runs these kernels."""
         self._used: set[torch.device] = set()
         """Devices that kernels ran on, so that nobody need ask again whether they can."""
 
     def missing(self) -> list[str]:
-        return _listed(availability.missing())
+        return [reason] if (reason := availability.missing()) else []
+
+    def takes(self, v: Tensor) -> bool:
+        # A graph would be compiled again as soon as the kernels have run.
+        is_known = not is_dynamo_compiling() and v.device in self._used
+        return is_known or availability.takes(v.device)
 
     def reasons(self, v: Tensor) -> list[str]:
-        # A graph would be compiled again as soon as the kernels have run.
-        if not is_dynamo_compiling() and v.device in self._used:
-            return []
-        return _listed(availability.reason(v.device))
+        return [] if self.takes(v) else [availability.reason(v.device)]
 
     def is_automatic(self, v: Tensor) -> bool:
         return v.device.type != "cpu"
+
+    def has_operators(self, v: Tensor) -> bool:
+        return v.device.type in self.operator_devices
+
+    def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
+        return self.forward([check(v, g, dim, eps)], apart=True)[1][0]
 
     def forward(
         self, problems: Sequence[Problem], *, apart: bool = False
@@ -55,10 +101,26 @@ class TritonBackend:
         leave the package, so each has memory of its own, and nothing that is allocated is kept."""
         if not problems:
             return [], []
-        many = Problems.of(problems)
-        results = self._runs.forward(self._launcher, many, apart=apart)
-        self._used.add(many.v[0].device)
-        return results
+        many, prepared = self._ready(Problems.of(problems))
+        with guard(prepared.device):
+            w = prepared.like_v.make(prepared.allocate, prepared.w_dtypes)
+            columns = [list(map(_address, column)) for column in (many.v, many.g, w)]
+            norms: Sequence[Tensor]
+            if apart:
+                norms = prepared.like_g.make(prepared.allocate, prepared.norm_dtypes)
+                columns.append(list(map(_address, norms)))
+            else:
+                norms = together = Norms(prepared, *columns[:2])
+                columns.append(together.addresses)
+            for group in prepared.groups:
+                addresses = group.of(columns)
+                batch = group.batch(FORWARD, addresses[0], addresses[2])
+                inputs = {"v": many.v, "g": many.g}
+                self._launcher.launch(batch, addresses, inputs, keep=not apart)
+        for k in prepared.empty:
+            norms[k].zero_()
+        self._used.add(prepared.device)
+        return w, norms
 
     def backward(
         self,
@@ -69,19 +131,59 @@ class TritonBackend:
         need_g: Sequence[bool],
         *,
         apart: bool = False,
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """``apart``: as in :meth:`forward`."""
         many = Problems.of(problems)
         live = [k for k, needs in enumerate(map(or_, need_v, need_g)) if needs]
-        if len(live) == len(many):
-            lists = norms, grad_ws, need_v, need_g
-        else:
+        if not live:
+            return [None] * len(problems), [None] * len(problems)
+        if len(live) < len(many):
             many = many.at(live)
-            lists = ([column[k] for k in live] for column in (norms, grad_ws, need_v, need_g))
-        grads = (), ()
-        if live:
-            grads = self._runs.backward(self._launcher, many, *lists, apart=apart)
+            norms, grad_ws = [norms[k] for k in live], [grad_ws[k] for k in live]
+            need_v, need_g = [need_v[k] for k in live], [need_g[k] for k in live]
+        grads = self._backward(many, norms, grad_ws, need_v, need_g, apart=apart)
         grad_v, grad_g = (spread(column, live, len(problems)) for column in grads)
+        return grad_v, grad_g
+
+    def _backward(
+        self,
+        many: Problems,
+        norms: Sequence[Tensor],
+        grad_ws: Sequence[Tensor],
+        need_v: Sequence[bool],
+        need_g: Sequence[bool],
+        *,
+        apart: bool,
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The same, where at least one of the two is needed of each of one weight or more."""
+        v, g = list(map(_address, many.v)), list(map(_address, many.g))
+        dtypes = [t.dtype for t in grad_ws]
+        if not (isinstance(norms, Norms) and norms.are_of(many, v, g, dtypes)):
+            many = Problems(many.v, many.g, forms=many.forms_now(dtypes))
+        asked = many
+        many, prepared = self._ready(many)
+        if many is not asked:
+            v, g = list(map(_address, many.v)), list(map(_address, many.g))
+        grad_ws = _ordered(grad_ws, many.v, prepared.like_v.strides)
+        with guard(prepared.device):
+            grad_v = prepared.like_v.make(prepared.allocate, prepared.v_dtypes, need_v)
+            grad_g = prepared.like_g.make(prepared.allocate, prepared.g_dtypes, need_g)
+            columns = [
+                list(map(_address, grad_ws)),
+                v,
+                g,
+                norms.addresses if isinstance(norms, Norms) else list(map(_address, norms)),
+                _addresses(grad_v, need_v),
+                _addresses(grad_g, need_g),
+            ]
+            for group in prepared.groups:
+                addresses = group.of(columns)
+                batch = group.batch(BACKWARD, addresses[0], addresses[1], addresses[4])
+                inputs = {"v": many.v, "g": many.g, "grad_w": grad_ws}
+                self._launcher.launch(batch, addresses, inputs, keep=not apart)
+        for k in prepared.empty:  # a norm of no elements does not depend on anything
+            if (t := grad_g[k]) is not None:
+                t.zero_()
         return grad_v, grad_g
 
     def fits_on_chip(self, p: Problem) -> bool:
@@ -96,18 +198,19 @@ class TritonBackend:
         taken from Triton's cache on disk, and how many one combination of dtypes can come to."""
         if self.missing():
             return None
-        from .launch import most_variants
+        from . import variants
 
-        return {
-            "launched": len(self._launcher.variants),
-            "at_most_per_dtypes": most_variants(),
-        }
+        return {"launched": variants.launched(), "at_most_per_dtypes": variants.most()}
 
-    @cached_property
-    def _runs(self) -> ModuleType:
-        from . import runs
-
-        return runs
+    def _ready(self, many: Problems) -> tuple[Problems, Prepared]:
+        """The weights, with copies of what kernels cannot read where it is."""
+        prepared = self._launcher.prepared(many)
+        if prepared.is_ready:
+            return many, prepared
+        v = [dense("v", t) for t in many.v]
+        g = [dense("g", t).contiguous() for t in many.g]
+        many = Problems(v, g, many.options)
+        return many, self._launcher.prepared(many)
 
     @cached_property
     def _launcher(self) -> Launcher:
@@ -117,5 +220,17 @@ class TritonBackend:
         return vars(self).setdefault("_launcher", Launcher())
 
 
-def _listed(reason: str) -> list[str]:
-    return [reason] if reason else []
+def _ordered(
+    grad_ws: Sequence[Tensor], v: Sequence[Tensor], strides: Sequence[tuple[int, ...]]
+) -> Sequence[Tensor]:
+    """Gradients in the memory order of v, whose strides these are."""
+    if list(map(_stride, grad_ws)) == strides and not any(map(_is_neg, grad_ws)):
+        return grad_ws
+    return [ordered_like("grad_w", *each) for each in zip(grad_ws, v, strict=True)]
+
+
+def _addresses(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> Column:
+    """0 for none."""
+    if all(needed):
+        return list(map(_address, cast(Sequence[Tensor], tensors)))
+    return [0 if t is None else t.data_ptr() for t in tensors]

@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 
 from .device_functions import backward_program, forward_program
-from .launch_table import Plan
+from .plan import Plan
 from .tables import BACKWARD, FORWARD, HEADER
 from .tile import ROWS
 
 SIZES = Plan._fields[1:-1]
 """What of a plan the kernels read: all but the tile, which is compiled in, and the total."""
 
-_FORWARD_LINE = tl.constexpr(len(FORWARD))
-_BACKWARD_LINE = tl.constexpr(len(BACKWARD))
+_FORWARD_LINE = tl.constexpr(len(FORWARD.columns))
+_BACKWARD_LINE = tl.constexpr(len(BACKWARD.columns))
 _FIRST = tl.constexpr(HEADER.index("first"))
 _PARTIALS = tl.constexpr(HEADER.index("partials"))
 _EPS = tl.constexpr(HEADER.index("eps_bits"))

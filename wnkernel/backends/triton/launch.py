@@ -1,159 +1,171 @@
-"""From weights to launches: a single weight by its addresses, several by a table."""
+"""From weights to launches: what a list comes to, whatever its addresses, and its launch with them.
+
+A step asks for the same weights as the one before it, so a list is prepared once.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, NamedTuple
+from functools import reduce
+from operator import attrgetter, or_
 
 import torch
-import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
-from ...problem import accumulation_dtype
+from ...forms import Problems
+from ...problem import accumulation_dtype, bound_of, is_dense, row_view
 from ...streams import current_stream, is_capturing
-from . import kernels, tables
-from .arrays import check_memory
-from .device import ELEMENTS, Uploads, warps
-from .launch_table import VECTOR_BYTES, Kind, Tile, plan, tiles
-from .tables import Kept, Table, Weight, bits_of, build, workspace
-from .tile import INTERPRETED
+from . import variants
+from .arrays import Packed, Results, allocator, check_memory
+from .plan import VECTOR_BYTES, plan, tiles
+from .tables import Direction, Kept, Table, Uploads, Weight, bits_of, build, workspace
+from .variants import Types
 
-
-@dataclass(frozen=True, eq=False)
-class Direction:
-    """A forward or a backward."""
-
-    one: triton.JITFunction
-    many: triton.JITFunction
-    columns: tuple[str, ...]
-    """Of its tables."""
-    planes: int
-
-
-FORWARD = Direction(
-    kernels.forward_one, kernels.forward_list, tables.FORWARD, tables.FORWARD_PLANES
-)
-BACKWARD = Direction(
-    kernels.backward_one, kernels.backward_list, tables.BACKWARD, tables.BACKWARD_PLANES
-)
-
-
-LAYOUTS = 1024
+PREPARED = 1024
 """Lists that a thread remembers, whatever their addresses. Weights alone count too: a model has up
 to a hundred of different shapes."""
 
+BATCHES = 8
+"""Patterns of odd addresses that are remembered of a list: gradients that lie in flat buffers have
+many. Then all are forgotten."""
 
-class Types(NamedTuple):
-    """What a launch has in common. W is the dtype of w and of grad_w."""
-
-    v: torch.dtype
-    g: torch.dtype
-    w: torch.dtype
-
-    @property
-    def vector(self) -> int:
-        """Elements of the widest access to v."""
-        return VECTOR_BYTES // self.v.itemsize
-
-
-@cache
-def _types_of(t: Types) -> dict[str, Any]:
-    named = {"V": t.v, "G": t.g, "W": t.w, "ACC": accumulation_dtype(t.v)}
-    return {name: ELEMENTS[dtype] for name, dtype in named.items()}
-
-
-@cache
-def choices_of_one(t: Types, tile: Tile, finish: int) -> dict[str, Any]:
-    """Compile-time arguments for a single weight."""
-    vector = t.vector if tile.aligned else 1
-    return _types_of(t) | {
-        "KIND": int(tile.kind), "LINES": tile.lines, "COLUMNS": tile.columns,
-        "VECTOR": vector, "FINISH": finish,
-    }  # fmt: skip
-
-
-@cache
-def choices_of_list(t: Types, rows_only: bool, finish: int) -> dict[str, Any]:
-    """Compile-time arguments for a list: every tile that it may need is in them.
-
-    Most models have rows for tiles only. The other kinds take more registers, up to 128, and a
-    kernel has as many for all of its branches as for the worst.
-    """
-    every = tiles(t.v.itemsize)
-    needed = [k for k in every if k.kind is Kind.ROWS] if rows_only else every  # rows come first
-    return _types_of(t) | {
-        "TILES": tuple((int(k.kind), k.lines, k.columns, int(k.aligned)) for k in needed),
-        "COUNT": len(needed),
-        "VECTOR": t.vector,
-        "FINISH": finish,
-    }
-
-
-def most_variants() -> int:
-    """Variants that one combination of dtypes can come to."""
-    every = tiles(torch.float32.itemsize)
-    split = sum(k.kind is not Kind.ROWS for k in every)
-    of_one, of_list = len(every) + split, 3
-    return 2 * (of_one + of_list)
+_is_neg, _dtype = Tensor.is_neg, attrgetter("dtype")
 
 
 class Batch:
     """What is launched together, but for addresses: weights of the same dtypes on one device, in
-    one direction. Tables are kept for this object."""
+    one direction. Tables on the device are kept for this object."""
 
     def __init__(
-        self, direction: Direction, types: Types, weights: Sequence[Weight], device: torch.device
+        self, direction: Direction, t: Types, weights: Sequence[Weight], device: torch.device
     ) -> None:
-        self.direction, self.types, self.device = direction, types, device
-        self.weights = weights
-        self.is_list = len(weights) > 1
-
-    @cached_property
-    def table(self) -> Table:
+        self.weights, self.device, self.acc_dtype = weights, device, accumulation_dtype(t.v)
+        itemsize = t.v.itemsize
+        self.table: Table | None = None
         """Of a list."""
-        itemsize = self.types.v.itemsize
-        return build(self.weights, itemsize, self.direction.columns, self.direction.planes)
+        self.sizes: tuple[int, ...] = ()
+        """Of a weight alone: what kernels are told after all addresses."""
+        if len(weights) > 1:
+            self.table = table = build(weights, itemsize, direction)
+            self.workspace = table.workspace
+            first = variants.of_list(direction, t, table.rows_only, 0, device)
+            self.launches = [(first, table.programs)]
+            if table.programs_to_finish:
+                second = variants.of_list(direction, t, False, 1, device)
+                self.launches.append((second, table.programs_to_finish))
+        else:
+            (w,) = weights
+            p = plan(w.outer, w.rows, w.inner, itemsize, w.vector)
+            tile = tiles(itemsize)[p.tile]
+            self.sizes = bits_of(w.eps), *p[1:-1]
+            self.workspace = workspace(p, itemsize, direction)
+            self.launches = [
+                (variants.of_one(direction, t, tile, finish, device), p.programs)
+                for finish in range(2 if p.split > 1 else 1)
+            ]
 
-    @cached_property
-    def single(self) -> Single:
-        """Of a weight alone."""
-        (w,), t = self.weights, self.types
-        p = plan(w.outer, w.rows, w.inner, t.v.itemsize, w.vector)
-        tile = tiles(t.v.itemsize)[p.tile]
-        choices = [choices_of_one(t, tile, finish) for finish in range(2 if p.split > 1 else 1)]
-        partials = workspace(p, t.v.itemsize, self.direction.planes)
-        return Single(p.programs, (bits_of(w.eps), *p[1:-1]), partials, choices)
+
+class Group:
+    """The weights of a list that have the same dtypes."""
+
+    def __init__(self, types: Types, places: Sequence[int], many: Problems) -> None:
+        self.types, self.places = types, places
+        self._device = many.v[0].device
+        self._views = [row_view(many.v[k], many.options[k][0]) for k in places]
+        acc = accumulation_dtype(self.types.v)
+        self._eps = [bound_of(many.options[k][1], acc) for k in places]
+        self._is_all = len(places) == len(many)
+        self._batches: dict[tuple[object, ...], Batch] = {}
+
+    def of(self, columns: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """The entries of this group."""
+        if self._is_all:
+            return columns
+        return [[column[k] for k in self.places] for column in columns]
+
+    def batch(self, direction: Direction, *like_v: Sequence[int]) -> Batch:
+        """What to launch, given the addresses of the arrays that are laid out like v: accesses are
+        as wide as all of them allow at the same offsets.
+
+        Other dtypes of the others change nothing: a gradient in the dtype of autocast gives the
+        bits that it gives after a cast.
+        """
+        bits = 0
+        for column in like_v:
+            bits |= reduce(or_, column)
+        odd: tuple[bool, ...] = ()
+        if bits % VECTOR_BYTES:
+            odd = tuple(any(a % VECTOR_BYTES for a in each) for each in zip(*like_v, strict=True))
+        key = direction, odd
+        batch = self._batches.get(key)
+        if batch is None:
+            if len(self._batches) >= BATCHES:
+                self._batches.clear()
+            batch = self._batches[key] = self._batch(direction, odd or (False,) * len(self.places))
+        return batch
+
+    def _batch(self, direction: Direction, odd: Sequence[bool]) -> Batch:
+        weights = [
+            Weight(view.outer, view.rows, view.inner, 1 if o else self.types.vector, eps)
+            for view, eps, o in zip(self._views, self._eps, odd, strict=True)
+        ]
+        return Batch(direction, self.types, weights, self._device)
 
 
-class Single(NamedTuple):
-    """The launches of a weight alone."""
+class Prepared:
+    """What there is to know of a list of forms: results to allocate, and groups."""
 
-    programs: int
-    sizes: tuple[int, ...]
-    """What kernels are told after all addresses."""
-    workspace: int
-    choices: list[dict[str, Any]]
-    """For each launch."""
+    def __init__(self, many: Problems) -> None:
+        self.device = many.v[0].device
+        self.is_ready = all(map(_is_ready, many.v, many.g))
+        """Whether kernels can read v and g where they are."""
+        self.allocate = allocator(self.device)
+        self.like_v, self.like_g = Results(many.v), Results(many.g)
+        self.v_dtypes = [v.dtype for v in many.v]
+        self.g_dtypes = [g.dtype for g in many.g]
+        self.w_dtypes = [out_dtype for _, _, out_dtype in many.options]
+        self.norm_dtypes = [accumulation_dtype(v.dtype) for v in many.v]
+        self.norms = Packed(many.g, self.norm_dtypes)
+        self.empty: list[int] = []
+        """Weights without elements."""
+        places: dict[Types, list[int]] = {}
+        for k, types in enumerate(zip(self.v_dtypes, self.g_dtypes, self.w_dtypes, strict=True)):
+            if many.v[k].numel():
+                places.setdefault(Types(*types), []).append(k)
+            else:
+                self.empty.append(k)
+        self.groups = [Group(*group, many) for group in places.items()] if self.is_ready else []
+
+    def is_of(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> bool:
+        """Whether v and g, which kernels can read where they are, are of these forms now."""
+        return (
+            self.is_ready
+            and self.like_v.are_like(v)
+            and self.like_g.are_like(g)
+            and list(map(_dtype, v)) == self.v_dtypes
+            and list(map(_dtype, g)) == self.g_dtypes
+            and not any(map(_is_neg, v))
+            and not any(map(_is_neg, g))
+        )
+
+
+def _is_ready(v: Tensor, g: Tensor) -> bool:
+    dense = (v.is_contiguous() or is_dense(v)) and g.is_contiguous()
+    return dense and not (v.is_neg() or g.is_neg())
 
 
 class Launcher:
     """Launches, and what has to outlive them."""
 
     def __init__(self) -> None:
-        self.variants: set[tuple[object, ...]] = set()
-        """What was compiled by this process."""
-        self.layouts = Kept(LAYOUTS)
-        """What the backend knows of lists."""
-        self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
+        self._prepared = Kept(PREPARED)
         self._tables = Kept()
         self._owners = Kept()
         self._uploads = Uploads()
-        self._lock = threading.Lock() if INTERPRETED.value else nullcontext()
+
+    def prepared(self, many: Problems) -> Prepared:
+        """What a list comes to."""
+        return self._prepared.get(tuple(many.forms), lambda: Prepared(many))
 
     def launch(
         self,
@@ -175,44 +187,30 @@ class Launcher:
         Raises:
             RuntimeError: a tensor has no memory.
         """
-        if batch.is_list:
-            self._launch_list(batch, addresses, inputs, keep)
-        else:
+        if batch.table is None:
             check_memory(inputs)
-            self._launch_one(batch, [column[0] for column in addresses])
-
-    def _launch_one(self, batch: Batch, addresses: Sequence[int]) -> None:
-        one = batch.single
-        partials = _workspace(one.workspace, batch)
-        args = (*addresses, _address(partials), *one.sizes)
-        for choices in one.choices:
-            self._run(batch.direction.one, one.programs, args, choices, batch.device)
-
-    def _launch_list(
-        self,
-        batch: Batch,
-        addresses: Sequence[Sequence[int]],
-        inputs: Mapping[str, Sequence[Tensor]],
-        keep: bool,
-    ) -> None:
-        table, t, many, device = batch.table, batch.types, batch.direction.many, batch.device
-        lines, owners = self._uploaded(batch, addresses, inputs, keep)
-        partials = _workspace(table.workspace, batch)
-        args = (lines.data_ptr(), owners.data_ptr(), _address(partials))
-        self._run(many, table.programs, args, choices_of_list(t, table.rows_only, 0), device)
-        if table.programs_to_finish:
-            args = (args[0], args[1] + 8 * table.programs, args[2])
-            self._run(many, table.programs_to_finish, args, choices_of_list(t, False, 1), device)
+            partials = _workspace(batch)
+            args = (*[column[0] for column in addresses], _address(partials), *batch.sizes)
+            for variant, programs in batch.launches:
+                variant.launch(programs, args)
+            return
+        lines, owners = self._uploaded(batch, batch.table, addresses, inputs, keep)
+        partials = _workspace(batch)
+        table, owner = lines.data_ptr(), owners.data_ptr()
+        for variant, programs in batch.launches:
+            variant.launch(programs, (table, owner, _address(partials)))
+            owner += owners.itemsize * programs
 
     def _uploaded(
         self,
         batch: Batch,
+        table: Table,
         addresses: Sequence[Sequence[int]],
         inputs: Mapping[str, Sequence[Tensor]],
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         """The table of a list on its device: lines with addresses, and owners."""
-        table, device = batch.table, batch.device
+        device = batch.device
 
         def lines() -> Tensor:
             check_memory(inputs)
@@ -231,52 +229,11 @@ class Launcher:
         found = self._tables.get((*place, *map(tuple, addresses)), lines)
         return found, self._owners.get(place, owners)
 
-    def _run(
-        self,
-        kernel: triton.JITFunction,
-        programs: int,
-        args: Sequence[int],
-        choices: dict[str, Any],
-        device: torch.device,
-    ) -> None:
-        """Launch. Triton's own way through binds and specialises the arguments of every call, which
-        takes five times as long as to launch what it compiled; nothing is specialised on here."""
-        key = (kernel, device, *choices.values())
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            _launch_again(compiled, programs, (*args, *choices.values()))
-            return
-        self.variants.add(key)
-        with self._lock:
-            compiled = kernel[(programs,)](*args, **choices, num_warps=warps(device))
-        if isinstance(compiled, CompiledKernel):
-            self._compiled[key] = compiled
 
-
-def _launch_again(compiled: CompiledKernel, programs: int, args: Sequence[object]) -> None:
-    """Launch what was launched before: by way of Triton where hooks listen to launches, as those of
-    profilers do. Triton gathers what they are told for chains without any hook, too."""
-    runtime = triton.knobs.runtime
-    if _listens(runtime.launch_enter_hook) or _listens(runtime.launch_exit_hook):
-        compiled[programs, 1, 1](*args)
-        return
-    driver = triton.runtime.driver.active
-    stream = driver.get_current_stream(driver.get_current_device())
-    run = compiled.run  # loads the kernel, if need be
-    what = compiled.function, compiled.packed_metadata
-    run(programs, 1, 1, stream, *what, None, None, None, *args)
-
-
-def _listens(hook: object) -> bool:
-    """Whether there is a hook: a function (in Triton 3.4), or a chain that is not empty."""
-    return bool(getattr(hook, "calls", hook))
-
-
-def _workspace(elements: int, batch: Batch) -> Tensor | None:
-    if elements == 0:
+def _workspace(batch: Batch) -> Tensor | None:
+    if batch.workspace == 0:
         return None
-    dtype = accumulation_dtype(batch.types.v)
-    return torch.empty(elements, dtype=dtype, device=batch.device)
+    return torch.empty(batch.workspace, dtype=batch.acc_dtype, device=batch.device)
 
 
 def _address(t: Tensor | None) -> int:

@@ -1,7 +1,7 @@
 """What a launch over a list reads: a table of weights, and which of them each program works on.
 
-Both lie on the device, and are kept while every address and size in them stays the same, as is
-usual from one training step to the next.
+Both are made on the CPU and copied to the device. They are kept there while every address and size
+in them stays the same, as is usual from one training step to the next.
 """
 
 from __future__ import annotations
@@ -9,29 +9,49 @@ from __future__ import annotations
 import struct
 import threading
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch_table import VECTOR_BYTES, Kind, Plan, plan, tiles
+from ...streams import is_capturing
+from .plan import VECTOR_BYTES, Kind, Plan, plan, tiles
 
 HEADER = (*Plan._fields, "first", "first_to_finish", "partials", "eps_bits")
 """Columns that both tables begin with. ``first``: the first program of a weight in each of the two
 launches; ``partials``: elements before its partial sums in the workspace."""
-FORWARD = (*HEADER, "v", "g", "w", "norm")
-BACKWARD = (*HEADER, "grad_w", "v", "g", "norm", "grad_v", "grad_g")
-"""Addresses follow; 0 for a gradient that nobody wants."""
 
-FORWARD_PLANES = 2
-"""Numbers that a program leaves behind for a part of a row: a sum of squares and its unit."""
-BACKWARD_PLANES = 1
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A forward or a backward."""
+
+    columns: tuple[str, ...]
+    """Of its tables: the header, and addresses, 0 for a gradient that nobody wants."""
+    planes: int
+    """Numbers that a program leaves behind for a part of a row."""
+
+
+FORWARD = Direction((*HEADER, "v", "g", "w", "norm"), 2)
+"""A program leaves a sum of squares and its unit behind."""
+BACKWARD = Direction((*HEADER, "grad_w", "v", "g", "norm", "grad_v", "grad_g"), 1)
 
 KEPT = 64
 """Tables that a thread keeps: several models of a few dtypes, forward and backward."""
+
+RESERVE = 1 << 17
+"""Numbers in a reserve of pinned memory at least: 1 MiB."""
+
+CAPTURES = 4
+"""Captures of everything that this process launches, for which the reserve lasts without another
+launch in between."""
+
+MOST = 1 << 23
+"""Numbers that are kept ready at most: 64 MiB."""
 
 
 class Weight(NamedTuple):
@@ -44,7 +64,8 @@ class Weight(NamedTuple):
     eps: float
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Table:
     """A list on the CPU, ready for its addresses."""
 
     lines: Tensor
@@ -75,29 +96,28 @@ def bits_of(x: float) -> int:
     return struct.unpack("<q", struct.pack("<d", x))[0] if x else 0
 
 
-def workspace(p: Plan, itemsize: int, planes: int) -> int:
+def workspace(p: Plan, itemsize: int, direction: Direction) -> int:
     """Elements of partial sums of one weight, a multiple of what aligns those of the next one."""
     if p.split == 1:
         return 0
     tile = tiles(itemsize)[p.tile]
-    used = p.programs * planes * (tile.columns if tile.kind is Kind.SEGMENTS else 1)
+    used = p.programs * direction.planes * (tile.columns if tile.kind is Kind.STRIPS else 1)
     return -(-used // VECTOR_BYTES) * VECTOR_BYTES
 
 
-def build(weights: Sequence[Weight], itemsize: int, columns: Sequence[str], planes: int) -> Table:
+def build(weights: Sequence[Weight], itemsize: int, direction: Direction) -> Table:
     """Make a table. Weights whose programs take long come first, so that none of those is left to
     run alone at the end.
 
     Args:
         weights: the list.
         itemsize: bytes of an element of v.
-        columns: FORWARD or BACKWARD.
-        planes: FORWARD_PLANES or BACKWARD_PLANES.
+        direction: FORWARD or BACKWARD.
     """
     plans = [plan(w.outer, w.rows, w.inner, itemsize, w.vector) for w in weights]
     lines: list[tuple[int, ...]] = []
     order = sorted(range(len(plans)), key=lambda k: -plans[k].per_chunk)
-    no_addresses = (0,) * (len(columns) - len(HEADER))
+    no_addresses = (0,) * (len(direction.columns) - len(HEADER))
     first = first_to_finish = partials = 0
     for k in order:
         p = plans[k]
@@ -105,7 +125,7 @@ def build(weights: Sequence[Weight], itemsize: int, columns: Sequence[str], plan
         lines.append((*p, first, first_to_finish, partials, eps_bits, *no_addresses))
         first += p.programs
         first_to_finish += p.programs if p.split > 1 else 0
-        partials += workspace(p, itemsize, planes)
+        partials += workspace(p, itemsize, direction)
     programs = _numbers([plans[k].programs for k in order])
     to_finish = _numbers([plans[k].programs if plans[k].split > 1 else 0 for k in order])
     place = torch.arange(len(plans), device="cpu")
@@ -137,3 +157,57 @@ class Kept(threading.local):
         else:
             self._kept.move_to_end(key)
         return found
+
+
+class Uploads:
+    """Copies of CPU memory to devices, from pinned memory, so that nothing waits.
+
+    torch keeps pinned memory from being used again before a copy from it is done. A captured copy
+    reads it at every replay instead, and nobody says when the graph is gone; so what is captured
+    comes from a reserve that is never used again. The reserve is made outside of captures, in which
+    older torch cannot allocate pinned memory.
+    """
+
+    def __init__(self) -> None:
+        self._reserve: list[Tensor] = []
+        self._left = 0
+        self._wanted = RESERVE // 2
+        self._expected: deque[int] = deque(maxlen=64)
+        self._lock = threading.Lock()
+
+    def expect(self, numbers: int) -> None:
+        """Captures are going to take so many numbers more than was said before."""
+        with self._lock:
+            self._expected.append(numbers)
+            self._wanted = max(RESERVE // 2, min(CAPTURES * sum(self._expected), MOST))
+
+    def refill(self, device: torch.device) -> None:
+        """See to the reserve. Called at every launch outside of captures, in case one follows."""
+        if self._left >= self._wanted or device.type == "cpu":
+            return
+        with self._lock:
+            if self._left < self._wanted:
+                self._add(2 * self._wanted)
+
+    def copy(self, memory: Tensor, device: torch.device) -> Tensor:
+        """A copy of ``memory`` (int64, contiguous) on a device."""
+        if device.type == "cpu":
+            return memory
+        if is_capturing(device):
+            pinned = self._take(memory.numel()).view(memory.shape).copy_(memory)
+        else:
+            pinned = memory.pin_memory()
+        return pinned.to(device, non_blocking=True)
+
+    def _take(self, numbers: int) -> Tensor:
+        with self._lock:
+            if self._left < numbers:
+                self._add(max(numbers, RESERVE))
+            start = self._reserve[-1].numel() - self._left
+            self._left -= numbers
+            return self._reserve[-1][start : start + numbers]
+
+    def _add(self, numbers: int) -> None:
+        pinned = torch.empty(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
+        self._reserve.append(pinned)
+        self._left = numbers

@@ -1,7 +1,8 @@
 """Tiles in Triton: which elements they hold, how those are loaded, stored and added up to rows.
 
-A strip is what one row, or the adjacent rows of one program, cover; launch_table.py says how. Plans
-come as a tuple of 64-bit integers, the fields of Plan without its first and its last.
+Plans (plan.py) come as a tuple of 64-bit integers, the fields of Plan without its first and its
+last. ``strip`` counts what programs work on: strips of columns, rows that come in runs, or tiles of
+whole rows.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch_table import MAX_PARTIALS, MAX_SPLIT, Kind
+from .plan import MAX_PARTIALS, MAX_SPLIT, Kind
 
 ROWS = tl.constexpr(int(Kind.ROWS))
-RUN = tl.constexpr(int(Kind.RUN))
-SEGMENTS = tl.constexpr(int(Kind.SEGMENTS))
+RUNS = tl.constexpr(int(Kind.RUNS))
+STRIPS = tl.constexpr(int(Kind.STRIPS))
 _MAX_SPLIT = tl.constexpr(MAX_SPLIT)
 _MAX_PARTIALS = tl.constexpr(MAX_PARTIALS)
 
@@ -80,8 +81,8 @@ def _left(n, most: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def chunk_of(program, per_chunk, tiles, split):
-    """Of a program: its strip, its place among those that share the strip, the first of its tiles
-    and the one after them. All in 32 bits, for so many tiles take terabytes: a division of 64 bits
+    """Of a program: its strip, its place among those that share it, the first of its tiles and the
+    one after them. All in 32 bits, for so many tiles take terabytes: a division of 64 bits
     is a call, and the compiler keeps registers free for it around loops."""
     program, split = program.to(tl.int32), split.to(tl.int32)
     chunk = program % split
@@ -101,7 +102,7 @@ def tile_of(
     origin = strip * strip_rows * inner
     if KIND == ROWS:
         lines -= strip * strip_rows
-    elif KIND == RUN:
+    elif KIND == RUNS:
         across = ((width + COLUMNS - 1) // COLUMNS).to(tl.int32)
         first = (tile % across).to(tl.int64) * COLUMNS
         above = (tile // across).to(tl.int64) * LINES
@@ -117,7 +118,7 @@ def tile_of(
     column = tl.arange(0, COLUMNS)[None, :]
     offsets = line * _whole(pitch.to(tl.int32), VECTOR) + column
     mask = (line < _left(lines, LINES, 1)) & (column < _left(width, COLUMNS, VECTOR))
-    if KIND == SEGMENTS:  # folded, the last line may end early
+    if KIND == STRIPS:  # folded, the last line may end early
         mask &= offsets < _left(numel - origin, 2**31 - 1, VECTOR)
     return origin, offsets, mask
 
@@ -142,7 +143,7 @@ def _divided(small, n):
 
 
 @triton.jit
-def _segments(column, rows, inner, COLUMNS: tl.constexpr):
+def _rows_of_columns(column, rows, inner, COLUMNS: tl.constexpr):
     """The rows of columns of a strip, counted from the strip's first."""
     row, rows = _divided(column, inner.to(tl.int32)), tl.minimum(rows, COLUMNS).to(tl.int32)
     return row - _divided(row, rows) * rows
@@ -157,13 +158,13 @@ def rows_of(strip, plan, KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.co
         row = (first_row + tl.arange(0, LINES))[:, None]
         valid = row < rows
         return row, valid, valid
-    elif KIND == RUN:
+    elif KIND == RUNS:
         row = tl.full([1, 1], 0, tl.int64) + first_row
         valid = row < rows
         return row, valid, valid
     else:
         column = tl.arange(0, COLUMNS)[None, :]
-        row = first_row + _segments(column, rows, inner, COLUMNS)
+        row = first_row + _rows_of_columns(column, rows, inner, COLUMNS)
         valid = (row < rows) & (column < width)
         is_first = _divided(column, inner.to(tl.int32)) * inner == column
         return row, valid, valid & is_first & (column < strip_rows * inner)
@@ -174,12 +175,12 @@ def row_sums(sums, rows, inner, KIND: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile of sums added up to one for each row, shaped to go with tiles."""
     if KIND == ROWS:
         return tl.sum(sums, 1, keep_dims=True)
-    elif KIND == RUN:
+    elif KIND == RUNS:
         return tl.sum(tl.sum(sums, 1, keep_dims=True), 0, keep_dims=True)
     else:
         column = tl.arange(0, COLUMNS)
-        segment = _segments(column, rows, inner, COLUMNS)
-        same = segment[:, None] == segment[None, :]
+        row = _rows_of_columns(column, rows, inner, COLUMNS)
+        same = row[:, None] == row[None, :]
         return tl.sum(tl.where(same, tl.sum(sums, 0)[:, None], 0.0), 0, keep_dims=True)
 
 
@@ -191,7 +192,7 @@ def partial_sums(
     programs, columns]. Triton would lay out a tensor of two dimensions like a tile of that shape,
     if the kernel has one, and the order of addition depends on the layout."""
     first = strip * split * PLANES + plane
-    if KIND == RUN:
+    if KIND == RUNS:
         chunk = tl.arange(0, _MAX_SPLIT)[None, :, None]
         return partials + first + chunk * PLANES, chunk < split
     else:
@@ -206,7 +207,7 @@ def store_partial_sum(
     partials, program, plane, x, PLANES: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Leaves behind what a program added up."""
-    if KIND == RUN:
+    if KIND == RUNS:
         tl.store(partials + program * PLANES + plane + tl.arange(0, 1)[None, :], x)
     else:
         column = tl.arange(0, COLUMNS)[None, :]

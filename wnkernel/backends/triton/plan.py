@@ -1,12 +1,12 @@
-"""How a weight norm is cut into programs: every launch number of the Triton kernels, in one table.
+"""How a weight norm is cut into programs: every launch number of the Triton kernels is here.
 
 A program works on tiles of ``lines x columns`` elements; memory is contiguous along columns. There
 are three ways to lay rows (the elements of one norm) over tiles:
 
 - ``ROWS``: a line of the tile is a whole row. Read once.
-- ``RUN``: one row per program, over as many tiles as it takes: long rows, and rows that come in
-  runs of ``inner`` elements.
-- ``SEGMENTS``: a strip of adjacent columns of the matrix ``[outer, rows * inner]``, over as many
+- ``RUNS``: one row per program, run by run, over as many tiles as it takes: long rows, and rows
+  that come in runs of ``inner`` elements.
+- ``STRIPS``: a strip of adjacent columns of the matrix ``[outer, rows * inner]``, over as many
   tiles as it takes; the sums of columns are added up to rows at the end. Columns of a narrow matrix
   are folded: several of its lines make one line of the tile.
 
@@ -58,20 +58,19 @@ And fewer would not pay for the second launch, about 3 us. One after the other, 
 0.7 us each, the latency of memory, and twice that, for they are summed and then scaled. So 8 tiles
 take a program 11 us, and two programs 6 and a launch; 7 and less are left to one."""
 
-
-class Kind(enum.IntEnum):
-    """How rows lie over tiles."""
-
-    ROWS = 0
-    RUN = 1
-    SEGMENTS = 2
-
-
 MAX_SPLIT = 512
 """Programs that share a row at most: each of them reads the partial sums of all."""
 
 MAX_PARTIALS = 2048
 """Partial sums of a strip at most, one for each column and program: they are read as one tile."""
+
+
+class Kind(enum.IntEnum):
+    """How rows lie over tiles."""
+
+    ROWS = 0
+    RUNS = 1
+    STRIPS = 2
 
 
 class Tile(NamedTuple):
@@ -99,10 +98,10 @@ def tiles(itemsize: int) -> tuple[Tile, ...]:
         # every element takes an address of its own.
         *(Tile(Kind.ROWS, loose // n, n, False) for n in (16, 64, loose // 2)),
         Tile(Kind.ROWS, 1, 2 * loose, False),
-        *(Tile(Kind.RUN, lines, full // lines, True) for lines in (1, 32)),
-        *(Tile(Kind.RUN, lines, loose // lines, False) for lines in (1, 32)),
-        Tile(Kind.SEGMENTS, full // 2 // strip, strip, True),
-        Tile(Kind.SEGMENTS, loose // strip, strip, False),
+        *(Tile(Kind.RUNS, lines, full // lines, True) for lines in (1, 32)),
+        *(Tile(Kind.RUNS, lines, loose // lines, False) for lines in (1, 32)),
+        Tile(Kind.STRIPS, full // 2 // strip, strip, True),
+        Tile(Kind.STRIPS, loose // strip, strip, False),
     )
 
 
@@ -141,30 +140,16 @@ def plan(outer: int, rows: int, inner: int, itemsize: int, vector: int) -> Plan:
         vector: elements of the widest access that the addresses of all arrays allow; 1 for none.
     """
     choices = tiles(itemsize)
-    strip = next(t for t in choices if t.kind is Kind.SEGMENTS).columns
+    strip = next(t for t in choices if t.kind is Kind.STRIPS).columns
     if outer == 1:
         aligned = vector > 1 and inner % vector == 0 and inner > 16
         if (place := _first(choices, Kind.ROWS, aligned, inner)) is not None:
             return _rows(place, choices[place], rows, inner)
     if outer > 1 and inner <= strip:
-        cut = _segments(choices, outer, rows, inner, vector, strip)
+        cut = _strips(choices, outer, rows, inner, vector, strip)
         if _spans(choices[cut.tile], cut.lines, cut.pitch) <= OFFSET_LIMIT:
             return cut
-    aligned = vector > 1 and inner % vector == 0
-    places = [
-        k
-        for k, t in enumerate(choices)
-        if t.kind is Kind.RUN
-        and t.aligned is aligned
-        and _spans(t, outer, rows * inner) <= OFFSET_LIMIT
-    ]
-    place = min(places, key=lambda k: _tiles_of_run(choices[k], outer, inner))
-    count = _tiles_of_run(choices[place], outer, inner)
-    split, per_chunk = _split(MAX_SPLIT, rows, count)
-    return Plan(
-        place, rows, inner, outer, rows * inner, 1, inner, outer * rows * inner,
-        per_chunk, count, split, rows * split,
-    )  # fmt: skip
+    return _runs(choices, outer, rows, inner, vector)
 
 
 def _rows(place: int, tile: Tile, rows: int, inner: int) -> Plan:
@@ -172,7 +157,22 @@ def _rows(place: int, tile: Tile, rows: int, inner: int) -> Plan:
     return Plan(place, rows, inner, rows, inner, tile.lines, inner, rows * inner, 1, 1, 1, programs)
 
 
-def _segments(
+def _runs(choices: tuple[Tile, ...], outer: int, rows: int, inner: int, vector: int) -> Plan:
+    aligned, pitch = vector > 1 and inner % vector == 0, rows * inner
+    counts = {
+        k: _ceil(outer, t.lines) * _ceil(inner, t.columns)
+        for k, t in enumerate(choices)
+        if t.kind is Kind.RUNS and t.aligned is aligned and _spans(t, outer, pitch) <= OFFSET_LIMIT
+    }
+    place = min(counts, key=counts.__getitem__)
+    split, per_chunk = _split(MAX_SPLIT, rows, counts[place])
+    return Plan(
+        place, rows, inner, outer, pitch, 1, inner, outer * pitch,
+        per_chunk, counts[place], split, rows * split,
+    )  # fmt: skip
+
+
+def _strips(
     choices: tuple[Tile, ...], outer: int, rows: int, inner: int, vector: int, strip: int
 ) -> Plan:
     numel, pitch = outer * rows * inner, rows * inner
@@ -188,7 +188,8 @@ def _segments(
             strip_rows = _multiple(strip_rows, inner, vector)
         strips, width, lines = _ceil(rows, strip_rows), strip_rows * inner, outer
     aligned = vector > 1 and all(n % vector == 0 for n in (pitch, width, numel))
-    place = _first(choices, Kind.SEGMENTS, aligned, width)
+    place = _first(choices, Kind.STRIPS, aligned, width)
+    assert place is not None  # strips are as wide as a tile at most
     count = _ceil(lines, choices[place].lines)
     split, per_chunk = _split(MAX_PARTIALS // strip, strips, count)
     return Plan(
@@ -220,10 +221,6 @@ def _first(choices: tuple[Tile, ...], kind: Kind, aligned: bool, columns: int) -
 def _spans(tile: Tile, lines: int, pitch: int) -> int:
     """Elements from the first to the last of a tile, of those of its lines that there are."""
     return (min(tile.lines, lines) - 1) * pitch + tile.columns
-
-
-def _tiles_of_run(tile: Tile, outer: int, inner: int) -> int:
-    return _ceil(outer, tile.lines) * _ceil(inner, tile.columns)
 
 
 def _multiple(most: int, size: int, vector: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import wnkernel
 from wnkernel import functional as F
+from wnkernel.backends.triton.tables import BACKWARD, FORWARD
 from wnkernel.forms import Problems
 from wnkernel.problem import Problem, check
 
@@ -59,13 +60,12 @@ class Still:
     """Results lie where those of the same step before lay."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from wnkernel.backends.triton import runs, tables
-        from wnkernel.backends.triton.device import Uploads
+        from wnkernel.backends.triton import launch, tables
 
         self.made, self.copied = 0, 0
         self._memory: list[Tensor] = []
         self._next = 0
-        at, copy = tables.Table.at, Uploads.copy
+        at, copy = tables.Table.at, tables.Uploads.copy
 
         def counted_at(*args: object) -> Tensor:
             self.made += 1
@@ -76,8 +76,8 @@ class Still:
             return copy(*args)
 
         monkeypatch.setattr(tables.Table, "at", counted_at)
-        monkeypatch.setattr(Uploads, "copy", counted_copy)
-        monkeypatch.setattr(runs, "allocator", lambda device: self._allocate)
+        monkeypatch.setattr(tables.Uploads, "copy", counted_copy)
+        monkeypatch.setattr(launch, "allocator", lambda device: self._allocate)
 
     def _allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self._next == len(self._memory):
@@ -240,31 +240,29 @@ def test_nothing_is_launched_for_what_nobody_needs(monkeypatch):
 @pytest.mark.parametrize("shifted", ["none", "v", "w", "g"])
 def test_accesses_are_as_wide_as_addresses_allow(shifted):
     """Those of all arrays that are laid out like v; g and the norms are read one by one."""
-    from wnkernel.backends.triton import launch
-    from wnkernel.backends.triton.layouts import Layout
+    from wnkernel.backends.triton.launch import Prepared
 
     cases = [case((6, 4), 0), case((4, 8), 0)]
-    (group,) = Layout(Problems.of(problems_of(cases))).groups
+    (group,) = Prepared(Problems.of(problems_of(cases))).groups
     addresses = {name: [64, 128] for name in ("v", "g", "w")}
     if shifted != "none":
         addresses[shifted][1] += 4
-    batch = group.batch(launch.FORWARD, addresses["v"], addresses["w"])
+    batch = group.batch(FORWARD, addresses["v"], addresses["w"])
     vectors = [w.vector for w in batch.weights]
     assert vectors == [4, 1 if shifted in ("v", "w") else 4]
-    assert group.batch(launch.FORWARD, addresses["v"], addresses["w"]) is batch
-    assert group.batch(launch.BACKWARD, addresses["v"], addresses["w"]) is not batch
+    assert group.batch(FORWARD, addresses["v"], addresses["w"]) is batch
+    assert group.batch(BACKWARD, addresses["v"], addresses["w"]) is not batch
 
 
 def test_few_patterns_of_odd_addresses_are_remembered():
     """Gradients in flat buffers may have another in every step."""
-    from wnkernel.backends.triton import launch
-    from wnkernel.backends.triton.layouts import BATCHES, Layout
+    from wnkernel.backends.triton.launch import BATCHES, Prepared
 
     cases = [case((6, 4), 0) for _ in range(6)]
-    (group,) = Layout(Problems.of(problems_of(cases))).groups
+    (group,) = Prepared(Problems.of(problems_of(cases))).groups
     for pattern in range(1 << len(cases)):
         odd = [64 + 4 * (pattern >> k & 1) for k in range(len(cases))]
-        batch = group.batch(launch.FORWARD, odd, odd)
+        batch = group.batch(FORWARD, odd, odd)
         assert [w.vector for w in batch.weights] == [1 if a % 16 else 4 for a in odd]
         assert len(group._batches) <= BATCHES
 
