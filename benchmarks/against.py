@@ -23,19 +23,18 @@ Peaks of memory are not compared, for they have no spread.
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from .results import GROUPED, TORCH, Result, by_subject, parse_csv
-from .summary import geometric_mean
+from .contenders import OWN, TORCH
+from .report import show
+from .results import Result, read_csv
 
 SURE = 3.0
 """Times the noise."""
@@ -57,42 +56,18 @@ FAULT_MS = 0.5e-3
 
 OTHER_MEMORY = 0.05
 
-Key = tuple[str, ...]
+SUBJECT = ["case", "phase", "dtype", "shape", "dim", "label"]
+KEY = ["case", "phase", "contender", "dtype", "shape", "dim", "label"]
+"""The cells of the table."""
 
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast as torch one of ours was in a run."""
-
-    ours: Result
-    torch: Result
-
-    @cached_property
-    def log(self) -> float:
-        return math.log(self.ours.ratio_to_torch)
-
-    @cached_property
-    def variance(self) -> float:
-        """Of the logarithm, as far as spreads show it."""
-        return _variance(self.ours) + _variance(self.torch)
-
-    @property
-    def group(self) -> Key:
-        r = self.ours
-        return r.case, r.phase, r.contender, r.dtype, r.kind
-
-
-def _variance(r: Result) -> float:
-    sigma = math.log(r.p80_ms / r.p20_ms) / (2 * PERCENTILE_80)
-    # the percentiles of few rounds are too close together; two rounds less make up for it
-    return (MEDIAN_ERROR * sigma) ** 2 / max(r.rounds - 2, 1)
+OF_GROUP = ["case", "phase", "contender", "dtype", "kind"]
 
 
 @dataclass(frozen=True)
 class Change:
     """From one run to the other."""
 
-    about: Key
+    about: tuple[str, ...]
     """Cells of the table."""
     then: float
     now: float
@@ -102,14 +77,6 @@ class Change:
     @property
     def log(self) -> float:
         return math.log(self.now / self.then)
-
-    @property
-    def worse(self) -> bool:
-        return self.log < -SURE * self.noise
-
-    @property
-    def better(self) -> bool:
-        return self.log > SURE * self.noise
 
 
 @dataclass(frozen=True)
@@ -139,52 +106,76 @@ def read_earlier(path: Path, cases: Collection[str]) -> list[Result]:
     rows: list[Result] = []
     for file in files:
         try:
-            rows += parse_csv(file.read_text(encoding="utf-8").splitlines(), file)
+            rows += read_csv(file)
         except (OSError, UnicodeError, csv.Error) as error:
             raise ValueError(f"{file}: cannot be read: {error}") from None
     rows = [r for r in rows if r.case in cases]
-    if not ratios(rows):
+    if ratios([rows]).empty:
         raise ValueError(f"{path}: there are no times beside torch's of {', '.join(sorted(cases))}")
     return rows
 
 
-def ratios(results: Iterable[Result]) -> dict[Key, Ratio]:
-    """Those of a run, by subject and contender."""
-    return {
-        (r.case, r.phase, who, r.dtype, r.shape, r.dim, r.label): Ratio(r, m[TORCH])
-        for m in by_subject(r for r in results if _is_timed(r))
-        if TORCH in m
-        for who, r in m.items()
-        if who in GROUPED
-    }
+def ratios(jobs: Iterable[Sequence[Result]]) -> pd.DataFrame:
+    """How many times as fast as torch ours were, by :data:`KEY`: the last where there are two.
+
+    The variance is that of the logarithm, as far as spreads show it; ``job`` is the place of the
+    job, ``torch_ms`` and ``torch_faults`` are torch's.
+    """
+    frame = pd.DataFrame(
+        [vars(r) | {"job": i} for i, rows in enumerate(jobs) for r in rows],
+        columns=[*Result.__dataclass_fields__, "job"],
+    )
+    measured = frame[["rounds", "ratio_to_torch", "p20_ms", "p80_ms"]].astype(float)
+    frame = frame[((measured > 0) & (measured < np.inf)).all(axis=1)]
+    sigma = np.log((frame.p80_ms / frame.p20_ms).astype(float)) / (2 * PERCENTILE_80)
+    # the percentiles of few rounds are too close together; two rounds less make up for it
+    rounds = (frame.rounds - 2).clip(lower=1).astype(float)
+    frame = frame.assign(variance=(MEDIAN_ERROR * sigma) ** 2 / rounds)
+    frame = frame.drop_duplicates(KEY, keep="last")
+    torchs = frame[frame.contender == TORCH].set_index(SUBJECT)
+    torchs = torchs[["median_ms", "faults", "variance"]].add_prefix("torch_")
+    frame = frame[frame.contender.isin(OWN)].join(torchs, on=SUBJECT, how="inner")
+    frame = frame.assign(
+        ratio=frame.ratio_to_torch.astype(float), variance=frame.variance + frame.torch_variance
+    )
+    columns = ["ratio", "variance", "kind", "job", "torch_median_ms", "torch_faults"]
+    return frame.set_index(KEY)[columns]
 
 
-def _is_timed(r: Result) -> bool:
-    return all(0 < x < math.inf for x in (r.rounds, r.ratio_to_torch, r.p20_ms, r.p80_ms))
+def _both(then: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
+    """What two runs have in common. ``aside``: torch paid for fresh memory in one of them (files
+    may not tell)."""
+    both = then.add_suffix("_then").join(now.add_suffix("_now"), how="inner")
+    cost = FAULT_MS * (both.torch_faults_then - both.torch_faults_now).astype(float).abs()
+    least = both[["torch_median_ms_then", "torch_median_ms_now"]].min(axis=1)
+    return both.assign(
+        aside=cost > OTHER_MEMORY * least,
+        log=np.log(both.ratio_now / both.ratio_then),
+        spread=both.variance_then + both.variance_now,
+    )
 
 
-def to_repeat(earlier: Iterable[Result], measured: Sequence[Sequence[Result]]) -> list[int]:
+def _noise(both: pd.DataFrame, floors: Mapping[str, float]) -> pd.Series:
+    floor = both.index.get_level_values("case").map(lambda case: floors.get(case, LEAST_FLOOR))
+    return np.sqrt(both.spread + 2 * np.asarray(floor, dtype=float) ** 2)
+
+
+def to_repeat(earlier: Sequence[Result], measured: Sequence[Sequence[Result]]) -> list[int]:
     """Which jobs to run again: those in which something looks worse, and a sample of their cases.
 
     Args:
         earlier: the other run.
         measured: what each job gave.
     """
-    then = ratios(earlier)
-    suspicious = {
-        i
-        for i, rows in enumerate(measured)
-        for key, now in ratios(rows).items()
-        if key in then
-        and not _other_memory(then[key], now)
-        and _change(key, then[key], now, LEAST_FLOOR).worse
-    }
+    both = _both(ratios([earlier]), ratios(measured))
+    both = both[~both.aside & (both.log < -SURE * _noise(both, {}))]
+    suspicious = {int(job) for job in both.job_now}
     cases = {measured[i][0].case for i in suspicious}
     return sorted(suspicious | {i for i in _sample(measured) if measured[i][0].case in cases})
 
 
 def compare(
-    earlier: Iterable[Result],
+    earlier: Sequence[Result],
     measured: Sequence[Sequence[Result]],
     repeated: Mapping[int, Sequence[Result]],
 ) -> Comparison:
@@ -195,53 +186,43 @@ def compare(
         measured: what each job gave.
         repeated: what some of them, by their place, gave the second time.
     """
-    then, now = ratios(earlier), ratios(itertools.chain(*measured))
-    again = ratios(itertools.chain(*repeated.values()))
+    then, now = ratios([earlier]), ratios(measured)
     floors = _floors(measured, repeated)
-    both = [key for key in then if key in now]
-    found = [key for key in both if not _other_memory(then[key], now[key])]
-    worse: list[Change] = []
-    better = 0
-    groups: dict[Key, list[Change]] = {}
-    for key in found:
-        looks = [now[key]]
-        if key in again and not _other_memory(then[key], again[key]):
-            looks.append(again[key])
-        floor = floors.get(key[0], LEAST_FLOOR)
-        changes = [_change(key, then[key], look, floor) for look in looks]
-        if all(c.worse for c in changes):
-            worse.append(max(changes, key=lambda c: c.log))
-        better += all(c.better for c in changes)
-        groups.setdefault(now[key].group, []).append(changes[0])
-    of_groups = [_of_group(about, c) for about, c in groups.items() if len(c) >= GROUP]
+    every = _both(then, now)
+    found = every[~every.aside]
+    noise = _noise(found, floors)
+    again = _both(then, ratios(repeated.values()))
+    again = again[~again.aside].reindex(found.index)
+    worse = (found.log < -SURE * noise) & ~(again.log >= -SURE * _noise(again, floors))
+    better = (found.log > SURE * noise) & ~(again.log <= SURE * _noise(again, floors))
+    milder = found.ratio_now.where(~(again.log > found.log), again.ratio_now)
+    its_noise = noise.where(~(again.log > found.log), _noise(again, floors))
+    columns = found.ratio_then[worse], milder[worse], its_noise[worse]
+    changes = list(map(Change, found.index[worse], *columns))
     return Comparison(
-        worse=[c for c in of_groups if c.worse] + sorted(worse, key=lambda c: c.log),
-        better=better,
+        worse=_groups(found, noise) + sorted(changes, key=lambda c: c.log),
+        better=int(better.sum()),
         compared=len(found),
-        set_aside=len(both) - len(found),
-        only_then=len(then) - len(both),
-        only_now=len(now) - len(both),
+        set_aside=int(every.aside.sum()),
+        only_then=len(then) - len(every),
+        only_now=len(now) - len(every),
     )
 
 
-def _change(key: Key, then: Ratio, now: Ratio, floor: float) -> Change:
-    noise = math.sqrt(then.variance + now.variance + 2 * floor**2)
-    return Change(key, then.ours.ratio_to_torch, now.ours.ratio_to_torch, noise)
-
-
-def _of_group(about: Key, changes: Sequence[Change]) -> Change:
-    case, phase, contender, dtype, kind = about
-    title = case, phase, contender, dtype, f"{len(changes)} together", kind, ""
-    then = geometric_mean([c.then for c in changes])
-    single = math.sqrt(np.mean([c.noise**2 for c in changes]))
-    noise = math.hypot(MEDIAN_ERROR * single / math.sqrt(len(changes)), math.sqrt(2) * LEAST_FLOOR)
-    return Change(title, then, then * math.exp(np.median([c.log for c in changes])), noise)
-
-
-def _other_memory(one: Ratio, other: Ratio) -> bool:
-    """Whether torch paid for fresh memory in one of two runs. Files may not tell (NaN)."""
-    cost = FAULT_MS * abs(one.torch.faults - other.torch.faults)
-    return cost > OTHER_MEMORY * min(one.torch.median_ms, other.torch.median_ms)
+def _groups(found: pd.DataFrame, noise: pd.Series) -> list[Change]:
+    """Groups that are worse together."""
+    worse = []
+    keys = found.assign(noise=noise, kind=found.kind_now)
+    for (case, phase, who, dtype, kind), group in keys.groupby(OF_GROUP, sort=False):
+        n = len(group)
+        then = math.exp(np.log(group.ratio_then).mean())
+        single = math.sqrt((group.noise**2).mean())
+        of_all = math.hypot(MEDIAN_ERROR * single / math.sqrt(n), math.sqrt(2) * LEAST_FLOOR)
+        log = float(group.log.median())
+        if n >= GROUP and log < -SURE * of_all:
+            about = case, phase, who, dtype, f"{n} together", kind, ""
+            worse.append(Change(about, then, then * math.exp(log), of_all))
+    return worse
 
 
 def _sample(measured: Sequence[Sequence[Result]]) -> list[int]:
@@ -257,16 +238,10 @@ def _floors(
     measured: Sequence[Sequence[Result]], repeated: Mapping[int, Sequence[Result]]
 ) -> dict[str, float]:
     """How far ratios move by themselves: of each case that was sampled, by its sample alone."""
-    moved: dict[str, list[float]] = {}
-    for i in _sample(measured):
-        first, second = ratios(measured[i]), ratios(repeated.get(i, ()))
-        for key in first.keys() & second.keys():
-            if not _other_memory(first[key], second[key]):
-                moved.setdefault(key[0], []).append(abs(first[key].log - second[key].log))
-    return {
-        case: max(LEAST_FLOOR, float(np.percentile(moves, 80)) / (WITHIN_80 * math.sqrt(2)))
-        for case, moves in moved.items()
-    }
+    sampled = [i for i in _sample(measured) if i in repeated]
+    both = _both(ratios(measured[i] for i in sampled), ratios(repeated[i] for i in sampled))
+    moves = both[~both.aside].log.abs().groupby(level="case").quantile(0.8)
+    return dict((moves / (WITHIN_80 * math.sqrt(2))).clip(lower=LEAST_FLOOR))
 
 
 def print_comparison(
@@ -286,22 +261,17 @@ def print_comparison(
         for field in ("device", "torch", "backend", "threads")
         if (values := {str(getattr(r, field)) for r in earlier}) != {str(getattr(here, field))}
     ]
-    commits = ", ".join(sorted({r.commit for r in earlier}))
-    line = f"Against {path}, commit {commits}"
+    line = f"Against {path}, commit {', '.join(sorted({r.commit for r in earlier}))}"
     if others:
         line += f". Not the same: {'; '.join(others)}. Ratios only compare where all of it is"
     console.print(f"{line}.", markup=False)
-    if comparison.worse:
-        title = f"Worse than before: {len(comparison.worse)}"
-        table = Table(title=title, title_justify="left", header_style="bold")
-        for head in ("case", "phase", "contender", "dtype", "shape", "dim", "of"):
-            table.add_column(head)
-        for head in ("times torch,\nthen", "now", "change", "noise,\nat most"):
-            table.add_column(head, justify="right")
-        for c in comparison.worse:
-            change, noise = (f"{100 * math.expm1(x):.1f} %" for x in (c.log, -SURE * c.noise))
-            table.add_row(*c.about, f"{c.then:.2f}", f"{c.now:.2f}", change, noise)
-        console.print(table)
+    rows = []
+    for c in comparison.worse:
+        change, noise = (f"{100 * math.expm1(x):.1f} %" for x in (c.log, -SURE * c.noise))
+        rows.append((*c.about, f"{c.then:.2f}", f"{c.now:.2f}", change, noise))
+    heads = ("case", "phase", "contender", "dtype", "shape", "dim", "of")
+    figures = ("times torch,\nthen", "now", "change", "noise,\nat most")
+    show(console, f"Worse than before: {len(rows)}", heads + figures, rows, left=len(heads))
     console.print(
         f"Compared {comparison.compared} ratios to torch: {len(comparison.worse)} worse (groups "
         f"included), {comparison.better} better. Set aside {comparison.set_aside}, for torch paid "

@@ -12,30 +12,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-import wnkernel
+from torch import Tensor
 
 from . import hifigan, verify
+from .contenders import (
+    FUSED,
+    OURS,
+    PLAIN,
+    TORCH,
+    VERSION,
+    Checker,
+    Normed,
+    Of,
+    norm,
+    random_grads,
+)
 from .environment import Environment
-from .fused import subject
-from .grouped import Checker, norm, random_grads
-from .kinds import NormedLayer
 from .models import OUTPUT_L2
 from .plan import Job, Plan
 from .processes import measure_apart, run_apart
-from .results import FUSED, OURS, PLAIN, TORCH, VERSION, Result, rows
+from .results import Result, of_list, rows
 from .shapes import weight_list
 
-STEP = "GAN step"
+GAN_STEP = "GAN step"
 NORMS = "weight norms of a GAN step"
-CONTENDERS = (TORCH, OURS, FUSED, VERSION)
+CONTENDERS = (TORCH, OURS, FUSED, VERSION, PLAIN)
 WEIGHTS = {
     hifigan.Generator: ("SpeechT5HifiGan",),
     hifigan.Discriminators: ("HiFi-GAN-MPD", "HiFi-GAN-MSD"),
@@ -53,47 +58,35 @@ CHECKED_FRAMES = 4
 BEFORE_OPTIMIZER = 2
 """How many of the outputs of :class:`Step` no optimizer had a part in, the first time."""
 
+Parts = tuple[Normed, Normed]
+"""The generator and the discriminators, as one contender has them."""
+
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
     """The step and its weight norms are one job."""
-    return [Job("GAN step", lambda: run(plan, where))]
+    return [Job(GAN_STEP, functools.partial(run, plan, where))]
 
 
 def run(plan: Plan, where: Environment) -> list[Result]:
     """Verify, then time, the weight norms of a step and the whole step."""
     label = f"HiFi-GAN, batch {BATCH} x {plan.gan_frames * hifigan.UPSAMPLING} samples"
-    cases = [c for models in WEIGHTS.values() for name in models for c in weight_list(name)]
-    about = subject("gan", label, cases)
-    contenders = (*CONTENDERS, PLAIN)
-    errors = run_apart(functools.partial(_check_norms, contenders, where), where)
-    prepare = {who: functools.partial(_norms, who, where) for who in contenders}
+    numels = [c.numel for models in WEIGHTS.values() for m in models for c in weight_list(m)]
+    about = of_list("gan", label, numels)
+    errors = run_apart(functools.partial(_check_norms, where), where)
+    prepare = {who: functools.partial(_norms, who, where) for who in CONTENDERS}
     stats = measure_apart(prepare, where, plan.gan_budget_s)
     out = rows(about.of_phase(NORMS), where, stats, errors=errors)
     if plan.gan_step:
-        _check_steps(contenders, where)
-        prepare = {w: functools.partial(_step, plan.gan_frames, w, where) for w in contenders}
+        _check_steps(where)
+        prepare = {w: functools.partial(_step, plan.gan_frames, w, where) for w in CONTENDERS}
         stats = measure_apart(prepare, where, plan.gan_budget_s)
-        out += rows(about.of_phase(STEP), where, stats)
+        out += rows(about.of_phase(GAN_STEP), where, stats)
     return out
-
-
-@dataclass(frozen=True)
-class Part:
-    """The generator or the discriminators, as one contender has them."""
-
-    model: nn.Module
-    modules: list[nn.Module]
-    """The layers with weight norm."""
-    layers: list[NormedLayer]
-    scope: Callable[[], AbstractContextManager[None]]
-    changed: Callable[[], None]
-    parameters: list[nn.Parameter]
-    """All v and g, or the weights of the contender that has none."""
 
 
 def build(
     kind: type[hifigan.Generator | hifigan.Discriminators], who: str, where: Environment
-) -> Part:
+) -> Normed:
     """Generator or discriminators, the same for every contender.
 
     Raises:
@@ -105,24 +98,16 @@ def build(
     have = sorted(tuple(module.weight.shape) for module in modules)
     if have != sorted(case.shape for name in WEIGHTS[kind] for case in weight_list(name)):
         raise verify.VerificationError(f"{kind.__name__}: not the weights of {WEIGHTS[kind]}")
-    normed = norm(OURS if who == PLAIN else who, model, [(module, 0) for module in modules])
-    if who != PLAIN:
-        parameters = [p for layer in normed.layers for p in (layer.v, layer.g)]
-        return Part(model, modules, normed.layers, normed.scope, normed.changed, parameters)
-    for module in modules:
-        wnkernel.remove_weight_norm(module)
-    return Part(model, modules, [], nullcontext, normed.changed, [m.weight for m in modules])
+    return norm(who, model, [(module, 0) for module in modules])
 
 
 class Norms:
     """The weight norms of a step: the reads, backwards and changes of :class:`Step`."""
 
-    def __init__(self, generator: Part, discriminators: Part) -> None:
-        self.generator, self.discriminators = generator, discriminators
-        self.grads = {
-            part.model: random_grads([module.weight for module in part.modules])
-            for part in (generator, discriminators)
-        }
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.grads = [random_grads([m.weight for m in part.modules]) for part in parts]
+        self._parameters = [part.parameters for part in parts]
 
     def __call__(self, look: Callable[[], None] | None = None) -> None:
         """Run one step.
@@ -130,29 +115,28 @@ class Norms:
         Args:
             look: called when both parts have their gradients of the generator's loss.
         """
-        generator, discriminators = self.generator, self.discriminators
-        generated = self._forward(generator)
-        (self._forward(discriminators) + self._forward(discriminators)).backward()
-        self._step(discriminators)
-        again = self._forward(discriminators) + self._forward(discriminators)
+        generated = self._forward(0)
+        (self._forward(1) + self._forward(1)).backward()
+        self._step(1)
+        again = self._forward(1) + self._forward(1)
         (generated + again).backward()
         if look is not None:
             look()
-        self._step(generator, discriminators)
+        self._step(0, 1)
 
-    def _forward(self, part: Part) -> Tensor:
-        x = torch.zeros((), device=part.parameters[0].device, requires_grad=True)
-        with part.scope():
-            for module, grad in zip(part.modules, self.grads[part.model], strict=True):
+    def _forward(self, k: int) -> Tensor:
+        x = torch.zeros((), device=self._parameters[k][0].device, requires_grad=True)
+        with self.parts[k].scope():
+            for module, grad in zip(self.parts[k].modules, self.grads[k], strict=True):
                 x = _Use.apply(x, module.weight, grad)
         return x
 
-    def _step(self, *parts: Part) -> None:
-        for part in parts:
-            for p in part.parameters:
+    def _step(self, *stepped: int) -> None:
+        for k in stepped:
+            for p in self._parameters[k]:
                 p.grad = None
-        self.generator.changed()  # any step of a torch optimizer counts for every group
-        self.discriminators.changed()
+        for part in self.parts:  # any step of a torch optimizer counts for every group
+            part.changed()
 
 
 class _Use(torch.autograd.Function):
@@ -172,7 +156,7 @@ class _Use(torch.autograd.Function):
 class Step:
     """A training step."""
 
-    def __init__(self, parts: tuple[Part, Part], frames: int, rate: float) -> None:
+    def __init__(self, parts: Parts, frames: int, rate: float) -> None:
         self.generator, self.discriminators = (part.model for part in parts)
         self.optimizers = [
             torch.optim.AdamW(part.model.parameters(), lr=rate, betas=(0.8, 0.99)) for part in parts
@@ -201,58 +185,53 @@ class Step:
         return x, loss_d, loss_g
 
 
-def _parts(who: str, where: Environment) -> tuple[Part, Part]:
+def _parts(who: str, where: Environment) -> Parts:
     return build(hifigan.Generator, who, where), build(hifigan.Discriminators, who, where)
 
 
 def _norms(who: str, where: Environment) -> Norms:
-    return Norms(*_parts(who, where))
+    return Norms(_parts(who, where))
 
 
 def _step(frames: int, who: str, where: Environment) -> Step:
     return Step(_parts(who, where), frames, LEARNING_RATE)
 
 
-def _check_norms(contenders: tuple[str, ...], where: Environment) -> dict[str, float]:
+def _check_norms(where: Environment) -> dict[str, float]:
     """Check the weights and gradients of a second step against float64; the worst errors."""
     checkers = Checker("generator", where), Checker("discriminators", where)
     errors = {}
-    for who in contenders:
+    for who in CONTENDERS:
         norms = _norms(who, where)
-        look = functools.partial(_look, who, norms, checkers, errors)
         norms()
-        norms(look)
+        norms(functools.partial(_look, who, norms, checkers, errors))
     return errors
 
 
 def _look(
     who: str, norms: Norms, checkers: tuple[Checker, Checker], errors: dict[str, float]
 ) -> None:
-    for part, uses, checker in zip(
-        (norms.generator, norms.discriminators), (1, 2), checkers, strict=True
-    ):
-        grads = [uses * grad for grad in norms.grads[part.model]]
+    for part, grads, uses, checker in zip(norms.parts, norms.grads, (1, 2), checkers, strict=True):
+        grads = [uses * grad for grad in grads]
         with part.scope():
             weights = [module.weight for module in part.modules]
         if who == PLAIN:
             for weight, grad in zip(weights, grads, strict=True):
-                verify.check_same(f"{who}, GAN step", weight.grad, grad, 0.0)
+                verify.check_same(f"{who}, {GAN_STEP}", weight.grad, grad, 0.0)
             continue
-        results = [
-            (w, layer.v.grad, layer.g.grad) for w, layer in zip(weights, part.layers, strict=True)
-        ]
-        error = checker.check(who, part.layers, results, grads)
-        errors[who] = max(error, errors.get(who, 0.0))
+        found = zip(weights, part.layers, strict=True)
+        results = [Of(w, layer.v.grad, layer.g.grad) for w, layer in found]
+        errors[who] = max(checker.check(who, part.layers, results, grads), errors.get(who, 0.0))
 
 
-def _check_steps(contenders: tuple[str, ...], where: Environment) -> None:
+def _check_steps(where: Environment) -> None:
     """Compare outputs and losses of two steps with those of torch's layers. (Without weight norm an
     optimizer's step leads elsewhere, so there what comes before the first one has to do.)"""
-    took = {w: run_apart(functools.partial(_two_steps, w, where), where) for w in contenders}
+    took = {w: run_apart(functools.partial(_two_steps, w, where), where) for w in CONTENDERS}
     for who, got in took.items():
         for i, (have, want) in enumerate(zip(got, took[TORCH], strict=True)):
             if who != PLAIN or i < BEFORE_OPTIMIZER:
-                title = f"{who}, GAN step, output {i}"
+                title = f"{who}, {GAN_STEP}, output {i}"
                 have, want = torch.from_numpy(have), torch.from_numpy(want)
                 verify.check_same(title, have, want, OUTPUT_L2)
 

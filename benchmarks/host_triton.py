@@ -3,6 +3,8 @@
 A model of small layers is computed with every kernel launch left out. What remains is the work of
 the host: checks, tables, allocations, autograd. That needs no GPU: without one, tensors lie on the
 CPU, and Triton's interpreter is there for the results to be verified before launches are left out.
+With ``--launches``, launches are all there is: kernels are compiled for sm_90 and handed to a
+driver that does nothing.
 
 A figure is the least of many turns, for the machine may have other work. "nothing" is an autograd
 node with the same inputs and results that only allocates: what it takes is torch's.
@@ -11,6 +13,7 @@ node with the same inputs and results that only allocates: what it takes is torc
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,21 +24,26 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-if not torch.cuda.is_available():
+# looked at when Triton is imported
+if "--launches" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton
+from triton.backends.compiler import GPUTarget
 
 import wnkernel
 from wnkernel import functional as F
 from wnkernel.backends import BACKENDS
 from wnkernel.backends.triton import launch, tables
+from wnkernel.backends.triton.launch_table import tiles
 
+from .contenders import FUSED, OURS, TORCH, Checker, Iteration, Normed, random_grads, weights_model
 from .environment import Environment, environment
-from .grouped import Checker, Iteration, Normed, random_grads, weights_model
-from .results import FUSED, OURS, TORCH
+from .report import console, show
 from .shapes import LayerCase
 from .timing import Contender, least
 
@@ -43,6 +51,8 @@ SHAPES = ((32, 16, 3), (32, 16, 5), (32, 16, 7))
 NOTHING = "nothing"
 HIT, MISS = f"{FUSED}, tables found", f"{FUSED}, tables made"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAUNCHES = 1000
+"""In a sample."""
 
 
 class Found(tables.Kept):
@@ -75,29 +85,33 @@ class Nothing(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.tensors))
 
 
-def of_nothing(model: Normed) -> Normed:
+def of_nothing(normed: Normed) -> Normed:
     """A model whose weights nobody computes."""
-    layers = [replace(layer, module=SimpleNamespace(weight=None)) for layer in model.layers]
+    modules = [SimpleNamespace(weight=None) for _ in normed.layers]
+    layers = [
+        replace(layer, module=module, weight=lambda m=module: m.weight)
+        for layer, module in zip(normed.layers, modules, strict=True)
+    ]
     tensors = [layer.v for layer in layers] + [layer.g for layer in layers]
 
     @contextmanager
     def scope() -> Iterator[None]:
-        for layer, w in zip(layers, Nothing.apply(*tensors), strict=True):
-            layer.module.weight = w
+        for module, w in zip(modules, Nothing.apply(*tensors), strict=True):
+            module.weight = w
         yield
-        for layer in layers:
-            layer.module.weight = None
+        for module in modules:
+            module.weight = None
 
-    return replace(model, layers=layers, scope=scope)
+    return replace(normed, modules=modules, layers=layers, scope=scope)
 
 
-def reading(model: Normed) -> Contender:
+def reading(normed: Normed) -> Contender:
     """Reads all weights in one scope."""
 
     def read() -> None:
-        with model.scope():
-            for layer in model.layers:
-                _ = layer.module.weight
+        with normed.scope():
+            for module in normed.modules:
+                _ = module.weight
 
     return read
 
@@ -108,13 +122,13 @@ def steps(count: int, where: Environment) -> dict[str, dict[str, Contender]]:
     models = {who: weights_model(who, cases, where.device) for who in (TORCH, OURS, FUSED)}
     grads = random_grads([layer.v for layer in models[TORCH].layers])
     checker = Checker(f"{count} layers", replace(where, backend="triton"))
-    for who, model in models.items():
-        checker.check_iteration(who, Iteration(model, grads))
+    for who, normed in models.items():
+        checker.check_pass(who, Iteration(normed, grads))
     fused = models.pop(FUSED)
     models |= {HIT: fused, MISS: fused, NOTHING: of_nothing(fused)}
     return {
-        "forward": {who: reading(model) for who, model in models.items()},
-        "forward+backward": {who: Iteration(model, grads) for who, model in models.items()},
+        "forward": {who: reading(normed) for who, normed in models.items()},
+        "forward+backward": {who: Iteration(normed, grads) for who, normed in models.items()},
     }
 
 
@@ -136,10 +150,7 @@ def calls(device: torch.device) -> dict[str, dict[str, Contender]]:
         TORCH: lambda: torch._weight_norm(v, g),
         NOTHING: lambda: Nothing.apply(v, g)[0],
     }
-    return {
-        "forward": norms,
-        "forward+backward": {who: both(norm) for who, norm in norms.items()},
-    }
+    return {"forward": norms, "forward+backward": {who: both(n) for who, n in norms.items()}}
 
 
 def leave_out(*launch: object) -> None:
@@ -159,23 +170,79 @@ def without_launches(who: str) -> Iterator[None]:
         yield
 
 
-def show(console: Console, title: str, found: Mapping[str, Mapping[str, float]], per: int) -> None:
+class Driver:
+    """One GPU that is not there."""
+
+    utils = SimpleNamespace(
+        # module, function, registers, spills, threads at most
+        load_binary=lambda *args: (1, 2, 32, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 232448, "warpSize": 32},
+    )
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        """What Triton generates to launch a kernel: does not."""
+        return lambda *args: None
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def ways() -> dict[str, Contender]:
+    """To launch the forward of a weight alone, and of a list."""
+    t = launch.Types(*[torch.float32] * 3)
+    tile = tiles(4)[0]
+    one, many = launch.FORWARD.one, launch.FORWARD.many
+    cases = {
+        "a weight": (one, (1,) * 16, launch.choices_of_one(t, tile, 0)),
+        "a list": (many, (1,) * 3, launch.choices_of_list(t, True, 0)),
+    }
+    launcher, device = launch.Launcher(), torch.device("cpu")
+    found: dict[str, Contender] = {}
+    for what, (kernel, args, choices) in cases.items():
+        launcher._run(kernel, 1, args, choices, device)
+        (compiled,) = [c for (k, *_), c in launcher._compiled.items() if k is kernel]
+        every = (*args, *choices.values())
+        found |= {
+            f"{what}, ours": lambda k=kernel, a=args, c=choices: launcher._run(k, 1, a, c, device),
+            f"{what}, compiled(grid)": lambda c=compiled, a=every: c[1, 1, 1](*a),
+            f"{what}, kernel(grid)": lambda k=kernel, a=args, c=choices: k[(1,)](
+                *a, **c, num_warps=8
+            ),
+        }
+    return found
+
+
+def _show(title: str, found: Mapping[str, Mapping[str, float]], per: int = 1) -> None:
     """Print microseconds by phase and contender."""
-    table = Table("us", *found, title=title)
-    for who in next(iter(found.values())):
-        table.add_row(who, *(f"{1e6 * phase[who] / per:.2f}" for phase in found.values()))
-    console.print(table)
+    rows = [
+        (who, *(f"{1e6 * phase[who] / per:.2f}" for phase in found.values()))
+        for who in next(iter(found.values()))
+    ]
+    show(console(), title, ("us", *found), rows)
 
 
 def main(
     layers: Annotated[int, typer.Option(min=2, help="Of the model.")] = 78,
-    seconds: Annotated[float, typer.Option(help="For each of four measurements.")] = 5.0,
+    seconds: Annotated[float, typer.Option(help="For each measurement.")] = 5.0,
     device: Annotated[str, typer.Option(help="A torch device.")] = DEVICE,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
+    launches: Annotated[bool, typer.Option("--launches", help="Launches, and no GPU.")] = False,
 ) -> None:
     """Host time of the Triton backend: verify, leave the launches out, time."""
-    console = Console()
-    where = environment(device, threads)
+    where = environment("cpu" if launches else device, threads)
+    about = f"{where.device_name}, torch {where.torch}, triton {where.triton}"
+    if launches:
+        triton.runtime.driver.set_active(Driver())
+        found = {"launch": least(ways(), LAUNCHES, seconds)}
+        _show("host time of a launch, without the driver's", found)
+        print(about)
+        return
     with wnkernel.use_backend("triton"), np.errstate(all="ignore"):
         of_steps, of_calls = steps(layers, where), calls(where.device)
     for title, phases, times, per in (
@@ -185,9 +252,10 @@ def main(
         found = {
             phase: least(who, times, seconds, without_launches) for phase, who in phases.items()
         }
-        show(console, title, found, per)
-    console.print(f"{where.device_name}, torch {where.torch}, triton {where.triton}; torch's own")
-    console.print("figures have its kernels on a CPU, and its launches on a GPU, in them.")
+        _show(title, found, per)
+    print(
+        f"{about}; torch's own figures have its kernels on a CPU, its launches on a GPU, in them."
+    )
 
 
 if __name__ == "__main__":

@@ -14,19 +14,17 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import gan, hifigan, verify
+from .contenders import FUSED, OURS, PLAIN, TORCH, VERSION, Normed
 from .environment import Environment
-from .fused import subject
-from .models import LEARNING_RATE, OUTPUT_L2
+from .models import OUTPUT_L2, training_step
 from .plan import Job, Plan
 from .processes import run_apart
-from .results import FUSED, OURS, PLAIN, TORCH, VERSION, Result, memory_rows
+from .results import STEP, Result, memory_rows, of_list
 from .shapes import weight_list
-from .timing import Contender
 
-TRAINING = "training step"
 NO_GRAD = "no_grad forward"
 CONTENDERS = (TORCH, OURS, FUSED, VERSION, PLAIN)
 MODEL = "SpeechT5HifiGan"
@@ -46,8 +44,8 @@ def can_measure(where: Environment) -> bool:
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
     """One job per phase."""
-    phases = (TRAINING, NO_GRAD)[: plan.memory_phases]
-    return [Job(f"memory, {phase}", lambda p=phase: run(p, where)) for phase in phases]
+    phases = (STEP, NO_GRAD)[: plan.memory_phases]
+    return [Job(f"memory, {phase}", functools.partial(run, phase, where)) for phase in phases]
 
 
 def run(phase: str, where: Environment) -> list[Result]:
@@ -55,7 +53,8 @@ def run(phase: str, where: Environment) -> list[Result]:
     peaks = {
         who: run_apart(functools.partial(_peak, who, phase, where), where) for who in CONTENDERS
     }
-    return memory_rows(subject("memory", MODEL, weight_list(MODEL)).of_phase(phase), where, peaks)
+    about = of_list("memory", MODEL, [c.numel for c in weight_list(MODEL)], phase)
+    return memory_rows(about, where, peaks)
 
 
 def _peak(who: str, phase: str, where: Environment) -> float:
@@ -67,7 +66,9 @@ def _peak(who: str, phase: str, where: Environment) -> float:
     generator = gan.build(hifigan.Generator, who, where)
     mel = torch.randn(1, hifigan.MEL_BANDS, FRAMES, generator=torch.Generator().manual_seed(1))
     mel = mel.to(where.device)
-    step = _training(generator.model, mel) if phase == TRAINING else _no_grad(generator.model, mel)
+    forward = functools.partial(generator.model, mel)
+    training = training_step(generator.model, forward)
+    step = training if phase == STEP else torch.no_grad()(forward)
     before = _reset(where.device)
     for _ in range(STEPS):
         step()
@@ -76,22 +77,7 @@ def _peak(who: str, phase: str, where: Environment) -> float:
     return peak
 
 
-def _training(model: nn.Module, mel: Tensor) -> Contender:
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-
-    def step() -> None:
-        model(mel).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _no_grad(model: nn.Module, mel: Tensor) -> Contender:
-    return torch.no_grad()(functools.partial(model, mel))
-
-
-def _check(who: str, generator: gan.Part, mel: Tensor, where: Environment) -> None:
+def _check(who: str, generator: Normed, mel: Tensor, where: Environment) -> None:
     if who == PLAIN:
         return
     folded = hifigan.Generator().to(where.device)

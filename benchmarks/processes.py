@@ -18,15 +18,10 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import NamedTuple, TypeVar
 
+from wnkernel.cli.timing import Times, in_rounds, no_garbage_collection
+
 from .environment import Environment
-from .timing import (
-    Contender,
-    Stats,
-    device_sampler,
-    measure,
-    no_garbage_collection,
-    page_faults,
-)
+from .timing import Contender, device_sampler, page_faults
 from .verify import VerificationError
 
 T = TypeVar("T")
@@ -55,7 +50,7 @@ def _context() -> multiprocessing.context.BaseContext:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context(FORK_SERVER if FORK_SERVER in methods else "spawn")
     if FORK_SERVER in methods:
-        context.set_forkserver_preload([__name__, f"{__package__}.grouped"])
+        context.set_forkserver_preload([__name__, f"{__package__}.contenders"])
     return context
 
 
@@ -87,9 +82,6 @@ class Worker:
         self.faults = 0.0
         """Page faults of all its turns."""
 
-    def __call__(self) -> None:
-        """Nothing: there is nothing to warm."""
-
     def sample(self, times: int) -> float:
         """Run the contender ``times`` times, timed."""
         time.sleep(SETTLE_S)
@@ -111,17 +103,24 @@ class Worker:
 
 def measure_apart(
     prepare: Mapping[str, Callable[[], Contender]], where: Environment, budget_s: float
-) -> dict[str, Stats]:
-    """:func:`~benchmarks.timing.measure` with a process for each contender."""
-    with _workers(prepare, where) as workers:
-        return measure(
-            workers,
-            Worker.sample,
+) -> dict[str, Times]:
+    """:func:`~wnkernel.cli.timing.in_rounds` with a process for each contender."""
+    workers: dict[str, Worker] = {}
+    try:
+        for name, make in prepare.items():
+            workers[name] = Worker(make, where)
+        for worker in workers.values():
+            worker.wait()
+        return in_rounds(
+            {name: worker.sample for name, worker in workers.items()},
             budget_s,
-            min_sample_s=MIN_SAMPLE_S,
+            least_s=MIN_SAMPLE_S,
             own_cpu_s=lambda: time.process_time() + sum(w.cpu_s for w in workers.values()),
-            faults_of=lambda worker: worker.faults,
+            faults_of=lambda name: workers[name].faults,
         )
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def run_apart(function: Callable[[], T], where: Environment) -> T:
@@ -132,22 +131,6 @@ def run_apart(function: Callable[[], T], where: Environment) -> T:
     finally:
         connection.close()
         process.join()
-
-
-@contextmanager
-def _workers(
-    prepare: Mapping[str, Callable[[], Contender]], where: Environment
-) -> Iterator[dict[str, Worker]]:
-    workers: dict[str, Worker] = {}
-    try:
-        for name, make in prepare.items():
-            workers[name] = Worker(make, where)
-        for worker in workers.values():
-            worker.wait()
-        yield workers
-    finally:
-        for worker in workers.values():
-            worker.close()
 
 
 def _start(

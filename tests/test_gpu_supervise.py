@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("typer", reason="the command line of the benchmark needs typer")
 pytest.importorskip("rich", reason="the tables of the benchmark need rich")
 
+from benchmarks.contenders import COPY, OURS, TORCH
 from benchmarks.gpu import supervise
 from benchmarks.gpu.cases import RESULTS, Request, Section
 from benchmarks.gpu.plan import Part
 from benchmarks.gpu.summary import read
-from benchmarks.results import COPY, OURS, TORCH
 
 from . import gpu_stand_ins
 from .gpu_visit import BROKEN_STATUS, HEADER

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
-from ..results import GROUPED
+from ..contenders import OWN
 from . import cases
 from .cases import Began, Failed, Faulted, Finished, Refused, Request, Wrote
 
@@ -23,6 +23,8 @@ END_S = 5.0
 """For a process to be gone after it was killed. One that is stuck in the driver stays."""
 
 _CONTEXT = multiprocessing.get_context("spawn")
+
+Work = Callable[[Connection, Request], None]
 
 
 @dataclass
@@ -36,9 +38,6 @@ class Tally:
     """The first case that there was no time for."""
     refused: str = ""
     """Why the device cannot be used."""
-
-
-Work = Callable[[Connection, Request], None]
 
 
 def measure(request: Request, say: Callable[[str], None], work: Work = cases.work) -> Tally:
@@ -65,32 +64,29 @@ def _one_process(
     process.start()
     theirs.close()
     at: Began | None = None
-    who = ""
+    who = end = ""
     try:
-        while True:
+        while not end:
             patience = START_S if at is None else at.patience_s
             if not mine.poll(patience):
                 end = f"said nothing for {patience:.0f} s"
                 break
-            news = mine.recv()
-            if isinstance(news, Began):
-                at = news
-            elif isinstance(news, Wrote):
-                assert at is not None
-                tally.rows += news.rows
-                at = at._replace(done=(*at.done, news.phase))
-            elif isinstance(news, Failed):
-                tally.failures.append(news.what)
-            elif isinstance(news, Faulted):
-                who = news.who
-                end = "ended, for its device reports errors for everything"
-                break
-            elif isinstance(news, Finished):
-                tally.left_out = news.left_out
-                return None
-            elif isinstance(news, Refused):
-                tally.refused = news.why
-                return None
+            match mine.recv():
+                case Began() as at:
+                    pass
+                case Wrote(rows, phase):
+                    tally.rows += rows
+                    at = at._replace(done=(*at.done, phase))
+                case Failed(what):
+                    tally.failures.append(what)
+                case Faulted(who):
+                    end = "ended, for its device reports errors for everything"
+                case Finished(left_out):
+                    tally.left_out = left_out
+                    return None
+                case Refused(why):
+                    tally.refused = why
+                    return None
     except (EOFError, OSError):  # in the middle of a message, too
         process.join(END_S)
         end = f"died with exit status {process.exitcode}"
@@ -98,24 +94,12 @@ def _one_process(
         process.kill()
         process.join(END_S)
         mine.close()
-    return _after(request, at, who, end, tally, say)
-
-
-def _after(
-    request: Request,
-    at: Began | None,
-    who: str,
-    end: str,
-    tally: Tally,
-    say: Callable[[str], None],
-) -> Request | None:
-    """What to do after a process that died."""
     title = at.title if at is not None else "before the first case"
     tally.failures.append(f"{title}, {who or cases.UNKNOWN}")
     say(f"FAILED: {title}, {who or cases.UNKNOWN}: the process {end}.")
     if at is None:
         return None
-    more = {who} if who else set(GROUPED)
+    more = {who} if who else set(OWN)
     if more <= set(at.without):  # it died without them, too
         say(f"{title}: left out.")
         return replace(request, start=at.number + 1, without=(), done=())

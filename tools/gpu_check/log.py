@@ -30,58 +30,44 @@ class Log:
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
-        self.path = path
-        self._say = say
+        self._path, self._say = path, say
         self._lock = threading.Lock()
         self._lines: Counter[str] = Counter()
         self._start = self._flushed = time.monotonic()
         self._file: gzip.GzipFile | None = None
-        try:
-            self._file = gzip.GzipFile(path, "wb", compresslevel=6)
-        except OSError as error:
-            self._give_up(error)
+        self._do(lambda: setattr(self, "_file", gzip.GzipFile(path, "wb", compresslevel=6)))
 
     def line(self, step: str, text: str) -> None:
         """One line, with the time since the beginning and its step."""
         with self._lock:
             self._lines[step] += 1
-            if self._lines[step] > MOST_LINES:
-                return
             if self._lines[step] == MOST_LINES:
                 text = "(the rest of this step's lines is left out)"
-            seconds = time.monotonic() - self._start
-            line = f"[{seconds:6.1f} {step}] {text[:MOST_CHARACTERS]}\n"
-            self._write(line, flush=self._is_due())
+            if self._lines[step] <= MOST_LINES:
+                seconds = time.monotonic() - self._start
+                self._write(f"[{seconds:6.1f} {step}] {text[:MOST_CHARACTERS]}\n")
 
     def flush(self) -> None:
         """Bring to the disk what was written so far, unless that was done just now."""
         with self._lock:
-            self._write("", flush=self._is_due())
+            self._write("")
 
     def close(self) -> None:
         """Nothing is written after this."""
         with self._lock:
-            try:
-                if self._file is not None:
-                    self._file.close()
-            except OSError as error:
-                self._give_up(error)
+            if self._file is not None:
+                self._do(self._file.close)
             self._file = None
 
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._flushed > FLUSH_S
+    def _write(self, text: str) -> None:
+        if self._file is not None:
+            file, is_due = self._file, time.monotonic() - self._flushed > FLUSH_S
+            self._do(lambda: (file.write(text.encode()), file.flush() if is_due else None))
+            self._flushed = time.monotonic() if is_due else self._flushed
 
-    def _write(self, text: str, *, flush: bool) -> None:
-        if self._file is None:
-            return
+    def _do(self, action: Callable[[], object]) -> None:
         try:
-            self._file.write(text.encode())
-            if flush:
-                self._file.flush()
-                self._flushed = time.monotonic()
+            action()
         except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        self._file = None
-        self._say(f"{self.path} cannot be written: {error.strerror or error}")
+            self._file = None
+            self._say(f"{self._path} cannot be written: {error.strerror or error}")

@@ -1,9 +1,9 @@
 """Every kind of kernel once, on small weights, each said to be OK or not.
 
-``python -m benchmarks.gpu.smoke``. Inputs are made and results are checked on the CPU, so that next
-to nothing but kernels of ours runs on the device: that is what a sanitizer should watch, and what
-has Triton compile before anything is timed. What fails does not keep the others from being tried,
-as long as the device works.
+``python -m tools.gpu_check.smoke``. Inputs are made and results are checked on the CPU, so that
+next to nothing but kernels of ours runs on the device: that is what a sanitizer should watch, and
+what has Triton compile before anything is timed. What fails does not keep the others from being
+tried, as long as the device works.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
 
 import wnkernel
+from benchmarks import verify
+from benchmarks.gpu.raw import backends
+from benchmarks.gpu.timing import is_usable
+from benchmarks.layers import Tensors, tensors
+from benchmarks.shapes import LayerCase
 from wnkernel.functional import weight_norm, weight_norms
-
-from .. import verify
-from ..layers import dtype_text
-from .device import is_usable
-from .raw import backends
 
 SHAPES = (
     ((33, 40), (0, 1, None)),  # short rows; columns that end within a block
@@ -40,7 +39,8 @@ SHAPES = (
 """Every way of cutting a weight into tiles, as far as published models need it."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-Weight = tuple[Tensor, Tensor, int | None]
+Weight = tuple[Tensors, int | None]
+"""On the CPU, and its dim."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -62,45 +62,29 @@ def main(
         print(f"No kernels of ours run on {device}{asked}; those that do: {found or 'none'}")
         raise typer.Exit(2)
     right = wrong = 0
-    for name in chosen:
-        for text in dtype or DTYPES:
-            for title, error in cases(name, getattr(torch, text), device):
-                right, wrong = right + (not error), wrong + bool(error)
-                print(f"FAIL {title}: {error}" if error else f"OK   {title}", flush=True)
-                if error and not is_usable(torch.device(device)):
-                    print("The device reports errors for everything now; the rest is left out.")
-                    _end(right, wrong, chosen)
-    _end(right, wrong, chosen)
-
-
-def _end(right: int, wrong: int, chosen: Sequence[str]) -> None:
+    for title, error in (c for n in chosen for t in dtype or DTYPES for c in cases(n, t, device)):
+        right, wrong = right + (not error), wrong + bool(error)
+        print(f"FAIL {title}: {error}" if error else f"OK   {title}", flush=True)
+        if error and not is_usable(torch.device(device)):
+            print("The device reports errors for everything now; the rest is left out.")
+            break
     print(f"{right} weight norms on {', '.join(chosen)} are right, {wrong} wrong", flush=True)
     sys.exit(1 if wrong else 0)
 
 
-def cases(backend: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, str]]:
+def cases(backend: str, dtype: str, device: str) -> Iterator[tuple[str, str]]:
     """Runs them; for each weight, and for the list of all, what it is and what is wrong with it."""
-    every = weights(dtype)
-    with wnkernel.use_backend(backend):
-        for chosen in ([weight] for weight in every):
-            v, _, dim = chosen[0]
-            yield f"{backend} {dtype_text(dtype)} {list(v.shape)} dim {dim}", _error(chosen, device)
-        yield f"{backend} {dtype_text(dtype)}, all of them as a list", _error(every, device)
-        rows = [weight for weight in every if weight[2] == 0]
-        yield f"{backend} {dtype_text(dtype)}, a list of rows only", _error(rows, device)
-
-
-def weights(dtype: torch.dtype) -> list[Weight]:
-    """v, g and dim, on the CPU."""
-    random = torch.Generator().manual_seed(0)
-    found = []
+    every: list[Weight] = []
     for shape, dims in SHAPES:
         for dim in dims:
-            v = torch.randn(shape, generator=random).to(dtype)
-            norm_shape = () if dim is None else [n if k == dim else 1 for k, n in enumerate(shape)]
-            g = torch.rand(norm_shape, generator=random).add_(0.5).to(dtype)
-            found.append((v, g, dim))
-    return found
+            case = LayerCase(shape, dim, "", "")
+            every.append((tensors(case, getattr(torch, dtype), torch.device("cpu")), dim))
+    with wnkernel.use_backend(backend):
+        for t, dim in every:
+            yield f"{backend} {dtype} {list(t.v.shape)} dim {dim}", _error([(t, dim)], device)
+        yield f"{backend} {dtype}, all of them as a list", _error(every, device)
+        rows = [weight for weight in every if weight[1] == 0]
+        yield f"{backend} {dtype}, a list of rows only", _error(rows, device)
 
 
 def _error(chosen: Sequence[Weight], device: str) -> str:
@@ -118,20 +102,16 @@ def run(chosen: Sequence[Weight], device: str) -> None:
     Raises:
         VerificationError: a result is wrong.
     """
-    random = torch.Generator().manual_seed(1)
-    grad_ws = [torch.randn(v.shape, generator=random).to(v.dtype) for v, _, _ in chosen]
-    vs = [v.to(device).requires_grad_() for v, _, _ in chosen]
-    gs = [g.to(device).requires_grad_() for _, g, _ in chosen]
-    dims = [dim for _, _, dim in chosen]
+    vs, gs = ([getattr(t, x).detach().to(device).requires_grad_() for t, _ in chosen] for x in "vg")
+    dims = [dim for _, dim in chosen]
     ws = weight_norms(vs, gs, dims) if len(chosen) > 1 else [weight_norm(vs[0], gs[0], dims[0])]
-    grads = torch.autograd.grad(ws, [*vs, *gs], [grad.to(device) for grad in grad_ws])
-    n = len(chosen)
-    for k, ((v, g, dim), grad_w) in enumerate(zip(chosen, grad_ws, strict=True)):
-        got = [t.detach().cpu() for t in (ws[k], grads[k], grads[n + k])]
-        want = verify.reference(v, g, dim, grad_w)
+    grads = torch.autograd.grad(ws, [*vs, *gs], [t.grad_w.to(device) for t, _ in chosen])
+    of_v, of_g = grads[: len(chosen)], grads[len(chosen) :]
+    for (t, dim), *got in zip(chosen, ws, of_v, of_g, strict=True):
+        want = verify.reference(t.v, t.g, dim, t.grad_w)
         # in float64 the reference sums no better
-        title = f"{list(v.shape)} dim {dim}"
-        verify.check(title, got, want, long_sums=v.dtype == torch.float64)
+        title, long_sums = f"{list(t.v.shape)} dim {dim}", t.v.dtype == torch.float64
+        verify.check(title, [x.detach().cpu() for x in got], want, long_sums=long_sums)
 
 
 if __name__ == "__main__":
