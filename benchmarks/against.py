@@ -13,11 +13,9 @@ turns, so that their ratio can be held against an earlier one. What moves it whe
   page faults of torch differ by as much as 5 % of its time, the ratio is set aside.
 
 Worse is what lost more than three times its noise, and as much again when it was run once more: a
-burst of other work does not come back. The second time has a limit of its own, as long as the
-first. A loss that is too small for a single ratio shows in groups, which are not run again: the
-median change of many is known better than that of one.
-
-Peaks of memory are not compared, for they have no spread.
+burst of other work does not come back. A loss that is too small for a single ratio shows in groups,
+which are not run again: the median change of many is known better than that of one. Peaks of memory
+are not compared, for they have no spread.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -42,29 +41,24 @@ SURE = 3.0
 MEDIAN_ERROR = 1.2533
 """Standard error of a median, in those of a mean."""
 
-PERCENTILE_80 = 0.8416
-"""Of a normal distribution, in sigma. Of 100 numbers, 80 are within :data:`WITHIN_80`."""
+PERCENTILE_80, WITHIN_80 = 0.8416, 1.2816
+"""Of a normal distribution, in sigma: its 80th percentile, and what 80 of 100 numbers are within."""
 
-WITHIN_80 = 1.2816
 LEAST_FLOOR = 0.01
 SAMPLE_EVERY = 8
 GROUP = 8
 """Ratios that are enough for a group."""
 
-FAULT_MS = 0.5e-3
-"""What a page fault takes, with clearing the page."""
+FAULT_MS, OTHER_MEMORY = 0.5e-3, 0.05
+"""What a page fault takes, with clearing the page, and the share of torch's time that counts."""
 
-OTHER_MEMORY = 0.05
-
-SUBJECT = ["case", "phase", "dtype", "shape", "dim", "label"]
 KEY = ["case", "phase", "contender", "dtype", "shape", "dim", "label"]
 """The cells of the table."""
 
-OF_GROUP = ["case", "phase", "contender", "dtype", "kind"]
+SUBJECT = [name for name in KEY if name != "contender"]
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """From one run to the other."""
 
     about: tuple[str, ...]
@@ -73,10 +67,6 @@ class Change:
     now: float
     noise: float
     """Standard deviation of the logarithm of their quotient."""
-
-    @property
-    def log(self) -> float:
-        return math.log(self.now / self.then)
 
 
 @dataclass(frozen=True)
@@ -102,14 +92,12 @@ def read_earlier(path: Path, cases: Collection[str]) -> list[Result]:
     Raises:
         ValueError: they cannot be read, or have nothing to compare with.
     """
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
     rows: list[Result] = []
-    for file in files:
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         try:
-            rows += read_csv(file)
+            rows += [r for r in read_csv(file) if r.case in cases]
         except (OSError, UnicodeError, csv.Error) as error:
             raise ValueError(f"{file}: cannot be read: {error}") from None
-    rows = [r for r in rows if r.case in cases]
     if ratios([rows]).empty:
         raise ValueError(f"{path}: there are no times beside torch's of {', '.join(sorted(cases))}")
     return rows
@@ -121,43 +109,40 @@ def ratios(jobs: Iterable[Sequence[Result]]) -> pd.DataFrame:
     The variance is that of the logarithm, as far as spreads show it; ``job`` is the place of the
     job, ``torch_ms`` and ``torch_faults`` are torch's.
     """
-    frame = pd.DataFrame(
-        [vars(r) | {"job": i} for i, rows in enumerate(jobs) for r in rows],
-        columns=[*Result.__dataclass_fields__, "job"],
-    )
-    measured = frame[["rounds", "ratio_to_torch", "p20_ms", "p80_ms"]].astype(float)
-    frame = frame[((measured > 0) & (measured < np.inf)).all(axis=1)]
-    sigma = np.log((frame.p80_ms / frame.p20_ms).astype(float)) / (2 * PERCENTILE_80)
-    # the percentiles of few rounds are too close together; two rounds less make up for it
-    rounds = (frame.rounds - 2).clip(lower=1).astype(float)
-    frame = frame.assign(variance=(MEDIAN_ERROR * sigma) ** 2 / rounds)
+    rows = [vars(r) | {"job": i} for i, found in enumerate(jobs) for r in found if _is_timed(r)]
+    frame = pd.DataFrame(rows, columns=[*Result.__dataclass_fields__, "job"])
     frame = frame.drop_duplicates(KEY, keep="last")
+    numbers = frame[["p20_ms", "p80_ms", "rounds"]].astype(float)
+    sigma = np.log(numbers.p80_ms / numbers.p20_ms) / (2 * PERCENTILE_80)
+    # the percentiles of few rounds are too close together; two rounds less make up for it
+    frame["variance"] = (MEDIAN_ERROR * sigma) ** 2 / (numbers.rounds - 2).clip(lower=1)
     torchs = frame[frame.contender == TORCH].set_index(SUBJECT)
     torchs = torchs[["median_ms", "faults", "variance"]].add_prefix("torch_")
     frame = frame[frame.contender.isin(OWN)].join(torchs, on=SUBJECT, how="inner")
-    frame = frame.assign(
-        ratio=frame.ratio_to_torch.astype(float), variance=frame.variance + frame.torch_variance
-    )
-    columns = ["ratio", "variance", "kind", "job", "torch_median_ms", "torch_faults"]
-    return frame.set_index(KEY)[columns]
+    frame["variance"] += frame.torch_variance
+    numbers = ["ratio_to_torch", "variance", "torch_median_ms", "torch_faults"]
+    return frame.set_index(KEY)[[*numbers, "kind", "job"]].astype(dict.fromkeys(numbers, float))
 
 
-def _both(then: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
-    """What two runs have in common. ``aside``: torch paid for fresh memory in one of them (files
-    may not tell)."""
+def _is_timed(r: Result) -> bool:
+    return all(0 < x < math.inf for x in (r.rounds, r.ratio_to_torch, r.p20_ms, r.p80_ms))
+
+
+def _both(then: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What two runs have in common: what can be compared, and where torch paid for fresh memory in
+    one of them (files may not tell)."""
     both = then.add_suffix("_then").join(now.add_suffix("_now"), how="inner")
-    cost = FAULT_MS * (both.torch_faults_then - both.torch_faults_now).astype(float).abs()
-    least = both[["torch_median_ms_then", "torch_median_ms_now"]].min(axis=1)
-    return both.assign(
-        aside=cost > OTHER_MEMORY * least,
-        log=np.log(both.ratio_now / both.ratio_then),
-        spread=both.variance_then + both.variance_now,
-    )
+    both = both.rename(columns={"ratio_to_torch_then": "then", "ratio_to_torch_now": "now"})
+    both["log"] = np.log(both.now / both.then)
+    both["spread"] = both.variance_then + both.variance_now
+    cost = FAULT_MS * (both.torch_faults_then - both.torch_faults_now).abs()
+    aside = cost > OTHER_MEMORY * both.filter(like="torch_median_ms").min(axis=1)
+    return both[~aside], both[aside]
 
 
 def _noise(both: pd.DataFrame, floors: Mapping[str, float]) -> pd.Series:
-    floor = both.index.get_level_values("case").map(lambda case: floors.get(case, LEAST_FLOOR))
-    return np.sqrt(both.spread + 2 * np.asarray(floor, dtype=float) ** 2)
+    floor = [floors.get(case, LEAST_FLOOR) for case in both.index.get_level_values("case")]
+    return np.sqrt(both.spread + 2 * np.array(floor, dtype=float) ** 2)
 
 
 def to_repeat(earlier: Sequence[Result], measured: Sequence[Sequence[Result]]) -> list[int]:
@@ -167,9 +152,8 @@ def to_repeat(earlier: Sequence[Result], measured: Sequence[Sequence[Result]]) -
         earlier: the other run.
         measured: what each job gave.
     """
-    both = _both(ratios([earlier]), ratios(measured))
-    both = both[~both.aside & (both.log < -SURE * _noise(both, {}))]
-    suspicious = {int(job) for job in both.job_now}
+    both, _ = _both(ratios([earlier]), ratios(measured))
+    suspicious = set(map(int, both.job_now[both.log < -SURE * _noise(both, {})]))
     cases = {measured[i][0].case for i in suspicious}
     return sorted(suspicious | {i for i in _sample(measured) if measured[i][0].case in cases})
 
@@ -186,43 +170,35 @@ def compare(
         measured: what each job gave.
         repeated: what some of them, by their place, gave the second time.
     """
-    then, now = ratios([earlier]), ratios(measured)
-    floors = _floors(measured, repeated)
-    every = _both(then, now)
-    found = every[~every.aside]
-    noise = _noise(found, floors)
-    again = _both(then, ratios(repeated.values()))
-    again = again[~again.aside].reindex(found.index)
-    worse = (found.log < -SURE * noise) & ~(again.log >= -SURE * _noise(again, floors))
-    better = (found.log > SURE * noise) & ~(again.log <= SURE * _noise(again, floors))
-    milder = found.ratio_now.where(~(again.log > found.log), again.ratio_now)
-    its_noise = noise.where(~(again.log > found.log), _noise(again, floors))
-    columns = found.ratio_then[worse], milder[worse], its_noise[worse]
-    changes = list(map(Change, found.index[worse], *columns))
+    then, now, floors = ratios([earlier]), ratios(measured), _floors(measured, repeated)
+    found, aside = _both(then, now)
+    found["noise"] = _noise(found, floors)
+    again, _ = _both(then, ratios(repeated.values()))
+    again["noise"] = _noise(again, floors)
+    again = again.reindex(found.index)
+    worse = (found.log < -SURE * found.noise) & ~(again.log >= -SURE * again.noise)
+    better = (found.log > SURE * found.noise) & ~(again.log <= SURE * again.noise)
+    milder = found.where(~(again.log > found.log), again)[worse].sort_values("log")
     return Comparison(
-        worse=_groups(found, noise) + sorted(changes, key=lambda c: c.log),
+        worse=[*_groups(found), *map(Change, milder.index, milder.then, milder.now, milder.noise)],
         better=int(better.sum()),
         compared=len(found),
-        set_aside=int(every.aside.sum()),
-        only_then=len(then) - len(every),
-        only_now=len(now) - len(every),
+        set_aside=len(aside),
+        only_then=len(then) - len(found) - len(aside),
+        only_now=len(now) - len(found) - len(aside),
     )
 
 
-def _groups(found: pd.DataFrame, noise: pd.Series) -> list[Change]:
+def _groups(found: pd.DataFrame) -> Iterable[Change]:
     """Groups that are worse together."""
-    worse = []
-    keys = found.assign(noise=noise, kind=found.kind_now)
-    for (case, phase, who, dtype, kind), group in keys.groupby(OF_GROUP, sort=False):
-        n = len(group)
-        then = math.exp(np.log(group.ratio_then).mean())
-        single = math.sqrt((group.noise**2).mean())
-        of_all = math.hypot(MEDIAN_ERROR * single / math.sqrt(n), math.sqrt(2) * LEAST_FLOOR)
-        log = float(group.log.median())
-        if n >= GROUP and log < -SURE * of_all:
-            about = case, phase, who, dtype, f"{n} together", kind, ""
-            worse.append(Change(about, then, then * math.exp(log), of_all))
-    return worse
+    by = ["case", "phase", "contender", "dtype", "kind_now"]
+    for (*about, kind), group in found.groupby(by, sort=False):
+        n, log = len(group), float(group.log.median())
+        single = MEDIAN_ERROR * math.sqrt((group.noise**2).mean() / n)
+        noise = math.hypot(single, math.sqrt(2) * LEAST_FLOOR)
+        if n >= GROUP and log < -SURE * noise:
+            then = math.exp(np.log(group.then).mean())
+            yield Change((*about, f"{n} together", kind, ""), then, then * math.exp(log), noise)
 
 
 def _sample(measured: Sequence[Sequence[Result]]) -> list[int]:
@@ -239,8 +215,8 @@ def _floors(
 ) -> dict[str, float]:
     """How far ratios move by themselves: of each case that was sampled, by its sample alone."""
     sampled = [i for i in _sample(measured) if i in repeated]
-    both = _both(ratios(measured[i] for i in sampled), ratios(repeated[i] for i in sampled))
-    moves = both[~both.aside].log.abs().groupby(level="case").quantile(0.8)
+    both, _ = _both(ratios(measured[i] for i in sampled), ratios(repeated[i] for i in sampled))
+    moves = both.log.abs().groupby(level="case").quantile(0.8)
     return dict((moves / (WITHIN_80 * math.sqrt(2))).clip(lower=LEAST_FLOOR))
 
 
@@ -266,14 +242,14 @@ def print_comparison(
         line += f". Not the same: {'; '.join(others)}. Ratios only compare where all of it is"
     console.print(f"{line}.", markup=False)
     rows = []
-    for c in comparison.worse:
-        change, noise = (f"{100 * math.expm1(x):.1f} %" for x in (c.log, -SURE * c.noise))
-        rows.append((*c.about, f"{c.then:.2f}", f"{c.now:.2f}", change, noise))
+    for about, then, now, noise in comparison.worse:
+        percent = (f"{100 * x:.1f} %" for x in (now / then - 1, math.expm1(-SURE * noise)))
+        rows.append((*about, f"{then:.2f}", f"{now:.2f}", *percent))
     heads = ("case", "phase", "contender", "dtype", "shape", "dim", "of")
     figures = ("times torch,\nthen", "now", "change", "noise,\nat most")
     show(console, f"Worse than before: {len(rows)}", heads + figures, rows, left=len(heads))
     console.print(
-        f"Compared {comparison.compared} ratios to torch: {len(comparison.worse)} worse (groups "
+        f"Compared {comparison.compared} ratios to torch: {len(rows)} worse (groups "
         f"included), {comparison.better} better. Set aside {comparison.set_aside}, for torch paid "
         f"page faults in one of the two runs. Only there: {comparison.only_then}, only here: "
         f"{comparison.only_now}."

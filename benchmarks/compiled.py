@@ -19,19 +19,17 @@ from torch import Tensor, nn
 from . import fused, verify
 from .contenders import (
     COMPILED,
-    COPY,
     FUSED,
     LEGACY,
     OURS,
     PLAIN,
     TORCH,
     Normed,
-    copy_of,
     operators,
     strip,
 )
 from .environment import Environment
-from .layers import forward_backward, tensors, verified
+from .layers import beside_a_copy, forward_backward, tensors, verified
 from .model_zoo import BY_NAME, available, build, model_input
 from .models import OUTPUT_L2, freed, training_step
 from .plan import Job, Plan
@@ -114,9 +112,7 @@ def run_layer(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:
         compile_s[who + COMPILED] = time.perf_counter() - start
         contenders[who + COMPILED] = fast
     errors = verified(f"float32 {case}", contenders, t, case.dim, where)
-    timed = {who: forward_backward(operator, t) for who, operator in contenders.items()}
-    timed[COPY] = copy_of([t.v])
-    stats = measure(timed, device_sampler(where.device), plan.compile_budget_s)
+    stats = beside_a_copy(FORWARD_BACKWARD, contenders, t, plan.compile_budget_s, where)
     about = of_weight(case, torch.float32, "compile", FORWARD_BACKWARD)
     return rows(about, where, stats, errors=errors, compile_s=compile_s)
 

@@ -76,11 +76,6 @@ class Way:
     """Whether torch.compile makes one graph of all reads."""
     folded: bool = False
 
-    @property
-    def together(self) -> bool:
-        """Whether all weights have one autograd node."""
-        return self.compiled or self.reuse is not None
-
 
 WAYS = {
     OURS: Way(),
@@ -259,21 +254,14 @@ class Pass:
         self.normed, self.grads = normed, grads
         self.parameters = normed.parameters
         layers, modules = normed.layers, normed.modules
-        self._read: Callable[[], list[Tensor]] = lambda: [layer.weight() for layer in layers]
+        self.read: Callable[[], list[Tensor]] = lambda: [layer.weight() for layer in layers]
         if normed.way.compiled:  # one graph, which guards what a model's would
-
-            def read() -> list[Tensor]:
-                return [m.weight for m in modules]
-
-            self._read = torch.compile(read, fullgraph=True, dynamic=False)
-
-    def read(self) -> list[Tensor]:
-        """All weights."""
-        with self.normed.scope():
-            return self._read()
+            once = torch.compile(fullgraph=True, dynamic=False)
+            self.read = once(lambda: [m.weight for m in modules])
 
     def __call__(self) -> tuple[Tensor, ...]:
-        weights = self.read()
+        with self.normed.scope():
+            weights = self.read()
         return (*weights, *torch.autograd.grad(weights, self.parameters, self.grads))
 
     def results(self) -> list[Of]:
@@ -292,7 +280,8 @@ class Iteration(Pass):
 
     def __call__(self) -> None:
         self._forward_backward()
-        self._end()
+        for p in self.parameters:
+            p.grad = None
         self.normed.changed()
 
     def results(self) -> list[Of]:
@@ -300,18 +289,17 @@ class Iteration(Pass):
         only read."""
         self()
         self._forward_backward()
+        with self.normed.scope():
+            weights = self.read()
         grads = [p.grad for p in self.parameters]
-        self._end()
-        return list(map(Of, self.read(), grads[::2], grads[1::2]))
+        for p in self.parameters:
+            p.grad = None
+        return list(map(Of, weights, grads[::2], grads[1::2]))
 
     def _forward_backward(self) -> None:
         with self.normed.scope():
-            loss = _Root.apply(self.grads, *self._read())
+            loss = _Root.apply(self.grads, *self.read())
         loss.backward()
-
-    def _end(self) -> None:
-        for p in self.parameters:
-            p.grad = None
 
 
 class _Root(torch.autograd.Function):
@@ -354,7 +342,7 @@ class Checker:
         """
         way = WAYS[who]
         nodes = {of.w.grad_fn for of in results}
-        if len(nodes) != (1 if way.together else len(results)):
+        if len(nodes) != (1 if way.compiled or way.reuse else len(results)):
             raise verify.VerificationError(
                 f"{who}, {self._title}: {len(results)} weights have {len(nodes)} autograd nodes"
             )

@@ -47,12 +47,15 @@ from .report import console, show
 from .shapes import LayerCase
 from .timing import Contender, least
 
-SHAPES = ((32, 16, 3), (32, 16, 5), (32, 16, 7))
+KERNELS = (3, 5, 7)
 NOTHING = "nothing"
 HIT, MISS = f"{FUSED}, tables found", f"{FUSED}, tables made"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAUNCHES = 1000
 """In a sample."""
+
+Phases = Mapping[str, Mapping[str, Contender]]
+"""Contenders by phase."""
 
 
 class Found(tables.Kept):
@@ -88,10 +91,8 @@ class Nothing(torch.autograd.Function):
 def of_nothing(normed: Normed) -> Normed:
     """A model whose weights nobody computes."""
     modules = [SimpleNamespace(weight=None) for _ in normed.layers]
-    layers = [
-        replace(layer, module=module, weight=lambda m=module: m.weight)
-        for layer, module in zip(normed.layers, modules, strict=True)
-    ]
+    pairs = zip(normed.layers, modules, strict=True)
+    layers = [replace(layer, module=m, weight=lambda m=m: m.weight) for layer, m in pairs]
     tensors = [layer.v for layer in layers] + [layer.g for layer in layers]
 
     @contextmanager
@@ -116,9 +117,9 @@ def reading(normed: Normed) -> Contender:
     return read
 
 
-def steps(count: int, where: Environment) -> dict[str, dict[str, Contender]]:
-    """Verified contenders by phase: forwards, and with backwards."""
-    cases = [LayerCase(SHAPES[k % len(SHAPES)], 0, "", "Conv1d") for k in range(count)]
+def steps(count: int, where: Environment) -> Phases:
+    """Verified models: forwards, and with backwards."""
+    cases = [LayerCase((32, 16, KERNELS[k % 3]), 0, "", "Conv1d") for k in range(count)]
     models = {who: weights_model(who, cases, where.device) for who in (TORCH, OURS, FUSED)}
     grads = random_grads([layer.v for layer in models[TORCH].layers])
     checker = Checker(f"{count} layers", replace(where, backend="triton"))
@@ -132,25 +133,25 @@ def steps(count: int, where: Environment) -> dict[str, dict[str, Contender]]:
     }
 
 
-def calls(device: torch.device) -> dict[str, dict[str, Contender]]:
+def calls(device: torch.device) -> Phases:
     """Calls of the function for one weight."""
     v, g = torch.randn(32, 16, 3, device=device), torch.ones(32, 1, 1, device=device)
     grad_w = torch.randn_like(v)
     v, g = v.requires_grad_(), g.requires_grad_()
 
-    def both(norm: Callable[[], Tensor]) -> Contender:
-        def call() -> None:
-            norm().backward(grad_w)
-            v.grad = g.grad = None
-
-        return call
+    def both(norm: Callable[[], Tensor]) -> None:
+        norm().backward(grad_w)
+        v.grad = g.grad = None
 
     norms = {
         OURS: lambda: F.weight_norm(v, g),
         TORCH: lambda: torch._weight_norm(v, g),
         NOTHING: lambda: Nothing.apply(v, g)[0],
     }
-    return {"forward": norms, "forward+backward": {who: both(n) for who, n in norms.items()}}
+    return {
+        "forward": norms,
+        "forward+backward": {who: lambda n=norm: both(n) for who, norm in norms.items()},
+    }
 
 
 def leave_out(*launch: object) -> None:
@@ -160,46 +161,35 @@ def leave_out(*launch: object) -> None:
 @contextmanager
 def without_launches(who: str) -> Iterator[None]:
     """Everything up to a launch, and none."""
-    launcher = BACKENDS["triton"]._launcher
     kept = Made() if who == MISS else Found()
     with (
         mock.patch.object(launch.Launcher, "_run", leave_out),
-        mock.patch.object(launcher, "_tables", kept),
+        mock.patch.object(BACKENDS["triton"]._launcher, "_tables", kept),
         wnkernel.use_backend("triton"),
     ):
         yield
 
 
-class Driver:
-    """One GPU that is not there."""
-
-    utils = SimpleNamespace(
+DRIVER = SimpleNamespace(
+    utils=SimpleNamespace(
         # module, function, registers, spills, threads at most
         load_binary=lambda *args: (1, 2, 32, 0, 1024),
         get_device_properties=lambda device: {"max_shared_mem": 232448, "warpSize": 32},
-    )
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What Triton generates to launch a kernel: does not."""
-        return lambda *args: None
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    ),
+    launcher_cls=lambda source, metadata: leave_out,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+)
+"""One GPU that is not there, whose launches do nothing."""
 
 
 def ways() -> dict[str, Contender]:
     """To launch the forward of a weight alone, and of a list."""
     t = launch.Types(*[torch.float32] * 3)
-    tile = tiles(4)[0]
     one, many = launch.FORWARD.one, launch.FORWARD.many
     cases = {
-        "a weight": (one, (1,) * 16, launch.choices_of_one(t, tile, 0)),
+        "a weight": (one, (1,) * 16, launch.choices_of_one(t, tiles(4)[0], 0)),
         "a list": (many, (1,) * 3, launch.choices_of_list(t, True, 0)),
     }
     launcher, device = launch.Launcher(), torch.device("cpu")
@@ -218,15 +208,6 @@ def ways() -> dict[str, Contender]:
     return found
 
 
-def _show(title: str, found: Mapping[str, Mapping[str, float]], per: int = 1) -> None:
-    """Print microseconds by phase and contender."""
-    rows = [
-        (who, *(f"{1e6 * phase[who] / per:.2f}" for phase in found.values()))
-        for who in next(iter(found.values()))
-    ]
-    show(console(), title, ("us", *found), rows)
-
-
 def main(
     layers: Annotated[int, typer.Option(min=2, help="Of the model.")] = 78,
     seconds: Annotated[float, typer.Option(help="For each measurement.")] = 5.0,
@@ -234,28 +215,25 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
     launches: Annotated[bool, typer.Option("--launches", help="Launches, and no GPU.")] = False,
 ) -> None:
-    """Host time of the Triton backend: verify, leave the launches out, time."""
+    """Host time of the Triton backend, in microseconds: verify, leave the launches out, time."""
     where = environment("cpu" if launches else device, threads)
-    about = f"{where.device_name}, torch {where.torch}, triton {where.triton}"
+    work: list[tuple[str, Phases, int, int]] = []
     if launches:
-        triton.runtime.driver.set_active(Driver())
-        found = {"launch": least(ways(), LAUNCHES, seconds)}
-        _show("host time of a launch, without the driver's", found)
-        print(about)
-        return
-    with wnkernel.use_backend("triton"), np.errstate(all="ignore"):
-        of_steps, of_calls = steps(layers, where), calls(where.device)
-    for title, phases, times, per in (
-        (f"{layers} small layers, for each", of_steps, 1, layers),
-        ("one call for a small weight", of_calls, 50, 1),
-    ):
-        found = {
-            phase: least(who, times, seconds, without_launches) for phase, who in phases.items()
-        }
-        _show(title, found, per)
-    print(
-        f"{about}; torch's own figures have its kernels on a CPU, its launches on a GPU, in them."
-    )
+        triton.runtime.driver.set_active(DRIVER)
+        title = "host time of a launch, without the driver's"
+        work.append((title, {"launch": ways()}, LAUNCHES, 1))
+    else:
+        with wnkernel.use_backend("triton"), np.errstate(all="ignore"):
+            of_steps = steps(layers, where)
+            work.append((f"{layers} small layers, for each", of_steps, 1, layers))
+            work.append(("one call for a small weight", calls(where.device), 50, 1))
+    more = {} if launches else {"during": without_launches}
+    for title, phases, times, per in work:
+        best = [least(who, times, seconds, **more) for who in phases.values()]
+        rows = [(who, *(f"{1e6 * of[who] / per:.2f}" for of in best)) for who in best[0]]
+        show(console(), title, ("us", *phases), rows)
+    print(f"{where.device_name}, torch {where.torch}, triton {where.triton}; torch's own figures")
+    print("have its kernels on a CPU, and its launches on a GPU, in them.")
 
 
 if __name__ == "__main__":

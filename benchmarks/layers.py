@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import wnkernel
+from wnkernel.cli.timing import Times
 
 from . import verify
 from .contenders import (
@@ -154,13 +155,19 @@ def run(case: LayerCase, dtype: torch.dtype, plan: Plan, where: Environment) -> 
     contenders = operators(case.dim)
     errors = verified(f"{dtype_text(dtype)} {case}", contenders, t, case.dim, where)
     out = []
-    for phase, make in PHASES.items():
-        if phase != READ or dtype in READ_DTYPES:
-            timed = {who: make(operator, t) for who, operator in contenders.items()}
-            timed[COPY] = copy_of([t.v])
-            stats = measure(timed, device_sampler(where.device), plan.layer_budget_s)
-            out += rows(of_weight(case, dtype, "layers", phase), where, stats, errors=errors)
+    for phase in (p for p in PHASES if p != READ or dtype in READ_DTYPES):
+        stats = beside_a_copy(phase, contenders, t, plan.layer_budget_s, where)
+        out += rows(of_weight(case, dtype, "layers", phase), where, stats, errors=errors)
     return out
+
+
+def beside_a_copy(
+    phase: str, contenders: Mapping[str, Operator], t: Tensors, budget_s: float, where: Environment
+) -> dict[str, Times]:
+    """The times of all contenders, and of a copy of v."""
+    timed = {who: PHASES[phase](operator, t) for who, operator in contenders.items()}
+    timed[COPY] = copy_of([t.v])
+    return measure(timed, device_sampler(where.device), budget_s)
 
 
 def run_calls(plan: Plan, where: Environment) -> list[Result]:

@@ -27,9 +27,6 @@ MIB = 2**20
 PIPE_WIDTH = 150
 """Columns of a table when there is no terminal to ask."""
 
-NEAR_LIMIT = 1.2
-"""Where torch is within this many times the copy limit, nobody can be much faster."""
-
 GAN_AIM = 2.5
 """Times lower cost of all weight norms of a GAN step with reuse="version"."""
 
@@ -103,8 +100,6 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     title = "All weight norms of a model, forward and backward, a process per contender"
     names = (TORCH, OURS, FUSED, VERSION, UNCHANGED, COPY)
     _show_models(console, title, of.get("fused", []), names)
-    for m in (m for m in of.get("fused", []) if m[FUSED].ratio_to_torch < 1):
-        _print_slower(console, m)
     names = (TORCH, OURS, FUSED, VERSION, COPY)
     _show_models(console, "The same bytes in more layers", of.get("flat", []), names)
     for phase, title in PHASES.items():
@@ -171,16 +166,6 @@ def _show_models(
         cells += [speedup(r.ratio_to_torch), number(r.ratio_to_limit, 2)]
         rows.append([*cells, number(m[TORCH].ratio_to_limit, 2), faults(m, r)])
     show(console, title, heads, rows)
-
-
-def _print_slower(console: Console, m: Measured) -> None:
-    """A group is slower than torch; whether torch leaves any room there."""
-    limit = m[TORCH].ratio_to_limit
-    near = f"within {NEAR_LIMIT} of the limit" if limit <= NEAR_LIMIT else "not near the limit"
-    console.print(
-        f"Fused is slower than torch on {m[FUSED].label}: {m[FUSED].ratio_to_torch:.2f} times "
-        f"as fast. torch is at {limit:.2f} times the copy limit ({near})."
-    )
 
 
 def _show_compiled(console: Console, title: str, measured: Sequence[Measured]) -> None:

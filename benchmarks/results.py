@@ -64,10 +64,8 @@ class Subject:
 
 def of_weight(c: LayerCase, dtype: torch.dtype, case: str, phase: str) -> Subject:
     """A single weight."""
-    text, size = dtype_text(dtype), c.numel * dtype.itemsize
-    return Subject(
-        case, c.label, phase, text, shape_text(c.shape), c.dim_text, c.kind, c.numel, size
-    )
+    about = dtype_text(dtype), shape_text(c.shape), c.dim_text, c.kind, c.numel
+    return Subject(case, c.label, phase, *about, c.numel * dtype.itemsize)
 
 
 def of_list(case: str, label: str, numels: Sequence[int], phase: str = ALONE) -> Subject:
@@ -125,8 +123,8 @@ def rows(
     where: Environment,
     stats: Mapping[str, Times],
     *,
-    errors: Mapping[str, float] | None = None,
-    compile_s: Mapping[str, float] | None = None,
+    errors: Mapping[str, float] = {},
+    compile_s: Mapping[str, float] = {},
     arrays: int | None = None,
 ) -> list[Result]:
     """One row per contender of a measurement of time.
@@ -150,8 +148,8 @@ def rows(
             "gb_per_s": own_arrays * subject.array_bytes / times.median_ms / 1e6,
             "ratio_to_torch": NAN if who == COPY else torch_ms / times.median_ms,
             "ratio_to_limit": NAN if who == COPY else times.median_ms / limit_ms,
-            "error": (errors or {}).get(who, NAN),
-            "compile_s": (compile_s or {}).get(who, NAN),
+            "error": errors.get(who, NAN),
+            "compile_s": compile_s.get(who, NAN),
         }
         out.append(_row(subject, where, who, measured))
     return out
@@ -159,10 +157,8 @@ def rows(
 
 def memory_rows(subject: Subject, where: Environment, peaks: Mapping[str, float]) -> list[Result]:
     """One row per contender of a measurement of peak memory, in bytes."""
-    return [
-        _row(subject, where, who, {"peak_bytes": peak, "ratio_to_torch": peaks[TORCH] / peak})
-        for who, peak in peaks.items()
-    ]
+    ratios = {who: {"ratio_to_torch": peaks[TORCH] / peak} for who, peak in peaks.items()}
+    return [_row(subject, where, w, {"peak_bytes": peaks[w], **r}) for w, r in ratios.items()]
 
 
 def _row(s: Subject, where: Environment, who: str, measured: Mapping[str, float]) -> Result:

@@ -141,13 +141,6 @@ def print_summary(console: Console, results: Sequence[Result], device: torch.dev
     heads += ("times the copy\nlimit, all", "aim", f"over {LARGE // 10**6} M\nelements")
     show(console, f"Summary: times as fast as torch on {results[0].device}", heads, rows)
     ours = frame[frame.contender.isin(OWN)]
-    for who, share in HOST_SHARE.items():
-        host = ours.query("case == 'host' and contender == @who").ratio_to_torch
-        if not host.empty:
-            console.print(
-                f"Host cost of layer.weight, {who}: {1 / geometric_mean(host):.2f} of torch's "
-                f"parametrization, at worst {1 / host.min():.2f} (aim: at most {share})."
-            )
     _print_errors(console, frame)
     bad = ours[[disturbed(r.other_cores, r.threads) for r in ours.itertuples()]]
     if len(bad) > FORGIVEN_SHARE * len(ours):

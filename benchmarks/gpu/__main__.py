@@ -55,11 +55,10 @@ def main(
         if tally.refused:
             raise typer.BadParameter(tally.refused)
         rows, failures = rows + tally.rows, failures + tally.failures
-        late = f"no time was left for {tally.left_out!r} and what follows"
-        if tally.left_out and one is Part.KEY:
-            failures.append(late)
-        elif tally.left_out:
-            say(f"{late[0].upper()}{late[1:]}.")
+        if tally.left_out:
+            late = f"no time was left for {tally.left_out!r} and what follows"
+            failures += [late] * (one is Part.KEY)
+            say(late)
     if summary:
         print_summary(screen, read(out))
     say("; ".join([f"{rows} rows, {len(failures)} failures", *failures]))

@@ -111,9 +111,8 @@ def run(
         case_name: what the rows are filed under.
 
     Raises:
-        ContenderError: one fails, or ours is wrong, eagerly or in a graph. Of others than ours, an
-            error is reported; they are timed all the same (torch rounds several times where it has
-            no kernel of its own).
+        ContenderError: one fails, or ours is wrong. Of others, an error is reported; they are timed
+            all the same (torch rounds several times where it has no kernel of its own).
     """
     plan, where = setting.plan, setting.where
     sets = [inputs(case, dtype, where.device, k) for k in range(copies(case, dtype, where))]
@@ -136,7 +135,7 @@ def run(
         graphs = {COPY: capture([copy_of([t.v]) for t in sets], calls, where.device)}
         for who, raws in contenders.items():
             runs = [getattr(raw, phase) for raw in raws]
-            if graph := _captured(who, f"{phase}, {title}", runs, calls, setting):
+            if graph := captured(who, f"{phase}, {title}", runs, calls, setting):
                 graphs[who] = graph
         budget_s = plan.budget_s(setting.part)
         stats = measure_graphs(graphs, where.device, budget_s, plan.sample_s)
@@ -167,13 +166,13 @@ def _verified(
         return {}
 
 
-def _captured(
+def captured(
     who: str, title: str, runs: Sequence[Call], calls: int, setting: Setting
 ) -> Graph | None:
-    """A graph of a contender's calls; none if it is not ours and cannot be captured.
+    """A graph of a contender's calls; nothing, and a line, if it cannot be captured.
 
     Raises:
-        ContenderError: ours cannot be captured, or computes something else in a graph.
+        ContenderError: ours computes something else in a graph, or the device fails.
     """
     device = setting.where.device
     try:
@@ -183,9 +182,10 @@ def _captured(
                 check_replay(f"{who}, {title}", graph, runs[-1]())
             return graph
     except ContenderError as error:
-        if is_ours(who) or not is_usable(device):
+        if isinstance(error.__cause__, verify.VerificationError) or not is_usable(device):
             raise
-        setting.report(f"{who} cannot be captured, {title}: {error}")
+        tell = setting.fail if is_ours(who) else setting.report
+        tell(f"{who} cannot be captured into a CUDA graph, {title}: {error}")
         return None
 
 
@@ -197,13 +197,11 @@ def copy_jobs(setting: Setting) -> list[GpuJob]:
     """First of all the launch, and one job for each size."""
     if setting.part is not Part.KEY:
         return []
-    sizes = setting.plan.copy_bytes
+    work = [(LAUNCH, LAUNCH, 4)]
+    work += [(f"copy of {n / 2**20:.0f} MiB", COPY, n) for n in setting.plan.copy_bytes]
     return [
-        GpuJob(LAUNCH, lambda without: [_graph(LAUNCH, 4, setting)]),
-        *(
-            GpuJob(f"copy of {n / 2**20:.0f} MiB", lambda without, n=n: [_graph(COPY, n, setting)])
-            for n in sizes
-        ),
+        GpuJob(title, lambda without, who=who, n=n: [_graph(who, n, setting)])
+        for title, who, n in work
     ]
 
 

@@ -10,9 +10,7 @@ process, for on a GPU they do not share malloc's state.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-
-from wnkernel.cli.timing import Times
+from collections.abc import Collection, Iterator, Sequence
 
 from ..contenders import (
     COPY,
@@ -28,16 +26,13 @@ from ..contenders import (
 )
 from ..results import Result, of_list, rows
 from ..shapes import LayerCase
-from ..timing import Contender, ContenderError, blamed, measure
-from ..verify import VerificationError
+from ..timing import Contender, blamed, measure
 from .plan import GpuJob, Setting
-from .raw import is_ours
+from .single import captured
 from .timing import (
     Queued,
     calls_for,
     capture,
-    check_replay,
-    is_usable,
     measure_graphs,
     queue_sampler,
     wall_sampler,
@@ -92,7 +87,12 @@ def run(
     walls = measure(timed, wall_sampler(where.device), budget_s, min_sample_s=plan.sample_s)
     yield to_rows(about.of_phase(WALL), where, walls)
 
-    stats = _graphs(name, passes, copied, ARRAYS * about.array_bytes, setting)
+    calls = calls_for(ARRAYS * about.array_bytes, plan.graph_s)
+    graphs = {COPY: capture([copied], calls, where.device)}
+    for who, one in passes.items():
+        if graph := captured(who, name, [one], calls, setting):
+            graphs[who] = graph
+    stats = measure_graphs(graphs, where.device, budget_s, plan.sample_s)
     yield to_rows(about.of_phase(GRAPH), where, stats)
 
     queued = {
@@ -100,30 +100,3 @@ def run(
     }
     stats = measure(queued, queue_sampler(where.device), budget_s, min_sample_s=QUEUE_S)
     yield to_rows(about.of_phase(STREAM), where, stats)
-
-
-def _graphs(
-    name: str, passes: Mapping[str, Pass], copied: Contender, traffic: float, setting: Setting
-) -> dict[str, Times]:
-    """Capture, check and time.
-
-    Raises:
-        ContenderError: ours computes something else when it is captured, or the device fails. Who
-            cannot be captured is told and left out.
-    """
-    plan, device = setting.plan, setting.where.device
-    calls = calls_for(traffic, plan.graph_s)
-    graphs = {COPY: capture([copied], calls, device)}
-    for who, one_pass in passes.items():
-        try:
-            with blamed(who):
-                graphs[who] = capture([one_pass], calls, device)
-                if is_ours(who) and device.type == "cuda":
-                    check_replay(f"{who}, {name}", graphs[who], one_pass())
-        except ContenderError as error:
-            if isinstance(error.__cause__, VerificationError) or not is_usable(device):
-                raise
-            tell = setting.fail if is_ours(who) else setting.report
-            tell(f"{who} cannot be captured into a CUDA graph, {name}: {error}")
-            graphs.pop(who, None)
-    return measure_graphs(graphs, device, plan.model_budget_s, plan.sample_s)

@@ -59,6 +59,11 @@ class Step:
     needed: bool = True
     """Whether it is a failure if the time does not suffice."""
 
+    @property
+    def late(self) -> str:
+        """The status if the time does not suffice."""
+        return TIMED_OUT if self.needed else CUT
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -99,38 +104,32 @@ def run_steps(
     stopped = ""
     with _interruptible():
         for group in _side_by_side(steps):
-            found: dict[str, Outcome] = {}
-            running: list[_Running] = []
+            begun: list[Outcome | _Running] = []
+            found: list[Outcome] = []
             try:
                 for step in group:
                     left = min(step.limit_s, deadline - clock())
-                    if (o := _not_run(step, left, stopped)) is not None:
-                        found[step.name] = o
-                        continue
-                    say(f"{step.name}: at most {left:.0f} s ...")
-                    running.append(_Running(step, cwd, log, left, clock))
+                    begun.append(
+                        _not_run(step, left, stopped) or _Running(step, cwd, log, left, clock)
+                    )
+                    if isinstance(begun[-1], _Running):
+                        say(f"{step.name}: at most {left:.0f} s ...")
+                running = [r for r in begun if isinstance(r, _Running)]
                 while not all([r.has_ended() for r in running]):
                     if any(r.has_failed() and r.step.decides for r in running):
                         break
                     log.flush()
                     time.sleep(POLL_S)
             finally:  # an interrupt, too, must not leave anything running
-                found |= {r.step.name: r.outcome() for r in running}
-                outcomes += [found[step.name] for step in group if step.name in found]
+                found = [b.outcome() if isinstance(b, _Running) else b for b in begun]
+                outcomes += found
                 then(outcomes)
-            for step in group:
-                o = found[step.name]
-                _tell(o, say)
-                if o.status in BAD and step.decides:
-                    stopped = stopped or f"{o.name} {o.status}"
+            for step, o in zip(group, found, strict=True):
+                say(f"{o.name}: {o.status} after {o.seconds:.0f} s. {o.detail}")
+                if o.status in BAD:
+                    say("\n".join(f"    {line}" for line in o.tail))
+                    stopped = stopped or (f"{o.name} {o.status}" if step.decides else "")
     return outcomes
-
-
-def _tell(o: Outcome, say: Callable[[str], None]) -> None:
-    say(f"{o.name}: {o.status} after {o.seconds:.0f} s. {o.detail}")
-    if o.status in BAD:
-        for line in o.tail:
-            say(f"    {line}")
 
 
 def failed(outcomes: Sequence[Outcome]) -> bool:
@@ -147,23 +146,18 @@ def longest_s(steps: Sequence[Step]) -> float:
 def _side_by_side(steps: Sequence[Step]) -> list[list[Step]]:
     groups: list[list[Step]] = []
     for step in steps:
-        if step.beside and groups:
-            groups[-1].append(step)
-        else:
-            groups.append([step])
+        if not step.beside or not groups:
+            groups.append([])
+        groups[-1].append(step)
     return groups
 
 
 def _not_run(step: Step, left: float, stopped: str) -> Outcome | None:
     """The outcome of a step that cannot begin."""
-    if stopped:
-        return Outcome(step.name, LEFT_OUT, 0.0, f"nothing is run after this: {stopped}")
-    if step.absent:
-        return Outcome(step.name, LEFT_OUT, 0.0, step.absent)
-    if left < LEAST_S:
-        late = TIMED_OUT if step.needed else CUT
-        return Outcome(step.name, late, 0.0, "no time was left for it")
-    return None
+    if why := f"nothing is run after this: {stopped}" if stopped else step.absent:
+        return Outcome(step.name, LEFT_OUT, 0.0, why)
+    late = Outcome(step.name, step.late, 0.0, "no time was left for it")
+    return late if left < LEAST_S else None
 
 
 class _Running:
@@ -247,7 +241,7 @@ class _Running:
         tail = list(self._tail)
         last = tail[-1].strip() if tail else "It wrote nothing."
         if self._is_late:
-            status = TIMED_OUT if step.needed else CUT
+            status = step.late
         elif self._code:
             status = FAILED
             last = f"killed by signal {-self._code}. {last}" if self._code < 0 else last
