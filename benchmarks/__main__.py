@@ -23,19 +23,9 @@ if TYPE_CHECKING:
 OUT = Path(__file__).parent / "out"
 
 
-class Case(str, enum.Enum):
-    """A part of the benchmark that `--only` can ask for."""
-
-    LAYERS = "layers"
-    OPERATORS = "operators"
-    HOST = "host"
-    FUSED = "fused"
-    FLAT = "flat"
-    GAN = "gan"
-    MEMORY = "memory"
-    COMPILE = "compile"
-    MODELS = "models"
-
+NAMES = "layers", "operators", "host", "fused", "flat", "gan", "memory", "compile", "models"
+Case = enum.Enum("Case", {name.upper(): name for name in NAMES}, type=str)
+"""A part of the benchmark that `--only` can ask for."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -45,9 +35,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A sample, in about a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Longer samples, no limit.")] = False,
     only: Annotated[list[Case] | None, typer.Option(help="Only this case; repeatable.")] = None,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the CSV files and the plots.")] = OUT,
+    out: Annotated[Path, typer.Option(help="Folder for the CSV files and the plot.")] = OUT,
     against: Annotated[
         Path | None,
         typer.Option(help="CSV file of an earlier run, or folder. Exit code 1: a ratio got worse."),
@@ -68,11 +56,14 @@ def main(
         raise typer.BadParameter("--quick and --full exclude each other")
     wanted = set(only or Case)
     try:
-        where = environment(device, threads)
+        where = environment("cpu", None)
         earlier = read_earlier(against, wanted) if against else []
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    report.print_header(console, where)
+    console.print(
+        f"{where.device_name}, {where.threads} threads, torch {where.torch}, "
+        f"wnkernel backend {where.backend!r}, commit {where.commit}"
+    )
 
     size = plan.QUICK if quick else plan.FULL if full else plan.DEFAULT
     notes: list[str] = []
@@ -89,13 +80,16 @@ def main(
     if results:
         summary.print_losses(console, results)
         report.print_results(console, results)
-        summary.print_summary(console, results, where.device)
+        summary.print_summary(console, results)
     for note in notes:  # last, where they are seen
         console.print(note, markup=False)
     if not results:
         console.print("Nothing was measured.")
         raise typer.Exit(1 if earlier else 0)
-    for path in (*write_csv(results, out), *plots.plots(out, {r.case for r in results})):
+    paths = write_csv(results, out)
+    if {r.case for r in results} & {"flat", "fused"}:
+        paths.append(plots.plot(out))
+    for path in paths:
         console.print(f"Wrote {path}")
     passed = True
     if earlier:
@@ -125,7 +119,7 @@ def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -
         Case.MODELS: models.jobs,
         Case.COMPILE: compiled_jobs,  # last, for the compiler leaves processes and caches behind
     }
-    if Case.MEMORY in wanted and not memory.can_measure(where):
+    if Case.MEMORY in wanted and not memory.can_measure():
         notes.append("Peak memory skipped: this system does not tell that of a process.")
         del makers[Case.MEMORY]
     if Case.MODELS in wanted and not model_zoo.available():

@@ -22,10 +22,11 @@ from torch import Tensor
 from wnkernel import functional as F
 
 from .contenders import OURS, TORCH
-from .environment import Environment, environment, results_folder
+from .environment import ROOT, Environment, environment, results_folder
 from .shapes import dtype_text
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "reliability.md"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (7, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 ELEMENTS, MOST_ROWS = 20_000_000, 512
@@ -58,12 +59,10 @@ class Error(NamedTuple):
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Rows up to 10,000.")] = False,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for accuracy.csv.")] = None,
-    docs: Annotated[Path, typer.Option(help="A page with marks.")] = Path("docs/reliability.md"),
 ) -> None:
-    """Measure, write accuracy.csv, print the table, and put it between the marks of a page."""
-    where = environment(device, None)
+    """Measure, write accuracy.csv, print the table, and put it between the marks of the page."""
+    where = environment("cpu", None)
     lengths = [n for n in LENGTHS if not quick or n <= 10_000]
     dtypes = [t for t in DTYPES if IS_WIDE or t != torch.float64]
     errors = [e for case in product(dtypes, (0, 1), lengths) for e in measured(*case, where)]
@@ -73,8 +72,7 @@ def main(
     text = table(errors)
     print(text)
     print(*worse(errors), sep="\n")
-    if docs.exists():
-        docs.write_text(between_marks(docs.read_text(), text))
+    PAGE.write_text(between_marks(PAGE.read_text(), text))
 
 
 def measured(dtype: torch.dtype, dim: int, length: int, where: Environment) -> Iterator[Error]:

@@ -35,38 +35,28 @@ from .contenders import OWN, TORCH
 from .report import show
 from .results import Result, read_csv
 
-SURE = 3.0
-"""Times the noise."""
-
-MEDIAN_ERROR = 1.2533
-"""Standard error of a median, in those of a mean."""
-
+SURE = 3.0  # Times the noise.
+MEDIAN_ERROR = 1.2533  # Standard error of a median, in those of a mean.
 PERCENTILE_80, WITHIN_80 = 0.8416, 1.2816
-"""Of a normal distribution, in sigma: its 80th percentile, and what 80 of 100 numbers are within."""
+"""Of a normal distribution, in sigma: the 80th percentile, and what 80 of 100 are within."""
 
 LEAST_FLOOR = 0.01
 SAMPLE_EVERY = 8
-GROUP = 8
-"""Ratios that are enough for a group."""
-
+GROUP = 8  # Ratios that are enough for a group.
 FAULT_MS, OTHER_MEMORY = 0.5e-3, 0.05
 """What a page fault takes, with clearing the page, and the share of torch's time that counts."""
 
-KEY = ["case", "phase", "contender", "dtype", "shape", "dim", "label"]
-"""The cells of the table."""
-
+KEY = ["case", "phase", "contender", "dtype", "shape", "dim", "label"]  # The cells of the table.
 SUBJECT = [name for name in KEY if name != "contender"]
 
 
 class Change(NamedTuple):
     """From one run to the other."""
 
-    about: tuple[str, ...]
-    """Cells of the table."""
+    about: tuple[str, ...]  # Cells of the table.
     then: float
     now: float
-    noise: float
-    """Standard deviation of the logarithm of their quotient."""
+    noise: float  # Standard deviation of the logarithm of their quotient.
 
 
 @dataclass(frozen=True)
@@ -146,11 +136,8 @@ def _noise(both: pd.DataFrame, floors: Mapping[str, float]) -> pd.Series:
 
 
 def to_repeat(earlier: Sequence[Result], measured: Sequence[Sequence[Result]]) -> list[int]:
-    """Which jobs to run again: those in which something looks worse, and a sample of their cases.
-
-    Args:
-        earlier: the other run.
-        measured: what each job gave.
+    """Which jobs to run again, by what each gave: those in which something looks worse, and a
+    sample of their cases.
     """
     both, _ = _both(ratios([earlier]), ratios(measured))
     suspicious = set(map(int, both.job_now[both.log < -SURE * _noise(both, {})]))
@@ -163,12 +150,8 @@ def compare(
     measured: Sequence[Sequence[Result]],
     repeated: Mapping[int, Sequence[Result]],
 ) -> Comparison:
-    """Hold a run against an earlier one.
-
-    Args:
-        earlier: the earlier one.
-        measured: what each job gave.
-        repeated: what some of them, by their place, gave the second time.
+    """Hold what each job gave against an earlier run, with what some of them, by their place, gave
+    the second time.
     """
     then, now, floors = ratios([earlier]), ratios(measured), _floors(measured, repeated)
     found, aside = _both(then, now)
@@ -223,15 +206,7 @@ def _floors(
 def print_comparison(
     console: Console, comparison: Comparison, earlier: Sequence[Result], here: Result, path: Path
 ) -> None:
-    """What it was compared with, what is worse, and how much there was to compare.
-
-    Args:
-        console: where to.
-        comparison: what came out.
-        earlier: the rows of the earlier run.
-        here: any row of this run.
-        path: where the earlier run is.
-    """
+    """What it was compared with, what is worse, and how much there was to compare."""
     others = [
         f"{field} {', '.join(sorted(values - {str(getattr(here, field))}))}"
         for field in ("device", "torch", "backend", "threads")

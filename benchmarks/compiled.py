@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import fused, verify
 from .contenders import (
@@ -26,7 +26,7 @@ from .contenders import (
     TORCH,
     Normed,
     operators,
-    strip,
+    stripped,
 )
 from .environment import Environment
 from .layers import beside_a_copy, forward_backward, tensors, verified
@@ -51,9 +51,7 @@ SHAPES = (
 CONTENDERS = (TORCH, TORCH + COMPILED, LEGACY, OURS, FUSED, OURS + COMPILED, FUSED + COMPILED)
 """On all weights of a model."""
 
-IN_STEPS = (TORCH, OURS, FUSED, PLAIN)
-"""In a training step, each eager and compiled."""
-
+IN_STEPS = (TORCH, OURS, FUSED, PLAIN)  # In a training step, each eager and compiled.
 FAILED = "torch._inductor.exc.InductorError"
 """What a traceback says where a compiler fails: there is none for C++ at run time, most often."""
 
@@ -127,12 +125,12 @@ def run_model(name: str, plan: Plan, where: Environment) -> list[Result]:
 def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
     """Training steps of a whole model, whose forward is eager or one graph, in the same rounds."""
     torch._dynamo.reset()
-    original = strip(build(name, where.device))
+    original = stripped(build(name, where.device))
     x = model_input(name, where.device)
     models: dict[str, Normed] = {}
     forwards, steps = {}, {}
     for who in (one + how for one in IN_STEPS for how in ("", COMPILED)):
-        models[who] = normed = original.normed(who.removesuffix(COMPILED))
+        models[who] = normed = original(who.removesuffix(COMPILED))
         forward = functools.partial(BY_NAME[name].forward, normed.model, x)
         if who.endswith(COMPILED):
             forward = torch.compile(forward, fullgraph=True, dynamic=False)
@@ -140,7 +138,7 @@ def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
         steps[who] = training_step(normed.model, forward)
     _check_steps(name, forwards, models)
     stats = measure(steps, device_sampler(where.device), plan.step_budget_s)
-    numels = [v.numel() for _, v, _ in original.saved.values()]
+    numels = [layer.v.numel() for layer in models[OURS].layers]
     return rows(of_list("compile", name, numels, STEP), where, stats)
 
 
@@ -155,7 +153,10 @@ def _check_steps(
     """
     first: dict[str, Tensor] = {}
     for who, forward in forwards.items():
-        parameters = _by_gradient(models[who])
+        every = models[who].parameters
+        parameters = {"grad_v": every[::2], "grad_g": every[1::2]}
+        if models[who].way.folded:
+            parameters = {"grad_w": every}
         output = forward()
         inputs = [p for some in parameters.values() for p in some]
         grads = iter(torch.autograd.grad(output.square().mean(), inputs))
@@ -165,9 +166,3 @@ def _check_steps(
         for what, got in found.items():
             want = first.setdefault(what, got)
             verify.check_same(f"{who}, {name}", got, want, OUTPUT_L2, what)
-
-
-def _by_gradient(normed: Normed) -> dict[str, list[nn.Parameter]]:
-    """Parameters by the names of their gradients."""
-    every = normed.parameters
-    return {"grad_w": every} if normed.way.folded else {"grad_v": every[::2], "grad_g": every[1::2]}

@@ -23,28 +23,20 @@ OURS = "wnkernel"
 TORCH = "torch"
 """torch's own weight norm: the operator, or the parametrization where a layer is meant."""
 LEGACY = "torch legacy hook"
-COPY = "copy_"
-"""The yardstick: v's bytes into memory that is there already."""
-FUSED = "fused"
-"""wnkernel after ``fuse(model)``: all weights in one launch."""
+COPY = "copy_"  # The yardstick: v's bytes into memory that is there already.
+FUSED = "fused"  # wnkernel after ``fuse(model)``: all weights in one launch.
 VERSION = "fused, version"
 """``fuse(model, reuse="version")``, with parameters that change in every iteration."""
 UNCHANGED = "fused, version, unchanged"
 """The same with parameters that do not change, so that weights are read and not computed."""
-PLAIN = "no weight norm"
-"""The same model with folded weights."""
-COMPILED = ", compiled"
-"""What follows the name of a contender that went through torch.compile."""
-ENGINE = "engine"
-"""What runs autograd's nodes, and no operator of anybody's."""
-
-KINDS = (OURS, TORCH, LEGACY)
-"""The weight norms that a single layer can carry."""
+PLAIN = "no weight norm"  # The same model with folded weights.
+COMPILED = ", compiled"  # What follows the name of a contender that went through torch.compile.
+ENGINE = "engine"  # What runs autograd's nodes, and no operator of anybody's.
+KINDS = (OURS, TORCH, LEGACY)  # The weight norms that a single layer can carry.
 OWN = (OURS, FUSED, VERSION, UNCHANGED, OURS + COMPILED, FUSED + COMPILED)
 """All that wnkernel computes."""
 
-NAME = "weight"
-"""The parameter that every model here norms."""
+NAME = "weight"  # The parameter that every model here norms.
 
 
 def operators(dim: int | None) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -68,12 +60,9 @@ class Way:
 
     apply: Callable[[nn.Module, str, int], nn.Module] = wnkernel.weight_norm
     """Puts weight norm on a layer."""
-    reuse: str | None = None
-    """None: every weight on its own."""
-    changing: bool = True
-    """Whether parameters count as changed after every iteration."""
-    compiled: bool = False
-    """Whether torch.compile makes one graph of all reads."""
+    reuse: str | None = None  # None: every weight on its own.
+    changing: bool = True  # Whether parameters count as changed after every iteration.
+    compiled: bool = False  # Whether torch.compile makes one graph of all reads.
     folded: bool = False
 
 
@@ -120,16 +109,12 @@ def apply(who: str, module: nn.Module, dim: int | None) -> NormedLayer:
 class Normed:
     """A model with weight norms, computed as one contender does it."""
 
-    model: nn.Module
-    """A group lives as long as its model."""
+    model: nn.Module  # A group lives as long as its model.
     modules: Sequence[nn.Module]
     """The layers that have a weight norm, or had one until they were folded."""
-    layers: Sequence[NormedLayer]
-    """Nothing where they were folded."""
-    scope: Callable[[], AbstractContextManager[None]]
-    """What a forward is."""
-    changed: Callable[[], None]
-    """What stands for an optimizer that wrote to the parameters."""
+    layers: Sequence[NormedLayer]  # Nothing where they were folded.
+    scope: Callable[[], AbstractContextManager[None]]  # What a forward is.
+    changed: Callable[[], None]  # What stands for an optimizer that wrote to the parameters.
     way: Way
 
     @property
@@ -146,14 +131,9 @@ def norm(
     convs: Sequence[tuple[nn.Module, int | None]],
     values: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Normed:
-    """Put a contender's weight norm on some layers of a model, each with its dim.
-
-    Args:
-        who: the contender.
-        model: changed in place.
-        convs: its layers.
-        values: v and g. By default v is as it was, and g is moved off its norms by random factors,
-            the same for everyone.
+    """Put a contender's weight norm on some layers of a model, each with its dim, in place. Without
+    values of v and g, v is as it was, and g is moved off its norms by random factors, the same for
+    everyone.
     """
     way = WAYS[who]
     modules = [module for module, _ in convs]
@@ -182,28 +162,14 @@ def _nothing() -> None:
     pass
 
 
-@dataclass(frozen=True)
-class Stripped:
-    """A model without its weight norms, and what it takes to put any kind back.
+def stripped(model: nn.Module) -> Callable[[str], Normed]:
+    """Take torch's weight norms off ``model``, in place. Returns what makes a copy of it with the
+    weight norm of a contender on the same layers, with the same v and g.
 
     Models are copied in this form only: a copy of a parametrized layer shares its class with the
     original, and torch's ``remove_parametrizations`` on either takes the property from both.
     """
-
-    model: nn.Module
-    saved: dict[str, tuple[int | None, Tensor, Tensor]]
-    """dim, v and g by the name of the layer."""
-
-    def normed(self, who: str) -> Normed:
-        """A copy with a contender's weight norm on the same layers, with the same v and g."""
-        model = copy.deepcopy(self.model)
-        convs = [(model.get_submodule(name), dim) for name, (dim, _, _) in self.saved.items()]
-        return norm(who, model, convs, [(v, g) for _, v, g in self.saved.values()])
-
-
-def strip(model: nn.Module) -> Stripped:
-    """Take torch's weight norms off ``model``, in place."""
-    saved = {}
+    saved: dict[str, tuple[int | None, Tensor, Tensor]] = {}
     for name, module in list(model.named_modules()):
         if not parametrize.is_parametrized(module, NAME):
             continue
@@ -213,7 +179,13 @@ def strip(model: nn.Module) -> Stripped:
             v, g = originals.original1.detach(), originals.original0.detach()
             saved[name] = (None if dim == -1 else dim), v, g
             parametrize.remove_parametrizations(module, NAME)
-    return Stripped(model, saved)
+
+    def normed(who: str) -> Normed:
+        own = copy.deepcopy(model)
+        convs = [(own.get_submodule(name), dim) for name, (dim, _, _) in saved.items()]
+        return norm(who, own, convs, [(v, g) for _, v, g in saved.values()])
+
+    return normed
 
 
 class Weight(nn.Module):

@@ -33,13 +33,10 @@ class Environment:
     device: torch.device
     device_name: str
     torch: str
-    triton: str
-    """Version; empty if it is not installed."""
-    commit: str
-    """See :func:`commit`."""
+    triton: str  # Version; empty if it is not installed.
+    commit: str  # See :func:`commit`.
     threads: int
-    backend: str
-    """The backend of wnkernel that the automatic choice takes first."""
+    backend: str  # The backend of wnkernel that the automatic choice takes first.
 
     @property
     def own_kernels(self) -> bool:
@@ -66,15 +63,10 @@ def environment(device: str, threads: int | None) -> Environment:
         backend = choose(torch.empty(1, device=chosen)).name
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} cannot be used here: {error}") from None
-    where = Environment(
-        device=chosen,
-        device_name=_device_name(chosen),
-        torch=torch.__version__,
-        triton=version_of("triton", "pytorch-triton", "pytorch-triton-rocm"),
-        commit=commit(),
-        threads=torch.get_num_threads() if threads is None else threads,
-        backend=backend,
-    )
+    triton = version_of("triton", "pytorch-triton", "pytorch-triton-rocm")
+    threads = torch.get_num_threads() if threads is None else threads
+    about = _device_name(chosen), torch.__version__, triton, commit(), threads
+    where = Environment(chosen, *about, backend)
     where.settle()
     return where
 

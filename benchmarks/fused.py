@@ -46,9 +46,7 @@ MODELS = (
 )
 CONTENDERS = (TORCH, OURS, FUSED, VERSION, UNCHANGED)
 
-FLAT_NUMEL = 2**21
-"""8 MiB of v in float32."""
-
+FLAT_NUMEL = 2**21  # 8 MiB of v in float32.
 FLAT_ROW = (128, 4)
 """Input channels and taps: rows of 512 elements, however many layers share them."""
 
@@ -92,16 +90,17 @@ def compare(
     with TemporaryDirectory() as cache:
         verify = functools.partial(_verify, label, contenders, cases, where, cache)
         errors, compile_s = run_apart(verify, where)
-        prepare = {w: functools.partial(_iteration, w, cases, where, cache) for w in contenders}
-        prepare[COPY] = functools.partial(_copy, cases, where)
+        timed = (*contenders, COPY)
+        prepare = {w: functools.partial(_contender, w, cases, where, cache) for w in timed}
         stats = measure_apart(prepare, where, budget_s)
     return rows(about, where, stats, errors=errors, compile_s=compile_s)
 
 
-def _iteration(who: str, cases: Sequence[LayerCase], where: Environment, cache: str) -> Iteration:
+def _contender(who: str, cases: Sequence[LayerCase], where: Environment, cache: str) -> Contender:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    normed = weights_model(who, cases, where.device)
-    return Iteration(normed, random_grads([layer.v for layer in normed.layers]))
+    normed = weights_model(TORCH if who == COPY else who, cases, where.device)
+    vs = [layer.v for layer in normed.layers]
+    return copy_of(vs) if who == COPY else Iteration(normed, random_grads(vs))
 
 
 def _verify(
@@ -115,7 +114,7 @@ def _verify(
     checker = Checker(title, where)
     errors, compile_s = {}, {}
     for who in contenders:
-        iteration = _iteration(who, cases, where, cache)
+        iteration = _contender(who, cases, where, cache)
         if WAYS[who].compiled:
             if not compile_s:
                 _load_compiler(where)
@@ -131,7 +130,3 @@ def _load_compiler(where: Environment) -> None:
     ten seconds, whoever comes first."""
     x = torch.ones(2, device=where.device, requires_grad=True)
     torch.compile(lambda: (2 * x).sum())().backward()
-
-
-def _copy(cases: Sequence[LayerCase], where: Environment) -> Contender:
-    return copy_of([layer.v for layer in weights_model(TORCH, cases, where.device).layers])

@@ -48,18 +48,13 @@ WEIGHTS = {
 """The models of shapes.csv that the two modules have to have the weights of."""
 
 BATCH = 1
-LEARNING_RATE = 1e-6
-"""So small that the models stay the same while they are timed."""
-
-CHECKED_RATE = 1e-3
-"""So large that a weight from before the step would not pass."""
-
+LEARNING_RATE = 1e-6  # So small that the models stay the same while they are timed.
+CHECKED_RATE = 1e-3  # So large that a weight from before the step would not pass.
 CHECKED_FRAMES = 4
 BEFORE_OPTIMIZER = 2
 """How many of the outputs of :class:`Step` no optimizer had a part in, the first time."""
 
-Parts = tuple[Normed, Normed]
-"""The generator and the discriminators, as one contender has them."""
+Parts = tuple[Normed, Normed]  # The generator and the discriminators, as one contender has them.
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
@@ -110,11 +105,7 @@ class Norms:
         self._parameters = [part.parameters for part in parts]
 
     def __call__(self, look: Callable[[], None] | None = None) -> None:
-        """Run one step.
-
-        Args:
-            look: called when both parts have their gradients of the generator's loss.
-        """
+        """Run one step, and look when both parts have their gradients of the generator's loss."""
         generated = self._forward(0)
         (self._forward(1) + self._forward(1)).backward()
         self._step(1)
@@ -200,28 +191,28 @@ def _step(frames: int, who: str, where: Environment) -> Step:
 def _check_norms(where: Environment) -> dict[str, float]:
     """Check the weights and gradients of a second step against float64; the worst errors."""
     checkers = Checker("generator", where), Checker("discriminators", where)
-    errors = {}
+    errors: dict[str, float] = {}
+
+    def look(who: str, norms: Norms) -> None:
+        found = zip(norms.parts, norms.grads, (1, 2), checkers, strict=True)
+        for part, grads, uses, checker in found:
+            grads = [uses * grad for grad in grads]
+            with part.scope():
+                weights = [module.weight for module in part.modules]
+            if who == PLAIN:
+                for weight, grad in zip(weights, grads, strict=True):
+                    verify.check_same(f"{who}, {GAN_STEP}", weight.grad, grad, 0.0)
+                continue
+            pairs = zip(weights, part.layers, strict=True)
+            results = [Of(w, layer.v.grad, layer.g.grad) for w, layer in pairs]
+            error = checker.check(who, part.layers, results, grads)
+            errors[who] = max(error, errors.get(who, 0.0))
+
     for who in CONTENDERS:
         norms = _norms(who, where)
         norms()
-        norms(functools.partial(_look, who, norms, checkers, errors))
+        norms(functools.partial(look, who, norms))
     return errors
-
-
-def _look(
-    who: str, norms: Norms, checkers: tuple[Checker, Checker], errors: dict[str, float]
-) -> None:
-    for part, grads, uses, checker in zip(norms.parts, norms.grads, (1, 2), checkers, strict=True):
-        grads = [uses * grad for grad in grads]
-        with part.scope():
-            weights = [module.weight for module in part.modules]
-        if who == PLAIN:
-            for weight, grad in zip(weights, grads, strict=True):
-                verify.check_same(f"{who}, {GAN_STEP}", weight.grad, grad, 0.0)
-            continue
-        found = zip(weights, part.layers, strict=True)
-        results = [Of(w, layer.v.grad, layer.g.grad) for w, layer in found]
-        errors[who] = max(checker.check(who, part.layers, results, grads), errors.get(who, 0.0))
 
 
 def _check_steps(where: Environment) -> None:

@@ -15,13 +15,10 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 MEL_BANDS = 80
-UPSAMPLING = 256
-"""Samples per frame of the generator's input."""
-
+UPSAMPLING = 256  # Samples per frame of the generator's input.
 CHANNELS = (512, 256, 128, 64, 32)
 SLOPE = 0.1
-Score = tuple[Tensor, list[Tensor]]
-"""What a discriminator says, and the outputs of its layers."""
+Score = tuple[Tensor, list[Tensor]]  # What a discriminator says, and the outputs of its layers.
 
 
 class ResidualBlock(nn.Module):

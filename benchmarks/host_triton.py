@@ -51,11 +51,8 @@ KERNELS = (3, 5, 7)
 NOTHING = "nothing"
 HIT, MISS = f"{FUSED}, tables found", f"{FUSED}, tables made"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAUNCHES = 1000
-"""In a sample."""
-
-Phases = Mapping[str, Mapping[str, Contender]]
-"""Contenders by phase."""
+LAUNCHES = 1000  # In a sample.
+Phases = Mapping[str, Mapping[str, Contender]]  # Contenders by phase.
 
 
 class Found(tables.Kept):
@@ -211,12 +208,10 @@ def ways() -> dict[str, Contender]:
 def main(
     layers: Annotated[int, typer.Option(min=2, help="Of the model.")] = 78,
     seconds: Annotated[float, typer.Option(help="For each measurement.")] = 5.0,
-    device: Annotated[str, typer.Option(help="A torch device.")] = DEVICE,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
     launches: Annotated[bool, typer.Option("--launches", help="Launches, and no GPU.")] = False,
 ) -> None:
     """Host time of the Triton backend, in microseconds: verify, leave the launches out, time."""
-    where = environment("cpu" if launches else device, threads)
+    where = environment("cpu" if launches else DEVICE, 1)
     work: list[tuple[str, Phases, int, int]] = []
     if launches:
         triton.runtime.driver.set_active(DRIVER)

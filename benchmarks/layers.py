@@ -4,8 +4,8 @@ access of ``layer.weight`` on layers too small to need a kernel)."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from .contenders import (
 from .environment import Environment
 from .plan import Job, Plan
 from .results import FORWARD, FORWARD_BACKWARD, READ, Result, of_weight, rows
-from .shapes import ADDED, LayerCase, dtype_text, grid, shape_text
+from .shapes import ADDED, LayerCase, dtype_text, grid
 from .timing import Contender, blamed, device_sampler, host_sampler, measure
 
 Operator = Callable[[Tensor, Tensor], Tensor]
@@ -42,21 +42,9 @@ RECORDED, NO_GRAD, BACKWARD = "call, recorded", "call, no_grad", "backward alone
 """Phases of :data:`CALLED`. A backward goes through autograd's engine, which takes most of its time
 whoever computes the gradients; the contender "engine" is the same call on a node of no work."""
 
-MAX_NUMEL = 20_000
-"""Of a layer that is too small to need a kernel."""
-
-GROUP_MEMBERS = 8
-"""Layers of the group, of which one is read."""
-
-L2 = 1e-5
-"""Allowed relative error of a weight, in float32."""
-
-LAYERS = {
-    "Conv1d": nn.Conv1d,
-    "ConvTranspose1d": nn.ConvTranspose1d,
-    "Conv2d": nn.Conv2d,
-    "Linear": nn.Linear,
-}
+MAX_NUMEL = 20_000  # Of a layer that is too small to need a kernel.
+GROUP_MEMBERS = 8  # Layers of the group, of which one is read.
+L2 = 1e-5  # Allowed relative error of a weight, in float32.
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
@@ -75,10 +63,7 @@ def operator_jobs(plan: Plan, where: Environment) -> list[Job]:
 def host_jobs(plan: Plan, where: Environment) -> list[Job]:
     """One job per small layer of the real models."""
     small = [c for c in select(grid(), plan) if c.numel < MAX_NUMEL and c.dim == 0]
-    return [
-        Job(f"host {shape_text(c.shape)}", functools.partial(run_host, c, plan, where))
-        for c in small
-    ]
+    return [Job(f"host {c}", functools.partial(run_host, c, plan, where)) for c in small]
 
 
 def select(cases: Iterable[LayerCase], plan: Plan) -> list[LayerCase]:
@@ -108,7 +93,7 @@ def tensors(case: LayerCase, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def forward_backward(operator: Operator, t: Tensors) -> Contender:
-    """Forward and backward with a ready-made ``grad_w``; nothing but the weight norm runs."""
+    """With a ready-made ``grad_w``; nothing but the weight norm runs."""
     return lambda: torch.autograd.grad(operator(t.v, t.g), (t.v, t.g), t.grad_w)
 
 
@@ -126,8 +111,7 @@ def forward_and_reader(operator: Operator, t: Tensors) -> Contender:
 
 
 PHASES = {FORWARD_BACKWARD: forward_backward, FORWARD: forward, READ: forward_and_reader}
-READ_DTYPES = (torch.float32,)
-"""Of the weights that are read. (A run has no time for more.)"""
+READ_DTYPES = (torch.float32,)  # Of the weights that are read. (A run has no time for more.)
 
 
 def verified(
@@ -174,9 +158,10 @@ def run_calls(plan: Plan, where: Environment) -> list[Result]:
     """Verify, then time, a forward with and without autograd, and a backward."""
     t = tensors(CALLED, torch.float32, where.device)
     errors = verified("operators", operators(CALLED.dim), t, CALLED.dim, where)
+    ours, torchs = wnkernel.functional.weight_norm, torch._weight_norm
     forwards: dict[str, Contender] = {
-        OURS: functools.partial(wnkernel.functional.weight_norm, t.v, t.g, CALLED.dim),
-        TORCH: functools.partial(torch._weight_norm, t.v, t.g, CALLED.dim),
+        who: functools.partial(f, t.v, t.g, CALLED.dim)
+        for who, f in ((OURS, ours), (TORCH, torchs))
     }
     backwards = {who: _backward(call(), (t.v, t.g), t.grad_w) for who, call in forwards.items()}
     backwards[ENGINE] = of_nothing(t.v, t.grad_w)
@@ -223,14 +208,15 @@ def run_host(
             layers = [apply(who, _layer(case, where.device), case.dim) for _ in range(count)]
             normed[who] = layers[0]
             if who == UNCHANGED:
-                scope = _scope_of(nn.ModuleList(layer.module for layer in layers))
+                model = nn.ModuleList(layer.module for layer in layers)
+                scope = wnkernel.fuse(model, reuse="version").scope()
             with torch.no_grad():
                 normed[who].v.copy_(inputs.v)
                 normed[who].g.copy_(inputs.g)
     with scope:  # as within a forward; the first read computes, the others find it
         for who, layer in normed.items():
             with blamed(who):
-                verify.check_same(f"{who}, {shape_text(case.shape)}", layer.weight(), want, L2)
+                verify.check_same(f"{who}, {case}", layer.weight(), want, L2)
         timed = {who: layer.weight for who, layer in normed.items()}
         stats = measure(timed, host_sampler(where.device), plan.host_budget_s)
     return rows(of_weight(case, torch.float32, "host", "weight access"), where, stats)
@@ -241,11 +227,4 @@ def _layer(case: LayerCase, device: torch.device) -> nn.Module:
     a, b, *kernel = case.shape
     channels = (a, b) if case.layer == "ConvTranspose1d" else (b, a)
     of_kernel = [tuple(kernel)] if kernel else []
-    return LAYERS[case.layer](*channels, *of_kernel, bias=False, device=device)
-
-
-@contextmanager
-def _scope_of(model: nn.Module) -> Iterator[None]:
-    """Of a group, which lives as long as its model."""
-    with wnkernel.fuse(model, reuse="version").scope():
-        yield
+    return getattr(nn, case.layer)(*channels, *of_kernel, bias=False, device=device)

@@ -1,8 +1,8 @@
 """Case "memory": what weight norms add to the peak memory of a model.
 
 Every figure comes from a fresh process, which builds the generator of HiFi-GAN, remembers how much
-memory it has, runs a few steps, and reports by how much the peak was higher. On the CPU that is
-resident memory, with everything that malloc and buffer pools hold on to; on a GPU, tensors.
+memory it has, runs a few steps, and reports by how much the peak was higher: of resident memory,
+with everything that malloc and buffer pools hold on to.
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ from .shapes import weight_list
 NO_GRAD = "no_grad forward"
 CONTENDERS = (TORCH, OURS, FUSED, VERSION, PLAIN)
 MODEL = "SpeechT5HifiGan"
-FRAMES = 8
-"""So few that weights and their gradients, not activations, make the peak."""
-
+FRAMES = 8  # So few that weights and their gradients, not activations, make the peak.
 STEPS = 5
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
 
-def can_measure(where: Environment) -> bool:
+def can_measure() -> bool:
     """Whether the peak of a process can be told on this system."""
-    return where.device.type == "cuda" or (_STATUS.exists() and _CLEAR_REFS.exists())
+    return _STATUS.exists() and _CLEAR_REFS.exists()
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
@@ -69,10 +67,10 @@ def _peak(who: str, phase: str, where: Environment) -> float:
     forward = functools.partial(generator.model, mel)
     training = training_step(generator.model, forward)
     step = training if phase == STEP else torch.no_grad()(forward)
-    before = _reset(where.device)
+    before = _reset()
     for _ in range(STEPS):
         step()
-    peak = _highest(where.device) - before
+    peak = _status("VmHWM") - before
     _check(who, generator, mel, where)
     return peak
 
@@ -89,21 +87,14 @@ def _check(who: str, generator: Normed, mel: Tensor, where: Environment) -> None
         verify.check_same(f"{who}, memory", generator.model(mel), folded(mel), OUTPUT_L2)
 
 
-def _reset(device: torch.device) -> int:
+def _reset() -> int:
     """Forget the peak so far, and say what is in use, in bytes."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # what building the model left behind would hide a part of the peak
         trim(0)
     _CLEAR_REFS.write_text(_RESET_PEAK)
     return _status("VmRSS")
-
-
-def _highest(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
 def _status(field: str) -> int:

@@ -28,8 +28,7 @@ class Entry:
     config: str
     input_shape: tuple[int, ...]
     forward: Pass
-    apply_weight_norm: bool
-    """Whether the model waits for a call of its method of that name."""
+    apply_weight_norm: bool  # Whether the model waits for a call of its method of that name.
 
 
 def _univnet(model: Any, features: Tensor) -> Tensor:

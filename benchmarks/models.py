@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from . import verify
-from .contenders import COPY, KINDS, TORCH, Checker, Normed, Pass, copy_of, random_grads, strip
+from .contenders import COPY, KINDS, TORCH, Checker, Pass, copy_of, random_grads, stripped
 from .environment import Environment
 from .model_zoo import BY_NAME, build, model_input
 from .plan import Job, Plan
@@ -20,8 +20,7 @@ from .timing import Contender, device_sampler, measure
 OUTPUT_L2 = 1e-4
 """Allowed relative difference of two outputs: float32 roundings through some tens of layers."""
 
-LEARNING_RATE = 1e-6
-"""So small that the models stay the same while they are timed."""
+LEARNING_RATE = 1e-6  # So small that the models stay the same while they are timed.
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
@@ -39,9 +38,9 @@ def freed(results: list[Result]) -> list[Result]:
 
 def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     """Verify, then time, the weight norms alone and a training step, all kinds interleaved."""
-    original = strip(build(name, where.device))
-    models = {who: original.normed(who) for who in KINDS}
-    del original
+    normed = stripped(build(name, where.device))
+    models = {who: normed(who) for who in KINDS}
+    del normed
     vs = [layer.v for layer in models[TORCH].layers]
     about = of_list("models", name, [v.numel() for v in vs])
     grads = random_grads(vs)
@@ -50,7 +49,11 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     errors = {who: checker.check_pass(who, one) for who, one in alone.items()}
     del checker
     x = model_input(name, where.device)
-    _check_outputs(name, models, x)
+    forward = BY_NAME[name].forward
+    with torch.no_grad():
+        want = forward(models[TORCH].model, x)
+        for who, one in models.items():
+            verify.check_same(f"{who}, {name}", forward(one.model, x), want, OUTPUT_L2)
     sample = device_sampler(where.device)
 
     timed: dict[str, Contender] = {**alone, COPY: copy_of(vs)}
@@ -58,20 +61,11 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     out = rows(about, where, stats, errors=errors)
     del timed, alone, grads
 
-    forward = BY_NAME[name].forward
     steps = {
-        who: training_step(normed.model, functools.partial(forward, normed.model, x))
-        for who, normed in models.items()
+        who: training_step(one.model, functools.partial(forward, one.model, x))
+        for who, one in models.items()
     }
     return out + rows(about.of_phase(STEP), where, measure(steps, sample, plan.step_budget_s))
-
-
-def _check_outputs(name: str, models: Mapping[str, Normed], x: Tensor) -> None:
-    forward = BY_NAME[name].forward
-    with torch.no_grad():
-        want = forward(models[TORCH].model, x)
-        for who, normed in models.items():
-            verify.check_same(f"{who}, {name}", forward(normed.model, x), want, OUTPUT_L2)
 
 
 def training_step(model: nn.Module, forward: Callable[[], Tensor]) -> Contender:

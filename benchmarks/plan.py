@@ -21,30 +21,23 @@ class Plan:
     compile_budget_s: float
     model_budget_s: float
     step_budget_s: float
-    every: int
-    """Take every n-th weight of the grid (and all that are not normed along dim 0)."""
-    max_numel: int | None
-    """Leave out larger weights."""
-    models: tuple[str, ...] | None
-    """None: all."""
+    every: int  # Take every n-th weight of the grid (and all that are not normed along dim 0).
+    max_numel: int | None  # Leave out larger weights.
+    models: tuple[str, ...] | None  # None: all.
     compile_layers: int
     compile_models: tuple[str, ...]
     """Of shapes.csv; almost a minute each on each number of threads."""
     compile_model_budget_s: float
     compile_steps: tuple[str, ...]
     """Of the transformers package; three minutes each where the compiler's cache is empty."""
-    fused_models: tuple[str, ...] | None
-    """Of shapes.csv. None: all that the case knows."""
+    fused_models: tuple[str, ...] | None  # Of shapes.csv. None: all that the case knows.
     fused_budget_s: float
     flat_layers: tuple[int, ...]
     flat_budget_s: float
-    gan_frames: int
-    """Length of the audio: 256 samples each."""
-    gan_step: bool
-    """Also time whole GAN steps, not only their weight norms."""
+    gan_frames: int  # Length of the audio: 256 samples each.
+    gan_step: bool  # Also time whole GAN steps, not only their weight norms.
     gan_budget_s: float
-    memory_phases: int
-    """How many of training and no_grad."""
+    memory_phases: int  # How many of training and no_grad.
 
 
 _V1 = ("HiFi-GAN-V1",)

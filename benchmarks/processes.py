@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from wnkernel.cli.timing import Times, in_rounds
 
@@ -43,51 +43,29 @@ MIN_SAMPLE_S = 30e-3
 """A turn costs settling and a message, and begins with the caches that the others left."""
 
 
-class Turn(NamedTuple):
-    """What a process reports."""
-
-    seconds: float
-    cpu_s: float
-    """CPU time of the process so far."""
-    faults: float
-    """Page faults of the turn."""
-
-
-class Worker:
-    """A process that runs one contender on demand, warm from the start."""
-
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
-        self.cpu_s = 0.0
-        """CPU time of the process up to its last turn."""
-        self.faults = 0.0
-        """Page faults of all its turns."""
-
-    def sample(self, times: int) -> float:
-        """Run the contender ``times`` times; the seconds that it took."""
-        time.sleep(SETTLE_S)
-        turn = _result(_start(self._pool, _turn, times))
-        self.cpu_s = turn.cpu_s
-        self.faults += turn.faults
-        return turn.seconds
-
-
 def measure_apart(
     prepare: Mapping[str, Callable[[], Contender]], where: Environment, budget_s: float
 ) -> dict[str, Times]:
     """:func:`~wnkernel.cli.timing.in_rounds` with a process for each contender, which a picklable
     function makes there."""
+    cpu_s, faults = dict.fromkeys(prepare, 0.0), dict.fromkeys(prepare, 0.0)
+
+    def sample(who: str, times: int) -> float:
+        time.sleep(SETTLE_S)
+        seconds, cpu_s[who], more = _result(_start(pools[who], _turn, times))
+        faults[who] += more
+        return seconds
+
     with ExitStack() as stack:
         pools = {who: stack.enter_context(_pool(where)) for who in prepare}
         prepared = [_start(pools[who], _prepare, prepare[who], where) for who in pools]
         list(map(_result, prepared))
-        workers = {who: Worker(pool) for who, pool in pools.items()}
         return in_rounds(
-            {who: worker.sample for who, worker in workers.items()},
+            {who: functools.partial(sample, who) for who in pools},
             budget_s,
             least_s=MIN_SAMPLE_S,
-            own_cpu_s=lambda: time.process_time() + sum(w.cpu_s for w in workers.values()),
-            faults_of=lambda who: workers[who].faults,
+            own_cpu_s=lambda: time.process_time() + sum(cpu_s.values()),
+            faults_of=faults.get,
         )
 
 
@@ -137,8 +115,7 @@ def _told(function: Callable[..., T], *args: object) -> T:
         raise RuntimeError(f"in a benchmark process:\n{traceback.format_exc()}") from None
 
 
-_here: dict[str, Any] = {}
-"""What a process samples."""
+_here: dict[str, Any] = {}  # What a process samples.
 
 
 def _prepare(make: Callable[[], Contender], where: Environment) -> None:
@@ -152,8 +129,9 @@ def _prepare(make: Callable[[], Contender], where: Environment) -> None:
     _here.update(sample=functools.partial(sample, run), first=run if is_short else lambda: None)
 
 
-def _turn(times: int) -> Turn:
+def _turn(times: int) -> tuple[float, float, float]:
+    """Seconds, CPU time of the process so far, page faults of the turn."""
     _here["first"]()
     before = page_faults()
     seconds = _here["sample"](times)
-    return Turn(seconds, time.process_time(), page_faults() - before)
+    return seconds, time.process_time(), page_faults() - before

@@ -44,18 +44,15 @@ NAN = float("nan")
 class Subject:
     """What is measured, apart from who does it."""
 
-    case: str
-    """``layers``, ``host``, ``fused`` and so on; one CSV file each."""
+    case: str  # ``layers``, ``host``, ``fused`` and so on; one CSV file each.
     label: str
     phase: str
     dtype: str
     shape: str
     dim: str
-    kind: str
-    """``first``, ``last``, ``middle``, ``whole``, or empty for a model."""
+    kind: str  # ``first``, ``last``, ``middle``, ``whole``, or empty for a model.
     numel: int
-    array_bytes: int
-    """The bytes of one array of v's size, over all weights."""
+    array_bytes: int  # The bytes of one array of v's size, over all weights.
 
     def of_phase(self, phase: str) -> Subject:
         """The same with another phase."""
@@ -99,17 +96,13 @@ class Result:
     rounds: int = 0
     bytes: float = NAN
     gb_per_s: float = NAN
-    ratio_to_torch: float = NAN
-    """torch's median divided by this one: above 1 is faster than torch."""
+    ratio_to_torch: float = NAN  # torch's median divided by this one: above 1 is faster than torch.
     ratio_to_limit: float = NAN
     """This median divided by that of an in-place ``copy_`` scaled to the same bytes: 1 is the
     limit that memory sets."""
-    error: float = NAN
-    """The largest relative error against float64 before timing."""
-    compile_s: float = NAN
-    """Seconds of the first call, for a compiled contender."""
-    other_cores: float = NAN
-    """Cores that other processes used while this was timed."""
+    error: float = NAN  # The largest relative error against float64 before timing.
+    compile_s: float = NAN  # Seconds of the first call, for a compiled contender.
+    other_cores: float = NAN  # Cores that other processes used while this was timed.
     peak_bytes: float = NAN
     """Peak memory over that of the model itself. Such a row has no times, and its
     ``ratio_to_torch`` is torch's peak divided by this one."""
@@ -127,15 +120,8 @@ def rows(
     compile_s: Mapping[str, float] = {},
     arrays: int | None = None,
 ) -> list[Result]:
-    """One row per contender of a measurement of time.
-
-    Args:
-        subject: what was measured.
-        where: on what.
-        stats: the times of every contender.
-        errors: their errors before timing.
-        compile_s: the seconds of their first calls.
-        arrays: the traffic of the phase, if it is not that of :data:`ARRAYS`.
+    """One row per contender of a measurement of time, with their errors before timing and the
+    seconds of their first calls. The traffic is that of :data:`ARRAYS`, unless it is given.
     """
     arrays = ARRAYS.get(subject.phase) if arrays is None else arrays
     copy_ms, torch_ms = (stats[who].median_ms if who in stats else NAN for who in (COPY, TORCH))

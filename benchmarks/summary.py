@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from rich.console import Console
 
 from wnkernel.cli.load import disturbed
 
-from .contenders import COMPILED, FUSED, LEGACY, OURS, OWN, TORCH, UNCHANGED, VERSION
+from .contenders import COMPILED, FUSED, OURS, OWN, TORCH, UNCHANGED, VERSION
 from .report import Measured, faults, show
 from .results import (
     ALONE,
@@ -27,17 +26,14 @@ from .results import (
 LARGE = 1_000_000
 """Above this many elements the memory limit is what counts; below, it is lost in call overhead."""
 
-LARGE_MODEL = 12_500_000
-"""Elements of a model of 50 MB."""
-
+LARGE_MODEL = 12_500_000  # Elements of a model of 50 MB.
 FORGIVEN_SHARE = 0.05
 """Of the cases may be disturbed by other processes before the run is called untrustworthy."""
 
 HOST_SHARE = {OURS: 0.6, UNCHANGED: 0.25}
 """Aim of the host cost of ``layer.weight``: at most this share of torch's."""
 
-SLOW_TORCH = 1.5
-"""Times the copy limit."""
+SLOW_TORCH = 1.5  # Times the copy limit.
 
 
 @dataclass(frozen=True)
@@ -45,13 +41,11 @@ class Aim:
     """What a group of cases should reach against torch (times as fast), on two cores."""
 
     title: str
-    belongs: str
-    """A query on the columns of the CSV file."""
+    belongs: str  # A query on the columns of the CSV file.
     geomean: float | None = None
     least: float | None = None
     contender: str = OURS
-    limit: float | None = None
-    """At most this many times the copy limit, in the geometric mean."""
+    limit: float | None = None  # At most this many times the copy limit, in the geometric mean.
 
 
 def _layers(phase: str, dtype: str, *kinds: str) -> str:
@@ -120,10 +114,8 @@ def _best_torch(m: Measured, r: Result) -> Result:
     return min((m[name] for name in names if name in m), key=lambda one: one.median_ms)
 
 
-def print_summary(console: Console, results: Sequence[Result], device: torch.device) -> None:
-    """The table of aims, and the accuracy of both sides."""
-    if device.type != "cpu":
-        console.print("The aims here are those for a CPU; python -m benchmarks.gpu has others.")
+def print_summary(console: Console, results: Sequence[Result]) -> None:
+    """The table of aims, and whether the figures can be trusted."""
     timed = [r for r in results if r.rounds]
     limits = {id(r): m[TORCH].ratio_to_limit for m in by_subject(timed) for r in m.values()}
     frame = pd.DataFrame(timed).assign(torch_to_limit=[limits[id(r)] for r in timed])
@@ -141,7 +133,6 @@ def print_summary(console: Console, results: Sequence[Result], device: torch.dev
     heads += ("times the copy\nlimit, all", "aim", f"over {LARGE // 10**6} M\nelements")
     show(console, f"Summary: times as fast as torch on {results[0].device}", heads, rows)
     ours = frame[frame.contender.isin(OWN)]
-    _print_errors(console, frame)
     bad = ours[[disturbed(r.other_cores, r.threads) for r in ours.itertuples()]]
     if len(bad) > FORGIVEN_SHARE * len(ours):
         console.print(
@@ -161,16 +152,3 @@ def _verdict(value: float, aim: float | None, *, at_most: bool = False) -> str:
     met = value <= aim if at_most else value >= aim
     color, sign = "green" if met else "red", "<=" if at_most else ">="
     return f"[{color}]{sign} {aim:.2f} {'met' if met else 'missed'}[/{color}]"
-
-
-def _print_errors(console: Console, frame: pd.DataFrame) -> None:
-    """Speed means little beside a result that is off: the worst relative errors of each side."""
-    frame = frame[frame.contender.isin((OURS, FUSED, TORCH, LEGACY)) & (frame.error >= 0)]
-    for dtype, of_dtype in frame.groupby("dtype", sort=False):
-        worst = of_dtype.sort_values("error", ascending=False).groupby("contender").head(1)
-        found = "; ".join(
-            f"{r.contender} {r.error:.1e} "
-            f"({' '.join(filter(None, (r.shape if r.case == 'layers' else r.label, r.dim)))})"
-            for r in worst.itertuples()
-        )
-        console.print(f"Largest error against float64, {dtype}: {found}.")

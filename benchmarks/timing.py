@@ -21,8 +21,7 @@ Contender = Callable[[], object]
 Sampler = Callable[[Contender, int], float]
 """Runs a contender n times in a row and returns the seconds that all n took."""
 
-SAMPLES = 20
-"""In a turn of :func:`least`."""
+SAMPLES = 20  # In a turn of :func:`least`.
 
 
 class ContenderError(Exception):

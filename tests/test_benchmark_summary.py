@@ -31,7 +31,7 @@ __all__ = ["on_the_cpu"]
 def printed(rows) -> dict[str, list[str]]:
     """The table of aims: the cells of a group by its title."""
     out = io.StringIO()
-    summary.print_summary(Console(file=out, width=250), rows, torch.device("cpu"))
+    summary.print_summary(Console(file=out, width=250), rows)
     lines = (line.strip("│ \n").split("│") for line in out.getvalue().splitlines() if "│" in line)
     return {title.strip(): [cell.strip() for cell in cells] for title, *cells in lines}
 
@@ -93,7 +93,7 @@ def test_large_models_are_held_against_the_limit():
 def test_a_summary_names_its_cpu():
     rows = [dataclasses.replace(r, device="Some CPU") for r in layer(FORWARD, 1.0)]
     out = io.StringIO()
-    summary.print_summary(Console(file=out, width=200), rows, torch.device("cpu"))
+    summary.print_summary(Console(file=out, width=200), rows)
     assert out.getvalue().startswith("Summary: times as fast as torch on Some CPU")
 
 

@@ -25,8 +25,7 @@ from typer.testing import CliRunner
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import check, steps
 from tools.gpu_check import visit as visit_steps
-from tools.gpu_check.log import MOST_LINES, Log
-from tools.gpu_check.steps import Step, run_steps
+from tools.gpu_check.steps import MOST_LINES, Log, Step, run_steps
 from tools.gpu_check.versions import FACTS
 
 from .on_the_cpu import on_the_cpu

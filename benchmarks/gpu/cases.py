@@ -31,11 +31,8 @@ from .plan import REAL, TINY, GpuJob, Part, Report, Setting
 from .raw import backends, ours
 from .timing import is_usable, use_side_stream
 
-RESULTS = "results.csv"
-"""All rows of a run, in its folder."""
-
-UNKNOWN = "nobody knows who"
-"""In place of the contender that failed."""
+RESULTS = "results.csv"  # All rows of a run, in its folder.
+UNKNOWN = "nobody knows who"  # In place of the contender that failed.
 
 
 class Section(str, enum.Enum):
@@ -53,20 +50,16 @@ class Request:
     """What a process is to measure."""
 
     device: str
-    backend: str
-    """Of ours; empty for the automatic choice."""
+    backend: str  # Of ours; empty for the automatic choice.
     part: Part
     sections: Collection[Section]
     tiny: bool
     out: Path
-    deadline: float
-    """No case is begun after this, by ``time.monotonic``."""
-    start: int = 0
-    """The first case."""
+    deadline: float  # No case is begun after this, by ``time.monotonic``.
+    start: int = 0  # The first case.
     without: Collection[str] = ()
     """Contenders that the first case is to leave out. All of OWN: everything of ours."""
-    done: Collection[str] = ()
-    """Phases of the first case whose rows are written."""
+    done: Collection[str] = ()  # Phases of the first case whose rows are written.
 
 
 class Began(NamedTuple):
@@ -75,8 +68,8 @@ class Began(NamedTuple):
     number: int
     title: str
     patience_s: float
-    without: Collection[str]
-    done: Collection[str]
+    without: list[str]
+    done: list[str]
 
 
 class Wrote(NamedTuple):
@@ -157,8 +150,7 @@ def _run(connection: Connection, request: Request, where: Environment) -> None:
         _say(f"[{time.monotonic() - started:6.1f} s] {job.title}")
         trying = True
         while trying:
-            out = tuple(sorted(without))
-            connection.send(Began(k, job.title, job.patience_s, out, tuple(done)))
+            connection.send(Began(k, job.title, job.patience_s, sorted(without), [*done]))
             try:
                 trying = _try(job, without, done, own, where.device, connection, request.out, fail)
             except DeviceFault as fault:

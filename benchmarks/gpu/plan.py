@@ -12,8 +12,7 @@ from ..fused import MODELS
 from ..results import Result
 from ..shapes import LayerCase, grid, weight_list
 
-LARGE_BYTES = 64e6
-"""From here on, an aim is a share of the card's copy bandwidth."""
+LARGE_BYTES = 64e6  # From here on, an aim is a share of the card's copy bandwidth.
 
 _ADDED = {
     "large": {
@@ -44,8 +43,7 @@ cache and too large for one."""
 
 FIRST_MODELS = ("HiFi-GAN-V1", "DAC")
 
-Report = Callable[[str], None]
-"""Takes a line."""
+Report = Callable[[str], None]  # Takes a line.
 
 
 class Part(str, enum.Enum):
@@ -61,22 +59,13 @@ class GpuPlan:
 
     copy_bytes: tuple[int, ...]
     weights: Mapping[Part, Sequence[LayerCase]]
-    models: Mapping[Part, Mapping[str, Sequence[LayerCase]]]
-    """Name -> all its weights."""
-    host_every: int = 4
-    """Take every n-th of the small weights."""
-    graph_s: float = 1e-3
-    """How long the work in one CUDA graph should take."""
-    sample_s: float = 2e-3
-    """How long a turn lasts at least."""
-    weight_budget_s: Mapping[Part, float] | None = None
-    """For the rounds of one phase of one weight; without it a run tries the program out."""
+    models: Mapping[Part, Mapping[str, Sequence[LayerCase]]]  # Name -> all its weights.
+    weight_budget_s: Mapping[Part, float]  # For the rounds of one phase of one weight.
+    host_every: int = 4  # Take every n-th of the small weights.
+    graph_s: float = 1e-3  # How long the work in one CUDA graph should take.
+    sample_s: float = 2e-3  # How long a turn lasts at least.
     host_budget_s: float = 0.0
     model_budget_s: float = 0.0
-
-    def budget_s(self, part: Part) -> float:
-        """For the rounds of one phase of one weight."""
-        return self.weight_budget_s[part] if self.weight_budget_s else 0.0
 
 
 def _weights() -> dict[Part, tuple[LayerCase, ...]]:
@@ -120,6 +109,7 @@ TINY = GpuPlan(
     copy_bytes=(2**20,),
     weights={Part.KEY: _TINY[:1], Part.REST: _TINY[1:]},
     models={Part.KEY: {"tiny": _TINY}, Part.REST: {}},
+    weight_budget_s=dict.fromkeys(Part, 0.0),
     host_every=40,
     graph_s=1e-4,
     sample_s=1e-4,
@@ -131,11 +121,9 @@ class Setting(NamedTuple):
 
     plan: GpuPlan
     part: Part
-    where: Environment
-    """Its backend is the one of ours that is measured."""
+    where: Environment  # Its backend is the one of ours that is measured.
     report: Report
-    fail: Report
-    """Of a failure of ours that keeps nothing else from being measured."""
+    fail: Report  # Of a failure of ours that keeps nothing else from being measured.
 
 
 class GpuJob(NamedTuple):
@@ -145,5 +133,4 @@ class GpuJob(NamedTuple):
     run: Callable[[Collection[str]], Iterable[list[Result]]]
     """Takes the names of contenders to leave out, and gives the rows of one phase after the other.
     Raises ContenderError if one fails."""
-    patience_s: float = 20.0
-    """The longest that it may take. Most take less than a second."""
+    patience_s: float = 20.0  # The longest that it may take. Most take less than a second.

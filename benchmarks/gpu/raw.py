@@ -22,9 +22,7 @@ from ..layers import Tensors
 from ..shapes import LayerCase
 from .plan import REAL
 
-FALLBACK = "eager"
-"""The backend that is torch's operators again."""
-
+FALLBACK = "eager"  # The backend that is torch's operators again.
 FLAGGEMS, FLAGGEMS_PACKAGE = "FlagGems", "flag_gems"
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -39,17 +37,14 @@ TWO_PASSES = {FORWARD: 3, BACKWARD: 5}
 ROW_ON_CHIP = 8192
 """Elements of a contiguous row that a backend is believed to keep, if it does not say."""
 
-MOST_LAUNCHES = 4
-"""Of a list: two forward, two backward."""
+MOST_LAUNCHES = 4  # Of a list: two forward, two backward.
 
 
 class Raw(NamedTuple):
     """Two calls on prepared tensors."""
 
-    forward: Callable[[], tuple[Tensor, ...]]
-    """Gives w, and what else its backward needs."""
-    backward: Callable[[], tuple[Tensor, Tensor]]
-    """Gives grad_v and grad_g."""
+    forward: Callable[[], tuple[Tensor, ...]]  # Gives w, and what else its backward needs.
+    backward: Callable[[], tuple[Tensor, Tensor]]  # Gives grad_v and grad_g.
 
 
 Maker = Callable[[Tensors, int | None], Raw]

@@ -22,26 +22,34 @@ from wnkernel.problem import check
 
 from .. import plan as cpu_plan
 from .. import verify
-from ..contenders import COPY, OURS, copy_of, operators
+from ..contenders import COPY, copy_of, operators
 from ..environment import Environment
 from ..layers import MAX_NUMEL, forward, forward_backward, run_host, tensors, verified
 from ..results import Result, of_list, of_weight, rows
 from ..shapes import LayerCase, dtype_text, grid
 from ..timing import ContenderError, blamed, host_sampler, measure
 from .plan import GpuJob, Part, Report, Setting
-from .raw import BACKWARD, FLAGGEMS, FORWARD, Maker, Raw, arrays, flaggems, inputs, is_ours, makers
+from .raw import (
+    BACKWARD,
+    FLAGGEMS,
+    FORWARD,
+    Maker,
+    Raw,
+    arrays,
+    flaggems,
+    inputs,
+    is_ours,
+    makers,
+    ours,
+)
 from .timing import Call, Graph, calls_for, capture, check_replay, is_usable, measure_graphs
 
 SINGLE, RIVAL, COPYING, HOST = "single", "flaggems", "copy", "host"
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-COLD_BYTES = 32e6
-"""A v of this size is measured with cold caches."""
-
-CACHES = 4
-"""How many times the L2 cache all copies of v are."""
-
+COLD_BYTES = 32e6  # A v of this size is measured with cold caches.
+CACHES = 4  # How many times the L2 cache all copies of v are.
 FLAGGEMS_SHAPES = (((4096, 4096), 0), ((768, 48, 128), 2), ((1024, 1024, 5), 0), ((4096, 4096), 1))
 """In the order of their importance."""
 
@@ -49,19 +57,14 @@ FLAGGEMS_S = 60.0
 """For a shape: it tunes itself at the first call of every shape, with 45 variants of each kernel to
 compile and to time."""
 
-LAUNCH = "launch"
-"""The phase, and the contender, of a kernel with nothing to do."""
-
+LAUNCH = "launch"  # The phase, and the contender, of a kernel with nothing to do.
 LAUNCH_CALLS = 200
-WARM_UP_BUDGETS = 10
-"""A card that was idle needs a moment to reach its clock."""
-
+WARM_UP_BUDGETS = 10  # A card that was idle needs a moment to reach its clock.
 CALL = "call, forward"
 CALL_BACKWARD = "call, forward+backward"
 """Of :func:`wnkernel.functional.weight_norm` and of ``torch._weight_norm``, with autograd."""
 
-CALL_SAMPLE_S = 1e-3
-"""Of calls: too few to fill the queue of launches."""
+CALL_SAMPLE_S = 1e-3  # Of calls: too few to fill the queue of launches.
 
 
 def jobs(setting: Setting) -> list[GpuJob]:
@@ -100,15 +103,8 @@ def run(
     extra: Mapping[str, Maker] | None = None,
     case_name: str = SINGLE,
 ) -> Iterator[list[Result]]:
-    """Verify, then time, one weight: the rows of its forward, then those of its backward.
-
-    Args:
-        case: the weight.
-        dtype: of v, g and w.
-        setting: what cases have in common.
-        without: contenders to leave out.
-        extra: more contenders.
-        case_name: what the rows are filed under.
+    """Verify, then time, one weight by all but some contenders and some more: the rows of its
+    forward, then those of its backward.
 
     Raises:
         ContenderError: one fails, or ours is wrong. Of others, an error is reported; they are timed
@@ -137,10 +133,11 @@ def run(
             runs = [getattr(raw, phase) for raw in raws]
             if graph := captured(who, f"{phase}, {title}", runs, calls, setting):
                 graphs[who] = graph
-        budget_s = plan.budget_s(setting.part)
+        budget_s = plan.weight_budget_s[setting.part]
         stats = measure_graphs(graphs, where.device, budget_s, plan.sample_s)
         found = rows(about, where, stats, errors=errors, arrays=traffic)
-        yield [replace(r, backend=_backend(r)) for r in found]
+        own = {ours(name): name for name in BACKENDS}
+        yield [replace(r, backend=own.get(r.contender, r.backend)) for r in found]
 
 
 def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:
@@ -189,10 +186,6 @@ def captured(
         return None
 
 
-def _backend(r: Result) -> str:
-    return r.contender.removeprefix(OURS).strip() if r.contender.startswith(OURS) else r.backend
-
-
 def copy_jobs(setting: Setting) -> list[GpuJob]:
     """First of all the launch, and one job for each size."""
     if setting.part is not Part.KEY:
@@ -211,7 +204,7 @@ def _graph(who: str, size: int, setting: Setting) -> list[Result]:
     t = torch.ones(size // 4, device=device)
     calls = LAUNCH_CALLS if who == LAUNCH else calls_for(2 * size, plan.graph_s)
     graph = capture([(lambda: t.add_(1.0)) if who == LAUNCH else copy_of([t])], calls, device)
-    budget_s = (1 if who == LAUNCH else WARM_UP_BUDGETS) * plan.budget_s(Part.REST)
+    budget_s = (1 if who == LAUNCH else WARM_UP_BUDGETS) * plan.weight_budget_s[Part.REST]
     stats = measure_graphs({who: graph}, device, budget_s, plan.sample_s)
     about = replace(of_list(COPYING, "", [t.numel()], who), shape=str(t.numel()))
     return rows(about, setting.where, stats, arrays=None if who == LAUNCH else 2)

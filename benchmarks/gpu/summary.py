@@ -23,21 +23,15 @@ IN_A_GRAPH = "In a CUDA graph every launch of a list copies its table of weights
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 MB = 1e6
-BOTH = "both"
-"""Forward and backward together: the sum of their medians."""
-
+BOTH = "both"  # Forward and backward together: the sum of their medians.
 SHARE, SHARE_OF_CUDA = 0.85, 0.9
 """Of the card's copy bandwidth, for large weights (docs/gpu.md, docs/cuda.md)."""
 
 KEY_TIMES, ODD_TIMES, MEAN_TIMES, LEAST_TIMES = 8.0, 5.0, 1.8, 0.95
 """Times torch: the key weights, middle dims and whole tensors, and all above 1 MB."""
 
-MOST_LIMITS = 1.3
-"""Of a fused model: its arrays at the speed of copies, and its launches."""
-
-HOST_BOUND = 1.5
-"""torch waits for the host where its wall time is this many times its device time."""
-
+MOST_LIMITS = 1.3  # Of a fused model: its arrays at the speed of copies, and its launches.
+HOST_BOUND = 1.5  # torch waits for the host where its wall time is this many times its device time.
 HOST_TIMES = 2.0
 """The aim there. Of the 11 µs that a layer takes the host, 4 to 5 are autograd's own, which adds
 two gradients up for each weight, whoever computes them."""
@@ -49,8 +43,7 @@ class Line(NamedTuple):
     title: str
     figure: str
     aim: str = ""
-    met: bool | None = None
-    """None: there is no aim."""
+    met: bool | None = None  # None: there is no aim.
     cases: int = 1
 
 
@@ -72,22 +65,19 @@ class Weight:
     def ms(self, phase: str, who: str) -> float:
         """Device time; of :data:`BOTH`, the sum. NaN if it was not measured."""
         phases = (FORWARD, BACKWARD) if phase == BOTH else (phase,)
-        found = [self.found.get((p, who)) for p in phases]
-        return sum(NAN if r is None else r.median_ms for r in found)
+        return sum(r.median_ms if (r := self.found.get((p, who))) else NAN for p in phases)
 
     def ratio(self, phase: str, who: str, to: str = TORCH) -> float:
         """How many times as fast as ``to``."""
         return self.ms(phase, to) / self.ms(phase, who)
 
-    def share(self, phase: str, who: str, copy_gb_per_s: float) -> float:
-        """Of the card's copy bandwidth, by the arrays that the backend's plan moves. Where the
-        second of two passes finds them in a cache, that flatters."""
-        r = self.found.get((phase, who))
-        return NAN if r is None else r.gb_per_s / copy_gb_per_s
-
-    def least_share(self, phase: str, who: str, copy_gb_per_s: float) -> float:
-        """Of the card's copy bandwidth, by the two or three arrays that have to be moved."""
-        return ONE_PASS[phase] * self.array_bytes / self.ms(phase, who) / 1e6 / copy_gb_per_s
+    def shares(self, phase: str, who: str, copy_gb_per_s: float) -> tuple[float, float]:
+        """Of the card's copy bandwidth, by the arrays that the backend's plan moves (where the
+        second of two passes finds them in a cache, that flatters), and by the two or three arrays
+        that have to be moved."""
+        ms, r = self.ms(phase, who), self.found.get((phase, who))
+        least = ONE_PASS[phase] * self.array_bytes / ms / 1e6
+        return (r.gb_per_s if r else NAN) / copy_gb_per_s, least / copy_gb_per_s
 
 
 def weights(results: Iterable[Result], case: str = SINGLE) -> list[Weight]:
@@ -127,9 +117,9 @@ def weight_lines(results: Sequence[Result], who: str) -> list[Line]:
         large = [w for w in every if w.about.dtype == dtype and w.array_bytes >= LARGE_BYTES]
         for phase in (FORWARD, BACKWARD):
             title = f"share of copy bandwidth, 64 MB and more, {phase}, {dtype}"
-            lines += _line(title, [w.share(phase, who, speed) for w in large], least=aim)
-            title += f", of {ONE_PASS[phase]} arrays"
-            lines += _line(title, [w.least_share(phase, who, speed) for w in large])
+            shares = [w.shares(phase, who, speed) for w in large]
+            lines += _line(title, [share for share, _ in shares], least=aim)
+            lines += _line(f"{title}, of {ONE_PASS[phase]} arrays", [least for _, least in shares])
     for shape, dim in KEY:
         for w in every:
             is_it = (w.about.shape, w.about.dim) == (shape_text(shape), str(dim))
@@ -154,7 +144,7 @@ def _line(
     title: str, values: Iterable[float], *, least: float | None = None, mean: float | None = None
 ) -> list[Line]:
     """The geometric mean and the least of what was measured, if anything was."""
-    values = _numbers(values)
+    values = [x for x in values if x == x]
     if not values:
         return []
     bounds = ("mean", mean), ("each", least)
@@ -162,33 +152,23 @@ def _line(
     met = None
     if least is not None:
         met = min(values) >= least and (mean is None or geometric_mean(values) >= mean)
-    return [Line(title, _mean(values), ", ".join(aims), met, len(values))]
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{geometric_mean(values):.2f}, least {min(values):.2f}"
-
-
-def _numbers(values: Iterable[float]) -> list[float]:
-    return [x for x in values if x == x]
+    figure = f"{geometric_mean(values):.2f}, least {min(values):.2f}"
+    return [Line(title, figure, ", ".join(aims), met, len(values))]
 
 
 def host_lines(results: Sequence[Result]) -> list[Line]:
     """Host time, for which there is no aim on a GPU."""
-    found = [r for r in results if r.case == HOST]
-    lines = []
-    for key in dict.fromkeys((r.phase, r.backend) for r in found):
-        of_phase = [r for r in found if (r.phase, r.backend) == key]
-        us = {
-            who: geometric_mean(1e3 * r.median_ms for r in of_phase if r.contender == who)
-            for who in dict.fromkeys(r.contender for r in of_phase)
-        }
-        for who in us:
-            ratios = _numbers(r.ratio_to_torch for r in of_phase if r.contender == who)
-            if ratios and who != TORCH:
-                figure = f"{_mean(ratios)} ({us[who]:.1f} µs, torch {us.get(TORCH, NAN):.1f})"
-                title = f"host, times torch, {key[0]}, {who}, {key[1]}"
-                lines.append(Line(title, figure, cases=len(ratios)))
+    lines: list[Line] = []
+    found: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    for r in (r for r in results if r.case == HOST):
+        found.setdefault((r.phase, r.backend), {}).setdefault(r.contender, []).append(r)
+    for (phase, backend), of in found.items():
+        us = {who: geometric_mean(1e3 * r.median_ms for r in rows) for who, rows in of.items()}
+        for who in (w for w in of if w != TORCH):
+            title = f"host, times torch, {phase}, {who}, {backend}"
+            for line in _line(title, [r.ratio_to_torch for r in of[who]]):
+                times = f"{us[who]:.1f} µs, torch {us.get(TORCH, NAN):.1f}"
+                lines.append(line._replace(figure=f"{line.figure} ({times})"))
     return lines
 
 
@@ -287,8 +267,8 @@ def _print_named(console: Console, results: Sequence[Result], who: str) -> None:
         if is_named and any(who == one for _, one in w.found):
             rows.append([w.about.shape, w.about.dim, w.about.dtype])
             for phase in (FORWARD, BACKWARD):
-                ratios = w.share(phase, who, speed), w.least_share(phase, who, speed)
-                ratios += w.ratio(phase, who), 1 / w.ratio(phase, who, COPY)
+                ratios = w.ratio(phase, who), 1 / w.ratio(phase, who, COPY)
+                ratios = (*w.shares(phase, who, speed), *ratios)
                 rows[-1] += [number(1e3 * w.ms(phase, who), 1), *(number(x, 2) for x in ratios)]
     title = f"{who}, device time in a CUDA graph, cold L2 cache from 32 MB on"
     show(console, title, heads, rows, left=3)

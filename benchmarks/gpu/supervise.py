@@ -16,11 +16,8 @@ from ..contenders import OWN
 from . import cases
 from .cases import Began, Failed, Faulted, Finished, Refused, Request, Wrote
 
-START_S = 60.0
-"""Until a process has come to its first case: it imports torch, and CUDA begins."""
-
-END_S = 5.0
-"""For a process to be gone after it was killed. One that is stuck in the driver stays."""
+START_S = 60.0  # Until a process has come to its first case: it imports torch, and CUDA begins.
+END_S = 5.0  # For a process to be gone after it was killed. One that is stuck in the driver stays.
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -32,22 +29,13 @@ class Tally:
     """What came of a run."""
 
     rows: int = 0
-    failures: list[str] = field(default_factory=list)
-    """What of ours failed."""
-    left_out: str = ""
-    """The first case that there was no time for."""
-    refused: str = ""
-    """Why the device cannot be used."""
+    failures: list[str] = field(default_factory=list)  # What of ours failed.
+    left_out: str = ""  # The first case that there was no time for.
+    refused: str = ""  # Why the device cannot be used.
 
 
 def measure(request: Request, say: Callable[[str], None], work: Work = cases.work) -> Tally:
-    """Run all cases of a request, in as many processes as it takes.
-
-    Args:
-        request: what to measure.
-        say: takes the lines about processes that died.
-        work: what a process does.
-    """
+    """Run all cases of a request, in as many processes as it takes; say which of them died."""
     tally = Tally()
     following: Request | None = request
     while following is not None:
@@ -76,7 +64,7 @@ def _one_process(
                     pass
                 case Wrote(rows, phase):
                     tally.rows += rows
-                    at = at._replace(done=(*at.done, phase))
+                    at = at._replace(done=[*at.done, phase])
                 case Failed(what):
                     tally.failures.append(what)
                 case Faulted(who):

@@ -20,21 +20,13 @@ from wnkernel.cli.timing import Times, no_garbage_collection
 from ..timing import Contender, Sampler, device_sampler, host_sampler, measure
 from ..verify import VerificationError
 
-SPEED = 4e12
-"""Bytes per second of a fast card, to guess how many calls fill a graph."""
-
+SPEED = 4e12  # Bytes per second of a fast card, to guess how many calls fill a graph.
 LAUNCH_S = 2e-6
 LEAST_CALLS, MOST_CALLS = 4, 256
 
-SLOW_S = 20e-3
-"""A contender whose graph would take longer than this gets fewer calls."""
-
-CYCLES_PER_S = 2e9
-"""Of the clock that ``torch.cuda._sleep`` counts: at most this."""
-
-HEADSTART = 1.5
-"""The device waits this many times as long as the host should need."""
-
+SLOW_S = 20e-3  # A contender whose graph would take longer than this gets fewer calls.
+CYCLES_PER_S = 2e9  # Of the clock that ``torch.cuda._sleep`` counts: at most this.
+HEADSTART = 1.5  # The device waits this many times as long as the host should need.
 Call = Callable[[], Sequence[Tensor]]
 
 
@@ -129,12 +121,11 @@ def measure_graphs(
     """:func:`~benchmarks.timing.measure` of graphs: the time of one call."""
     runs = {who: graph.run for who, graph in graphs.items()}
     stats = measure(runs, device_sampler(device), budget_s, min_sample_s=sample_s)
-    return {who: _per_call(times, graphs[who].calls) for who, times in stats.items()}
-
-
-def _per_call(t: Times, calls: int) -> Times:
     fields = ("median_ms", "p20_ms", "p80_ms", "faults")
-    return replace(t, **{name: getattr(t, name) / calls for name in fields})
+    return {
+        who: replace(t, **{name: getattr(t, name) / graphs[who].calls for name in fields})
+        for who, t in stats.items()
+    }
 
 
 def wall_sampler(device: torch.device) -> Sampler:

@@ -7,12 +7,8 @@ import importlib.util
 import sys
 import time
 
-MISSING_PACKAGE = 4
-"""The exit status."""
-
-ASKING_S = 30
-"""For whether there is a GPU. A driver that is broken may never answer."""
-
+MISSING_PACKAGE = 4  # The exit status.
+ASKING_S = 30  # For whether there is a GPU. A driver that is broken may never answer.
 NEEDED = ("torch", "numpy", "rich", "typer")
 
 

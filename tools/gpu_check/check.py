@@ -31,13 +31,10 @@ from benchmarks.gpu.summary import print_summary, read
 from benchmarks.report import PIPE_WIDTH, show
 
 from . import tests_to_run, visit
-from .log import Log
-from .steps import BAD, Outcome, Step, failed, run_steps
+from .steps import BAD, Log, Outcome, Step, failed, run_steps
 from .versions import PROBLEM, Facts, facts_of
 
-NO_GPU = 3
-"""The exit status."""
-
+NO_GPU = 3  # The exit status.
 LOG, SUMMARY = "gpu-check.log.gz", "summary.txt"
 FILES = (LOG, SUMMARY, RESULTS, tests_to_run.RESULTS, visit.REPORT)
 """All that is written: few files, in one folder."""

@@ -53,12 +53,7 @@ def command(report: Path) -> list[str]:
 
 
 def main(report: Path, about: str) -> int:
-    """Profiles, and says how many launches are in the report, or what it says instead.
-
-    Args:
-        report: the file.
-        about: the device and the commit, for its last line.
-    """
+    """Profiles, and says how many launches are in the report, or what it says instead."""
     done = subprocess.run(command(report), check=False)
     with report.open("a") as file:
         file.write(f"\n{about}\n")

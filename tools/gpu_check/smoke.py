@@ -39,8 +39,7 @@ SHAPES = (
 """Every way of cutting a weight into tiles, as far as published models need it."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-Weight = tuple[Tensors, int | None]
-"""On the CPU, and its dim."""
+Weight = tuple[Tensors, int | None]  # On the CPU, and its dim.
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -81,27 +80,22 @@ def cases(backend: str, dtype: str, device: str) -> Iterator[tuple[str, str]]:
             every.append((tensors(case, getattr(torch, dtype), torch.device("cpu")), dim))
     with wnkernel.use_backend(backend):
         for t, dim in every:
-            yield f"{backend} {dtype} {list(t.v.shape)} dim {dim}", _error([(t, dim)], device)
-        yield f"{backend} {dtype}, all of them as a list", _error(every, device)
+            yield f"{backend} {dtype} {list(t.v.shape)} dim {dim}", run([(t, dim)], device)
+        yield f"{backend} {dtype}, all of them as a list", run(every, device)
         rows = [weight for weight in every if weight[1] == 0]
-        yield f"{backend} {dtype}, a list of rows only", _error(rows, device)
+        yield f"{backend} {dtype}, a list of rows only", run(rows, device)
 
 
-def _error(chosen: Sequence[Weight], device: str) -> str:
-    """What is wrong with them; empty if nothing is."""
+def run(chosen: Sequence[Weight], device: str) -> str:
+    """What is wrong with the forward and backward of one weight, or of a list; maybe nothing."""
     try:
-        run(chosen, device)
+        _check(chosen, device)
     except Exception as error:  # whatever a kernel, or its compiler, raises
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return ""
 
 
-def run(chosen: Sequence[Weight], device: str) -> None:
-    """Forward and backward on the device: of one weight, or of a list.
-
-    Raises:
-        VerificationError: a result is wrong.
-    """
+def _check(chosen: Sequence[Weight], device: str) -> None:
     vs, gs = ([getattr(t, x).detach().to(device).requires_grad_() for t, _ in chosen] for x in "vg")
     dims = [dim for _, dim in chosen]
     ws = weight_norms(vs, gs, dims) if len(chosen) > 1 else [weight_norm(vs[0], gs[0], dims[0])]

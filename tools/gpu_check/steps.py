@@ -6,20 +6,19 @@ it. What steps write goes to a log on disk while they run.
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO
-
-from .log import Log
 
 PASSED, FAILED, TIMED_OUT = "passed", "FAILED", "TIMED OUT"
 LEFT_OUT, CUT = "left out", "cut short"
@@ -28,15 +27,67 @@ BAD = (FAILED, TIMED_OUT)
 OWN_LIMIT = "{own limit}"
 """An argument that stands for the seconds after which a command should begin nothing more."""
 
-LEAST_S = 3.0
-"""With less time than this left, a step is not begun."""
-
-TAIL = 25
-"""Lines of the output of a step that failed, to be shown."""
-
+LEAST_S = 3.0  # With less time than this left, a step is not begun.
+TAIL = 25  # Lines of the output of a step that failed, to be shown.
 POLL_S = 0.02
-LAST_S = 1.0
-"""Between the two last requests to end, and for the last of the output."""
+LAST_S = 1.0  # Between the two last requests to end, and for the last of the output.
+FLUSH_S = 1.0
+
+MOST_LINES = 50_000
+"""Of one step. A tool that reports every thread of every launch must not fill the disk."""
+
+MOST_CHARACTERS = 2_000  # Of one line.
+
+
+class Log:
+    """Takes lines from several threads.
+
+    A disk that is full, or any other error of the file, is said once, and ends the writing and
+    nothing else.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+        self._path, self._say = path, say
+        self._lock = threading.Lock()
+        self._lines: Counter[str] = Counter()
+        self._start = self._flushed = time.monotonic()
+        self._file: gzip.GzipFile | None = None
+        self._do(lambda: setattr(self, "_file", gzip.GzipFile(path, "wb", compresslevel=6)))
+
+    def line(self, step: str, text: str) -> None:
+        """One line, with the time since the beginning and its step."""
+        with self._lock:
+            self._lines[step] += 1
+            if self._lines[step] == MOST_LINES:
+                text = "(the rest of this step's lines is left out)"
+            if self._lines[step] <= MOST_LINES:
+                seconds = time.monotonic() - self._start
+                self._write(f"[{seconds:6.1f} {step}] {text[:MOST_CHARACTERS]}\n")
+
+    def flush(self) -> None:
+        """Bring to the disk what was written so far, unless that was done just now."""
+        with self._lock:
+            self._write("")
+
+    def close(self) -> None:
+        """Nothing is written after this."""
+        with self._lock:
+            if self._file is not None:
+                self._do(self._file.close)
+            self._file = None
+
+    def _write(self, text: str) -> None:
+        if self._file is not None:
+            file, is_due = self._file, time.monotonic() - self._flushed > FLUSH_S
+            self._do(lambda: (file.write(text.encode()), file.flush() if is_due else None))
+            self._flushed = time.monotonic() if is_due else self._flushed
+
+    def _do(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self._file = None
+            self._say(f"{self._path} cannot be written: {error.strerror or error}")
 
 
 @dataclass(frozen=True)
@@ -45,19 +96,14 @@ class Step:
 
     name: str
     command: Sequence[str]
-    limit_s: float
-    """The longest that it may take, its grace included."""
+    limit_s: float  # The longest that it may take, its grace included.
     grace_s: float = 5.0
     """Between the request to end and the end: it has to finish what it is at, and to report."""
-    beside: bool = False
-    """Whether it runs beside the step before it."""
-    decides: bool = False
-    """Whether nothing beside it and after it is run if it fails."""
+    beside: bool = False  # Whether it runs beside the step before it.
+    decides: bool = False  # Whether nothing beside it and after it is run if it fails.
     environment: Mapping[str, str] = field(default_factory=dict)
-    absent: str = ""
-    """Why there is nothing to run. That is no failure."""
-    needed: bool = True
-    """Whether it is a failure if the time does not suffice."""
+    absent: str = ""  # Why there is nothing to run. That is no failure.
+    needed: bool = True  # Whether it is a failure if the time does not suffice.
 
     @property
     def late(self) -> str:
@@ -72,10 +118,8 @@ class Outcome:
     name: str
     status: str
     seconds: float
-    detail: str
-    """The last line that it wrote, or why it did not run."""
-    tail: Sequence[str] = ()
-    """The last lines."""
+    detail: str  # The last line that it wrote, or why it did not run.
+    tail: Sequence[str] = ()  # The last lines.
 
 
 def run_steps(

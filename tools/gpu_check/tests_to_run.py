@@ -35,13 +35,10 @@ OTHERS = ("test_on_gpus_large.py", "test_*.py")
 OPTIONAL = ("hypothesis", "expecttest", "safetensors")
 """Packages that some files of tests cannot do without."""
 
-RESULTS = "tests.csv"
-"""In the folder of results."""
-
+RESULTS = "tests.csv"  # In the folder of results.
 MOST_PROCESSES = 8
 MOST_FAILURES = 60
-MOST_CRASHES = 20
-"""Of processes, each of which loses a few seconds."""
+MOST_CRASHES = 20  # Of processes, each of which loses a few seconds.
 
 
 def is_installed(package: str) -> bool:

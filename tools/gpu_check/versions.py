@@ -21,22 +21,15 @@ from benchmarks.environment import commit, version_of
 
 from .tests_to_run import is_installed
 
-FACTS = "FACTS "
-"""Before the line that steps which follow read."""
-
-PROBLEM = "PROBLEM: "
-"""Before each problem."""
-
+FACTS = "FACTS "  # Before the line that steps which follow read.
+PROBLEM = "PROBLEM: "  # Before each problem.
 PACKAGES = (
     *("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis"),
     *("transformers", "setuptools", "ninja", "pybind11"),
 )
 
-OLDEST_DRIVER = 530
-"""CUDA 12.1: older ones refuse the arguments of a list."""
-
-ENOUGH_BYTES = 12e9
-"""Free memory. The largest copy takes 8.6 GB."""
+OLDEST_DRIVER = 530  # CUDA 12.1: older ones refuse the arguments of a list.
+ENOUGH_BYTES = 12e9  # Free memory. The largest copy takes 8.6 GB.
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ from .versions import Facts
 LIMIT_S = 475.0
 """For everything. A machine is lent for fifteen minutes, its start included: two visits."""
 
-SUMMARY_S = 5.0
-"""Of that, for what comes after the last step."""
-
+SUMMARY_S = 5.0  # Of that, for what comes after the last step.
 TEST_S, LONG_TEST_S = 25.0, 60.0
 """A test that takes longer is ended. Most take less than a second; those that compile, 20."""
 
@@ -34,9 +32,7 @@ TOOLS = ("memcheck", "racecheck")
 WATCHED = ("float32", "bfloat16")
 """Under a sanitizer everything takes long. The other types are the same sources."""
 
-REPORT = "ncu.txt"
-"""In the folder of results."""
-
+REPORT = "ncu.txt"  # In the folder of results.
 BACKENDS_OF_TESTS = {
     ("cuda", "cuda"): ("cuda", "auto"),
     ("cuda", "triton"): ("triton",),
@@ -61,22 +57,15 @@ def versions() -> Step:
 
 
 def steps(out: Path, facts: Facts, *, device: str = "cuda") -> list[Step]:
-    """All steps after the first, in their order: what is worth most first.
-
-    Args:
-        out: the folder of results.
-        facts: why some of them cannot run.
-        device: ``"cpu"`` is for trying out the visit itself, in small.
+    """All steps after the first, in their order: what is worth most first. On a CPU they try out
+    the visit itself, in small.
     """
     v = _Visit(out.resolve(), facts, device)
     found = [
         # for this card alone; a build that fails is to be mended at once, and nothing comes after
         # it; where nothing can be built, what needs no build is run
-        Step(
-            "build",
-            _python("tools.gpu_check.build"),
-            130.0,
-            decides=True,
+        replace(
+            Step("build", _python("tools.gpu_check.build"), 130.0, decides=True),
             absent=facts.no_build or facts.no_cuda,
         ),
         # beside the build: variants are kept on disk, and what comes later finds them there
