@@ -17,17 +17,7 @@ import torch
 from torch import Tensor
 
 from . import fused, verify
-from .contenders import (
-    COMPILED,
-    FUSED,
-    LEGACY,
-    OURS,
-    PLAIN,
-    TORCH,
-    Normed,
-    operators,
-    stripped,
-)
+from .contenders import BY_CASE, COMPILED, OURS, Normed, operators, stripped
 from .environment import Environment
 from .layers import beside_a_copy, forward_backward, tensors, verified
 from .model_zoo import BY_NAME, available, build, model_input
@@ -48,10 +38,6 @@ SHAPES = (
 )
 """A taste of every memory pattern; the first few in a default run, for each has to be compiled."""
 
-CONTENDERS = (TORCH, TORCH + COMPILED, LEGACY, OURS, FUSED, OURS + COMPILED, FUSED + COMPILED)
-"""On all weights of a model."""
-
-IN_STEPS = (TORCH, OURS, FUSED, PLAIN)  # In a training step, each eager and compiled.
 FAILED = "torch._inductor.exc.InductorError"
 """What a traceback says where a compiler fails: there is none for C++ at run time, most often."""
 
@@ -119,7 +105,7 @@ def run_model(name: str, plan: Plan, where: Environment) -> list[Result]:
     """All weights of a model, computed in all ways, each in a process of its own."""
     label = f"{name}, {where.threads} thread{'s' if where.threads > 1 else ''}"
     budget_s = plan.compile_model_budget_s
-    return fused.compare("compile", label, weight_list(name), CONTENDERS, budget_s, where)
+    return fused.compare("compile", label, weight_list(name), budget_s, where)
 
 
 def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
@@ -129,7 +115,7 @@ def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
     x = model_input(name, where.device)
     models: dict[str, Normed] = {}
     forwards, steps = {}, {}
-    for who in (one + how for one in IN_STEPS for how in ("", COMPILED)):
+    for who in (one + how for one in BY_CASE["steps"] for how in ("", COMPILED)):
         models[who] = normed = original(who.removesuffix(COMPILED))
         forward = functools.partial(BY_NAME[name].forward, normed.model, x)
         if who.endswith(COMPILED):
@@ -147,9 +133,6 @@ def _check_steps(
 ) -> None:
     """Check the output and the gradients of every model against those of the first that has such,
     with the graphs that are timed: without gradients a compiler would make others.
-
-    Raises:
-        VerificationError: outside the tolerance.
     """
     first: dict[str, Tensor] = {}
     for who, forward in forwards.items():

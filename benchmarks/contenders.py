@@ -36,6 +36,19 @@ KINDS = (OURS, TORCH, LEGACY)  # The weight norms that a single layer can carry.
 OWN = (OURS, FUSED, VERSION, UNCHANGED, OURS + COMPILED, FUSED + COMPILED)
 """All that wnkernel computes."""
 
+BY_CASE = {
+    "models": KINDS,
+    "host": (*KINDS, UNCHANGED),
+    "fused": (TORCH, OURS, FUSED, VERSION, UNCHANGED),
+    "flat": (TORCH, OURS, FUSED, VERSION),
+    "gan": (TORCH, OURS, FUSED, VERSION, PLAIN),
+    "memory": (TORCH, OURS, FUSED, VERSION, PLAIN),
+    "compile": (TORCH, TORCH + COMPILED, LEGACY, OURS, FUSED, OURS + COMPILED, FUSED + COMPILED),
+    "steps": (TORCH, OURS, FUSED, PLAIN),  # Of "compile", each eager and compiled.
+    "whole": (TORCH, OURS, FUSED),
+}
+"""Who takes part in a case of several layers or kinds."""
+
 NAME = "weight"  # The parameter that every model here norms.
 
 
@@ -151,15 +164,11 @@ def norm(
             wnkernel.remove_weight_norm(module)
         layers = []
     if way.reuse is None:
-        return Normed(model, modules, layers, nullcontext, _nothing, way)
+        return Normed(model, modules, layers, nullcontext, int, way)  # int() changes nothing
     group = wnkernel.fuse(model, reuse=way.reuse)
     # without an optimizer, a refresh is the one change that this mode has to be told about
-    changed = group.refresh if way.changing and way.reuse == "version" else _nothing
+    changed = group.refresh if way.changing and way.reuse == "version" else int
     return Normed(model, modules, layers, group.scope, changed, way)
-
-
-def _nothing() -> None:
-    pass
 
 
 def stripped(model: nn.Module) -> Callable[[str], Normed]:
@@ -332,11 +341,7 @@ class Checker:
         return worst
 
     def check_pass(self, who: str, one: Pass) -> float:
-        """Check what a pass, or an iteration, gives.
-
-        Raises:
-            VerificationError: outside the tolerance, or the prepared gradients were written to.
-        """
+        """Check what a pass, or an iteration, gives."""
         grads = [g.clone() for g in one.grads]
         results = one.results()
         if not all(map(torch.equal, grads, one.grads)):

@@ -65,16 +65,13 @@ def environment(device: str, threads: int | None) -> Environment:
         raise ValueError(f"device: {device!r} cannot be used here: {error}") from None
     triton = version_of("triton", "pytorch-triton", "pytorch-triton-rocm")
     threads = torch.get_num_threads() if threads is None else threads
-    about = _device_name(chosen), torch.__version__, triton, commit(), threads
+    name = _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    if chosen.type == "cuda":
+        name = torch.cuda.get_device_name(chosen)
+    about = name, torch.__version__, triton, commit(), threads
     where = Environment(chosen, *about, backend)
     where.settle()
     return where
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -14,12 +14,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from .contenders import (
+    BY_CASE,
     COPY,
-    FUSED,
-    OURS,
     TORCH,
-    UNCHANGED,
-    VERSION,
     WAYS,
     Checker,
     Iteration,
@@ -44,7 +41,6 @@ MODELS = (
     "EnCodec-24k",
     "ParallelWaveGAN",
 )
-CONTENDERS = (TORCH, OURS, FUSED, VERSION, UNCHANGED)
 
 FLAT_NUMEL = 2**21  # 8 MiB of v in float32.
 FLAT_ROW = (128, 4)
@@ -56,7 +52,7 @@ def jobs(plan: Plan, where: Environment) -> list[Job]:
 
     def run(name: str) -> list[Result]:
         cases = weight_list(name)
-        return compare("fused", name, cases, CONTENDERS, plan.fused_budget_s, where)
+        return compare("fused", name, cases, plan.fused_budget_s, where)
 
     return [Job(f"fused {n}", functools.partial(run, n)) for n in plan.fused_models or MODELS]
 
@@ -68,24 +64,19 @@ def flat_jobs(plan: Plan, where: Environment) -> list[Job]:
     for n in plan.flat_layers:
         rows_each = FLAT_NUMEL // (FLAT_ROW[0] * FLAT_ROW[1] * n)
         cases = [LayerCase((rows_each, *FLAT_ROW), 0, "equal layers", "Conv1d")] * n
-        who = (TORCH, OURS, FUSED, VERSION)
-        run = functools.partial(compare, "flat", label, cases, who, plan.flat_budget_s, where)
+        run = functools.partial(compare, "flat", label, cases, plan.flat_budget_s, where)
         found.append(Job(f"flat, {n} layers", run))
     return found
 
 
 def compare(
-    case: str,
-    label: str,
-    cases: Sequence[LayerCase],
-    contenders: Sequence[str],
-    budget_s: float,
-    where: Environment,
+    case: str, label: str, cases: Sequence[LayerCase], budget_s: float, where: Environment
 ) -> list[Result]:
     """Verify, then time, the weights of a list, beside a copy of all v.
 
     What the verification compiles, in an empty cache, the processes that are timed take from it.
     """
+    contenders = BY_CASE[case]
     about = of_list(case, label, [c.numel for c in cases])
     with TemporaryDirectory() as cache:
         verify = functools.partial(_verify, label, contenders, cases, where, cache)

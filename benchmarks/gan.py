@@ -19,18 +19,7 @@ import torch
 from torch import Tensor
 
 from . import hifigan, verify
-from .contenders import (
-    FUSED,
-    OURS,
-    PLAIN,
-    TORCH,
-    VERSION,
-    Checker,
-    Normed,
-    Of,
-    norm,
-    random_grads,
-)
+from .contenders import BY_CASE, PLAIN, TORCH, Checker, Normed, Of, norm, random_grads
 from .environment import Environment
 from .models import OUTPUT_L2
 from .plan import Job, Plan
@@ -40,7 +29,7 @@ from .shapes import weight_list
 
 GAN_STEP = "GAN step"
 NORMS = "weight norms of a GAN step"
-CONTENDERS = (TORCH, OURS, FUSED, VERSION, PLAIN)
+CONTENDERS = BY_CASE["gan"]
 WEIGHTS = {
     hifigan.Generator: ("SpeechT5HifiGan",),
     hifigan.Discriminators: ("HiFi-GAN-MPD", "HiFi-GAN-MSD"),
@@ -82,11 +71,7 @@ def run(plan: Plan, where: Environment) -> list[Result]:
 def build(
     kind: type[hifigan.Generator | hifigan.Discriminators], who: str, where: Environment
 ) -> Normed:
-    """Generator or discriminators, the same for every contender.
-
-    Raises:
-        VerificationError: it has not the weights that it should have.
-    """
+    """Generator or discriminators, the same for every contender."""
     torch.manual_seed(0)
     model = kind().to(where.device)
     modules = hifigan.weight_normed(model)

@@ -16,9 +16,9 @@ from wnkernel.cli.timing import Times
 
 from . import verify
 from .contenders import (
+    BY_CASE,
     COPY,
     ENGINE,
-    KINDS,
     OURS,
     TORCH,
     UNCHANGED,
@@ -36,7 +36,6 @@ from .timing import Contender, blamed, device_sampler, host_sampler, measure
 Operator = Callable[[Tensor, Tensor], Tensor]
 
 BF16_KINDS = ("first", "last")
-
 CALLED = LayerCase((8, 8), 0, "64 elements", "Linear")
 RECORDED, NO_GRAD, BACKWARD = "call, recorded", "call, no_grad", "backward alone"
 """Phases of :data:`CALLED`. A backward goes through autograd's engine, which takes most of its time
@@ -117,11 +116,7 @@ READ_DTYPES = (torch.float32,)  # Of the weights that are read. (A run has no ti
 def verified(
     title: str, contenders: Mapping[str, Operator], t: Tensors, dim: int | None, where: Environment
 ) -> dict[str, float]:
-    """Check every contender against float64; returns their errors.
-
-    Raises:
-        ContenderError: one of them gives wrong numbers, or fails.
-    """
+    """Check every contender against float64; returns their errors."""
     want = verify.reference(t.v, t.g, dim, t.grad_w)
     errors = {}
     for who, operator in contenders.items():
@@ -194,15 +189,12 @@ def run_host(
     """Time a read under grad, graph and all; the three kinds and a group side by side, but for
     those that are to be left out. (The legacy kind recomputes in a hook before the forward, so that
     hook is called.)
-
-    Raises:
-        ContenderError: one of them gives wrong numbers, or fails.
     """
     inputs = tensors(case, torch.float32, where.device)
     want = verify.reference(inputs.v, inputs.g, case.dim, inputs.grad_w).w
     normed: dict[str, NormedLayer] = {}
     scope: AbstractContextManager[None] = nullcontext()
-    for who in (w for w in (*KINDS, UNCHANGED) if w not in without):
+    for who in (w for w in BY_CASE["host"] if w not in without):
         with blamed(who):
             count = GROUP_MEMBERS if who == UNCHANGED else 1
             layers = [apply(who, _layer(case, where.device), case.dim) for _ in range(count)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import gan, hifigan, verify
-from .contenders import FUSED, OURS, PLAIN, TORCH, VERSION, Normed
+from .contenders import BY_CASE, PLAIN, Normed
 from .environment import Environment
 from .models import OUTPUT_L2, training_step
 from .plan import Job, Plan
@@ -26,7 +26,6 @@ from .results import STEP, Result, memory_rows, of_list
 from .shapes import weight_list
 
 NO_GRAD = "no_grad forward"
-CONTENDERS = (TORCH, OURS, FUSED, VERSION, PLAIN)
 MODEL = "SpeechT5HifiGan"
 FRAMES = 8  # So few that weights and their gradients, not activations, make the peak.
 STEPS = 5
@@ -49,18 +48,15 @@ def jobs(plan: Plan, where: Environment) -> list[Job]:
 def run(phase: str, where: Environment) -> list[Result]:
     """The peak of every contender."""
     peaks = {
-        who: run_apart(functools.partial(_peak, who, phase, where), where) for who in CONTENDERS
+        who: run_apart(functools.partial(_peak, who, phase, where), where)
+        for who in BY_CASE["memory"]
     }
     about = of_list("memory", MODEL, [c.numel for c in weight_list(MODEL)], phase)
     return memory_rows(about, where, peaks)
 
 
 def _peak(who: str, phase: str, where: Environment) -> float:
-    """Peak memory of some steps in bytes, above what there is when the model is built.
-
-    Raises:
-        VerificationError: the model, after the steps, does not compute what torch's would.
-    """
+    """Peak memory of some steps in bytes, above what there is when the model is built."""
     generator = gan.build(hifigan.Generator, who, where)
     mel = torch.randn(1, hifigan.MEL_BANDS, FRAMES, generator=torch.Generator().manual_seed(1))
     mel = mel.to(where.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import verify
-from .contenders import COPY, KINDS, TORCH, Checker, Pass, copy_of, random_grads, stripped
+from .contenders import BY_CASE, COPY, TORCH, Checker, Pass, copy_of, random_grads, stripped
 from .environment import Environment
 from .model_zoo import BY_NAME, build, model_input
 from .plan import Job, Plan
@@ -39,7 +39,7 @@ def freed(results: list[Result]) -> list[Result]:
 def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     """Verify, then time, the weight norms alone and a training step, all kinds interleaved."""
     normed = stripped(build(name, where.device))
-    models = {who: normed(who) for who in KINDS}
+    models = {who: normed(who) for who in BY_CASE["models"]}
     del normed
     vs = [layer.v for layer in models[TORCH].layers]
     about = of_list("models", name, [v.numel() for v in vs])

@@ -7,18 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from .contenders import (
-    COMPILED,
-    COPY,
-    ENGINE,
-    FUSED,
-    KINDS,
-    OURS,
-    PLAIN,
-    TORCH,
-    UNCHANGED,
-    VERSION,
-)
+from .contenders import COMPILED, COPY, ENGINE, FUSED, KINDS, OURS, PLAIN, TORCH, UNCHANGED, VERSION
 from .gan import GAN_STEP, NORMS
 from .results import ALONE, COPY_ARRAYS, FORWARD_BACKWARD, STEP, Result, by_subject
 

@@ -224,17 +224,10 @@ def read_csv(path: Path) -> list[Result]:
     """
     lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     reader = csv.DictReader(lines.splitlines())
-    kinds = {f.name: str(f.type) for f in fields(Result) if f.name in (reader.fieldnames or ())}
+    kinds = {"float": lambda text: float(text) if text else NAN, "int": int}
+    known = [f for f in fields(Result) if f.name in (reader.fieldnames or ())]
+    made = {f.name: kinds.get(str(f.type), str) for f in known}
     try:
-        return [
-            Result(**{name: _value(kind, line[name]) for name, kind in kinds.items()})
-            for line in reader
-        ]
+        return [Result(**{k: make(line[k]) for k, make in made.items()}) for line in reader]
     except (TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path}: not a table of results: {error}") from None
-
-
-def _value(kind: str, text: str) -> object:
-    if kind == "float":
-        return float(text) if text else NAN
-    return int(text) if kind == "int" else text

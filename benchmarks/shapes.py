@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 ADDED = "added"  # The label of the cases below, which no listed model has.
-
 _ADDED_SHAPES = ((512, 256, 16), (768, 48, 128), (1024, 64, 128), (512, 512, 3), (626, 768))
 
 

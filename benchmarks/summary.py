@@ -11,7 +11,7 @@ from rich.console import Console
 from wnkernel.cli.load import disturbed
 
 from .contenders import COMPILED, FUSED, OURS, OWN, TORCH, UNCHANGED, VERSION
-from .report import Measured, faults, show
+from .report import Measured, faults, number, show
 from .results import (
     ALONE,
     FORWARD,
@@ -126,9 +126,9 @@ def print_summary(console: Console, results: Sequence[Result]) -> None:
             mean, least = geometric_mean(group.ratio_to_torch), group.ratio_to_torch.min()
             limit = geometric_mean(group.ratio_to_limit)
             large = geometric_mean(group[group.numel > LARGE].ratio_to_limit)
-            cells = [aim.title, str(len(group)), _text(mean), _verdict(mean, aim.geomean)]
-            cells += [_text(least), _verdict(least, aim.least), _text(limit)]
-            rows.append([*cells, _verdict(limit, aim.limit, at_most=True), _text(large)])
+            cells = [aim.title, str(len(group)), number(mean, 2), _verdict(mean, aim.geomean)]
+            cells += [number(least, 2), _verdict(least, aim.least), number(limit, 2)]
+            rows.append([*cells, _verdict(limit, aim.limit, at_most=True), number(large, 2)])
     heads = ("group", "cases", "geometric\nmean", "aim", "least", "aim")
     heads += ("times the copy\nlimit, all", "aim", f"over {LARGE // 10**6} M\nelements")
     show(console, f"Summary: times as fast as torch on {results[0].device}", heads, rows)
@@ -140,10 +140,6 @@ def print_summary(console: Console, results: Sequence[Result]) -> None:
             f"cases (up to {bad.other_cores.max():.1f} cores; column other_cores of the CSV).",
             style="bold red",
         )
-
-
-def _text(value: float) -> str:
-    return "" if value != value else f"{value:.2f}"
 
 
 def _verdict(value: float, aim: float | None, *, at_most: bool = False) -> str:

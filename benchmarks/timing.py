@@ -59,16 +59,18 @@ def device_sampler(device: torch.device) -> Sampler:
     return _sample_events if device.type == "cuda" else _sample_wall
 
 
-def host_sampler(device: torch.device) -> Sampler:
-    """Samples the time that the calling thread spends, whatever it leaves to a device."""
+def host_sampler(device: torch.device, *, until_done: bool = False) -> Sampler:
+    """Samples the time that the calling thread spends, whatever it leaves to a device, or the time
+    until both are done."""
     if device.type != "cuda":
         return _sample_wall
 
     def sample(run: Contender, times: int) -> float:
         torch.cuda.synchronize(device)
+        start = time.perf_counter()
         seconds = _sample_wall(run, times)
         torch.cuda.synchronize(device)
-        return seconds
+        return time.perf_counter() - start if until_done else seconds
 
     return sample
 
@@ -100,11 +102,7 @@ def measure(
     own_cpu_s: Callable[[], float] = time.process_time,
     faults_of: Callable[[str], float] = lambda name: page_faults(),
 ) -> dict[str, Times]:
-    """Time all contenders by :func:`~wnkernel.cli.timing.in_rounds`, with page faults.
-
-    Raises:
-        ContenderError: one of them fails.
-    """
+    """Time all contenders by :func:`~wnkernel.cli.timing.in_rounds`, with page faults."""
 
     def turn(name: str, times: int) -> float:
         with blamed(name):

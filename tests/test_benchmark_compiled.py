@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import compiled, fused, model_zoo, report, summary
-from benchmarks.contenders import COMPILED, COPY, FUSED, LEGACY, OURS, PLAIN, TORCH
+from benchmarks.contenders import BY_CASE, COMPILED, COPY, FUSED, LEGACY, OURS, PLAIN, TORCH
 from benchmarks.environment import environment
 from benchmarks.model_zoo import Entry
 from benchmarks.plan import QUICK
@@ -24,7 +24,7 @@ from .on_the_cpu import on_the_cpu
 
 __all__ = ["on_the_cpu"]
 
-ALL = (*compiled.CONTENDERS, COPY)
+ALL = (*BY_CASE["compile"], COPY)
 QUICK_STEPS = dataclasses.replace(QUICK, step_budget_s=0.0)
 
 
@@ -48,7 +48,7 @@ def test_all_contenders_are_verified_and_compiled_ones_say_how_long_they_took(sm
 def test_models_are_compiled_on_one_thread_and_on_all(monkeypatch):
     ran = []
 
-    def run(case, label, cases, contenders, budget_s, where):
+    def run(case, label, cases, budget_s, where):
         ran.append((label, where.threads))
         return []
 
@@ -115,7 +115,7 @@ def shown(print_results, **ms):
 def test_every_contender_has_a_row():
     lines = shown(report.print_results, **{FUSED + COMPILED: 2.0, LEGACY: 16.0})
     rows = {cells[2]: cells[3:6] for cells in lines if len(cells) > 6}
-    assert tuple(who for who in rows if who) == compiled.CONTENDERS
+    assert tuple(who for who in rows if who) == BY_CASE["compile"]
     assert rows[FUSED + COMPILED] == ["2.00", "4.00", "2.00"]
     assert rows[LEGACY] == ["16.0", "0.50", "0.25"]
 

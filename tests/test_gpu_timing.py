@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import timing
+from benchmarks.timing import host_sampler
 from benchmarks.verify import VerificationError
 
 from .on_the_cpu import on_the_cpu
@@ -167,7 +168,7 @@ def test_wall_time_ends_when_the_device_is_done(cuda, clock):
         cuda.calls.append("run")
         clock.tick(1e-3)
 
-    seconds = timing.wall_sampler(CUDA)(run, 3)
+    seconds = host_sampler(CUDA, until_done=True)(run, 3)
     assert seconds == pytest.approx(3e-3)
     assert cuda.calls[:5] == ["sync", "run", "run", "run", "sync"]
 
@@ -183,6 +184,6 @@ def test_the_device_sleeps_while_calls_are_queued(cuda, clock):
 def test_on_a_cpu_nothing_sleeps(cuda, clock):
     queued = timing.Queued(lambda: None, 1.0)
     assert timing.queue_sampler(CPU)(queued, 2) == 0
-    assert timing.wall_sampler(CPU)(lambda: None, 2) == 0
+    assert host_sampler(CPU, until_done=True)(lambda: None, 2) == 0
     assert cuda.slept == 0
     assert cuda.calls == []

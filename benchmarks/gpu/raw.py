@@ -24,7 +24,6 @@ from .plan import REAL
 
 FALLBACK = "eager"  # The backend that is torch's operators again.
 FLAGGEMS, FLAGGEMS_PACKAGE = "FlagGems", "flag_gems"
-
 FORWARD, BACKWARD = "forward", "backward"
 
 ONE_PASS = {FORWARD: 2, BACKWARD: 3}

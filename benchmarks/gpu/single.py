@@ -45,9 +45,7 @@ from .raw import (
 from .timing import Call, Graph, calls_for, capture, check_replay, is_usable, measure_graphs
 
 SINGLE, RIVAL, COPYING, HOST = "single", "flaggems", "copy", "host"
-
 DTYPES = (torch.float32, torch.bfloat16)
-
 COLD_BYTES = 32e6  # A v of this size is measured with cold caches.
 CACHES = 4  # How many times the L2 cache all copies of v are.
 FLAGGEMS_SHAPES = (((4096, 4096), 0), ((768, 48, 128), 2), ((1024, 1024, 5), 0), ((4096, 4096), 1))
@@ -229,11 +227,7 @@ def host_jobs(setting: Setting) -> list[GpuJob]:
 def run_calls(
     case: LayerCase, setting: Setting, without: Collection[str]
 ) -> Iterator[list[Result]]:
-    """Verify, then time, calls: the rows of the forward, and of both.
-
-    Raises:
-        ContenderError: a contender fails, or is wrong.
-    """
+    """Verify, then time, calls: the rows of the forward, and of both."""
     where, budget_s = setting.where, setting.plan.host_budget_s
     t = tensors(case, torch.float32, where.device)
     contenders = {w: operator for w, operator in operators(case.dim).items() if w not in without}

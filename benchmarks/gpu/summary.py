@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from ..contenders import COPY, FUSED, OURS, TORCH
-from ..report import number, show
+from ..report import show
 from ..results import NAN, Result, geometric_mean, read_csv
 from ..shapes import shape_text
 from .cases import RESULTS
@@ -20,7 +20,6 @@ from .single import COPYING, HOST, LAUNCH, RIVAL, SINGLE
 from .whole import GRAPH, STREAM, WALL, WHOLE
 
 IN_A_GRAPH = "In a CUDA graph every launch of a list copies its table of weights, too."
-
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 MB = 1e6
 BOTH = "both"  # Forward and backward together: the sum of their medians.
@@ -231,7 +230,6 @@ def print_summary(console: Console, results: Sequence[Result]) -> None:
     if not found:
         console.print("No kernels of ours were measured on single weights.")
     for who in found:
-        _print_named(console, results, who)
         _print_lines(console, f"Single weights, {who}", weight_lines(results, who))
     _print_lines(console, "Host time", host_lines(results))
     _print_lines(console, f"Whole models. {IN_A_GRAPH}", model_lines(results))
@@ -252,23 +250,3 @@ def _print_lines(console: Console, title: str, lines: Sequence[Line]) -> None:
     verdicts = {None: "", True: "[green]met[/green]", False: "[red]missed[/red]"}
     rows = [(x.title, x.figure, x.aim, verdicts[x.met], str(x.cases)) for x in lines]
     show(console, title, ("", "figure", "aim", "", "cases"), rows, left=4)
-
-
-def _print_named(console: Console, results: Sequence[Result], who: str) -> None:
-    """The key shapes and the large ones: time, shares of the card's copy bandwidth by what the plan
-    moves and by what has to be moved, ratio to torch, and to a copy of v."""
-    key, speed = {(shape_text(shape), str(dim)) for shape, dim in KEY}, copy_speed(results)
-    heads, rows = ["shape", "dim", "dtype"], []
-    for phase in (FORWARD, BACKWARD):
-        of = ("µs", "of copy", f"of {ONE_PASS[phase]}", "x torch", "x copy_")
-        heads += [f"{phase}\n{head}" for head in of]
-    for w in weights(results):
-        is_named = w.array_bytes >= LARGE_BYTES or (w.about.shape, w.about.dim) in key
-        if is_named and any(who == one for _, one in w.found):
-            rows.append([w.about.shape, w.about.dim, w.about.dtype])
-            for phase in (FORWARD, BACKWARD):
-                ratios = w.ratio(phase, who), 1 / w.ratio(phase, who, COPY)
-                ratios = (*w.shares(phase, who, speed), *ratios)
-                rows[-1] += [number(1e3 * w.ms(phase, who), 1), *(number(x, 2) for x in ratios)]
-    title = f"{who}, device time in a CUDA graph, cold L2 cache from 32 MB on"
-    show(console, title, heads, rows, left=3)

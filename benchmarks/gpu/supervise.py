@@ -18,7 +18,6 @@ from .cases import Began, Failed, Faulted, Finished, Refused, Request, Wrote
 
 START_S = 60.0  # Until a process has come to its first case: it imports torch, and CUDA begins.
 END_S = 5.0  # For a process to be gone after it was killed. One that is stuck in the driver stays.
-
 _CONTEXT = multiprocessing.get_context("spawn")
 
 Work = Callable[[Connection, Request], None]

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from wnkernel.cli.timing import Times, no_garbage_collection
 
-from ..timing import Contender, Sampler, device_sampler, host_sampler, measure
+from ..timing import Contender, Sampler, device_sampler, measure
 from ..verify import VerificationError
 
 SPEED = 4e12  # Bytes per second of a fast card, to guess how many calls fill a graph.
 LAUNCH_S = 2e-6
 LEAST_CALLS, MOST_CALLS = 4, 256
-
 SLOW_S = 20e-3  # A contender whose graph would take longer than this gets fewer calls.
 CYCLES_PER_S = 2e9  # Of the clock that ``torch.cuda._sleep`` counts: at most this.
 HEADSTART = 1.5  # The device waits this many times as long as the host should need.
@@ -126,23 +125,6 @@ def measure_graphs(
         who: replace(t, **{name: getattr(t, name) / graphs[who].calls for name in fields})
         for who, t in stats.items()
     }
-
-
-def wall_sampler(device: torch.device) -> Sampler:
-    """Samples the time until the host and the device are done."""
-    sample = host_sampler(device)
-    if device.type != "cuda":
-        return sample
-
-    def until_done(run: Contender, times: int) -> float:
-        def finish() -> None:
-            for _ in range(times):
-                run()
-            torch.cuda.synchronize(device)
-
-        return sample(finish, 1)
-
-    return until_done
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ import functools
 from collections.abc import Collection, Iterator, Sequence
 
 from ..contenders import (
+    BY_CASE,
     COPY,
-    FUSED,
-    OURS,
     TORCH,
     Checker,
     Iteration,
@@ -26,17 +25,10 @@ from ..contenders import (
 )
 from ..results import Result, of_list, rows
 from ..shapes import LayerCase
-from ..timing import Contender, blamed, measure
+from ..timing import Contender, blamed, host_sampler, measure
 from .plan import GpuJob, Setting
 from .single import captured
-from .timing import (
-    Queued,
-    calls_for,
-    capture,
-    measure_graphs,
-    queue_sampler,
-    wall_sampler,
-)
+from .timing import Queued, calls_for, capture, measure_graphs, queue_sampler
 
 WHOLE = "whole"
 WALL = "wall time"
@@ -47,7 +39,6 @@ QUEUE_S = 0.5e-3
 """Of device time in a turn: more, and the queue of launches would be full before the device is
 let go."""
 
-CONTENDERS = (TORCH, OURS, FUSED)
 ARRAYS = 5
 
 
@@ -62,11 +53,7 @@ def jobs(setting: Setting) -> list[GpuJob]:
 def run(
     name: str, cases: Sequence[LayerCase], setting: Setting, without: Collection[str]
 ) -> Iterator[list[Result]]:
-    """Verify, then time, one model: the rows of one way of timing after the other.
-
-    Raises:
-        ContenderError: a contender fails, or is wrong.
-    """
+    """Verify, then time, one model: the rows of one way of timing after the other."""
     plan, where = setting.plan, setting.where
     about = of_list(WHOLE, name, [c.numel for c in cases])
     checker = Checker(name, where)
@@ -75,7 +62,7 @@ def run(
     passes: dict[str, Pass] = {}
     timed: dict[str, Contender] = {}
     errors: dict[str, float] = {}
-    for who in (w for w in CONTENDERS if w not in without):
+    for who in (w for w in BY_CASE[WHOLE] if w not in without):
         with blamed(who):
             normed = weights_model(who, cases, where.device)
             timed[who] = iteration = Iteration(normed, grads)
@@ -84,7 +71,9 @@ def run(
     timed[COPY] = copied
 
     budget_s, to_rows = plan.model_budget_s, functools.partial(rows, errors=errors, arrays=ARRAYS)
-    walls = measure(timed, wall_sampler(where.device), budget_s, min_sample_s=plan.sample_s)
+    walls = measure(
+        timed, host_sampler(where.device, until_done=True), budget_s, min_sample_s=plan.sample_s
+    )
     yield to_rows(about.of_phase(WALL), where, walls)
 
     calls = calls_for(ARRAYS * about.array_bytes, plan.graph_s)

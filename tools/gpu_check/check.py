@@ -146,8 +146,6 @@ def no_gpu() -> str:
     """Why there is no GPU that torch can use; empty if there is one."""
     if torch.cuda.is_available():
         return ""
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"this torch ({torch.__version__}) is built for CPUs only"
     try:
         torch.cuda.init()
     except Exception as error:  # no driver, one that is too old, one that does not work
