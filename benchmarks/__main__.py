@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compiled, fused, gan, layers, memory, model_zoo, models, plan
+from . import compiled, fused, gan, layers, models, plan
 from .environment import Environment, environment, results_folder
 from .plan import Job, Plan
 from .results import Result, write_csv
@@ -47,7 +47,7 @@ def main(
     norms with a process for each contender. Medians with 20th and 80th percentiles.
     """
     # pandas and matplotlib; the processes of contenders import this file and do without
-    from . import plots, report, summary
+    from . import report, summary
     from .against import compare, print_comparison, read_earlier, to_repeat
 
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def main(
         raise typer.Exit(1 if earlier else 0)
     paths = write_csv(results, out)
     if {r.case for r in results} & {"flat", "fused"}:
-        paths.append(plots.plot(out))
+        paths.append(report.plot(out))
     for path in paths:
         console.print(f"Wrote {path}")
     passed = True
@@ -115,14 +115,14 @@ def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -
         Case.FUSED: fused.jobs,
         Case.FLAT: fused.flat_jobs,
         Case.GAN: gan.jobs,
-        Case.MEMORY: memory.jobs,
+        Case.MEMORY: gan.memory_jobs,
         Case.MODELS: models.jobs,
         Case.COMPILE: compiled_jobs,  # last, for the compiler leaves processes and caches behind
     }
-    if Case.MEMORY in wanted and not memory.can_measure():
+    if Case.MEMORY in wanted and not gan.can_measure():
         notes.append("Peak memory skipped: this system does not tell that of a process.")
         del makers[Case.MEMORY]
-    if Case.MODELS in wanted and not model_zoo.available():
+    if Case.MODELS in wanted and not models.available():
         notes.append("Whole models skipped: transformers is not installed.")
         del makers[Case.MODELS]
     return [job for case, make in makers.items() if case in wanted for job in make(size, where)]

@@ -20,8 +20,7 @@ from . import fused, verify
 from .contenders import BY_CASE, COMPILED, OURS, Normed, operators, stripped
 from .environment import Environment
 from .layers import beside_a_copy, forward_backward, tensors, verified
-from .model_zoo import BY_NAME, available, build, model_input
-from .models import OUTPUT_L2, freed, training_step
+from .models import BY_NAME, OUTPUT_L2, available, build, freed, model_input, training_step
 from .plan import Job, Plan
 from .results import FORWARD_BACKWARD, STEP, Result, of_list, of_weight, rows
 from .shapes import LayerCase, grid, weight_list

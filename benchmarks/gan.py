@@ -1,4 +1,4 @@
-"""Case "gan": a training step of HiFi-GAN, and what weight norm costs in it.
+"""Cases "gan" and "memory": a training step of HiFi-GAN, and what weight norm costs in it.
 
 Per step the discriminators run twice for their own loss and twice for the generator's, as in the
 original code. The cost of the weight norms is measured on the same sequence of reads, backwards and
@@ -6,12 +6,20 @@ changes without the convolutions: the difference of two whole steps would drown 
 that sequence every use of a weight gives a fresh gradient, as a convolution does; what that takes,
 and what adding up the gradients of two uses takes, is in the sequence of the contender without
 weight norm too, and is subtracted.
+
+A peak of memory comes from a fresh process, which builds the generator, remembers how much memory
+it has, runs a few steps, and reports by how much the peak was higher: of resident memory, with
+everything that malloc and buffer pools hold on to.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +29,10 @@ from torch import Tensor
 from . import hifigan, verify
 from .contenders import BY_CASE, PLAIN, TORCH, Checker, Normed, Of, norm, random_grads
 from .environment import Environment
-from .models import OUTPUT_L2
+from .models import OUTPUT_L2, training_step
 from .plan import Job, Plan
 from .processes import measure_apart, run_apart
-from .results import Result, of_list, rows
+from .results import STEP, Result, memory_rows, of_list, rows
 from .shapes import weight_list
 
 GAN_STEP = "GAN step"
@@ -44,6 +52,13 @@ BEFORE_OPTIMIZER = 2
 """How many of the outputs of :class:`Step` no optimizer had a part in, the first time."""
 
 Parts = tuple[Normed, Normed]  # The generator and the discriminators, as one contender has them.
+NO_GRAD = "no_grad forward"
+MODEL = "SpeechT5HifiGan"
+FRAMES = 8  # So few that weights and their gradients, not activations, make the peak.
+STEPS = 5
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
@@ -215,3 +230,69 @@ def _check_steps(where: Environment) -> None:
 def _two_steps(who: str, where: Environment) -> list[np.ndarray]:
     step = Step(_parts(who, where), CHECKED_FRAMES, CHECKED_RATE)
     return [t.detach().cpu().numpy() for _ in range(2) for t in step()]
+
+
+def can_measure() -> bool:
+    """Whether the peak of a process can be told on this system."""
+    return _STATUS.exists() and _CLEAR_REFS.exists()
+
+
+def memory_jobs(plan: Plan, where: Environment) -> list[Job]:
+    """One job per phase."""
+    phases = (STEP, NO_GRAD)[: plan.memory_phases]
+    return [
+        Job(f"memory, {phase}", functools.partial(run_memory, phase, where)) for phase in phases
+    ]
+
+
+def run_memory(phase: str, where: Environment) -> list[Result]:
+    """The peak of every contender."""
+    peaks = {
+        who: run_apart(functools.partial(_peak, who, phase, where), where)
+        for who in BY_CASE["memory"]
+    }
+    about = of_list("memory", MODEL, [c.numel for c in weight_list(MODEL)], phase)
+    return memory_rows(about, where, peaks)
+
+
+def _peak(who: str, phase: str, where: Environment) -> float:
+    """Peak memory of some steps in bytes, above what there is when the model is built."""
+    generator = build(hifigan.Generator, who, where)
+    mel = torch.randn(1, hifigan.MEL_BANDS, FRAMES, generator=torch.Generator().manual_seed(1))
+    mel = mel.to(where.device)
+    forward = functools.partial(generator.model, mel)
+    training = training_step(generator.model, forward)
+    step = training if phase == STEP else torch.no_grad()(forward)
+    before = _reset()
+    for _ in range(STEPS):
+        step()
+    peak = _status("VmHWM") - before
+    _check_memory(who, generator, mel, where)
+    return peak
+
+
+def _check_memory(who: str, generator: Normed, mel: Tensor, where: Environment) -> None:
+    if who == PLAIN:
+        return
+    folded = hifigan.Generator().to(where.device)
+    for module, layer in zip(hifigan.weight_normed(folded), generator.layers, strict=True):
+        want = verify.reference(layer.v, layer.g, layer.dim, torch.zeros_like(layer.v))
+        module.weight.data.copy_(want.w)
+        module.bias.data.copy_(layer.module.bias)
+    with torch.no_grad():
+        verify.check_same(f"{who}, memory", generator.model(mel), folded(mel), OUTPUT_L2)
+
+
+def _reset() -> int:
+    """Forget the peak so far, and say what is in use, in bytes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what building the model left behind would hide a part of the peak
+        trim(0)
+    _CLEAR_REFS.write_text(_RESET_PEAK)
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    return 1024 * int(found[1])

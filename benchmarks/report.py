@@ -1,8 +1,11 @@
-"""The tables of all cases on the terminal. They need no pandas, which machines with a GPU lack."""
+"""The tables of all cases on the terminal, and ``fused.png``: time by the number of layers, and the
+distance of whole models to the limit. Machines with a GPU may lack what the plot needs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +14,12 @@ from .contenders import COMPILED, COPY, ENGINE, FUSED, KINDS, OURS, PLAIN, TORCH
 from .gan import GAN_STEP, NORMS
 from .results import ALONE, COPY_ARRAYS, FORWARD_BACKWARD, STEP, Result, by_subject
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+COLOURS = {TORCH: "tab:red", OURS: "tab:orange", FUSED: "tab:blue", VERSION: "tab:cyan"}
+COPIES = 2.5
 MIB = 2**20
 PIPE_WIDTH = 150  # Columns of a table when there is no terminal to ask.
 KIND_TEXT = {"first": "dim 0", "last": "last dim", "middle": "middle dims", "whole": "whole tensor"}
@@ -213,3 +222,55 @@ def faults(m: Measured, ours: Result) -> str:
 def number(x: float, digits: int) -> str:
     """Nothing for NaN."""
     return "" if x != x else f"{x:.{digits}f}"
+
+
+def plot(folder: Path) -> Path:
+    """Draw what flat.csv and fused.csv have, one of which has to be there."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    files = {draw: folder / f"{name}.csv" for name, draw in (("flat", _flat), ("fused", _fused))}
+    frames = {draw: pd.read_csv(file) for draw, file in files.items() if file.exists()}
+    size = (7 * len(frames), 6)
+    figure, axes = plt.subplots(1, len(frames), figsize=size, layout="constrained", squeeze=False)
+    for axis, (draw, frame) in zip(axes[0], frames.items(), strict=True):
+        draw(axis, frame)
+    r = frame.iloc[0]
+    figure.suptitle(
+        f"wnkernel ({r.backend} backend) and torch {r.torch}: all weight norms of a model, "
+        f"forward and backward, {r.device}, {r.threads} threads"
+    )
+    path = folder / "fused.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _flat(axis: Axes, flat: DataFrame) -> None:
+    flat = flat.assign(layers=flat["shape"].str.split().str[0].astype(int)).sort_values("layers")
+    for who, colour in COLOURS.items():
+        part = flat[flat.contender == who]
+        axis.plot(part.layers, part.median_ms, marker="o", color=colour, label=who)
+        axis.fill_between(part.layers, part.p20_ms, part.p80_ms, color=colour, alpha=0.15)
+    copies, limit = flat[flat.contender == COPY], f"{COPIES} copies (the limit)"
+    axis.plot(copies.layers, COPIES * copies.median_ms, "--", color="black", label=limit)
+    axis.set(xlabel="layers", ylabel="ms", ylim=(0, None), xlim=(0, None), title=flat.label.iloc[0])
+    axis.legend()
+
+
+def _fused(axis: Axes, models: DataFrame) -> None:
+    models = models.assign(of=models.label + "\n" + models["shape"])
+    table = models.pivot(index="of", columns="contender", values="ratio_to_limit")
+    names = list(COLOURS)[::-1]
+    colours = [COLOURS[who] for who in names]
+    table.loc[models.of.unique()[::-1], names].plot.barh(
+        ax=axis, width=0.8, color=colours, logx=True
+    )
+    axis.axvline(1.0, color="black", linestyle="--", linewidth=1)
+    axis.set(xlabel=f"time over {COPIES} copies of v (log scale; 1 is the limit)", ylabel="")
+    axis.set_title("Whole models")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1])

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import compiled, fused, model_zoo, report, summary
+from benchmarks import compiled, fused, models, report, summary
 from benchmarks.contenders import BY_CASE, COMPILED, COPY, FUSED, LEGACY, OURS, PLAIN, TORCH
 from benchmarks.environment import environment
-from benchmarks.model_zoo import Entry
+from benchmarks.models import Entry
 from benchmarks.plan import QUICK
 from benchmarks.results import ALONE, STEP
 from benchmarks.shapes import LayerCase
@@ -70,7 +70,7 @@ def small_net(monkeypatch):
         nn.utils.parametrizations.weight_norm(layer)
     net = nn.Sequential(*layers)
     entry = Entry("small", "", (2, 4, 9), lambda m, x: m(x), False)
-    monkeypatch.setitem(model_zoo.BY_NAME, "small", entry)
+    monkeypatch.setitem(models.BY_NAME, "small", entry)
     monkeypatch.setattr(compiled, "build", lambda name, device: net)
     return net
 

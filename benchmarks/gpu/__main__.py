@@ -12,10 +12,9 @@ from wnkernel.backends import BACKENDS
 
 from ..environment import ROOT
 from ..report import console
-from .cases import Request, Section
+from .cases import Request, Section, measure
 from .plan import Part
 from .summary import print_summary, read
-from .supervise import measure
 
 OUT = ROOT / "benchmarks" / "out" / "gpu"
 

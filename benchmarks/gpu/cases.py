@@ -1,18 +1,22 @@
-"""The cases of a run, one after the other, in the process that has the device.
+"""The cases of a run, one after the other, in a process that may die: whoever faults, hangs or
+crashes loses one case, no more.
 
-A contender that fails is left out and its case is run again, so that the others' rows are there. A
-device that fails ends the process, which says where it was.
+A contender that fails is left out and its case is run again, so that the others' rows are there.
+After a fault CUDA refuses everything until its process ends. So the process that has the device is
+started again, with the case that it died in, and without the contender that was at it; and if that
+dies, too, with the next case.
 """
 
 from __future__ import annotations
 
 import enum
+import multiprocessing
 import os
 import signal
 import time
 import traceback
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +37,9 @@ from .timing import is_usable, use_side_stream
 
 RESULTS = "results.csv"  # All rows of a run, in its folder.
 UNKNOWN = "nobody knows who"  # In place of the contender that failed.
+START_S = 60.0  # Until a process has come to its first case: it imports torch, and CUDA begins.
+END_S = 5.0  # For a process to be gone after it was killed. One that is stuck in the driver stays.
+_CONTEXT = multiprocessing.get_context("spawn")
 
 
 class Section(str, enum.Enum):
@@ -105,6 +112,9 @@ class Refused(NamedTuple):
 
 class DeviceFault(Exception):
     """The device reports errors for everything now. Its text is the contender, if it is known."""
+
+
+Work = Callable[[Connection, Request], None]
 
 
 def work(connection: Connection, request: Request) -> None:
@@ -222,3 +232,80 @@ def _write(found: list[Result], path: Path) -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+@dataclass
+class Tally:
+    """What came of a run."""
+
+    rows: int = 0
+    failures: list[str] = field(default_factory=list)  # What of ours failed.
+    left_out: str = ""  # The first case that there was no time for.
+    refused: str = ""  # Why the device cannot be used.
+
+
+def measure(
+    request: Request, say: Callable[[str], None], work: Callable[[Connection, Request], None] = work
+) -> Tally:
+    """Run all cases of a request, in as many processes as it takes; say which of them died."""
+    tally = Tally()
+    following: Request | None = request
+    while following is not None:
+        following = _one_process(following, tally, say, work)
+    return tally
+
+
+def _one_process(
+    request: Request,
+    tally: Tally,
+    say: Callable[[str], None],
+    work: Callable[[Connection, Request], None],
+) -> Request | None:
+    """Run a process to its end. Returns what is left to do after one that died."""
+    mine, theirs = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=work, args=(theirs, request), daemon=True)
+    process.start()
+    theirs.close()
+    at: Began | None = None
+    who = end = ""
+    try:
+        while not end:
+            patience = START_S if at is None else at.patience_s
+            if not mine.poll(patience):
+                end = f"said nothing for {patience:.0f} s"
+                break
+            match mine.recv():
+                case Began() as at:
+                    pass
+                case Wrote(rows, phase):
+                    tally.rows += rows
+                    at = at._replace(done=[*at.done, phase])
+                case Failed(what):
+                    tally.failures.append(what)
+                case Faulted(who):
+                    end = "ended, for its device reports errors for everything"
+                case Finished(left_out):
+                    tally.left_out = left_out
+                    return None
+                case Refused(why):
+                    tally.refused = why
+                    return None
+    except (EOFError, OSError):  # in the middle of a message, too
+        process.join(END_S)
+        end = f"died with exit status {process.exitcode}"
+    finally:
+        process.kill()
+        process.join(END_S)
+        mine.close()
+    title = at.title if at is not None else "before the first case"
+    tally.failures.append(f"{title}, {who or UNKNOWN}")
+    say(f"FAILED: {title}, {who or UNKNOWN}: the process {end}.")
+    if at is None:
+        return None
+    more = {who} if who else set(OWN)
+    if more <= set(at.without):  # it died without them, too
+        say(f"{title}: left out.")
+        return replace(request, start=at.number + 1, without=(), done=())
+    without = tuple(sorted({*at.without, *more}))
+    say(f"{title}: tried again without {', '.join(without)}.")
+    return replace(request, start=at.number, without=without, done=at.done)
