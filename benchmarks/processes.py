@@ -75,8 +75,8 @@ def run_apart(function: Callable[[], T], where: Environment) -> T:
         return _result(_start(pool, function))
 
 
-def _pool(where: Environment) -> ProcessPoolExecutor:
-    """One process, forked from one that has torch loaded and has done nothing with it."""
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes are forked from one that has torch loaded and has done nothing with it."""
     # torch.cuda.is_available(), wherever it is called while modules are imported, must not start
     # the driver in the process that the others are forked from
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -84,7 +84,14 @@ def _pool(where: Environment) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
     if has_server:
         context.set_forkserver_preload([__name__, f"{__package__}.contenders"])
-    return ProcessPoolExecutor(1, context, _begin, (where,))
+    return context
+
+
+_CONTEXT = _context()
+
+
+def _pool(where: Environment) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, _CONTEXT, _begin, (where,))
 
 
 def _start(pool: ProcessPoolExecutor, function: Callable[..., T], *args: object) -> Future[T]:
