@@ -89,7 +89,7 @@ test-oldest: $(STAMP)
 
 # Builds by itself, so that a failed build does not stop the rest.
 gpu-check: $(if $(BIN),$(STAMP))
-	$(PY) -m benchmarks.gpu_check --out '$(OUT)' $(ARGS)
+	$(PY) -m tools.gpu_check --out '$(OUT)' $(ARGS)
 
 cuda-build-check:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)

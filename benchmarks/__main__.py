@@ -5,53 +5,27 @@ from __future__ import annotations
 import enum
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import (
-    compiled,
-    flat,
-    fused,
-    gan,
-    grouped_report,
-    host,
-    layers,
-    memory,
-    model_zoo,
-    models,
-    operators,
-    plan,
-    report,
-    summary,
-)
-from .against import compare, print_comparison, read_earlier, to_repeat
-from .blame import ContenderError
+from . import compiled, fused, gan, layers, models, plan
 from .environment import Environment, environment, results_folder
 from .plan import Job, Plan
 from .results import Result, write_csv
+from .timing import ContenderError
 from .verify import VerificationError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 OUT = Path(__file__).parent / "out"
-PIPE_WIDTH = 150
-"""Columns of a table when there is no terminal to ask."""
 
 
-class Case(str, enum.Enum):
-    """A part of the benchmark that `--only` can ask for."""
-
-    LAYERS = "layers"
-    OPERATORS = "operators"
-    HOST = "host"
-    FUSED = "fused"
-    FLAT = "flat"
-    GAN = "gan"
-    MEMORY = "memory"
-    COMPILE = "compile"
-    MODELS = "models"
-
+NAMES = "layers", "operators", "host", "fused", "flat", "gan", "memory", "compile", "models"
+Case = enum.Enum("Case", {name.upper(): name for name in NAMES}, type=str)
+"""A part of the benchmark that `--only` can ask for."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -61,8 +35,6 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A sample, in about a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Longer samples, no limit.")] = False,
     only: Annotated[list[Case] | None, typer.Option(help="Only this case; repeatable.")] = None,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the CSV files and the plot.")] = OUT,
     against: Annotated[
         Path | None,
@@ -74,19 +46,24 @@ def main(
     Everything runs interleaved: single weights and torch.compile in one process, grouped weight
     norms with a process for each contender. Medians with 20th and 80th percentiles.
     """
+    # pandas and matplotlib; the processes of contenders import this file and do without
+    from . import report, summary
+    from .against import compare, print_comparison, read_earlier, to_repeat
+
     started = time.perf_counter()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
+    console = report.console()
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
     wanted = set(only or Case)
     try:
-        where = environment(device, threads)
+        where = environment("cpu", None)
         earlier = read_earlier(against, wanted) if against else []
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    report.print_header(console, where)
+    console.print(
+        f"{where.device_name}, {where.threads} threads, torch {where.torch}, "
+        f"wnkernel backend {where.backend!r}, commit {where.commit}"
+    )
 
     size = plan.QUICK if quick else plan.FULL if full else plan.DEFAULT
     notes: list[str] = []
@@ -103,51 +80,52 @@ def main(
     if results:
         summary.print_losses(console, results)
         report.print_results(console, results)
-        grouped_report.print_results(console, results)
-        summary.print_summary(console, results, where.device)
+        summary.print_summary(console, results)
     for note in notes:  # last, where they are seen
         console.print(note, markup=False)
     if not results:
         console.print("Nothing was measured.")
         raise typer.Exit(1 if earlier else 0)
-    _write(console, results, out)
+    paths = write_csv(results, out)
+    if {r.case for r in results} & {"flat", "fused"}:
+        paths.append(report.plot(out))
+    for path in paths:
+        console.print(f"Wrote {path}")
+    passed = True
     if earlier:
         comparison = compare(earlier, measured, dict(zip(again, second, strict=False)))
         print_comparison(console, comparison, earlier, results[0], against)
+        passed = comparison.passed
     console.print(
         f"Took {time.perf_counter() - started:.0f} s. What is kept of this machine's results "
         f"belongs in benchmarks/results/{results_folder(where)}."
     )
-    if earlier and not comparison.passed:
+    if not passed:
         raise typer.Exit(1)
 
 
 def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -> list[Job]:
-    jobs: list[Job] = []
-    if Case.LAYERS in wanted:
-        jobs += layers.jobs(size, where)
-    if Case.OPERATORS in wanted:
-        jobs += operators.jobs(size, where)
-    if Case.HOST in wanted:
-        jobs += host.jobs(size, where)
-    if Case.FUSED in wanted:
-        jobs += fused.jobs(size, where)
-    if Case.FLAT in wanted:
-        jobs += flat.jobs(size, where)
-    if Case.GAN in wanted:
-        jobs += gan.jobs(size, where)
-    if Case.MEMORY in wanted and memory.can_measure(where):
-        jobs += memory.jobs(size, where)
-    elif Case.MEMORY in wanted:
+    def compiled_jobs(size: Plan, where: Environment) -> list[Job]:
+        return compiled.jobs(size, where, notes.append)
+
+    makers = {
+        Case.LAYERS: layers.jobs,
+        Case.OPERATORS: layers.operator_jobs,
+        Case.HOST: layers.host_jobs,
+        Case.FUSED: fused.jobs,
+        Case.FLAT: fused.flat_jobs,
+        Case.GAN: gan.jobs,
+        Case.MEMORY: gan.memory_jobs,
+        Case.MODELS: models.jobs,
+        Case.COMPILE: compiled_jobs,  # last, for the compiler leaves processes and caches behind
+    }
+    if Case.MEMORY in wanted and not gan.can_measure():
         notes.append("Peak memory skipped: this system does not tell that of a process.")
-    with_models = model_zoo.available()
-    if not with_models and Case.MODELS in wanted:
+        del makers[Case.MEMORY]
+    if Case.MODELS in wanted and not models.available():
         notes.append("Whole models skipped: transformers is not installed.")
-    if Case.MODELS in wanted and with_models:
-        jobs += models.jobs(size, where)
-    if Case.COMPILE in wanted:  # last, for the compiler leaves worker processes and caches behind
-        jobs += compiled.jobs(size, where, notes.append)
-    return jobs
+        del makers[Case.MODELS]
+    return [job for case, make in makers.items() if case in wanted for job in make(size, where)]
 
 
 def _run(
@@ -156,20 +134,15 @@ def _run(
     """What each job gave, up to the one for which there was no time."""
     deadline = float("inf") if limit_s is None else time.perf_counter() + limit_s
     results: list[list[Result]] = []
-    columns = (
-        TextColumn("{task.description:<36}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    text = TextColumn("{task.description:<36}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # refreshed between jobs only: a refreshing thread would take its share of what is timed
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(jobs))
         for i, job in enumerate(jobs):
             if time.perf_counter() > deadline:
-                rest = jobs[i:]
                 notes.append(
-                    f"Left out {len(rest)} of {len(jobs)} cases, from {rest[0].title!r} on: the "
+                    f"Left out {len(jobs) - i} of {len(jobs)} cases, from {job.title!r} on: the "
                     f"{limit_s:.0f} s of this run were over. Use --only, or --full for no limit."
                 )
                 break
@@ -178,20 +151,6 @@ def _run(
             results.append(job.run())
             progress.advance(task)
     return results
-
-
-def _write(console: Console, results: list[Result], out: Path) -> None:
-    for path in write_csv(results, out):
-        console.print(f"Wrote {path}")
-    measured = {r.case for r in results}
-    if measured & {Case.LAYERS, Case.MODELS}:
-        from .plot import plot  # matplotlib takes a second to import
-
-        console.print(f"Wrote {plot(out)}")
-    if measured & {Case.FUSED, Case.FLAT}:
-        from .grouped_plot import plot
-
-        console.print(f"Wrote {plot(out)}")
 
 
 if __name__ == "__main__":

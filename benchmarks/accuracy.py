@@ -8,24 +8,25 @@ operator is one of those compared, never the reference.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import typer
 from torch import Tensor
 
 from wnkernel import functional as F
 
-from .environment import Environment, environment, results_folder
-from .results import OURS, TORCH
+from .contenders import OURS, TORCH
+from .environment import ROOT, Environment, environment, results_folder
+from .shapes import dtype_text
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "reliability.md"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (7, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 ELEMENTS, MOST_ROWS = 20_000_000, 512
@@ -40,8 +41,7 @@ Wide = np.longdouble
 IS_WIDE = np.finfo(Wide).eps < np.finfo(np.float64).eps
 
 
-@dataclass(frozen=True)
-class Error:
+class Error(NamedTuple):
     """A line of the CSV file."""
 
     device: str
@@ -59,23 +59,20 @@ class Error:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Rows up to 10,000.")] = False,
-    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for accuracy.csv.")] = None,
-    docs: Annotated[Path, typer.Option(help="A page with marks.")] = Path("docs/reliability.md"),
 ) -> None:
-    """Measure, write accuracy.csv, print the table, and put it between the marks of a page."""
-    where = environment(device, None)
+    """Measure, write accuracy.csv, print the table, and put it between the marks of the page."""
+    where = environment("cpu", None)
     lengths = [n for n in LENGTHS if not quick or n <= 10_000]
     dtypes = [t for t in DTYPES if IS_WIDE or t != torch.float64]
     errors = [e for case in product(dtypes, (0, 1), lengths) for e in measured(*case, where)]
     folder = out or RESULTS / results_folder(where)
     folder.mkdir(parents=True, exist_ok=True)
-    write(errors, folder / "accuracy.csv")
+    pd.DataFrame(errors).to_csv(folder / "accuracy.csv", index=False, float_format="%.4g")
     text = table(errors)
     print(text)
     print(*worse(errors), sep="\n")
-    if docs.exists():
-        docs.write_text(between_marks(docs.read_text(), text))
+    PAGE.write_text(between_marks(PAGE.read_text(), text))
 
 
 def measured(dtype: torch.dtype, dim: int, length: int, where: Environment) -> Iterator[Error]:
@@ -93,13 +90,11 @@ def measured(dtype: torch.dtype, dim: int, length: int, where: Environment) -> I
             result = got[who][RESULT_NAMES.index(name)][row].double().numpy()
             error = np.abs(result - value) / (scale * torch.finfo(dtype).eps)
             of_rows.append((float(error.max()), float(np.mean(error * error))))
+    about = where.device_name, where.torch, where.commit, where.backend, dtype_text(dtype)
     for (who, name), of_rows in ulps.items():
         largest, squares = np.array(of_rows).T
-        yield Error(
-            where.device_name, where.torch, where.commit, where.backend,
-            str(dtype).removeprefix("torch."), dim, length, name, who,
-            float(largest.max()), float(np.sqrt(squares.mean())),
-        )  # fmt: skip
+        figures = float(largest.max()), float(np.sqrt(squares.mean()))
+        yield Error(*about, dim, length, name, who, *figures)
 
 
 def results(
@@ -138,47 +133,28 @@ def exact(
     return dict(zip(RESULT_NAMES, zip(values, scales, strict=True), strict=True))
 
 
-def write(errors: list[Error], path: Path) -> None:
-    """One line for each."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Error)], lineterminator="\n")
-        writer.writeheader()
-        for e in errors:
-            numbers = {"largest_ulps": f"{e.largest_ulps:.4g}", "rms_ulps": f"{e.rms_ulps:.4g}"}
-            writer.writerow(asdict(e) | numbers)
-
-
-def worst(errors: list[Error]) -> dict[tuple[str, str, int], dict[str, float]]:
-    """The largest errors of both contenders, of rows and columns, by dtype, result and length."""
-    found: dict[tuple[str, str, int], dict[str, float]] = {}
-    for e in errors:
-        of = found.setdefault((e.dtype, e.result, e.row_length), {})
-        of[e.contender] = max(of.get(e.contender, 0.0), e.largest_ulps)
-    return found
+def worst(errors: list[Error]) -> pd.DataFrame:
+    """The largest errors of each contender, of rows and columns, by dtype, result and length."""
+    by = ["dtype", "result", "row_length", "contender"]
+    return pd.DataFrame(errors).groupby(by, sort=False).largest_ulps.max().unstack()
 
 
 def table(errors: list[Error]) -> str:
     """In Markdown: ours / torch's."""
-    found = worst(errors)
-    lengths = sorted({length for *_, length in found})
-    lines = [["ulps, ours / torch", *(f"{n:,}" for n in lengths)], ["---"] * (1 + len(lengths))]
-    for dtype, result in dict.fromkeys(key[:2] for key in found):
-        cells = [found[dtype, result, n] for n in lengths]
-        shown = [f"{_short(c[OURS])} / {_short(c[TORCH])}" for c in cells]
-        lines.append([f"{dtype}, {result}", *shown])
+    found = worst(errors).map(lambda x: f"{x:.2g}" if x < 1000 else f"{x:.0e}")
+    cells = (found[OURS] + " / " + found[TORCH]).unstack()
+    cells = cells.reindex(found.index.droplevel("row_length").unique())[sorted(cells)]
+    lines = [["ulps, ours / torch", *(f"{n:,}" for n in cells)], ["---"] * (1 + cells.shape[1])]
+    lines += [[", ".join(key), *row] for key, row in zip(cells.index, cells.values, strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _short(ulps: float) -> str:
-    return f"{ulps:.2g}" if ulps < 1000 else f"{ulps:.0e}"
 
 
 def worse(errors: list[Error]) -> list[str]:
     """Where ours are further off than torch's by more than the rounding of a result."""
+    found = worst(errors)
     return [
         f"{', '.join(map(str, key))}: {of[OURS]:.3g} ulps, torch's are {of[TORCH]:.3g}"
-        for key, of in worst(errors).items()
-        if of[OURS] > of[TORCH] + 1
+        for key, of in found[found[OURS] > found[TORCH] + 1].iterrows()
     ]
 
 

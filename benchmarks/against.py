@@ -13,103 +13,50 @@ turns, so that their ratio can be held against an earlier one. What moves it whe
   page faults of torch differ by as much as 5 % of its time, the ratio is set aside.
 
 Worse is what lost more than three times its noise, and as much again when it was run once more: a
-burst of other work does not come back. The second time has a limit of its own, as long as the
-first. A loss that is too small for a single ratio shows in groups, which are not run again: the
-median change of many is known better than that of one.
-
-Peaks of memory are not compared, for they have no spread.
+burst of other work does not come back. A loss that is too small for a single ratio shows in groups,
+which are not run again: the median change of many is known better than that of one. Peaks of memory
+are not compared, for they have no spread.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from .results import GROUPED, TORCH, Result, by_subject, parse_csv
-from .summary import geometric_mean
+from .contenders import OWN, TORCH
+from .report import show
+from .results import Result, read_csv
 
-SURE = 3.0
-"""Times the noise."""
+SURE = 3.0  # Times the noise.
+MEDIAN_ERROR = 1.2533  # Standard error of a median, in those of a mean.
+PERCENTILE_80, WITHIN_80 = 0.8416, 1.2816
+"""Of a normal distribution, in sigma: the 80th percentile, and what 80 of 100 are within."""
 
-MEDIAN_ERROR = 1.2533
-"""Standard error of a median, in those of a mean."""
-
-PERCENTILE_80 = 0.8416
-"""Of a normal distribution, in sigma. Of 100 numbers, 80 are within :data:`WITHIN_80`."""
-
-WITHIN_80 = 1.2816
 LEAST_FLOOR = 0.01
 SAMPLE_EVERY = 8
-GROUP = 8
-"""Ratios that are enough for a group."""
+GROUP = 8  # Ratios that are enough for a group.
+FAULT_MS, OTHER_MEMORY = 0.5e-3, 0.05
+"""What a page fault takes, with clearing the page, and the share of torch's time that counts."""
 
-FAULT_MS = 0.5e-3
-"""What a page fault takes, with clearing the page."""
-
-OTHER_MEMORY = 0.05
-
-Key = tuple[str, ...]
+KEY = ["case", "phase", "contender", "dtype", "shape", "dim", "label"]  # The cells of the table.
+SUBJECT = [name for name in KEY if name != "contender"]
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast as torch one of ours was in a run."""
-
-    ours: Result
-    torch: Result
-
-    @cached_property
-    def log(self) -> float:
-        return math.log(self.ours.ratio_to_torch)
-
-    @cached_property
-    def variance(self) -> float:
-        """Of the logarithm, as far as spreads show it."""
-        return _variance(self.ours) + _variance(self.torch)
-
-    @property
-    def group(self) -> Key:
-        r = self.ours
-        return r.case, r.phase, r.contender, r.dtype, r.kind
-
-
-def _variance(r: Result) -> float:
-    sigma = math.log(r.p80_ms / r.p20_ms) / (2 * PERCENTILE_80)
-    # the percentiles of few rounds are too close together; two rounds less make up for it
-    return (MEDIAN_ERROR * sigma) ** 2 / max(r.rounds - 2, 1)
-
-
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """From one run to the other."""
 
-    about: Key
-    """Cells of the table."""
+    about: tuple[str, ...]  # Cells of the table.
     then: float
     now: float
-    noise: float
-    """Standard deviation of the logarithm of their quotient."""
-
-    @property
-    def log(self) -> float:
-        return math.log(self.now / self.then)
-
-    @property
-    def worse(self) -> bool:
-        return self.log < -SURE * self.noise
-
-    @property
-    def better(self) -> bool:
-        return self.log > SURE * self.noise
+    noise: float  # Standard deviation of the logarithm of their quotient.
 
 
 @dataclass(frozen=True)
@@ -135,113 +82,106 @@ def read_earlier(path: Path, cases: Collection[str]) -> list[Result]:
     Raises:
         ValueError: they cannot be read, or have nothing to compare with.
     """
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
     rows: list[Result] = []
-    for file in files:
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         try:
-            rows += parse_csv(file.read_text(encoding="utf-8").splitlines(), file)
+            rows += [r for r in read_csv(file) if r.case in cases]
         except (OSError, UnicodeError, csv.Error) as error:
             raise ValueError(f"{file}: cannot be read: {error}") from None
-    rows = [r for r in rows if r.case in cases]
-    if not ratios(rows):
+    if ratios([rows]).empty:
         raise ValueError(f"{path}: there are no times beside torch's of {', '.join(sorted(cases))}")
     return rows
 
 
-def ratios(results: Iterable[Result]) -> dict[Key, Ratio]:
-    """Those of a run, by subject and contender."""
-    return {
-        (r.case, r.phase, who, r.dtype, r.shape, r.dim, r.label): Ratio(r, m[TORCH])
-        for m in by_subject(r for r in results if _is_timed(r))
-        if TORCH in m
-        for who, r in m.items()
-        if who in GROUPED
-    }
+def ratios(jobs: Iterable[Sequence[Result]]) -> pd.DataFrame:
+    """How many times as fast as torch ours were, by :data:`KEY`: the last where there are two.
+
+    The variance is that of the logarithm, as far as spreads show it; ``job`` is the place of the
+    job, ``torch_ms`` and ``torch_faults`` are torch's.
+    """
+    rows = [vars(r) | {"job": i} for i, found in enumerate(jobs) for r in found if _is_timed(r)]
+    frame = pd.DataFrame(rows, columns=[*Result.__dataclass_fields__, "job"])
+    frame = frame.drop_duplicates(KEY, keep="last")
+    numbers = frame[["p20_ms", "p80_ms", "rounds"]].astype(float)
+    sigma = np.log(numbers.p80_ms / numbers.p20_ms) / (2 * PERCENTILE_80)
+    # the percentiles of few rounds are too close together; two rounds less make up for it
+    frame["variance"] = (MEDIAN_ERROR * sigma) ** 2 / (numbers.rounds - 2).clip(lower=1)
+    torchs = frame[frame.contender == TORCH].set_index(SUBJECT)
+    torchs = torchs[["median_ms", "faults", "variance"]].add_prefix("torch_")
+    frame = frame[frame.contender.isin(OWN)].join(torchs, on=SUBJECT, how="inner")
+    frame["variance"] += frame.torch_variance
+    numbers = ["ratio_to_torch", "variance", "torch_median_ms", "torch_faults"]
+    return frame.set_index(KEY)[[*numbers, "kind", "job"]].astype(dict.fromkeys(numbers, float))
 
 
 def _is_timed(r: Result) -> bool:
     return all(0 < x < math.inf for x in (r.rounds, r.ratio_to_torch, r.p20_ms, r.p80_ms))
 
 
-def to_repeat(earlier: Iterable[Result], measured: Sequence[Sequence[Result]]) -> list[int]:
-    """Which jobs to run again: those in which something looks worse, and a sample of their cases.
+def _both(then: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What two runs have in common: what can be compared, and where torch paid for fresh memory in
+    one of them (files may not tell)."""
+    both = then.add_suffix("_then").join(now.add_suffix("_now"), how="inner")
+    both = both.rename(columns={"ratio_to_torch_then": "then", "ratio_to_torch_now": "now"})
+    both["log"] = np.log(both.now / both.then)
+    both["spread"] = both.variance_then + both.variance_now
+    cost = FAULT_MS * (both.torch_faults_then - both.torch_faults_now).abs()
+    aside = cost > OTHER_MEMORY * both.filter(like="torch_median_ms").min(axis=1)
+    return both[~aside], both[aside]
 
-    Args:
-        earlier: the other run.
-        measured: what each job gave.
+
+def _noise(both: pd.DataFrame, floors: Mapping[str, float]) -> pd.Series:
+    floor = [floors.get(case, LEAST_FLOOR) for case in both.index.get_level_values("case")]
+    return np.sqrt(both.spread + 2 * np.array(floor, dtype=float) ** 2)
+
+
+def to_repeat(earlier: Sequence[Result], measured: Sequence[Sequence[Result]]) -> list[int]:
+    """Which jobs to run again, by what each gave: those in which something looks worse, and a
+    sample of their cases.
     """
-    then = ratios(earlier)
-    suspicious = {
-        i
-        for i, rows in enumerate(measured)
-        for key, now in ratios(rows).items()
-        if key in then
-        and not _other_memory(then[key], now)
-        and _change(key, then[key], now, LEAST_FLOOR).worse
-    }
+    both, _ = _both(ratios([earlier]), ratios(measured))
+    suspicious = set(map(int, both.job_now[both.log < -SURE * _noise(both, {})]))
     cases = {measured[i][0].case for i in suspicious}
     return sorted(suspicious | {i for i in _sample(measured) if measured[i][0].case in cases})
 
 
 def compare(
-    earlier: Iterable[Result],
+    earlier: Sequence[Result],
     measured: Sequence[Sequence[Result]],
     repeated: Mapping[int, Sequence[Result]],
 ) -> Comparison:
-    """Hold a run against an earlier one.
-
-    Args:
-        earlier: the earlier one.
-        measured: what each job gave.
-        repeated: what some of them, by their place, gave the second time.
+    """Hold what each job gave against an earlier run, with what some of them, by their place, gave
+    the second time.
     """
-    then, now = ratios(earlier), ratios(itertools.chain(*measured))
-    again = ratios(itertools.chain(*repeated.values()))
-    floors = _floors(measured, repeated)
-    both = [key for key in then if key in now]
-    found = [key for key in both if not _other_memory(then[key], now[key])]
-    worse: list[Change] = []
-    better = 0
-    groups: dict[Key, list[Change]] = {}
-    for key in found:
-        looks = [now[key]]
-        if key in again and not _other_memory(then[key], again[key]):
-            looks.append(again[key])
-        floor = floors.get(key[0], LEAST_FLOOR)
-        changes = [_change(key, then[key], look, floor) for look in looks]
-        if all(c.worse for c in changes):
-            worse.append(max(changes, key=lambda c: c.log))
-        better += all(c.better for c in changes)
-        groups.setdefault(now[key].group, []).append(changes[0])
-    of_groups = [_of_group(about, c) for about, c in groups.items() if len(c) >= GROUP]
+    then, now, floors = ratios([earlier]), ratios(measured), _floors(measured, repeated)
+    found, aside = _both(then, now)
+    found["noise"] = _noise(found, floors)
+    again, _ = _both(then, ratios(repeated.values()))
+    again["noise"] = _noise(again, floors)
+    again = again.reindex(found.index)
+    worse = (found.log < -SURE * found.noise) & ~(again.log >= -SURE * again.noise)
+    better = (found.log > SURE * found.noise) & ~(again.log <= SURE * again.noise)
+    milder = found.where(~(again.log > found.log), again)[worse].sort_values("log")
     return Comparison(
-        worse=[c for c in of_groups if c.worse] + sorted(worse, key=lambda c: c.log),
-        better=better,
+        worse=[*_groups(found), *map(Change, milder.index, milder.then, milder.now, milder.noise)],
+        better=int(better.sum()),
         compared=len(found),
-        set_aside=len(both) - len(found),
-        only_then=len(then) - len(both),
-        only_now=len(now) - len(both),
+        set_aside=len(aside),
+        only_then=len(then) - len(found) - len(aside),
+        only_now=len(now) - len(found) - len(aside),
     )
 
 
-def _change(key: Key, then: Ratio, now: Ratio, floor: float) -> Change:
-    noise = math.sqrt(then.variance + now.variance + 2 * floor**2)
-    return Change(key, then.ours.ratio_to_torch, now.ours.ratio_to_torch, noise)
-
-
-def _of_group(about: Key, changes: Sequence[Change]) -> Change:
-    case, phase, contender, dtype, kind = about
-    title = case, phase, contender, dtype, f"{len(changes)} together", kind, ""
-    then = geometric_mean([c.then for c in changes])
-    single = math.sqrt(np.mean([c.noise**2 for c in changes]))
-    noise = math.hypot(MEDIAN_ERROR * single / math.sqrt(len(changes)), math.sqrt(2) * LEAST_FLOOR)
-    return Change(title, then, then * math.exp(np.median([c.log for c in changes])), noise)
-
-
-def _other_memory(one: Ratio, other: Ratio) -> bool:
-    """Whether torch paid for fresh memory in one of two runs. Files may not tell (NaN)."""
-    cost = FAULT_MS * abs(one.torch.faults - other.torch.faults)
-    return cost > OTHER_MEMORY * min(one.torch.median_ms, other.torch.median_ms)
+def _groups(found: pd.DataFrame) -> Iterable[Change]:
+    """Groups that are worse together."""
+    by = ["case", "phase", "contender", "dtype", "kind_now"]
+    for (*about, kind), group in found.groupby(by, sort=False):
+        n, log = len(group), float(group.log.median())
+        single = MEDIAN_ERROR * math.sqrt((group.noise**2).mean() / n)
+        noise = math.hypot(single, math.sqrt(2) * LEAST_FLOOR)
+        if n >= GROUP and log < -SURE * noise:
+            then = math.exp(np.log(group.then).mean())
+            yield Change((*about, f"{n} together", kind, ""), then, then * math.exp(log), noise)
 
 
 def _sample(measured: Sequence[Sequence[Result]]) -> list[int]:
@@ -257,53 +197,34 @@ def _floors(
     measured: Sequence[Sequence[Result]], repeated: Mapping[int, Sequence[Result]]
 ) -> dict[str, float]:
     """How far ratios move by themselves: of each case that was sampled, by its sample alone."""
-    moved: dict[str, list[float]] = {}
-    for i in _sample(measured):
-        first, second = ratios(measured[i]), ratios(repeated.get(i, ()))
-        for key in first.keys() & second.keys():
-            if not _other_memory(first[key], second[key]):
-                moved.setdefault(key[0], []).append(abs(first[key].log - second[key].log))
-    return {
-        case: max(LEAST_FLOOR, float(np.percentile(moves, 80)) / (WITHIN_80 * math.sqrt(2)))
-        for case, moves in moved.items()
-    }
+    sampled = [i for i in _sample(measured) if i in repeated]
+    both, _ = _both(ratios(measured[i] for i in sampled), ratios(repeated[i] for i in sampled))
+    moves = both.log.abs().groupby(level="case").quantile(0.8)
+    return dict((moves / (WITHIN_80 * math.sqrt(2))).clip(lower=LEAST_FLOOR))
 
 
 def print_comparison(
     console: Console, comparison: Comparison, earlier: Sequence[Result], here: Result, path: Path
 ) -> None:
-    """What it was compared with, what is worse, and how much there was to compare.
-
-    Args:
-        console: where to.
-        comparison: what came out.
-        earlier: the rows of the earlier run.
-        here: any row of this run.
-        path: where the earlier run is.
-    """
+    """What it was compared with, what is worse, and how much there was to compare."""
     others = [
         f"{field} {', '.join(sorted(values - {str(getattr(here, field))}))}"
         for field in ("device", "torch", "backend", "threads")
         if (values := {str(getattr(r, field)) for r in earlier}) != {str(getattr(here, field))}
     ]
-    commits = ", ".join(sorted({r.commit for r in earlier}))
-    line = f"Against {path}, commit {commits}"
+    line = f"Against {path}, commit {', '.join(sorted({r.commit for r in earlier}))}"
     if others:
         line += f". Not the same: {'; '.join(others)}. Ratios only compare where all of it is"
     console.print(f"{line}.", markup=False)
-    if comparison.worse:
-        title = f"Worse than before: {len(comparison.worse)}"
-        table = Table(title=title, title_justify="left", header_style="bold")
-        for head in ("case", "phase", "contender", "dtype", "shape", "dim", "of"):
-            table.add_column(head)
-        for head in ("times torch,\nthen", "now", "change", "noise,\nat most"):
-            table.add_column(head, justify="right")
-        for c in comparison.worse:
-            change, noise = (f"{100 * math.expm1(x):.1f} %" for x in (c.log, -SURE * c.noise))
-            table.add_row(*c.about, f"{c.then:.2f}", f"{c.now:.2f}", change, noise)
-        console.print(table)
+    rows = []
+    for about, then, now, noise in comparison.worse:
+        percent = (f"{100 * x:.1f} %" for x in (now / then - 1, math.expm1(-SURE * noise)))
+        rows.append((*about, f"{then:.2f}", f"{now:.2f}", *percent))
+    heads = ("case", "phase", "contender", "dtype", "shape", "dim", "of")
+    figures = ("times torch,\nthen", "now", "change", "noise,\nat most")
+    show(console, f"Worse than before: {len(rows)}", heads + figures, rows, left=len(heads))
     console.print(
-        f"Compared {comparison.compared} ratios to torch: {len(comparison.worse)} worse (groups "
+        f"Compared {comparison.compared} ratios to torch: {len(rows)} worse (groups "
         f"included), {comparison.better} better. Set aside {comparison.set_aside}, for torch paid "
         f"page faults in one of the two runs. Only there: {comparison.only_then}, only here: "
         f"{comparison.only_now}."

@@ -14,29 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import wnkernel
-
-from . import fused, kinds, verify
+from . import fused, verify
+from .contenders import BY_CASE, COMPILED, OURS, Normed, operators, stripped
 from .environment import Environment
-from .layers import copy, forward_backward, operators, subject, tensors, verified
-from .model_zoo import BY_NAME, available, build, model_input
-from .models import OUTPUT_L2, STEP, Forward, alone_subject, freed, training_step
+from .layers import beside_a_copy, forward_backward, tensors, verified
+from .models import BY_NAME, OUTPUT_L2, available, build, freed, model_input, training_step
 from .plan import Job, Plan
-from .results import (
-    COMPILED,
-    COPY,
-    FORWARD_BACKWARD,
-    FUSED,
-    LEGACY,
-    OURS,
-    PLAIN,
-    TORCH,
-    Result,
-    rows,
-)
-from .shapes import LayerCase, grid, shape_text, weight_list
+from .results import FORWARD_BACKWARD, STEP, Result, of_list, of_weight, rows
+from .shapes import LayerCase, grid, weight_list
 from .timing import device_sampler, measure
 
 SHAPES = (
@@ -50,20 +37,6 @@ SHAPES = (
 )
 """A taste of every memory pattern; the first few in a default run, for each has to be compiled."""
 
-CONTENDERS = (
-    TORCH,
-    TORCH + COMPILED,
-    LEGACY,
-    OURS,
-    FUSED,
-    OURS + COMPILED,
-    FUSED + COMPILED,
-)
-"""On all weights of a model."""
-
-IN_STEPS = (TORCH, OURS, FUSED, PLAIN)
-"""In a training step, each eager and compiled."""
-
 FAILED = "torch._inductor.exc.InductorError"
 """What a traceback says where a compiler fails: there is none for C++ at run time, most often."""
 
@@ -73,26 +46,25 @@ Report = Callable[[str], None]
 def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
     """One job per weight, one per model and number of threads, one per model that is trained."""
     by_key = {(c.shape, c.dim): c for c in grid()}
-    cases = [by_key[key] for key in SHAPES[: plan.compile_layers]]
-    out = [
-        Job(
-            f"compile {shape_text(c.shape)} dim {c.dim}",
-            lambda c=c: _if_compilable(functools.partial(run_layer, c, plan, where), report),
-        )
-        for c in cases
+    work: list[tuple[str, Callable[[], list[Result]]]] = [
+        (f"{by_key[key]}", functools.partial(run_layer, by_key[key], plan, where))
+        for key in SHAPES[: plan.compile_layers]
     ]
     for name in plan.compile_models:
         for threads in sorted({1, where.threads}):
             run = functools.partial(run_model, name, plan, replace(where, threads=threads))
-            title = f"compile {name}, threads: {threads}"
-            out.append(Job(title, lambda run=run: _if_compilable(run, report)))
-    if plan.compile_steps and not available():
+            work.append((f"{name}, threads: {threads}", run))
+    if not plan.compile_steps or available():
+        work += [
+            (f"{name}, {STEP}", functools.partial(run_steps, name, plan, where))
+            for name in plan.compile_steps
+        ]
+    else:
         report("Training step with torch.compile skipped: transformers is not installed.")
-        return out
-    for name in plan.compile_steps:
-        run = functools.partial(run_steps, name, plan, where)
-        out.append(Job(f"compile {name}, {STEP}", lambda run=run: _if_compilable(run, report)))
-    return out
+    return [
+        Job(f"compile {title}", functools.partial(_if_compilable, run, report))
+        for title, run in work
+    ]
 
 
 def _if_compilable(run: Callable[[], list[Result]], report: Report) -> list[Result]:
@@ -115,7 +87,6 @@ def run_layer(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:
     torch._dynamo.reset()
     t = tensors(case, torch.float32, where.device)
     contenders = operators(case.dim)
-    name = f"float32 {shape_text(case.shape)} dim {case.dim}"
     compile_s = {}
     for who, operator in list(contenders.items()):
         fast = torch.compile(operator, fullgraph=True, dynamic=False)
@@ -123,75 +94,56 @@ def run_layer(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:
         forward_backward(fast, t)()
         compile_s[who + COMPILED] = time.perf_counter() - start
         contenders[who + COMPILED] = fast
-    errors = verified(name, contenders, t, case.dim, where)
-    timed = {who: forward_backward(operator, t) for who, operator in contenders.items()}
-    timed[COPY] = copy(t.v)
-    stats = measure(timed, device_sampler(where.device), plan.compile_budget_s)
-    about = subject(case, torch.float32, "compile", FORWARD_BACKWARD)
+    errors = verified(f"float32 {case}", contenders, t, case.dim, where)
+    stats = beside_a_copy(FORWARD_BACKWARD, contenders, t, plan.compile_budget_s, where)
+    about = of_weight(case, torch.float32, "compile", FORWARD_BACKWARD)
     return rows(about, where, stats, errors=errors, compile_s=compile_s)
 
 
 def run_model(name: str, plan: Plan, where: Environment) -> list[Result]:
     """All weights of a model, computed in all ways, each in a process of its own."""
-    cases = weight_list(name)
     label = f"{name}, {where.threads} thread{'s' if where.threads > 1 else ''}"
-    about = fused.subject("compile", label, cases)
-    return fused.compare(about, cases, CONTENDERS, plan.compile_model_budget_s, where)
+    budget_s = plan.compile_model_budget_s
+    return fused.compare("compile", label, weight_list(name), budget_s, where)
 
 
 def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
     """Training steps of a whole model, whose forward is eager or one graph, in the same rounds."""
     torch._dynamo.reset()
-    original = kinds.strip(build(name, where.device))
+    original = stripped(build(name, where.device))
     x = model_input(name, where.device)
-    forwards, steps, parameters = {}, {}, {}
-    for who in IN_STEPS:
-        for how in ("", COMPILED):
-            model, layers = original.with_kind(TORCH if who == TORCH else OURS)
-            if who == FUSED:
-                wnkernel.fuse(model)
-            if who == PLAIN:
-                wnkernel.fold(model)
-                named = {"grad_w": [n.module.weight for n in layers]}
-            else:
-                named = {"grad_v": [n.v for n in layers], "grad_g": [n.g for n in layers]}
-            parameters[who + how] = named
-            forward = functools.partial(BY_NAME[name].forward, model)
-            if how:
-                forward = torch.compile(forward, fullgraph=True, dynamic=False)
-            forwards[who + how] = forward
-            steps[who + how] = training_step(model, forward, x)
-    _check_steps(name, forwards, parameters, x)
+    models: dict[str, Normed] = {}
+    forwards, steps = {}, {}
+    for who in (one + how for one in BY_CASE["steps"] for how in ("", COMPILED)):
+        models[who] = normed = original(who.removesuffix(COMPILED))
+        forward = functools.partial(BY_NAME[name].forward, normed.model, x)
+        if who.endswith(COMPILED):
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
+        forwards[who] = forward
+        steps[who] = training_step(normed.model, forward)
+    _check_steps(name, forwards, models)
     stats = measure(steps, device_sampler(where.device), plan.step_budget_s)
-    about = alone_subject(name, "compile", layers, phase=STEP)
-    return rows(about, where, stats)
+    numels = [layer.v.numel() for layer in models[OURS].layers]
+    return rows(of_list("compile", name, numels, STEP), where, stats)
 
 
 def _check_steps(
-    name: str,
-    forwards: Mapping[str, Forward],
-    parameters: Mapping[str, Mapping[str, list[nn.Parameter]]],
-    x: Tensor,
+    name: str, forwards: Mapping[str, Callable[[], Tensor]], models: Mapping[str, Normed]
 ) -> None:
     """Check the output and the gradients of every model against those of the first that has such,
     with the graphs that are timed: without gradients a compiler would make others.
-
-    Args:
-        name: of the model, for messages.
-        forwards: the models.
-        parameters: of each, by the names of their gradients.
-        x: their input.
-
-    Raises:
-        VerificationError: outside the tolerance.
     """
     first: dict[str, Tensor] = {}
     for who, forward in forwards.items():
-        output = forward(x)
-        inputs = [p for some in parameters[who].values() for p in some]
+        every = models[who].parameters
+        parameters = {"grad_v": every[::2], "grad_g": every[1::2]}
+        if models[who].way.folded:
+            parameters = {"grad_w": every}
+        output = forward()
+        inputs = [p for some in parameters.values() for p in some]
         grads = iter(torch.autograd.grad(output.square().mean(), inputs))
         found = {"output": output.detach()}
-        for what, some in parameters[who].items():
+        for what, some in parameters.items():
             found[what] = torch.cat([next(grads).flatten() for _ in some])
         for what, got in found.items():
             want = first.setdefault(what, got)

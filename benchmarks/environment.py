@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ CPUINFO = Path("/proc/cpuinfo")
 CPU_NUMBERS = ("cpu family", "model", "CPU implementer", "CPU part")
 """What tells CPUs apart whose name does not: the first two on x86, the others on Arm."""
 
+FILLER = re.compile(r"\((r|tm)\)|\b(processor|cpu|\d+-core)\b|@.*", re.IGNORECASE)
 SOURCES = ("csrc", "wnkernel", "benchmarks")
 SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")
 
@@ -31,13 +33,10 @@ class Environment:
     device: torch.device
     device_name: str
     torch: str
-    triton: str
-    """Version; empty if it is not installed."""
-    commit: str
-    """See :func:`commit`."""
+    triton: str  # Version; empty if it is not installed.
+    commit: str  # See :func:`commit`.
     threads: int
-    backend: str
-    """The backend of wnkernel that the automatic choice takes first."""
+    backend: str  # The backend of wnkernel that the automatic choice takes first.
 
     @property
     def own_kernels(self) -> bool:
@@ -64,25 +63,15 @@ def environment(device: str, threads: int | None) -> Environment:
         backend = choose(torch.empty(1, device=chosen)).name
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} cannot be used here: {error}") from None
-    if threads is not None:
-        torch.set_num_threads(threads)
-    where = Environment(
-        device=chosen,
-        device_name=_device_name(chosen),
-        torch=torch.__version__,
-        triton=version_of("triton", "pytorch-triton", "pytorch-triton-rocm"),
-        commit=commit(),
-        threads=torch.get_num_threads(),
-        backend=backend,
-    )
+    triton = version_of("triton", "pytorch-triton", "pytorch-triton-rocm")
+    threads = torch.get_num_threads() if threads is None else threads
+    name = _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    if chosen.type == "cuda":
+        name = torch.cuda.get_device_name(chosen)
+    about = name, torch.__version__, triton, commit(), threads
+    where = Environment(chosen, *about, backend)
     where.settle()
     return where
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -101,30 +90,20 @@ def results_folder(where: Environment) -> str:
     Virtual machines often call their CPU "Intel(R) Xeon(R) Processor", and Arm has no names. Where
     a name has no number in it that could be a model's, those of :data:`CPU_NUMBERS` follow.
     """
-    if where.device.type != "cpu":
-        return _slug(where.device_name)
-    numbers: list[str] = []
-    if not re.search(r"\d{3}", where.device_name):
-        facts = _cpuinfo()
-        numbers = [facts[field] for field in CPU_NUMBERS if field in facts]
-    return _slug(" ".join(("cpu", _without_filler(where.device_name), *numbers)))
-
-
-def _without_filler(name: str) -> str:
-    return re.sub(r"\((r|tm)\)|\b(processor|cpu|\d+-core)\b|@.*", " ", name, flags=re.IGNORECASE)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    words = [where.device_name]
+    if where.device.type == "cpu":
+        words = ["cpu", FILLER.sub(" ", where.device_name)]
+        if not re.search(r"\d{3}", where.device_name):
+            facts = _cpuinfo()
+            words += [facts[field] for field in CPU_NUMBERS if field in facts]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 def version_of(*distributions: str) -> str:
     """Of the first of these packages that is installed; empty if none is."""
     for name in distributions:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return ""
 
 

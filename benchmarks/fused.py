@@ -1,7 +1,6 @@
-"""Case "fused": all weight norms of a model, one by one and in one launch, against torch's.
-
-The weights of a model are taken from shapes.csv, as bare layers. Every contender has a process of
-its own (see processes.py).
+"""Cases "fused" and "flat": all weight norms of a model, one by one and in one launch, against
+torch's, as bare layers; the models of shapes.csv, and the same bytes in more and more layers, where
+what grows is the cost of a layer. Every contender has a process of its own (see processes.py).
 """
 
 from __future__ import annotations
@@ -14,12 +13,21 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from .contenders import (
+    BY_CASE,
+    COPY,
+    TORCH,
+    WAYS,
+    Checker,
+    Iteration,
+    copy_of,
+    random_grads,
+    weights_model,
+)
 from .environment import Environment
-from .grouped import GROUPINGS, Checker, Iteration, random_grads, weights_model
-from .models import ALONE, copy_all
 from .plan import Job, Plan
 from .processes import measure_apart, run_apart
-from .results import COPY, FUSED, OURS, TORCH, UNCHANGED, VERSION, Result, Subject, rows
+from .results import Result, of_list, rows
 from .shapes import LayerCase, weight_list
 from .timing import Contender
 
@@ -33,62 +41,57 @@ MODELS = (
     "EnCodec-24k",
     "ParallelWaveGAN",
 )
-CONTENDERS = (TORCH, OURS, FUSED, VERSION, UNCHANGED)
+
+FLAT_NUMEL = 2**21  # 8 MiB of v in float32.
+FLAT_ROW = (128, 4)
+"""Input channels and taps: rows of 512 elements, however many layers share them."""
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
     """One job per model."""
-    names = plan.fused_models or MODELS
-    return [Job(f"fused {name}", lambda n=name: run(n, plan, where)) for name in names]
+
+    def run(name: str) -> list[Result]:
+        cases = weight_list(name)
+        return compare("fused", name, cases, plan.fused_budget_s, where)
+
+    return [Job(f"fused {n}", functools.partial(run, n)) for n in plan.fused_models or MODELS]
 
 
-def run(name: str, plan: Plan, where: Environment) -> list[Result]:
-    """Verify, then time, one model."""
-    cases = weight_list(name)
-    about = subject("fused", name, cases)
-    return compare(about, cases, CONTENDERS, plan.fused_budget_s, where)
+def flat_jobs(plan: Plan, where: Environment) -> list[Job]:
+    """One job per number of layers."""
+    label = f"{FLAT_NUMEL * 4 // 2**20} MiB in equal layers"
+    found = []
+    for n in plan.flat_layers:
+        rows_each = FLAT_NUMEL // (FLAT_ROW[0] * FLAT_ROW[1] * n)
+        cases = [LayerCase((rows_each, *FLAT_ROW), 0, "equal layers", "Conv1d")] * n
+        run = functools.partial(compare, "flat", label, cases, plan.flat_budget_s, where)
+        found.append(Job(f"flat, {n} layers", run))
+    return found
 
 
 def compare(
-    about: Subject,
-    cases: Sequence[LayerCase],
-    contenders: Sequence[str],
-    budget_s: float,
-    where: Environment,
+    case: str, label: str, cases: Sequence[LayerCase], budget_s: float, where: Environment
 ) -> list[Result]:
     """Verify, then time, the weights of a list, beside a copy of all v.
 
     What the verification compiles, in an empty cache, the processes that are timed take from it.
     """
+    contenders = BY_CASE[case]
+    about = of_list(case, label, [c.numel for c in cases])
     with TemporaryDirectory() as cache:
-        verify = functools.partial(_verify, about.label, contenders, cases, where, cache)
+        verify = functools.partial(_verify, label, contenders, cases, where, cache)
         errors, compile_s = run_apart(verify, where)
-        prepare = {w: functools.partial(_iteration, w, cases, where, cache) for w in contenders}
-        prepare[COPY] = functools.partial(_copy, cases, where)
+        timed = (*contenders, COPY)
+        prepare = {w: functools.partial(_contender, w, cases, where, cache) for w in timed}
         stats = measure_apart(prepare, where, budget_s)
     return rows(about, where, stats, errors=errors, compile_s=compile_s)
 
 
-def subject(case: str, label: str, cases: Sequence[LayerCase]) -> Subject:
-    """How a list of weights is described in the results."""
-    numel = sum(c.numel for c in cases)
-    return Subject(
-        case=case,
-        label=label,
-        phase=ALONE,
-        dtype="float32",
-        shape=f"{len(cases)} layer{'s' if len(cases) > 1 else ''}",
-        dim="",
-        kind="",
-        numel=numel,
-        array_bytes=4 * numel,
-    )
-
-
-def _iteration(who: str, cases: Sequence[LayerCase], where: Environment, cache: str) -> Iteration:
+def _contender(who: str, cases: Sequence[LayerCase], where: Environment, cache: str) -> Contender:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    model = weights_model(who, cases, where.device)
-    return Iteration(model, random_grads([layer.v for layer in model.layers]))
+    normed = weights_model(TORCH if who == COPY else who, cases, where.device)
+    vs = [layer.v for layer in normed.layers]
+    return copy_of(vs) if who == COPY else Iteration(normed, random_grads(vs))
 
 
 def _verify(
@@ -102,14 +105,14 @@ def _verify(
     checker = Checker(title, where)
     errors, compile_s = {}, {}
     for who in contenders:
-        iteration = _iteration(who, cases, where, cache)
-        if GROUPINGS[who].compiled:
+        iteration = _contender(who, cases, where, cache)
+        if WAYS[who].compiled:
             if not compile_s:
                 _load_compiler(where)
             start = time.perf_counter()
             iteration()
             compile_s[who] = time.perf_counter() - start
-        errors[who] = checker.check_iteration(who, iteration)
+        errors[who] = checker.check_pass(who, iteration)
     return errors, compile_s
 
 
@@ -118,7 +121,3 @@ def _load_compiler(where: Environment) -> None:
     ten seconds, whoever comes first."""
     x = torch.ones(2, device=where.device, requires_grad=True)
     torch.compile(lambda: (2 * x).sum())().backward()
-
-
-def _copy(cases: Sequence[LayerCase], where: Environment) -> Contender:
-    return copy_all(weights_model(TORCH, cases, where.device).layers)

@@ -1,4 +1,4 @@
-"""Case "gan": a training step of HiFi-GAN, and what weight norm costs in it.
+"""Cases "gan" and "memory": a training step of HiFi-GAN, and what weight norm costs in it.
 
 Per step the discriminators run twice for their own loss and twice for the generator's, as in the
 original code. The cost of the weight norms is measured on the same sequence of reads, backwards and
@@ -6,36 +6,38 @@ changes without the convolutions: the difference of two whole steps would drown 
 that sequence every use of a weight gives a fresh gradient, as a convolution does; what that takes,
 and what adding up the gradients of two uses takes, is in the sequence of the contender without
 weight norm too, and is subtracted.
+
+A peak of memory comes from a fresh process, which builds the generator, remembers how much memory
+it has, runs a few steps, and reports by how much the peak was higher: of resident memory, with
+everything that malloc and buffer pools hold on to.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
+import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
-import wnkernel
+from torch import Tensor
 
 from . import hifigan, verify
+from .contenders import BY_CASE, PLAIN, TORCH, Checker, Normed, Of, norm, random_grads
 from .environment import Environment
-from .fused import subject
-from .grouped import Checker, norm, random_grads
-from .kinds import NormedLayer
-from .models import OUTPUT_L2
+from .models import OUTPUT_L2, training_step
 from .plan import Job, Plan
 from .processes import measure_apart, run_apart
-from .results import FUSED, OURS, PLAIN, TORCH, VERSION, Result, rows
+from .results import STEP, Result, memory_rows, of_list, rows
 from .shapes import weight_list
 
-STEP = "GAN step"
+GAN_STEP = "GAN step"
 NORMS = "weight norms of a GAN step"
-CONTENDERS = (TORCH, OURS, FUSED, VERSION)
+CONTENDERS = BY_CASE["gan"]
 WEIGHTS = {
     hifigan.Generator: ("SpeechT5HifiGan",),
     hifigan.Discriminators: ("HiFi-GAN-MPD", "HiFi-GAN-MSD"),
@@ -43,116 +45,89 @@ WEIGHTS = {
 """The models of shapes.csv that the two modules have to have the weights of."""
 
 BATCH = 1
-LEARNING_RATE = 1e-6
-"""So small that the models stay the same while they are timed."""
-
-CHECKED_RATE = 1e-3
-"""So large that a weight from before the step would not pass."""
-
+LEARNING_RATE = 1e-6  # So small that the models stay the same while they are timed.
+CHECKED_RATE = 1e-3  # So large that a weight from before the step would not pass.
 CHECKED_FRAMES = 4
 BEFORE_OPTIMIZER = 2
 """How many of the outputs of :class:`Step` no optimizer had a part in, the first time."""
 
+Parts = tuple[Normed, Normed]  # The generator and the discriminators, as one contender has them.
+NO_GRAD = "no_grad forward"
+MODEL = "SpeechT5HifiGan"
+FRAMES = 8  # So few that weights and their gradients, not activations, make the peak.
+STEPS = 5
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
     """The step and its weight norms are one job."""
-    return [Job("GAN step", lambda: run(plan, where))]
+    return [Job(GAN_STEP, functools.partial(run, plan, where))]
 
 
 def run(plan: Plan, where: Environment) -> list[Result]:
     """Verify, then time, the weight norms of a step and the whole step."""
     label = f"HiFi-GAN, batch {BATCH} x {plan.gan_frames * hifigan.UPSAMPLING} samples"
-    cases = [c for models in WEIGHTS.values() for name in models for c in weight_list(name)]
-    about = subject("gan", label, cases)
-    contenders = (*CONTENDERS, PLAIN)
-    errors = run_apart(functools.partial(_check_norms, contenders, where), where)
-    prepare = {who: functools.partial(_norms, who, where) for who in contenders}
+    numels = [c.numel for models in WEIGHTS.values() for m in models for c in weight_list(m)]
+    about = of_list("gan", label, numels)
+    errors = run_apart(functools.partial(_check_norms, where), where)
+    prepare = {who: functools.partial(_norms, who, where) for who in CONTENDERS}
     stats = measure_apart(prepare, where, plan.gan_budget_s)
     out = rows(about.of_phase(NORMS), where, stats, errors=errors)
     if plan.gan_step:
-        _check_steps(contenders, where)
-        prepare = {w: functools.partial(_step, plan.gan_frames, w, where) for w in contenders}
+        _check_steps(where)
+        prepare = {w: functools.partial(_step, plan.gan_frames, w, where) for w in CONTENDERS}
         stats = measure_apart(prepare, where, plan.gan_budget_s)
-        out += rows(about.of_phase(STEP), where, stats)
+        out += rows(about.of_phase(GAN_STEP), where, stats)
     return out
-
-
-@dataclass(frozen=True)
-class Part:
-    """The generator or the discriminators, as one contender has them."""
-
-    model: nn.Module
-    modules: list[nn.Module]
-    """The layers with weight norm."""
-    layers: list[NormedLayer]
-    scope: Callable[[], AbstractContextManager[None]]
-    changed: Callable[[], None]
-    parameters: list[nn.Parameter]
-    """All v and g, or the weights of the contender that has none."""
 
 
 def build(
     kind: type[hifigan.Generator | hifigan.Discriminators], who: str, where: Environment
-) -> Part:
-    """Generator or discriminators, the same for every contender.
-
-    Raises:
-        VerificationError: it has not the weights that it should have.
-    """
+) -> Normed:
+    """Generator or discriminators, the same for every contender."""
     torch.manual_seed(0)
     model = kind().to(where.device)
     modules = hifigan.weight_normed(model)
     have = sorted(tuple(module.weight.shape) for module in modules)
     if have != sorted(case.shape for name in WEIGHTS[kind] for case in weight_list(name)):
         raise verify.VerificationError(f"{kind.__name__}: not the weights of {WEIGHTS[kind]}")
-    normed = norm(OURS if who == PLAIN else who, model, [(module, 0) for module in modules])
-    if who != PLAIN:
-        parameters = [p for layer in normed.layers for p in (layer.v, layer.g)]
-        return Part(model, modules, normed.layers, normed.scope, normed.changed, parameters)
-    for module in modules:
-        wnkernel.remove_weight_norm(module)
-    return Part(model, modules, [], nullcontext, normed.changed, [m.weight for m in modules])
+    return norm(who, model, [(module, 0) for module in modules])
 
 
 class Norms:
     """The weight norms of a step: the reads, backwards and changes of :class:`Step`."""
 
-    def __init__(self, generator: Part, discriminators: Part) -> None:
-        self.generator, self.discriminators = generator, discriminators
-        self.grads = {
-            part.model: random_grads([module.weight for module in part.modules])
-            for part in (generator, discriminators)
-        }
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.grads = [random_grads([m.weight for m in part.modules]) for part in parts]
+        self._parameters = [part.parameters for part in parts]
 
     def __call__(self, look: Callable[[], None] | None = None) -> None:
-        """Run one step.
-
-        Args:
-            look: called when both parts have their gradients of the generator's loss.
-        """
-        generator, discriminators = self.generator, self.discriminators
-        generated = self._forward(generator)
-        (self._forward(discriminators) + self._forward(discriminators)).backward()
-        self._step(discriminators)
-        again = self._forward(discriminators) + self._forward(discriminators)
+        """Run one step, and look when both parts have their gradients of the generator's loss."""
+        generated = self._forward(0)
+        (self._forward(1) + self._forward(1)).backward()
+        self._step(1)
+        again = self._forward(1) + self._forward(1)
         (generated + again).backward()
         if look is not None:
             look()
-        self._step(generator, discriminators)
+        self._step(0, 1)
 
-    def _forward(self, part: Part) -> Tensor:
-        x = torch.zeros((), device=part.parameters[0].device, requires_grad=True)
-        with part.scope():
-            for module, grad in zip(part.modules, self.grads[part.model], strict=True):
+    def _forward(self, k: int) -> Tensor:
+        x = torch.zeros((), device=self._parameters[k][0].device, requires_grad=True)
+        with self.parts[k].scope():
+            for module, grad in zip(self.parts[k].modules, self.grads[k], strict=True):
                 x = _Use.apply(x, module.weight, grad)
         return x
 
-    def _step(self, *parts: Part) -> None:
-        for part in parts:
-            for p in part.parameters:
+    def _step(self, *stepped: int) -> None:
+        for k in stepped:
+            for p in self._parameters[k]:
                 p.grad = None
-        self.generator.changed()  # any step of a torch optimizer counts for every group
-        self.discriminators.changed()
+        for part in self.parts:  # any step of a torch optimizer counts for every group
+            part.changed()
 
 
 class _Use(torch.autograd.Function):
@@ -172,7 +147,7 @@ class _Use(torch.autograd.Function):
 class Step:
     """A training step."""
 
-    def __init__(self, parts: tuple[Part, Part], frames: int, rate: float) -> None:
+    def __init__(self, parts: Parts, frames: int, rate: float) -> None:
         self.generator, self.discriminators = (part.model for part in parts)
         self.optimizers = [
             torch.optim.AdamW(part.model.parameters(), lr=rate, betas=(0.8, 0.99)) for part in parts
@@ -201,58 +176,53 @@ class Step:
         return x, loss_d, loss_g
 
 
-def _parts(who: str, where: Environment) -> tuple[Part, Part]:
+def _parts(who: str, where: Environment) -> Parts:
     return build(hifigan.Generator, who, where), build(hifigan.Discriminators, who, where)
 
 
 def _norms(who: str, where: Environment) -> Norms:
-    return Norms(*_parts(who, where))
+    return Norms(_parts(who, where))
 
 
 def _step(frames: int, who: str, where: Environment) -> Step:
     return Step(_parts(who, where), frames, LEARNING_RATE)
 
 
-def _check_norms(contenders: tuple[str, ...], where: Environment) -> dict[str, float]:
+def _check_norms(where: Environment) -> dict[str, float]:
     """Check the weights and gradients of a second step against float64; the worst errors."""
     checkers = Checker("generator", where), Checker("discriminators", where)
-    errors = {}
-    for who in contenders:
+    errors: dict[str, float] = {}
+
+    def look(who: str, norms: Norms) -> None:
+        found = zip(norms.parts, norms.grads, (1, 2), checkers, strict=True)
+        for part, grads, uses, checker in found:
+            grads = [uses * grad for grad in grads]
+            with part.scope():
+                weights = [module.weight for module in part.modules]
+            if who == PLAIN:
+                for weight, grad in zip(weights, grads, strict=True):
+                    verify.check_same(f"{who}, {GAN_STEP}", weight.grad, grad, 0.0)
+                continue
+            pairs = zip(weights, part.layers, strict=True)
+            results = [Of(w, layer.v.grad, layer.g.grad) for w, layer in pairs]
+            error = checker.check(who, part.layers, results, grads)
+            errors[who] = max(error, errors.get(who, 0.0))
+
+    for who in CONTENDERS:
         norms = _norms(who, where)
-        look = functools.partial(_look, who, norms, checkers, errors)
         norms()
-        norms(look)
+        norms(functools.partial(look, who, norms))
     return errors
 
 
-def _look(
-    who: str, norms: Norms, checkers: tuple[Checker, Checker], errors: dict[str, float]
-) -> None:
-    for part, uses, checker in zip(
-        (norms.generator, norms.discriminators), (1, 2), checkers, strict=True
-    ):
-        grads = [uses * grad for grad in norms.grads[part.model]]
-        with part.scope():
-            weights = [module.weight for module in part.modules]
-        if who == PLAIN:
-            for weight, grad in zip(weights, grads, strict=True):
-                verify.check_same(f"{who}, GAN step", weight.grad, grad, 0.0)
-            continue
-        results = [
-            (w, layer.v.grad, layer.g.grad) for w, layer in zip(weights, part.layers, strict=True)
-        ]
-        error = checker.check(who, part.layers, results, grads)
-        errors[who] = max(error, errors.get(who, 0.0))
-
-
-def _check_steps(contenders: tuple[str, ...], where: Environment) -> None:
+def _check_steps(where: Environment) -> None:
     """Compare outputs and losses of two steps with those of torch's layers. (Without weight norm an
     optimizer's step leads elsewhere, so there what comes before the first one has to do.)"""
-    took = {w: run_apart(functools.partial(_two_steps, w, where), where) for w in contenders}
+    took = {w: run_apart(functools.partial(_two_steps, w, where), where) for w in CONTENDERS}
     for who, got in took.items():
         for i, (have, want) in enumerate(zip(got, took[TORCH], strict=True)):
             if who != PLAIN or i < BEFORE_OPTIMIZER:
-                title = f"{who}, GAN step, output {i}"
+                title = f"{who}, {GAN_STEP}, output {i}"
                 have, want = torch.from_numpy(have), torch.from_numpy(want)
                 verify.check_same(title, have, want, OUTPUT_L2)
 
@@ -260,3 +230,69 @@ def _check_steps(contenders: tuple[str, ...], where: Environment) -> None:
 def _two_steps(who: str, where: Environment) -> list[np.ndarray]:
     step = Step(_parts(who, where), CHECKED_FRAMES, CHECKED_RATE)
     return [t.detach().cpu().numpy() for _ in range(2) for t in step()]
+
+
+def can_measure() -> bool:
+    """Whether the peak of a process can be told on this system."""
+    return _STATUS.exists() and _CLEAR_REFS.exists()
+
+
+def memory_jobs(plan: Plan, where: Environment) -> list[Job]:
+    """One job per phase."""
+    phases = (STEP, NO_GRAD)[: plan.memory_phases]
+    return [
+        Job(f"memory, {phase}", functools.partial(run_memory, phase, where)) for phase in phases
+    ]
+
+
+def run_memory(phase: str, where: Environment) -> list[Result]:
+    """The peak of every contender."""
+    peaks = {
+        who: run_apart(functools.partial(_peak, who, phase, where), where)
+        for who in BY_CASE["memory"]
+    }
+    about = of_list("memory", MODEL, [c.numel for c in weight_list(MODEL)], phase)
+    return memory_rows(about, where, peaks)
+
+
+def _peak(who: str, phase: str, where: Environment) -> float:
+    """Peak memory of some steps in bytes, above what there is when the model is built."""
+    generator = build(hifigan.Generator, who, where)
+    mel = torch.randn(1, hifigan.MEL_BANDS, FRAMES, generator=torch.Generator().manual_seed(1))
+    mel = mel.to(where.device)
+    forward = functools.partial(generator.model, mel)
+    training = training_step(generator.model, forward)
+    step = training if phase == STEP else torch.no_grad()(forward)
+    before = _reset()
+    for _ in range(STEPS):
+        step()
+    peak = _status("VmHWM") - before
+    _check_memory(who, generator, mel, where)
+    return peak
+
+
+def _check_memory(who: str, generator: Normed, mel: Tensor, where: Environment) -> None:
+    if who == PLAIN:
+        return
+    folded = hifigan.Generator().to(where.device)
+    for module, layer in zip(hifigan.weight_normed(folded), generator.layers, strict=True):
+        want = verify.reference(layer.v, layer.g, layer.dim, torch.zeros_like(layer.v))
+        module.weight.data.copy_(want.w)
+        module.bias.data.copy_(layer.module.bias)
+    with torch.no_grad():
+        verify.check_same(f"{who}, memory", generator.model(mel), folded(mel), OUTPUT_L2)
+
+
+def _reset() -> int:
+    """Forget the peak so far, and say what is in use, in bytes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what building the model left behind would hide a part of the peak
+        trim(0)
+    _CLEAR_REFS.write_text(_RESET_PEAK)
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    return 1024 * int(found[1])

@@ -6,8 +6,8 @@ discriminator has spectral norm, as in the paper, and is no weight-normed layer.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 MEL_BANDS = 80
-UPSAMPLING = 256
-"""Samples per frame of the generator's input."""
-
+UPSAMPLING = 256  # Samples per frame of the generator's input.
+CHANNELS = (512, 256, 128, 64, 32)
 SLOPE = 0.1
-Score = tuple[Tensor, list[Tensor]]
-"""What a discriminator says, and the outputs of its layers."""
+Score = tuple[Tensor, list[Tensor]]  # What a discriminator says, and the outputs of its layers.
 
 
 class ResidualBlock(nn.Module):
@@ -28,8 +26,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
-        self.dilated = nn.ModuleList(_conv(channels, kernel, d) for d in (1, 3, 5))
-        self.plain = nn.ModuleList(_conv(channels, kernel, 1) for _ in range(3))
+        self.dilated, self.plain = (
+            nn.ModuleList(nn.Conv1d(channels, channels, kernel, 1, "same", d) for d in dilations)
+            for dilations in ((1, 3, 5), (1, 1, 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for dilated, plain in zip(self.dilated, self.plain, strict=True):
@@ -37,25 +37,17 @@ class ResidualBlock(nn.Module):
         return x
 
 
-def _conv(channels: int, kernel: int, dilation: int) -> nn.Conv1d:
-    return nn.Conv1d(channels, channels, kernel, dilation=dilation, padding="same")
-
-
 class Generator(nn.Module):
     """Mel spectrogram (batch, bands, frames) to waveform (batch, 1, samples)."""
 
     def __init__(self) -> None:
         super().__init__()
-        channels = (512, 256, 128, 64, 32)
-        self.first = nn.Conv1d(MEL_BANDS, channels[0], 7, padding=3)
-        self.up = nn.ModuleList(
-            nn.ConvTranspose1d(a, b, 8, stride=4, padding=2)
-            for a, b in itertools.pairwise(channels)
-        )
+        self.first = nn.Conv1d(MEL_BANDS, CHANNELS[0], 7, padding=3)
+        self.up = nn.ModuleList(nn.ConvTranspose1d(a, b, 8, 4, 2) for a, b in pairwise(CHANNELS))
         self.blocks = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(c, kernel) for kernel in (3, 7, 11)) for c in channels[1:]
+            nn.ModuleList(ResidualBlock(c, kernel) for kernel in (3, 7, 11)) for c in CHANNELS[1:]
         )
-        self.last = nn.Conv1d(channels[-1], 1, 7, padding=3)
+        self.last = nn.Conv1d(CHANNELS[-1], 1, 7, padding=3)
 
     def forward(self, mel: Tensor) -> Tensor:
         x = self.first(mel)
@@ -66,13 +58,18 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A stack of convolutions that also gives away what each of them says."""
+    """A stack of convolutions that also gives away what each of them says. With a period, it looks
+    at every so many-th sample side by side."""
 
-    def __init__(self, convs: Sequence[nn.Module]) -> None:
+    def __init__(self, convs: Sequence[nn.Module], period: int | None = None) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
+        self.period = period
 
     def forward(self, x: Tensor) -> Score:
+        if self.period is not None:
+            x = F.pad(x, (0, -x.shape[-1] % self.period), mode="reflect")
+            x = x.unflatten(-1, (-1, self.period))
         features = []
         for conv in self.convs[:-1]:
             x = F.leaky_relu(conv(x), SLOPE)
@@ -80,39 +77,27 @@ class Discriminator(nn.Module):
         return self.convs[-1](x).flatten(1), features
 
 
-class PeriodDiscriminator(Discriminator):
-    """Looks at every n-th sample side by side."""
-
-    def __init__(self, period: int) -> None:
-        channels = (1, 32, 128, 512, 1024)
-        convs = [
-            nn.Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0))
-            for a, b in itertools.pairwise(channels)
-        ]
-        convs.append(nn.Conv2d(1024, 1024, (5, 1), padding=(2, 0)))
-        convs.append(nn.Conv2d(1024, 1, (3, 1), padding=(1, 0)))
-        super().__init__(convs)
-        self.period = period
-
-    def forward(self, x: Tensor) -> Score:
-        x = F.pad(x, (0, -x.shape[-1] % self.period), mode="reflect")
-        return super().forward(x.unflatten(-1, (-1, self.period)))
+def _of_period(period: int) -> Discriminator:
+    widths = pairwise((1, 32, 128, 512, 1024))
+    convs = [nn.Conv2d(a, b, (5, 1), (3, 1), (2, 0)) for a, b in widths]
+    convs.append(nn.Conv2d(1024, 1024, (5, 1), padding=(2, 0)))
+    convs.append(nn.Conv2d(1024, 1, (3, 1), padding=(1, 0)))
+    return Discriminator(convs, period)
 
 
-def scale_discriminator() -> Discriminator:
+def _of_scale() -> Discriminator:
     """Looks at consecutive samples."""
-    return Discriminator(
-        [
-            nn.Conv1d(1, 128, 15, padding=7),
-            nn.Conv1d(128, 128, 41, stride=2, groups=4, padding=20),
-            nn.Conv1d(128, 256, 41, stride=2, groups=16, padding=20),
-            nn.Conv1d(256, 512, 41, stride=4, groups=16, padding=20),
-            nn.Conv1d(512, 1024, 41, stride=4, groups=16, padding=20),
-            nn.Conv1d(1024, 1024, 41, groups=16, padding=20),
-            nn.Conv1d(1024, 1024, 5, padding=2),
-            nn.Conv1d(1024, 1, 3, padding=1),
-        ]
+    sizes = (  # channels, kernel, stride, groups
+        (1, 128, 15, 1, 1),
+        (128, 128, 41, 2, 4),
+        (128, 256, 41, 2, 16),
+        (256, 512, 41, 4, 16),
+        (512, 1024, 41, 4, 16),
+        (1024, 1024, 41, 1, 16),
+        (1024, 1024, 5, 1, 1),
+        (1024, 1, 3, 1, 1),
     )
+    return Discriminator([nn.Conv1d(a, b, k, s, k // 2, groups=n) for a, b, k, s, n in sizes])
 
 
 class Discriminators(nn.Module):
@@ -120,8 +105,8 @@ class Discriminators(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.periods = nn.ModuleList(PeriodDiscriminator(p) for p in (2, 3, 5, 7, 11))
-        self.scales = nn.ModuleList(scale_discriminator() for _ in range(3))
+        self.periods = nn.ModuleList(map(_of_period, (2, 3, 5, 7, 11)))
+        self.scales = nn.ModuleList(_of_scale() for _ in range(3))
         for conv in self.scales[0].convs:
             spectral_norm(conv)
 
@@ -142,10 +127,8 @@ def weight_normed(model: nn.Module) -> list[nn.Module]:
 
 def discriminator_loss(real: list[Score], generated: list[Score]) -> Tensor:
     """Least squares: 1 for what is real, 0 for what is not."""
-    return sum(
-        (1 - r).square().mean() + g.square().mean()
-        for (r, _), (g, _) in zip(real, generated, strict=True)
-    )
+    pairs = zip(real, generated, strict=True)
+    return sum((1 - r).square().mean() + g.square().mean() for (r, _), (g, _) in pairs)
 
 
 def generator_loss(real: list[Score], generated: list[Score], x: Tensor, audio: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 A model of small layers is computed with every kernel launch left out. What remains is the work of
 the host: checks, tables, allocations, autograd. That needs no GPU: without one, tensors lie on the
 CPU, and Triton's interpreter is there for the results to be verified before launches are left out.
+With ``--launches``, launches are all there is: kernels are compiled for sm_90 and handed to a
+driver that does nothing.
 
 A figure is the least of many turns, for the machine may have other work. "nothing" is an autograd
 node with the same inputs and results that only allocates: what it takes is torch's.
@@ -11,6 +13,7 @@ node with the same inputs and results that only allocates: what it takes is torc
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,28 +24,37 @@ from unittest import mock
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-if not torch.cuda.is_available():
+# looked at when Triton is imported
+if "--launches" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton
+from triton.backends.compiler import GPUTarget
 
 import wnkernel
 from wnkernel import functional as F
 from wnkernel.backends import BACKENDS
 from wnkernel.backends.triton import tables, variants
+from wnkernel.backends.triton.plan import tiles
+from wnkernel.backends.triton.tables import FORWARD
+from wnkernel.backends.triton.variants import Types
 
+from .contenders import FUSED, OURS, TORCH, Checker, Iteration, Normed, random_grads, weights_model
 from .environment import Environment, environment
-from .grouped import Checker, Iteration, Normed, random_grads, weights_model
-from .results import FUSED, OURS, TORCH
+from .report import console, show
 from .shapes import LayerCase
 from .timing import Contender, least
 
-SHAPES = ((32, 16, 3), (32, 16, 5), (32, 16, 7))
+KERNELS = (3, 5, 7)
 NOTHING = "nothing"
 HIT, MISS = f"{FUSED}, tables found", f"{FUSED}, tables made"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAUNCHES = 1000  # In a sample.
+Phases = Mapping[str, Mapping[str, Contender]]  # Contenders by phase.
 
 
 class Found(tables.Kept):
@@ -75,61 +87,60 @@ class Nothing(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.tensors))
 
 
-def of_nothing(model: Normed) -> Normed:
+def of_nothing(normed: Normed) -> Normed:
     """A model whose weights nobody computes."""
-    layers = [replace(layer, module=SimpleNamespace(weight=None)) for layer in model.layers]
+    modules = [SimpleNamespace(weight=None) for _ in normed.layers]
+    pairs = zip(normed.layers, modules, strict=True)
+    layers = [replace(layer, module=m, weight=lambda m=m: m.weight) for layer, m in pairs]
     tensors = [layer.v for layer in layers] + [layer.g for layer in layers]
 
     @contextmanager
     def scope() -> Iterator[None]:
-        for layer, w in zip(layers, Nothing.apply(*tensors), strict=True):
-            layer.module.weight = w
+        for module, w in zip(modules, Nothing.apply(*tensors), strict=True):
+            module.weight = w
         yield
-        for layer in layers:
-            layer.module.weight = None
+        for module in modules:
+            module.weight = None
 
-    return replace(model, layers=layers, scope=scope)
+    return replace(normed, modules=modules, layers=layers, scope=scope)
 
 
-def reading(model: Normed) -> Contender:
+def reading(normed: Normed) -> Contender:
     """Reads all weights in one scope."""
 
     def read() -> None:
-        with model.scope():
-            for layer in model.layers:
-                _ = layer.module.weight
+        with normed.scope():
+            for module in normed.modules:
+                _ = module.weight
 
     return read
 
 
-def steps(count: int, where: Environment) -> dict[str, dict[str, Contender]]:
-    """Verified contenders by phase: forwards, and with backwards."""
-    cases = [LayerCase(SHAPES[k % len(SHAPES)], 0, "", "Conv1d") for k in range(count)]
+def steps(count: int, where: Environment) -> Phases:
+    """Verified models: forwards, and with backwards."""
+    cases = [LayerCase((32, 16, KERNELS[k % 3]), 0, "", "Conv1d") for k in range(count)]
     models = {who: weights_model(who, cases, where.device) for who in (TORCH, OURS, FUSED)}
     grads = random_grads([layer.v for layer in models[TORCH].layers])
     checker = Checker(f"{count} layers", replace(where, backend="triton"))
-    for who, model in models.items():
-        checker.check_iteration(who, Iteration(model, grads))
+    for who, normed in models.items():
+        checker.check_pass(who, Iteration(normed, grads))
     fused = models.pop(FUSED)
     models |= {HIT: fused, MISS: fused, NOTHING: of_nothing(fused)}
     return {
-        "forward": {who: reading(model) for who, model in models.items()},
-        "forward+backward": {who: Iteration(model, grads) for who, model in models.items()},
+        "forward": {who: reading(normed) for who, normed in models.items()},
+        "forward+backward": {who: Iteration(normed, grads) for who, normed in models.items()},
     }
 
 
-def calls(device: torch.device) -> dict[str, dict[str, Contender]]:
+def calls(device: torch.device) -> Phases:
     """Calls of the function for one weight."""
     v, g = torch.randn(32, 16, 3, device=device), torch.ones(32, 1, 1, device=device)
     grad_w = torch.randn_like(v)
     v, g = v.requires_grad_(), g.requires_grad_()
 
-    def both(norm: Callable[[], Tensor]) -> Contender:
-        def call() -> None:
-            norm().backward(grad_w)
-            v.grad = g.grad = None
-
-        return call
+    def both(norm: Callable[[], Tensor]) -> None:
+        norm().backward(grad_w)
+        v.grad = g.grad = None
 
     norms = {
         OURS: lambda: F.weight_norm(v, g),
@@ -138,7 +149,7 @@ def calls(device: torch.device) -> dict[str, dict[str, Contender]]:
     }
     return {
         "forward": norms,
-        "forward+backward": {who: both(norm) for who, norm in norms.items()},
+        "forward+backward": {who: lambda n=norm: both(n) for who, norm in norms.items()},
     }
 
 
@@ -149,45 +160,74 @@ def leave_out(*launch: object) -> None:
 @contextmanager
 def without_launches(who: str) -> Iterator[None]:
     """Everything up to a launch, and none."""
-    launcher = BACKENDS["triton"]._launcher
     kept = Made() if who == MISS else Found()
     with (
         mock.patch.object(variants.Variant, "launch", leave_out),
-        mock.patch.object(launcher, "_tables", kept),
+        mock.patch.object(BACKENDS["triton"]._launcher, "_tables", kept),
         wnkernel.use_backend("triton"),
     ):
         yield
 
 
-def show(console: Console, title: str, found: Mapping[str, Mapping[str, float]], per: int) -> None:
-    """Print microseconds by phase and contender."""
-    table = Table("us", *found, title=title)
-    for who in next(iter(found.values())):
-        table.add_row(who, *(f"{1e6 * phase[who] / per:.2f}" for phase in found.values()))
-    console.print(table)
+DRIVER = SimpleNamespace(
+    utils=SimpleNamespace(
+        # module, function, registers, spills, threads at most
+        load_binary=lambda *args: (1, 2, 32, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 232448, "warpSize": 32},
+    ),
+    launcher_cls=lambda source, metadata: leave_out,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+)
+"""One GPU that is not there, whose launches do nothing."""
+
+
+def ways() -> dict[str, Contender]:
+    """To launch the forward of a weight alone, and of a list."""
+    t, device = Types(*[torch.float32] * 3), torch.device("cpu")
+    cases = {
+        "a weight": (variants.of_one(FORWARD, t, tiles(4)[0], 0, device), (1,) * 16),
+        "a list": (variants.of_list(FORWARD, t, True, 0, device), (1,) * 3),
+    }
+    found: dict[str, Contender] = {}
+    for what, (variant, args) in cases.items():
+        variant.launch(1, args)
+        every = (*args, *variant.choices.values())
+        found |= {
+            f"{what}, ours": lambda v=variant, a=args: v.launch(1, a),
+            f"{what}, compiled(grid)": lambda c=variant._compiled, a=every: c[1, 1, 1](*a),
+            f"{what}, kernel(grid)": lambda v=variant, a=args: v.kernel[(1,)](
+                *a, **v.choices, num_warps=8
+            ),
+        }
+    return found
 
 
 def main(
     layers: Annotated[int, typer.Option(min=2, help="Of the model.")] = 78,
-    seconds: Annotated[float, typer.Option(help="For each of four measurements.")] = 5.0,
-    device: Annotated[str, typer.Option(help="A torch device.")] = DEVICE,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
+    seconds: Annotated[float, typer.Option(help="For each measurement.")] = 5.0,
+    launches: Annotated[bool, typer.Option("--launches", help="Launches, and no GPU.")] = False,
 ) -> None:
-    """Host time of the Triton backend: verify, leave the launches out, time."""
-    console = Console()
-    where = environment(device, threads)
-    with wnkernel.use_backend("triton"), np.errstate(all="ignore"):
-        of_steps, of_calls = steps(layers, where), calls(where.device)
-    for title, phases, times, per in (
-        (f"{layers} small layers, for each", of_steps, 1, layers),
-        ("one call for a small weight", of_calls, 50, 1),
-    ):
-        found = {
-            phase: least(who, times, seconds, without_launches) for phase, who in phases.items()
-        }
-        show(console, title, found, per)
-    console.print(f"{where.device_name}, torch {where.torch}, triton {where.triton}; torch's own")
-    console.print("figures have its kernels on a CPU, and its launches on a GPU, in them.")
+    """Host time of the Triton backend, in microseconds: verify, leave the launches out, time."""
+    where = environment("cpu" if launches else DEVICE, 1)
+    work: list[tuple[str, Phases, int, int]] = []
+    if launches:
+        triton.runtime.driver.set_active(DRIVER)
+        title = "host time of a launch, without the driver's"
+        work.append((title, {"launch": ways()}, LAUNCHES, 1))
+    else:
+        with wnkernel.use_backend("triton"), np.errstate(all="ignore"):
+            of_steps = steps(layers, where)
+            work.append((f"{layers} small layers, for each", of_steps, 1, layers))
+            work.append(("one call for a small weight", calls(where.device), 50, 1))
+    more = {} if launches else {"during": without_launches}
+    for title, phases, times, per in work:
+        best = [least(who, times, seconds, **more) for who in phases.values()]
+        rows = [(who, *(f"{1e6 * of[who] / per:.2f}" for of in best)) for who in best[0]]
+        show(console(), title, ("us", *phases), rows)
+    print(f"{where.device_name}, torch {where.torch}, triton {where.triton}; torch's own figures")
+    print("have its kernels on a CPU, and its launches on a GPU, in them.")
 
 
 if __name__ == "__main__":

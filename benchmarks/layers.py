@@ -1,35 +1,49 @@
-"""Case "layers": the weight norm of one weight, through autograd, at the level of the operator."""
+"""One weight: cases "layers" (through autograd), "operators" (a call of 64 elements) and "host" (an
+access of ``layer.weight`` on layers too small to need a kernel)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import wnkernel
+from wnkernel.cli.timing import Times
 
 from . import verify
+from .contenders import (
+    BY_CASE,
+    COPY,
+    ENGINE,
+    OURS,
+    TORCH,
+    UNCHANGED,
+    NormedLayer,
+    apply,
+    copy_of,
+    operators,
+)
 from .environment import Environment
 from .plan import Job, Plan
-from .results import (
-    COPY,
-    FORWARD,
-    FORWARD_BACKWARD,
-    OURS,
-    READ,
-    TORCH,
-    Result,
-    Subject,
-    rows,
-)
-from .shapes import ADDED, LayerCase, grid, shape_text
-from .timing import Contender, device_sampler, measure
+from .results import FORWARD, FORWARD_BACKWARD, READ, Result, of_weight, rows
+from .shapes import ADDED, LayerCase, dtype_text, grid
+from .timing import Contender, blamed, device_sampler, host_sampler, measure
 
 Operator = Callable[[Tensor, Tensor], Tensor]
 
 BF16_KINDS = ("first", "last")
+CALLED = LayerCase((8, 8), 0, "64 elements", "Linear")
+RECORDED, NO_GRAD, BACKWARD = "call, recorded", "call, no_grad", "backward alone"
+"""Phases of :data:`CALLED`. A backward goes through autograd's engine, which takes most of its time
+whoever computes the gradients; the contender "engine" is the same call on a node of no work."""
+
+MAX_NUMEL = 20_000  # Of a layer that is too small to need a kernel.
+GROUP_MEMBERS = 8  # Layers of the group, of which one is read.
+L2 = 1e-5  # Allowed relative error of a weight, in float32.
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
@@ -37,22 +51,28 @@ def jobs(plan: Plan, where: Environment) -> list[Job]:
     cases = select(grid(), plan)
     work = [(c, torch.float32) for c in cases]
     work += [(c, torch.bfloat16) for c in cases if c.kind in BF16_KINDS]
-    return [
-        Job(f"layer {shape_text(c.shape)} dim {c.dim}", lambda c=c, d=d: run(c, d, plan, where))
-        for c, d in work
-    ]
+    return [Job(f"layer {c}", functools.partial(run, c, d, plan, where)) for c, d in work]
+
+
+def operator_jobs(plan: Plan, where: Environment) -> list[Job]:
+    """All calls are one job."""
+    return [Job("operators", functools.partial(run_calls, plan, where))]
+
+
+def host_jobs(plan: Plan, where: Environment) -> list[Job]:
+    """One job per small layer of the real models."""
+    small = [c for c in select(grid(), plan) if c.numel < MAX_NUMEL and c.dim == 0]
+    return [Job(f"host {c}", functools.partial(run_host, c, plan, where)) for c in small]
 
 
 def select(cases: Iterable[LayerCase], plan: Plan) -> list[LayerCase]:
     """The part of the grid that the plan asks for; of the scarce dims, all that are not too big."""
     small = [c for c in cases if plan.max_numel is None or c.numel <= plan.max_numel]
     first = [c for c in small if c.kind == "first" and c.label != ADDED]
-    rest = [c for c in small if not (c.kind == "first" and c.label != ADDED)]
-    return first[:: plan.every] + rest
+    return first[:: plan.every] + [c for c in small if c not in first]
 
 
-@dataclass(frozen=True)
-class Tensors:
+class Tensors(NamedTuple):
     """The inputs of one case. g is no norm of v: an operator that returns v must not pass."""
 
     v: Tensor
@@ -71,19 +91,9 @@ def tensors(case: LayerCase, dtype: torch.dtype, device: torch.device) -> Tensor
     return Tensors(v, g.requires_grad_(), grad_w)
 
 
-def operators(dim: int | None) -> dict[str, Operator]:
-    """The contenders as functions of v and g."""
-    torch_dim = -1 if dim is None else dim
-    return {
-        OURS: lambda v, g: wnkernel.functional.weight_norm(v, g, dim),
-        TORCH: lambda v, g: torch._weight_norm(v, g, torch_dim),
-    }
-
-
 def forward_backward(operator: Operator, t: Tensors) -> Contender:
-    """Forward and backward with a ready-made ``grad_w``; nothing but the weight norm runs."""
-    inputs = (t.v, t.g)
-    return lambda: torch.autograd.grad(operator(t.v, t.g), inputs, t.grad_w)
+    """With a ready-made ``grad_w``; nothing but the weight norm runs."""
+    return lambda: torch.autograd.grad(operator(t.v, t.g), (t.v, t.g), t.grad_w)
 
 
 def forward(operator: Operator, t: Tensors) -> Contender:
@@ -100,64 +110,113 @@ def forward_and_reader(operator: Operator, t: Tensors) -> Contender:
 
 
 PHASES = {FORWARD_BACKWARD: forward_backward, FORWARD: forward, READ: forward_and_reader}
-READ_DTYPES = (torch.float32,)
-"""Of the weights that are read. (A run has no time for more.)"""
-
-
-def copy(v: Tensor) -> Contender:
-    """The yardstick: v's bytes into memory that is there already. (A fresh buffer would measure the
-    page faults of malloc, several times the copy.)"""
-    source = v.detach()
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+READ_DTYPES = (torch.float32,)  # Of the weights that are read. (A run has no time for more.)
 
 
 def verified(
-    case: str, contenders: dict[str, Operator], t: Tensors, dim: int | None, where: Environment
+    title: str, contenders: Mapping[str, Operator], t: Tensors, dim: int | None, where: Environment
 ) -> dict[str, float]:
     """Check every contender against float64; returns their errors."""
     want = verify.reference(t.v, t.g, dim, t.grad_w)
     errors = {}
-    for name, operator in contenders.items():
-        w = operator(t.v, t.g)
-        got = (w, *torch.autograd.grad(w, (t.v, t.g), t.grad_w))
-        long_sums = name != OURS or not where.own_kernels
-        errors[name] = verify.check(f"{name}, {case}", got, want, long_sums=long_sums)
+    for who, operator in contenders.items():
+        with blamed(who):
+            w = operator(t.v, t.g)
+            got = (w, *torch.autograd.grad(w, (t.v, t.g), t.grad_w))
+            long_sums = who != OURS or not where.own_kernels
+            errors[who] = verify.check(f"{who}, {title}", got, want, long_sums=long_sums)
     return errors
-
-
-def subject(case: LayerCase, dtype: torch.dtype, kind_of_case: str, phase: str) -> Subject:
-    """How a single weight is described in the results."""
-    return Subject(
-        case=kind_of_case,
-        label=case.label,
-        phase=phase,
-        dtype=dtype_text(dtype),
-        shape=shape_text(case.shape),
-        dim="none" if case.dim is None else str(case.dim),
-        kind=case.kind,
-        numel=case.numel,
-        array_bytes=case.numel * dtype.itemsize,
-    )
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    """torch.float32 as ``float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def run(case: LayerCase, dtype: torch.dtype, plan: Plan, where: Environment) -> list[Result]:
     """Verify, then time, one weight."""
     t = tensors(case, dtype, where.device)
     contenders = operators(case.dim)
-    name = f"{dtype_text(dtype)} {shape_text(case.shape)} dim {case.dim}"
-    errors = verified(name, contenders, t, case.dim, where)
+    errors = verified(f"{dtype_text(dtype)} {case}", contenders, t, case.dim, where)
     out = []
-    for phase, make in PHASES.items():
-        if phase == READ and dtype not in READ_DTYPES:
-            continue
-        timed = {who: make(operator, t) for who, operator in contenders.items()}
-        timed[COPY] = copy(t.v)
-        stats = measure(timed, device_sampler(where.device), plan.layer_budget_s)
-        out += rows(subject(case, dtype, "layers", phase), where, stats, errors=errors)
+    for phase in (p for p in PHASES if p != READ or dtype in READ_DTYPES):
+        stats = beside_a_copy(phase, contenders, t, plan.layer_budget_s, where)
+        out += rows(of_weight(case, dtype, "layers", phase), where, stats, errors=errors)
     return out
+
+
+def beside_a_copy(
+    phase: str, contenders: Mapping[str, Operator], t: Tensors, budget_s: float, where: Environment
+) -> dict[str, Times]:
+    """The times of all contenders, and of a copy of v."""
+    timed = {who: PHASES[phase](operator, t) for who, operator in contenders.items()}
+    timed[COPY] = copy_of([t.v])
+    return measure(timed, device_sampler(where.device), budget_s)
+
+
+def run_calls(plan: Plan, where: Environment) -> list[Result]:
+    """Verify, then time, a forward with and without autograd, and a backward."""
+    t = tensors(CALLED, torch.float32, where.device)
+    errors = verified("operators", operators(CALLED.dim), t, CALLED.dim, where)
+    ours, torchs = wnkernel.functional.weight_norm, torch._weight_norm
+    forwards: dict[str, Contender] = {
+        who: functools.partial(f, t.v, t.g, CALLED.dim)
+        for who, f in ((OURS, ours), (TORCH, torchs))
+    }
+    backwards = {who: _backward(call(), (t.v, t.g), t.grad_w) for who, call in forwards.items()}
+    backwards[ENGINE] = of_nothing(t.v, t.grad_w)
+    out = []
+    for phase, timed, context in (
+        (RECORDED, forwards, nullcontext()),
+        (NO_GRAD, forwards, torch.no_grad()),
+        (BACKWARD, backwards, nullcontext()),
+    ):
+        with context:
+            stats = measure(timed, host_sampler(where.device), plan.host_budget_s)
+        about = of_weight(CALLED, torch.float32, "operators", phase)
+        out += rows(about, where, stats, errors=errors)
+    return out
+
+
+def _backward(w: Tensor, inputs: tuple[Tensor, Tensor], grad_w: Tensor) -> Contender:
+    return functools.partial(torch.autograd.grad, w, inputs, grad_w, retain_graph=True)
+
+
+def of_nothing(v: Tensor, grad_w: Tensor) -> Contender:
+    """The backward of a sum of two tensors: a node that hands what it gets on to two leaves."""
+    other = torch.zeros_like(v).requires_grad_()
+    return _backward(v + other, (v, other), grad_w)
+
+
+def run_host(
+    case: LayerCase, plan: Plan, where: Environment, without: Collection[str] = ()
+) -> list[Result]:
+    """Time a read under grad, graph and all; the three kinds and a group side by side, but for
+    those that are to be left out. (The legacy kind recomputes in a hook before the forward, so that
+    hook is called.)
+    """
+    inputs = tensors(case, torch.float32, where.device)
+    want = verify.reference(inputs.v, inputs.g, case.dim, inputs.grad_w).w
+    normed: dict[str, NormedLayer] = {}
+    scope: AbstractContextManager[None] = nullcontext()
+    for who in (w for w in BY_CASE["host"] if w not in without):
+        with blamed(who):
+            count = GROUP_MEMBERS if who == UNCHANGED else 1
+            layers = [apply(who, _layer(case, where.device), case.dim) for _ in range(count)]
+            normed[who] = layers[0]
+            if who == UNCHANGED:
+                model = nn.ModuleList(layer.module for layer in layers)
+                scope = wnkernel.fuse(model, reuse="version").scope()
+            with torch.no_grad():
+                normed[who].v.copy_(inputs.v)
+                normed[who].g.copy_(inputs.g)
+    with scope:  # as within a forward; the first read computes, the others find it
+        for who, layer in normed.items():
+            with blamed(who):
+                verify.check_same(f"{who}, {case}", layer.weight(), want, L2)
+        timed = {who: layer.weight for who, layer in normed.items()}
+        stats = measure(timed, host_sampler(where.device), plan.host_budget_s)
+    return rows(of_weight(case, torch.float32, "host", "weight access"), where, stats)
+
+
+def _layer(case: LayerCase, device: torch.device) -> nn.Module:
+    """A layer whose weight has the case's shape."""
+    a, b, *kernel = case.shape
+    channels = (a, b) if case.layer == "ConvTranspose1d" else (b, a)
+    of_kernel = [tuple(kernel)] if kernel else []
+    return getattr(nn, case.layer)(*channels, *of_kernel, bias=False, device=device)

@@ -1,38 +1,123 @@
-"""Case "models": whole models, each weight computed on its own, as the three kinds do it."""
+"""Case "models": real models with random weights, each weight on its own, as three kinds do it.
+
+Default configurations; inputs so short that the weights are a visible part of a step. Nearest
+neighbour look-ups and rounded durations are left out of the passes: there a difference in the last
+bit makes the output jump, and a pass that cannot be compared cannot be verified. What stays runs
+every weight-normed layer.
+"""
 
 from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Mapping
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import kinds, verify
+from . import verify
+from .contenders import BY_CASE, COPY, TORCH, Checker, Pass, copy_of, random_grads, stripped
 from .environment import Environment
-from .kinds import NormedLayer
-from .model_zoo import BY_NAME, ZOO, build, model_input
 from .plan import Job, Plan
-from .results import COPY, OURS, TORCH, Result, Subject, rows
+from .results import STEP, Result, of_list, rows
 from .timing import Contender, device_sampler, measure
-
-Forward = Callable[[Tensor], Tensor]
-"""Of a whole model."""
-
-ALONE = "weight norms alone"
-STEP = "training step"
 
 OUTPUT_L2 = 1e-4
 """Allowed relative difference of two outputs: float32 roundings through some tens of layers."""
 
-LEARNING_RATE = 1e-6
-"""So small that the models stay the same while they are timed."""
+LEARNING_RATE = 1e-6  # So small that the models stay the same while they are timed.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the transformers package, by the names of its classes."""
+
+    model: str
+    config: str
+    input_shape: tuple[int, ...]
+    forward: Callable[[Any, Tensor], Tensor]
+    apply_weight_norm: bool  # Whether the model waits for a call of its method of that name.
+
+
+def _univnet(model: Any, features: Tensor) -> Tensor:
+    noise = _noise((1, features.shape[1], model.config.model_in_channels), features)
+    return model(input_features=features, noise_sequence=noise).waveforms
+
+
+def _dac(model: Any, audio: Tensor) -> Tensor:
+    residual = model.encoder(audio)
+    coded = torch.zeros_like(residual)
+    for quantizer in model.quantizer.quantizers:  # without the look-up between its projections
+        step = quantizer.out_proj(quantizer.in_proj(residual))
+        coded, residual = coded + step, residual - step
+    return model.decoder(coded)
+
+
+def _vits(model: Any, spectrogram: Tensor) -> Tensor:
+    """The path of a training step: posterior encoder, decoder and flow."""
+    torch.manual_seed(0)  # the posterior samples
+    mask = spectrogram.new_ones(1, 1, spectrogram.shape[-1])
+    latents, *_ = model.posterior_encoder(spectrogram, mask)
+    return torch.cat([model.decoder(latents).flatten(), model.flow(latents, mask).flatten()])
+
+
+ZOO = (
+    Entry("SpeechT5HifiGan", "SpeechT5HifiGanConfig", (1, 16, 80), lambda m, x: m(x), True),
+    Entry("UnivNetModel", "UnivNetConfig", (1, 16, 100), _univnet, True),
+    Entry(
+        "EncodecModel", "EncodecConfig", (1, 1, 4000), lambda m, x: m.decoder(m.encoder(x)), False
+    ),
+    Entry("DacModel", "DacConfig", (1, 1, 2000), _dac, True),
+    Entry("VitsModel", "VitsConfig", (1, 513, 16), _vits, False),
+    Entry("Wav2Vec2Model", "Wav2Vec2Config", (1, 4000), lambda m, x: m(x).last_hidden_state, False),
+)
+
+BY_NAME = {entry.model: entry for entry in ZOO}
+
+
+def available() -> bool:
+    """Whether transformers is installed."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def build(name: str, device: torch.device) -> nn.Module:
+    """The model in eval mode, gradients on, normed by torch's parametrization.
+
+    Its g is moved off the norms of v: weights for which ``w = v`` would prove nothing.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    entry = BY_NAME[name]
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    model = getattr(transformers, entry.model)(getattr(transformers, entry.config)()).eval()
+    if entry.apply_weight_norm:
+        model.apply_weight_norm()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(".original0"):
+                parameter.mul_(0.8 + 0.4 * torch.rand(parameter.shape, generator=random))
+    return model.to(device)
+
+
+def model_input(name: str, device: torch.device) -> Tensor:
+    """A random input of the entry's shape."""
+    return _noise(BY_NAME[name].input_shape, torch.empty(0, device=device))
+
+
+def _noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
     """One job per model."""
-    names = plan.models or tuple(entry.model for entry in ZOO)
+    names = plan.models or BY_NAME
     return [Job(f"model {name}", lambda n=name: freed(run(n, plan, where))) for name in names]
 
 
@@ -45,121 +130,43 @@ def freed(results: list[Result]) -> list[Result]:
 
 def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     """Verify, then time, the weight norms alone and a training step, all kinds interleaved."""
-    original = kinds.strip(build(name, where.device))
-    grads = original.grads()
-    models, alone = {}, {}
-    for kind in kinds.APPLY:
-        models[kind], layers = original.with_kind(kind)
-        alone[kind] = Alone(layers, grads)
-    del original
-    about = alone_subject(name, "models", alone[TORCH].layers)
-    errors = check_alone(name, alone, where)
+    normed = stripped(build(name, where.device))
+    models = {who: normed(who) for who in BY_CASE["models"]}
+    del normed
+    vs = [layer.v for layer in models[TORCH].layers]
+    about = of_list("models", name, [v.numel() for v in vs])
+    grads = random_grads(vs)
+    alone = {who: Pass(normed, grads) for who, normed in models.items()}
+    checker = Checker(name, where)
+    errors = {who: checker.check_pass(who, one) for who, one in alone.items()}
+    del checker
     x = model_input(name, where.device)
-    _check_outputs(name, models, x)
+    forward = BY_NAME[name].forward
+    with torch.no_grad():
+        want = forward(models[TORCH].model, x)
+        for who, one in models.items():
+            verify.check_same(f"{who}, {name}", forward(one.model, x), want, OUTPUT_L2)
     sample = device_sampler(where.device)
 
-    timed: dict[str, Contender] = dict(alone)
-    timed[COPY] = copy_all(alone[TORCH].layers)
+    timed: dict[str, Contender] = {**alone, COPY: copy_of(vs)}
     stats = measure(timed, sample, plan.model_budget_s)
     out = rows(about, where, stats, errors=errors)
     del timed, alone, grads
 
-    forward = BY_NAME[name].forward
     steps = {
-        kind: training_step(model, functools.partial(forward, model), x)
-        for kind, model in models.items()
+        who: training_step(one.model, functools.partial(forward, one.model, x))
+        for who, one in models.items()
     }
-    stats = measure(steps, sample, plan.step_budget_s)
-    return out + rows(alone_subject(name, "models", layers, phase=STEP), where, stats)
+    return out + rows(about.of_phase(STEP), where, measure(steps, sample, plan.step_budget_s))
 
 
-class Alone:
-    """Reads every weight-normed weight of a model and takes the gradients of all v and g.
-
-    Args:
-        layers: the layers.
-        grads: the gradients of their weights.
-        read: how to get all weights at once; by default one after the other, as a forward does.
-    """
-
-    def __init__(
-        self,
-        layers: list[NormedLayer],
-        grads: list[Tensor],
-        read: Callable[[], list[Tensor]] | None = None,
-    ) -> None:
-        self.layers = layers
-        self.grads = grads
-        self.read = read or (lambda: [layer.weight() for layer in layers])
-        self.inputs = [p for layer in layers for p in (layer.v, layer.g)]
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.read(), self.inputs, self.grads)
-
-    def results(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """``(w, grad_v, grad_g)`` of every layer."""
-        weights = self.read()
-        grads = torch.autograd.grad(weights, self.inputs, self.grads)
-        return list(zip(weights, grads[::2], grads[1::2], strict=True))
-
-
-def check_alone(name: str, contenders: Mapping[str, Alone], where: Environment) -> dict[str, float]:
-    """Check the weights and gradients of every layer against float64; the worst errors.
-
-    Raises:
-        VerificationError: outside the tolerance.
-    """
-    results = {who: alone.results() for who, alone in contenders.items()}
-    first = next(iter(contenders.values()))
-    errors = dict.fromkeys(contenders, 0.0)
-    for i, (layer, grad_w) in enumerate(zip(first.layers, first.grads, strict=True)):
-        want = verify.reference(layer.v, layer.g, layer.dim, grad_w)
-        for who, all_results in results.items():
-            long_sums = who != OURS or not where.own_kernels
-            title = f"{who}, {name}, weight {i} of shape {list(layer.v.shape)}"
-            error = verify.check(title, all_results[i], want, long_sums=long_sums)
-            errors[who] = max(errors[who], error)
-    return errors
-
-
-def _check_outputs(name: str, models: Mapping[str, nn.Module], x: Tensor) -> None:
-    forward = BY_NAME[name].forward
-    with torch.no_grad():
-        want = forward(models[TORCH], x)
-        for kind, model in models.items():
-            verify.check_same(f"{kind}, {name}", forward(model, x), want, OUTPUT_L2)
-
-
-def training_step(model: nn.Module, forward: Forward, x: Tensor) -> Contender:
+def training_step(model: nn.Module, forward: Callable[[], Tensor]) -> Contender:
     """Forward, mean of squares, backward, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:
-        forward(x).square().mean().backward()
+        forward().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
-
-
-def copy_all(layers: list[NormedLayer]) -> Contender:
-    """The yardstick: the bytes of all v in one in-place copy."""
-    source = torch.cat([layer.v.detach().flatten() for layer in layers])
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def alone_subject(name: str, case: str, layers: list[NormedLayer], phase: str = ALONE) -> Subject:
-    """How a model is described in the results."""
-    numel = sum(layer.v.numel() for layer in layers)
-    return Subject(
-        case=case,
-        label=name,
-        phase=phase,
-        dtype="float32",
-        shape=f"{len(layers)} layer{'s' if len(layers) > 1 else ''}",
-        dim="",
-        kind="",
-        numel=numel,
-        array_bytes=numel * layers[0].v.element_size(),
-    )

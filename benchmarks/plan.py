@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from .results import Result
+from .results import Result
 
 
 @dataclass(frozen=True)
@@ -22,107 +21,55 @@ class Plan:
     compile_budget_s: float
     model_budget_s: float
     step_budget_s: float
-    every: int
-    """Take every n-th weight of the grid (and all that are not normed along dim 0)."""
-    max_numel: int | None
-    """Leave out larger weights."""
-    models: tuple[str, ...] | None
-    """None: all."""
+    every: int  # Take every n-th weight of the grid (and all that are not normed along dim 0).
+    max_numel: int | None  # Leave out larger weights.
+    models: tuple[str, ...] | None  # None: all.
     compile_layers: int
     compile_models: tuple[str, ...]
     """Of shapes.csv; almost a minute each on each number of threads."""
     compile_model_budget_s: float
     compile_steps: tuple[str, ...]
     """Of the transformers package; three minutes each where the compiler's cache is empty."""
-    fused_models: tuple[str, ...] | None
-    """Of shapes.csv. None: all that the case knows."""
+    fused_models: tuple[str, ...] | None  # Of shapes.csv. None: all that the case knows.
     fused_budget_s: float
     flat_layers: tuple[int, ...]
     flat_budget_s: float
-    gan_frames: int
-    """Length of the audio: 256 samples each."""
-    gan_step: bool
-    """Also time whole GAN steps, not only their weight norms."""
+    gan_frames: int  # Length of the audio: 256 samples each.
+    gan_step: bool  # Also time whole GAN steps, not only their weight norms.
     gan_budget_s: float
-    memory_phases: int
-    """How many of training and no_grad."""
+    memory_phases: int  # How many of training and no_grad.
 
 
-QUICK = Plan(
-    limit_s=120.0,
-    layer_budget_s=0.08,
-    host_budget_s=0.05,
-    compile_budget_s=0.2,
-    model_budget_s=0.8,
-    step_budget_s=1.5,
-    every=4,
-    max_numel=5_000_000,
-    models=("SpeechT5HifiGan", "EncodecModel"),
-    compile_layers=1,
-    compile_models=(),
-    compile_model_budget_s=1.0,
-    compile_steps=(),
-    fused_models=("SpeechT5HifiGan", "ParallelWaveGAN"),
-    fused_budget_s=0.8,
-    flat_layers=(4, 64),
-    flat_budget_s=0.3,
-    gan_frames=8,
-    gan_step=False,
-    gan_budget_s=1.0,
-    memory_phases=1,
-)
-
-DEFAULT = Plan(
-    limit_s=600.0,
-    layer_budget_s=0.15,
-    host_budget_s=0.12,
-    compile_budget_s=0.5,
-    model_budget_s=1.5,
-    step_budget_s=2.5,
-    every=1,
-    max_numel=None,
-    models=None,
-    compile_layers=3,
-    compile_models=("HiFi-GAN-V1",),
-    compile_model_budget_s=4.0,
-    compile_steps=(),
-    fused_models=None,
-    fused_budget_s=2.5,
-    flat_layers=(1, 4, 16, 64, 256),
-    flat_budget_s=1.0,
-    gan_frames=16,
-    gan_step=True,
-    gan_budget_s=4.0,
-    memory_phases=2,
-)
-
-FULL = Plan(
-    limit_s=None,
-    layer_budget_s=1.0,
-    host_budget_s=0.5,
-    compile_budget_s=1.0,
-    model_budget_s=6.0,
-    step_budget_s=12.0,
-    every=1,
-    max_numel=None,
-    models=None,
-    compile_layers=99,
-    compile_models=("HiFi-GAN-V1", "DAC", "ParallelWaveGAN"),
-    compile_model_budget_s=12.0,
-    compile_steps=("SpeechT5HifiGan", "DacModel"),
-    fused_models=None,
-    fused_budget_s=10.0,
-    flat_layers=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-    flat_budget_s=4.0,
-    gan_frames=32,
-    gan_step=True,
-    gan_budget_s=40.0,
-    memory_phases=2,
+_V1 = ("HiFi-GAN-V1",)
+_SIZES = {  # quick, default, full
+    "limit_s": (120.0, 600.0, None),
+    "layer_budget_s": (0.08, 0.15, 1.0),
+    "host_budget_s": (0.05, 0.12, 0.5),
+    "compile_budget_s": (0.2, 0.5, 1.0),
+    "model_budget_s": (0.8, 1.5, 6.0),
+    "step_budget_s": (1.5, 2.5, 12.0),
+    "every": (4, 1, 1),
+    "max_numel": (5_000_000, None, None),
+    "models": (("SpeechT5HifiGan", "EncodecModel"), None, None),
+    "compile_layers": (1, 3, 99),
+    "compile_models": ((), _V1, (*_V1, "DAC", "ParallelWaveGAN")),
+    "compile_model_budget_s": (1.0, 4.0, 12.0),
+    "compile_steps": ((), (), ("SpeechT5HifiGan", "DacModel")),
+    "fused_models": (("SpeechT5HifiGan", "ParallelWaveGAN"), None, None),
+    "fused_budget_s": (0.8, 2.5, 10.0),
+    "flat_layers": ((4, 64), (1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+    "flat_budget_s": (0.3, 1.0, 4.0),
+    "gan_frames": (8, 16, 32),
+    "gan_step": (False, True, True),
+    "gan_budget_s": (1.0, 4.0, 40.0),
+    "memory_phases": (1, 2, 2),
+}
+QUICK, DEFAULT, FULL = (
+    Plan(**{name: values[k] for name, values in _SIZES.items()}) for k in range(3)
 )
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One step of the progress bar."""
 
     title: str

@@ -1,130 +1,219 @@
-"""Tables on the terminal; one row per measurement, one column per contender."""
+"""The tables of all cases on the terminal, and ``fused.png``: time by the number of layers, and the
+distance of whole models to the limit. Machines with a GPU may lack what the plot needs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from .environment import Environment
-from .operators import ENGINE
-from .results import (
-    COMPILED,
-    COPY,
-    FORWARD_BACKWARD,
-    LEGACY,
-    OURS,
-    TORCH,
-    UNCHANGED,
-    Result,
-    by_subject,
-)
+from .contenders import COMPILED, COPY, ENGINE, FUSED, KINDS, OURS, PLAIN, TORCH, UNCHANGED, VERSION
+from .gan import GAN_STEP, NORMS
+from .results import ALONE, COPY_ARRAYS, FORWARD_BACKWARD, STEP, Result, by_subject
 
-LAYER_GROUPS = (
-    ("float32, dim 0", "float32", ("first",)),
-    ("float32, last dim", "float32", ("last",)),
-    ("float32, middle dims", "float32", ("middle",)),
-    ("float32, whole tensor (dim=None)", "float32", ("whole",)),
-    ("bfloat16, dim 0", "bfloat16", ("first",)),
-    ("bfloat16, last dim", "bfloat16", ("last",)),
-)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+COLOURS = {TORCH: "tab:red", OURS: "tab:orange", FUSED: "tab:blue", VERSION: "tab:cyan"}
+COPIES = 2.5
+MIB = 2**20
+PIPE_WIDTH = 150  # Columns of a table when there is no terminal to ask.
+KIND_TEXT = {"first": "dim 0", "last": "last dim", "middle": "middle dims", "whole": "whole tensor"}
+
+Measured = Mapping[str, Result]  # One measurement: the results by contender.
 
 
-def print_header(console: Console, where: Environment) -> None:
-    """Everything that the figures below depend on."""
-    commit = f", commit {where.commit}" if where.commit else ""
-    console.print(
-        f"{where.device_name}, {where.threads} threads, torch {where.torch}, "
-        f"wnkernel backend {where.backend!r}{commit}"
-    )
+def console() -> Console:
+    """The terminal, or what takes its place."""
+    found = Console()
+    return found if found.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def show(
+    console: Console, title: str, heads: Iterable[str], rows: Iterable[Sequence[str]], left: int = 1
+) -> None:
+    """Print a table, unless it has no rows: the first columns to the left, the others to the
+    right. An empty row ends a section."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for k, head in enumerate(heads):
+        justify = "left" if k < left else "right"
+        table.add_column(head, justify=justify, no_wrap=head in ("shape", "of", "phase"))
+    for row in rows:
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
+    if table.row_count:
+        console.print(table)
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
-    """A table per group of comparable cases, as far as every weight is computed on its own."""
-    cases = {
-        case: [r for r in results if r.case == case]
-        for case in dict.fromkeys(r.case for r in results)
-    }
-    for phase in dict.fromkeys(r.phase for r in cases.get("layers", [])):
-        for title, dtype, kinds in LAYER_GROUPS:
-            chosen = [
-                r
-                for r in cases["layers"]
-                if r.phase == phase and r.dtype == dtype and r.kind in kinds
-            ]
-            _print(console, f"Single weights, {phase}, {title}", chosen, (OURS, TORCH), "ms")
+    """A table per group of comparable cases."""
+    of: dict[str, list[Measured]] = {}
+    for m in by_subject(results):
+        of.setdefault(next(iter(m.values())).case, []).append(m)
+    layers = of.get("layers", [])
+    for phase in dict.fromkeys(m[OURS].phase for m in layers):
+        for dtype in ("float32", "bfloat16"):
+            for kind, text in KIND_TEXT.items():
+                about = phase, dtype, kind
+                chosen = [
+                    m for m in layers if (m[OURS].phase, m[OURS].dtype, m[OURS].kind) == about
+                ]
+                title = f"Single weights, {phase}, {dtype}, {text}"
+                _show_times(console, title, chosen, (OURS, TORCH))
     title = "One call of the operator, 64 elements"
-    _print(console, title, cases.get("operators", []), (OURS, TORCH, ENGINE), "µs")
-    kinds = (OURS, TORCH, LEGACY)
-    host = (UNCHANGED, *kinds)
-    _print(console, "Host cost of one layer.weight", cases.get("host", []), host, "µs")
-    compiled = (OURS, OURS + COMPILED, TORCH, TORCH + COMPILED)
-    chosen = [r for r in cases.get("compile", []) if r.phase == FORWARD_BACKWARD]
-    _print(console, "torch.compile, single weights", chosen, compiled, "ms", spread=False)
+    _show_times(console, title, of.get("operators", []), (OURS, TORCH, ENGINE), 1e3)
+    title = "Host cost of one layer.weight"
+    _show_times(console, title, of.get("host", []), (UNCHANGED, *KINDS), 1e3)
+    compiled = {p: [m for m in of.get("compile", []) if m[TORCH].phase == p] for p in PHASES}
+    names = (OURS, OURS + COMPILED, TORCH, TORCH + COMPILED)
+    _show_times(console, "torch.compile, single weights", compiled[FORWARD_BACKWARD], names)
     title = "Whole models, every weight on its own (ungrouped)"
-    _print(console, title, cases.get("models", []), kinds, "ms")
+    _show_times(console, title, of.get("models", []), KINDS)
+
+    title = "All weight norms of a model, forward and backward, a process per contender"
+    names = (TORCH, OURS, FUSED, VERSION, UNCHANGED, COPY)
+    _show_models(console, title, of.get("fused", []), names)
+    names = (TORCH, OURS, FUSED, VERSION, COPY)
+    _show_models(console, "The same bytes in more layers", of.get("flat", []), names)
+    for phase, title in PHASES.items():
+        if phase != FORWARD_BACKWARD:
+            _show_compiled(console, f"torch.compile, {title}", compiled[phase])
+    _show_gan(console, {next(iter(m.values())).phase: m for m in of.get("gan", [])})
+    _show_memory(console, of.get("memory", []))
 
 
-def _print(
+PHASES = {
+    FORWARD_BACKWARD: "",
+    ALONE: "all weight norms of a model, forward and backward, a process each",
+    STEP: "a training step of a whole model",
+}
+"""Those of torch.compile."""
+
+
+def _show_times(
     console: Console,
     title: str,
-    results: Sequence[Result],
+    measured: Sequence[Measured],
     names: Iterable[str],
-    unit: str,
-    *,
-    spread: bool = True,
+    per_ms: float = 1.0,
 ) -> None:
-    measurements = by_subject(results)
-    if not measurements:
-        return
-    names = [n for n in names if any(n in m for m in measurements)]
-    with_phase = len({(m[OURS].label, m[OURS].shape) for m in measurements}) < len(measurements)
-    with_phase = with_phase and len({r.phase for r in results}) > 1
-    with_limit = any(COPY in m for m in measurements)
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("shape", no_wrap=True)
-    table.add_column("dim")
-    table.add_column("of", overflow="ellipsis", no_wrap=True, max_width=24)
-    if with_phase:
-        table.add_column("phase", no_wrap=True)
-    for name in names:
-        head = f"{name}\n{unit} [p20, p80]" if spread else f"{name}\n{unit}"
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("times\ntorch", justify="right")
+    """A row per measurement, a column per contender."""
+    names = [n for n in names if any(n in m for m in measured)]
+    with_phase = len({(m[OURS].label, m[OURS].shape) for m in measured}) < len(measured)
+    with_limit = any(COPY in m for m in measured)
+    unit = "ms" if per_ms == 1 else "µs"
+    heads = ["shape", "dim", "of", *["phase"] * with_phase]
+    left = len(heads)
+    heads += [*(f"{name}\n{unit} [p20, p80]" for name in names), "times\ntorch"]
     if with_limit:
-        for head in ("GB/s", "times the\ncopy limit", f"page faults,\n{TORCH} / ours"):
-            table.add_column(head, justify="right")
-    for m in measurements:
-        ours = m[OURS]
-        cells = [ours.shape, ours.dim, ours.label]
-        if with_phase:
-            cells.append(ours.phase)
-        cells += [_time(m[name], unit, spread) if name in m else "" for name in names]
-        cells.append(speedup(ours.ratio_to_torch))
+        heads += ["GB/s", "times the\ncopy limit", f"page faults,\n{TORCH} / ours"]
+    rows = []
+    for m in measured:
+        r = m[OURS]
+        cells = [r.shape, r.dim, r.label[:24], *[r.phase] * with_phase]
+        for name in names:
+            t = m.get(name)
+            texts = [short(per_ms * x) for x in (t.median_ms, t.p20_ms, t.p80_ms)] if t else []
+            cells.append("{} [{}, {}]".format(*texts) if t else "")
+        cells.append(speedup(r.ratio_to_torch))
         if with_limit:
-            cells += [number(ours.gb_per_s, 1), number(ours.ratio_to_limit, 2), faults(m, ours)]
-        table.add_row(*cells)
-    console.print(table)
+            cells += [number(r.gb_per_s, 1), number(r.ratio_to_limit, 2), faults(m, r)]
+        rows.append(cells)
+    show(console, title, heads, rows, left)
 
 
-def _time(r: Result, unit: str, spread: bool) -> str:
-    scale = 1e3 if unit == "µs" else 1.0
-    median, low, high = (three_digits(scale * x) for x in (r.median_ms, r.p20_ms, r.p80_ms))
-    return f"{median} [{low}, {high}]" if spread else median
+def _show_models(
+    console: Console, title: str, measured: Sequence[Measured], names: Sequence[str]
+) -> None:
+    heads = ["of", "layers", "MiB of v", *(f"{name}\nms" for name in names)]
+    heads += ["torch /\nfused", "fused /\n2.5 copies", "torch /\n2.5 copies"]
+    heads.append("page faults,\ntorch / fused")
+    rows = []
+    for m in measured:
+        r = m[FUSED]
+        cells = [r.label, r.shape.split()[0], f"{m[COPY].bytes / COPY_ARRAYS / MIB:.1f}"]
+        cells += [short(m[name].median_ms) if name in m else "" for name in names]
+        cells += [speedup(r.ratio_to_torch), number(r.ratio_to_limit, 2)]
+        rows.append([*cells, number(m[TORCH].ratio_to_limit, 2), faults(m, r)])
+    show(console, title, heads, rows)
 
 
-def three_digits(x: float) -> str:
-    """A positive number, short."""
+def _show_compiled(console: Console, title: str, measured: Sequence[Measured]) -> None:
+    """A row per contender, for every model and number of threads."""
+    heads = ["of", "contender", "ms", "times\ntorch", "times torch,\ncompiled"]
+    heads += ["times\n2.5 copies", "first call,\ns", "page\nfaults"]
+    rows = []
+    for m in measured:
+        for r in (r for who, r in m.items() if who != COPY):
+            cells = [r.label if r.contender == TORCH else "", r.contender, short(r.median_ms)]
+            cells += [
+                speedup(r.ratio_to_torch),
+                speedup(m[TORCH + COMPILED].median_ms / r.median_ms),
+            ]
+            cells += [number(r.ratio_to_limit, 2), number(r.compile_s, 1), number(r.faults, 0)]
+            rows.append(cells)
+        rows.append([])
+    show(console, title, heads, rows, left=2)
+
+
+def _show_gan(console: Console, phases: Mapping[str, Measured]) -> None:
+    norms, steps = phases.get(NORMS), phases.get(GAN_STEP)
+    if norms is None:
+        return
+    costs = {who: r.median_ms - norms[PLAIN].median_ms for who, r in norms.items()}
+    heads = ["weight norms of", "reads and\nbackwards, ms", "weight norm,\nms"]
+    heads.append("times lower\nthan torch")
+    if steps:
+        heads += ["whole step,\nms", "step, times\ntorch", "weight norm's\nshare of it"]
+    rows = []
+    for who, r in norms.items():
+        cost = costs[who]
+        cells = [who, short(r.median_ms)]
+        cells += [f"{cost:.1f}", speedup(costs[TORCH] / cost)] if who != PLAIN else ["", ""]
+        if steps:
+            step = steps[who]
+            cells += [short(step.median_ms), speedup(step.ratio_to_torch)]
+            cells.append(f"{100 * cost / step.median_ms:.1f} %" if who != PLAIN else "")
+        rows.append(cells)
+    show(console, f"A GAN step: {norms[TORCH].label}", heads, rows)
+    console.print(f"Weight norm is the time of the reads and backwards less that of {PLAIN!r}.")
+
+
+def _show_memory(console: Console, measured: Sequence[Measured]) -> None:
+    if measured:
+        first, ours = measured[0][TORCH], (OURS, FUSED, VERSION)
+        mib = f"{4 * first.numel / MIB:.1f} MiB of v"
+        title = f"Peak memory over that of the model, {first.label}, {mib}, in MiB"
+        heads = ["phase", *measured[0], *(f"{who} /\ntorch" for who in ours)]
+        rows = [
+            [m[TORCH].phase, *(f"{r.peak_bytes / MIB:.1f}" for r in m.values())]
+            + [_red(1 / m[who].ratio_to_torch, m[who].ratio_to_torch < 1) for who in ours]
+            for m in measured
+        ]
+        show(console, title, heads, rows)
+
+
+def short(x: float) -> str:
+    """A positive number with three digits."""
     return f"{x:.{3 if x < 1 else 2 if x < 10 else 1 if x < 100 else 0}f}"
 
 
 def speedup(x: float) -> str:
     """A ratio in red where it is below 1."""
-    return f"[red]{x:.2f}[/red]" if x < 1 else f"{x:.2f}"
+    return _red(x, x < 1)
 
 
-def faults(m: Mapping[str, Result], ours: Result) -> str:
+def _red(x: float, lost: bool) -> str:
+    return f"[red]{x:.2f}[/red]" if lost else f"{x:.2f}"
+
+
+def faults(m: Measured, ours: Result) -> str:
     """Page faults of a call, torch's and one of ours; nothing where they were not counted."""
     both = [number(r.faults, 0) for r in (m[TORCH], ours)]
     return " / ".join(both) if all(both) else ""
@@ -133,3 +222,55 @@ def faults(m: Mapping[str, Result], ours: Result) -> str:
 def number(x: float, digits: int) -> str:
     """Nothing for NaN."""
     return "" if x != x else f"{x:.{digits}f}"
+
+
+def plot(folder: Path) -> Path:
+    """Draw what flat.csv and fused.csv have, one of which has to be there."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    files = {draw: folder / f"{name}.csv" for name, draw in (("flat", _flat), ("fused", _fused))}
+    frames = {draw: pd.read_csv(file) for draw, file in files.items() if file.exists()}
+    size = (7 * len(frames), 6)
+    figure, axes = plt.subplots(1, len(frames), figsize=size, layout="constrained", squeeze=False)
+    for axis, (draw, frame) in zip(axes[0], frames.items(), strict=True):
+        draw(axis, frame)
+    r = frame.iloc[0]
+    figure.suptitle(
+        f"wnkernel ({r.backend} backend) and torch {r.torch}: all weight norms of a model, "
+        f"forward and backward, {r.device}, {r.threads} threads"
+    )
+    path = folder / "fused.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _flat(axis: Axes, flat: DataFrame) -> None:
+    flat = flat.assign(layers=flat["shape"].str.split().str[0].astype(int)).sort_values("layers")
+    for who, colour in COLOURS.items():
+        part = flat[flat.contender == who]
+        axis.plot(part.layers, part.median_ms, marker="o", color=colour, label=who)
+        axis.fill_between(part.layers, part.p20_ms, part.p80_ms, color=colour, alpha=0.15)
+    copies, limit = flat[flat.contender == COPY], f"{COPIES} copies (the limit)"
+    axis.plot(copies.layers, COPIES * copies.median_ms, "--", color="black", label=limit)
+    axis.set(xlabel="layers", ylabel="ms", ylim=(0, None), xlim=(0, None), title=flat.label.iloc[0])
+    axis.legend()
+
+
+def _fused(axis: Axes, models: DataFrame) -> None:
+    models = models.assign(of=models.label + "\n" + models["shape"])
+    table = models.pivot(index="of", columns="contender", values="ratio_to_limit")
+    names = list(COLOURS)[::-1]
+    colours = [COLOURS[who] for who in names]
+    table.loc[models.of.unique()[::-1], names].plot.barh(
+        ax=axis, width=0.8, color=colours, logx=True
+    )
+    axis.axvline(1.0, color="black", linestyle="--", linewidth=1)
+    axis.set(xlabel=f"time over {COPIES} copies of v (log scale; 1 is the limit)", ylabel="")
+    axis.set_title("Whole models")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-SHAPES_CSV = Path(__file__).with_name("shapes.csv")
+import torch
 
-ADDED = "added"
-"""The label of the cases below, which no listed model has."""
-
+ADDED = "added"  # The label of the cases below, which no listed model has.
 _ADDED_SHAPES = ((512, 256, 16), (768, 48, 128), (1024, 64, 128), (512, 512, 3), (626, 768))
 
 
@@ -25,6 +25,14 @@ class LayerCase:
     label: str
     layer: str
 
+    def __str__(self) -> str:
+        return f"{shape_text(self.shape)} dim {self.dim_text}"
+
+    @property
+    def dim_text(self) -> str:
+        """As shapes.csv spells it."""
+        return "none" if self.dim is None else str(self.dim)
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -32,7 +40,9 @@ class LayerCase:
     @property
     def kind(self) -> str:
         """Which of the four memory patterns this is; the summary groups by it."""
-        return dim_kind(self.dim, len(self.shape))
+        if self.dim is None:
+            return "whole"
+        return {0: "first", len(self.shape) - 1: "last"}.get(self.dim, "middle")
 
     @property
     def norm_shape(self) -> tuple[int, ...]:
@@ -41,24 +51,15 @@ class LayerCase:
             return ()
         return tuple(n if k == self.dim else 1 for k, n in enumerate(self.shape))
 
-    @property
-    def row_length(self) -> int:
-        """How many elements each norm sums."""
-        return self.numel if self.dim is None else self.numel // self.shape[self.dim]
-
-
-def dim_kind(dim: int | None, ndim: int) -> str:
-    """``first``, ``last``, ``middle`` or ``whole``."""
-    if dim is None:
-        return "whole"
-    if dim == 0:
-        return "first"
-    return "last" if dim == ndim - 1 else "middle"
-
 
 def shape_text(shape: Iterable[int]) -> str:
     """(512, 256, 16) as ``512x256x16``, the spelling of shapes.csv."""
     return "x".join(map(str, shape))
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """torch.float32 as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def grid() -> list[LayerCase]:
@@ -67,20 +68,16 @@ def grid() -> list[LayerCase]:
     Nearly all weights of real models are normed along dim 0, so the other memory patterns are
     added on some of the same shapes, labelled as such.
     """
-    users: dict[tuple[tuple[int, ...], int | None], list[str]] = {}
-    layers: dict[tuple[tuple[int, ...], int | None], str] = {}
-    for row in _rows():
-        key = _shape(row), _dim(row)
-        users.setdefault(key, []).append(row["model"])
-        layers.setdefault(key, row["layer"])
+    users: dict[tuple[tuple[int, ...], int | None], list[LayerCase]] = {}
+    for case, _ in _rows():
+        users.setdefault((case.shape, case.dim), []).append(case)
     for shape in _ADDED_SHAPES:
+        layer = "Linear" if len(shape) == 2 else "Conv1d"
         for dim in (*range(len(shape)), None):
-            if (shape, dim) not in users:
-                users[shape, dim] = [ADDED]
-                layers[shape, dim] = "Linear" if len(shape) == 2 else "Conv1d"
+            users.setdefault((shape, dim), [LayerCase(shape, dim, ADDED, layer)])
     return [
-        LayerCase(shape, dim, _label(models), layers[shape, dim])
-        for (shape, dim), models in users.items()
+        LayerCase(*key, _label([c.label for c in cases]), cases[0].layer)
+        for key, cases in users.items()
     ]
 
 
@@ -89,28 +86,29 @@ def weight_list(model: str) -> list[LayerCase]:
 
     Equal shapes are spread over the list, for in a model they do not stand side by side either.
     """
-    placed = [
-        ((k + 0.5) / int(row["count"]), LayerCase(_shape(row), _dim(row), model, row["layer"]))
-        for row in _rows()
-        if row["model"] == model
-        for k in range(int(row["count"]))
-    ]
+    rows = [(case, count) for case, count in _rows() if case.label == model]
+    placed = [((k + 0.5) / count, case) for case, count in rows for k in range(count)]
     return [case for _, case in sorted(placed, key=lambda entry: entry[0])]
 
 
-def _rows() -> list[dict[str, str]]:
-    with SHAPES_CSV.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _shape(row: dict[str, str]) -> tuple[int, ...]:
-    return tuple(int(n) for n in row["shape"].split("x"))
-
-
-def _dim(row: dict[str, str]) -> int | None:
-    return None if row["dim"] == "none" else int(row["dim"])
+@functools.cache
+def _rows() -> list[tuple[LayerCase, int]]:
+    """Weights, and how often a model has them."""
+    with Path(__file__).with_name("shapes.csv").open(newline="") as file:
+        return [
+            (
+                LayerCase(
+                    tuple(map(int, row["shape"].split("x"))),
+                    None if row["dim"] == "none" else int(row["dim"]),
+                    row["model"],
+                    row["layer"],
+                ),
+                int(row["count"]),
+            )
+            for row in csv.DictReader(file)
+        ]
 
 
 def _label(models: list[str]) -> str:
-    distinct = list(dict.fromkeys(models))
-    return distinct[0] + (f" +{len(distinct) - 1}" if len(distinct) > 1 else "")
+    first, *others = Counter(models)
+    return f"{first} +{len(others)}" if others else first

@@ -1,27 +1,16 @@
-"""Interleaved measurement: every contender gets its turn in every round of one process.
-
-Clock speed, neighbours and the state of malloc drift over seconds. Contenders measured one after
-the other would each meet another machine; in rounds they share it, and the median forgets the
-rounds in which it misbehaved. The order is shuffled, so that nobody always runs on the caches that
-the same predecessor left.
-"""
+"""Timing of contenders in turns, by the rounds of ``wnkernel bench``, and who of them failed."""
 
 from __future__ import annotations
 
+import functools
 import math
-import random
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
 
-from wnkernel.cli.load import OtherLoad
-from wnkernel.cli.timing import MAX_ROUNDS, MIN_ROUNDS, MIN_SAMPLE_S, no_garbage_collection
-
-from .blame import blamed
+from wnkernel.cli.timing import Times, in_rounds, no_garbage_collection
 
 try:
     import resource
@@ -32,23 +21,29 @@ Contender = Callable[[], object]
 Sampler = Callable[[Contender, int], float]
 """Runs a contender n times in a row and returns the seconds that all n took."""
 
-
-SAMPLES = 20
-"""In a turn of :func:`least`."""
+SAMPLES = 20  # In a turn of :func:`least`.
 
 
-@dataclass(frozen=True)
-class Stats:
-    """Milliseconds of one call, over all rounds."""
+class ContenderError(Exception):
+    """One contender failed; what it raised is the cause."""
 
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    other_cores: float
-    """Cores that other processes used meanwhile."""
-    faults: float = math.nan
-    """Page faults of one call, the median as well; NaN where the system does not tell."""
+    def __init__(self, who: str) -> None:
+        super().__init__(who)
+        self.who = who
+
+    def __str__(self) -> str:
+        return f"{self.who}: {type(self.__cause__).__name__}: {self.__cause__}"
+
+
+@contextmanager
+def blamed(who: str) -> Iterator[None]:
+    """Whatever is raised in here is the fault of one contender."""
+    try:
+        yield
+    except ContenderError:
+        raise
+    except Exception as error:
+        raise ContenderError(who) from error
 
 
 def page_faults() -> float:
@@ -64,16 +59,18 @@ def device_sampler(device: torch.device) -> Sampler:
     return _sample_events if device.type == "cuda" else _sample_wall
 
 
-def host_sampler(device: torch.device) -> Sampler:
-    """Samples the time that the calling thread spends, whatever it leaves to a device."""
+def host_sampler(device: torch.device, *, until_done: bool = False) -> Sampler:
+    """Samples the time that the calling thread spends, whatever it leaves to a device, or the time
+    until both are done."""
     if device.type != "cuda":
         return _sample_wall
 
     def sample(run: Contender, times: int) -> float:
         torch.cuda.synchronize(device)
+        start = time.perf_counter()
         seconds = _sample_wall(run, times)
         torch.cuda.synchronize(device)
-        return seconds
+        return time.perf_counter() - start if until_done else seconds
 
     return sample
 
@@ -101,48 +98,20 @@ def measure(
     sample: Sampler,
     budget_s: float,
     *,
-    min_sample_s: float = MIN_SAMPLE_S,
+    min_sample_s: float | None = None,
     own_cpu_s: Callable[[], float] = time.process_time,
-    faults_of: Callable[[Contender], float] = lambda _: page_faults(),
-) -> dict[str, Stats]:
-    """Time all contenders round by round until ``budget_s`` seconds are spent.
+    faults_of: Callable[[str], float] = lambda name: page_faults(),
+) -> dict[str, Times]:
+    """Time all contenders by :func:`~wnkernel.cli.timing.in_rounds`, with page faults."""
 
-    At least :data:`MIN_ROUNDS` rounds are made, whatever they take.
-
-    Args:
-        contenders: who takes turns.
-        sample: how a turn is timed.
-        budget_s: for all rounds.
-        min_sample_s: how long a turn lasts at least.
-        own_cpu_s: see :class:`~wnkernel.cli.load.OtherLoad`.
-        faults_of: the page faults of a contender's process so far.
-
-    Raises:
-        ContenderError: one of them fails.
-    """
-    counts = {}
-    for name, run in contenders.items():
+    def turn(name: str, times: int) -> float:
         with blamed(name):
-            counts[name] = _warm_up(run, sample, min_sample_s)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    faults: dict[str, list[float]] = {name: [] for name in contenders}
-    order, shuffle = list(contenders), random.Random(0).shuffle
-    with no_garbage_collection():
-        others = OtherLoad(own_cpu_s)
-        deadline = time.perf_counter() + budget_s
-        for done in range(MAX_ROUNDS):
-            if done >= MIN_ROUNDS and time.perf_counter() > deadline:
-                break
-            shuffle(order)
-            for name in order:
-                run = contenders[name]
-                before = faults_of(run)
-                with blamed(name):
-                    seconds = sample(run, counts[name])
-                faults[name].append((faults_of(run) - before) / counts[name])
-                times[name].append(seconds / counts[name])
-        other_cores = others.cores()
-    return {name: _stats(times[name], other_cores, faults[name]) for name in contenders}
+            return sample(contenders[name], times)
+
+    turns = {name: functools.partial(turn, name) for name in contenders}
+    return in_rounds(
+        turns, budget_s, least_s=min_sample_s, own_cpu_s=own_cpu_s, faults_of=faults_of
+    )
 
 
 def least(
@@ -152,14 +121,7 @@ def least(
     during: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
     """Seconds of a call of each, for figures that other work can only add to: the least of samples
-    of so many calls, in turns.
-
-    Args:
-        contenders: who takes turns.
-        times: calls of a sample.
-        seconds: for all turns.
-        during: what surrounds a turn of the contender that it is given.
-    """
+    of so many calls, in turns. ``during`` surrounds a turn of the contender that it is given."""
     best = dict.fromkeys(contenders, float("inf"))
     with no_garbage_collection():
         end = time.perf_counter() + seconds
@@ -169,19 +131,3 @@ def least(
                     for _ in range(SAMPLES):
                         best[who] = min(best[who], _sample_wall(run, times) / times)
     return best
-
-
-def _warm_up(run: Contender, sample: Sampler, min_sample_s: float) -> int:
-    """How many calls fill a sample; calls until that is known, which warms caches and malloc."""
-    times = 1
-    while True:
-        run()
-        seconds = sample(run, times)
-        if seconds >= min_sample_s:
-            return times
-        times = max(times + 1, math.ceil(1.1 * times * min_sample_s / max(seconds, 1e-7)))
-
-
-def _stats(seconds: list[float], other_cores: float, faults: list[float]) -> Stats:
-    p20, median, p80 = map(float, np.percentile(np.asarray(seconds) * 1e3, (20, 50, 80)))
-    return Stats(median, p20, p80, len(seconds), other_cores, float(np.median(faults)))

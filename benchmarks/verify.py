@@ -1,6 +1,4 @@
-"""Nothing is timed before its result is right: a float64 reference and the tolerances.
-
-The reference and the bounds of the command line, and one for each element."""
+"""Nothing is timed before its result is right: float64, with the bounds of the command line."""
 
 from __future__ import annotations
 
@@ -12,27 +10,11 @@ from torch import Tensor
 
 from wnkernel.cli.exact import Exact, bound, exact, of_sums
 
+TINY = torch.finfo(torch.float64).tiny
+
 
 class VerificationError(Exception):
     """A contender gives wrong numbers; there is nothing to time."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Bounds of the error, relative to the reference."""
-
-    l2: float
-    """Of the whole tensor; of ``grad_g`` relative to the norm of the row of ``grad_w``, and of
-    ``grad_v`` relative to its terms."""
-    element: float
-    """Of the worst element, relative to the largest of the same."""
-
-
-def tolerance(dtype: torch.dtype, row_length: int, *, long_sums: bool) -> Tolerance:
-    """The bounds; the arguments are those of :func:`wnkernel.cli.exact.bound`."""
-    l2 = bound(dtype, row_length, long_sums=long_sums)
-    sums = of_sums(dtype, row_length, long_sums=long_sums)
-    return Tolerance(l2=l2, element=torch.finfo(dtype).eps + 4 * sums)
 
 
 @dataclass(frozen=True)
@@ -53,11 +35,14 @@ def reference(v: Tensor, g: Tensor, dim: int | None, grad_w: Tensor) -> Referenc
 def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) -> float:
     """Compare ``(w, grad_v, grad_g)`` with the reference.
 
+    The L2 error of a tensor is relative to the tensor, of ``grad_v`` to its terms; that of its
+    worst element to the largest; that of ``grad_g`` to the norm of the row of ``grad_w``.
+
     Args:
         who: contender and case, for the message.
         got: ``w``, ``grad_v``, ``grad_g``.
         want: the reference for the same inputs.
-        long_sums: see :func:`tolerance`.
+        long_sums: see :func:`wnkernel.cli.exact.bound`.
 
     Returns:
         The largest relative L2 error of the three, for the record.
@@ -65,7 +50,9 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
     Raises:
         VerificationError: outside the tolerance, not finite, or of another shape.
     """
-    bound = tolerance(want.dtype, want.row_length, long_sums=long_sums)
+    about = want.dtype, want.row_length
+    of_l2 = bound(*about, long_sums=long_sums)
+    of_element = torch.finfo(want.dtype).eps + 4 * of_sums(*about, long_sums=long_sums)
     w, grad_v, grad_g = (t.detach() for t in got)
     worst = 0.0
     for name, have, should, terms in (
@@ -75,35 +62,30 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
         error = _difference(who, name, have, should)
         l2 = _ratio(error.norm(), terms.norm())
         element = _ratio(error.abs().max(), terms.abs().max())
-        _demand(who, name, "relative L2 error", l2, bound.l2)
-        _demand(who, name, "largest error of an element", element, bound.element)
+        _demand(who, name, "relative L2 error", l2, of_l2)
+        _demand(who, name, "largest error of an element", element, of_element)
         worst = max(worst, l2)
     error = _difference(who, "grad_g", grad_g, want.grad_g).abs()
-    relative = float((error / want.grad_w_norm.clamp_min(torch.finfo(torch.float64).tiny)).max())
-    _demand(who, "grad_g", "largest error relative to |grad_w| of its row", relative, bound.l2)
+    relative = float((error / want.grad_w_norm.clamp_min(TINY)).max())
+    _demand(who, "grad_g", "largest error relative to |grad_w| of its row", relative, of_l2)
     return max(worst, relative)
 
 
 def check_same(who: str, got: Tensor, want: Tensor, l2: float, what: str = "output") -> None:
-    """Compare what two whole models give by relative L2.
-
-    Raises:
-        VerificationError: they differ by more than ``l2``, or are not finite.
-    """
+    """Compare what two whole models give by relative L2."""
     error = _difference(who, what, got.detach(), want.detach().double())
     _demand(who, what, "relative L2 difference", _ratio(error.norm(), want.norm()), l2)
 
 
 def _difference(who: str, name: str, have: Tensor, should: Tensor) -> Tensor:
     if have.shape != should.shape:
-        raise VerificationError(
-            f"{who}: {name} has shape {list(have.shape)}, expected {list(should.shape)}"
-        )
+        shapes = f"{list(have.shape)}, expected {list(should.shape)}"
+        raise VerificationError(f"{who}: {name} has shape {shapes}")
     return have.double() - should
 
 
 def _ratio(error: Tensor, scale: Tensor) -> float:
-    return float(error) / max(float(scale), torch.finfo(torch.float64).tiny)
+    return float(error) / max(float(scale), TINY)
 
 
 def _demand(who: str, name: str, what: str, value: float, bound: float) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
+from benchmarks.contenders import COPY, OURS, TORCH
 from benchmarks.environment import environment
-from benchmarks.results import COPY, OURS, TORCH, Result, Subject, rows
-from benchmarks.timing import Stats
+from benchmarks.results import Result, Subject, rows
+from wnkernel.cli.timing import Times
 
 where = functools.cache(environment)
 """It asks git."""
@@ -37,7 +38,7 @@ def measured(
     """
     about = Subject(case, label, phase, dtype, f"8x{numel // 8}", "0", kind, numel, 4 * numel)
     stats = {
-        who: Stats(x, x * (1 - spread), x * (1 + spread), rounds, 0.0, (faults or {}).get(who, 0.0))
+        who: Times(x, x * (1 - spread), x * (1 + spread), rounds, 0.0, (faults or {}).get(who, 0.0))
         for who, x in ms.items()
     }
     return rows(about, where("cpu", None), stats)

@@ -14,13 +14,14 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from benchmarks.blame import blamed
+from benchmarks.contenders import COPY, OURS, TORCH
 from benchmarks.gpu import cases, raw
 from benchmarks.gpu.cases import Request
 from benchmarks.gpu.plan import GpuJob, Report
-from benchmarks.results import COPY, OURS, TORCH, Result, Subject, rows
-from benchmarks.timing import Stats
+from benchmarks.results import Result, Subject, rows
+from benchmarks.timing import blamed
 from wnkernel.backends import BACKENDS
+from wnkernel.cli.timing import Times
 
 from . import gpu_visit
 from .processes import PATIENCE_S
@@ -45,7 +46,7 @@ def _work(
                 if (title, phase) == ("bad", "backward") and OURS in measured:
                     with blamed(OURS):
                         misfortune()
-                stats = dict.fromkeys(measured, Stats(1.0, 1.0, 1.0, 3, 0.0))
+                stats = dict.fromkeys(measured, Times(1.0, 1.0, 1.0, 3, 0.0))
                 about = Subject("single", title, phase, "float32", "1", "0", "first", 1, 4)
                 yield rows(about, where, stats)
 

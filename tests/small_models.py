@@ -1,5 +1,5 @@
 """Models of transformers, encodec and ChatTTS with random weights and so few channels that a pass
-through all of them takes a second. Most passes are those of benchmarks/model_zoo.py."""
+through all of them takes a second. Most passes are those of benchmarks/models.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.model_zoo import BY_NAME
+from benchmarks.models import BY_NAME
 
 VOCODER = {
     "model_in_dim": 6,

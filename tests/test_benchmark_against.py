@@ -9,13 +9,15 @@ import pytest
 
 pytest.importorskip("typer", reason="the command line of the benchmark needs typer")
 pytest.importorskip("rich", reason="the tables of the benchmark need rich")
+pytest.importorskip("pandas", reason="the comparison needs pandas")
 
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as benchmark
 from benchmarks import against
+from benchmarks.contenders import OURS, TORCH
 from benchmarks.plan import Job
-from benchmarks.results import OURS, TORCH, Result, write_csv
+from benchmarks.results import Result, write_csv
 
 from .benchmark_rows import measured
 from .on_the_cpu import on_the_cpu

@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import compiled, fused, grouped_report, model_zoo, summary
+from benchmarks import compiled, fused, models, report, summary
+from benchmarks.contenders import BY_CASE, COMPILED, COPY, FUSED, LEGACY, OURS, PLAIN, TORCH
 from benchmarks.environment import environment
-from benchmarks.model_zoo import Entry
-from benchmarks.models import ALONE, STEP
+from benchmarks.models import Entry
 from benchmarks.plan import QUICK
-from benchmarks.results import COMPILED, COPY, FUSED, LEGACY, OURS, PLAIN, TORCH
+from benchmarks.results import ALONE, STEP
 from benchmarks.shapes import LayerCase
 from benchmarks.verify import VerificationError
 
@@ -24,7 +24,7 @@ from .on_the_cpu import on_the_cpu
 
 __all__ = ["on_the_cpu"]
 
-ALL = (*compiled.CONTENDERS, COPY)
+ALL = (*BY_CASE["compile"], COPY)
 QUICK_STEPS = dataclasses.replace(QUICK, step_budget_s=0.0)
 
 
@@ -48,8 +48,8 @@ def test_all_contenders_are_verified_and_compiled_ones_say_how_long_they_took(sm
 def test_models_are_compiled_on_one_thread_and_on_all(monkeypatch):
     ran = []
 
-    def run(name, cases, contenders, budget_s, where):
-        ran.append((name.label, where.threads))
+    def run(case, label, cases, budget_s, where):
+        ran.append((label, where.threads))
         return []
 
     monkeypatch.setattr(fused, "compare", run)
@@ -70,7 +70,7 @@ def small_net(monkeypatch):
         nn.utils.parametrizations.weight_norm(layer)
     net = nn.Sequential(*layers)
     entry = Entry("small", "", (2, 4, 9), lambda m, x: m(x), False)
-    monkeypatch.setitem(model_zoo.BY_NAME, "small", entry)
+    monkeypatch.setitem(models.BY_NAME, "small", entry)
     monkeypatch.setattr(compiled, "build", lambda name, device: net)
     return net
 
@@ -92,7 +92,7 @@ def test_training_steps_are_eager_and_compiled(small_net, fresh_compiler):
     ],
 )
 def test_training_steps_that_differ_are_an_error(small_net, monkeypatch, wrong, what):
-    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda x: wrong(forward(x)))
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: lambda: wrong(forward()))
     with pytest.raises(VerificationError, match=f"torch, compiled, small: {what}"):
         compiled.run_steps("small", QUICK_STEPS, environment("cpu", None))
 
@@ -113,9 +113,9 @@ def shown(print_results, **ms):
 
 
 def test_every_contender_has_a_row():
-    lines = shown(grouped_report.print_results, **{FUSED + COMPILED: 2.0, LEGACY: 16.0})
+    lines = shown(report.print_results, **{FUSED + COMPILED: 2.0, LEGACY: 16.0})
     rows = {cells[2]: cells[3:6] for cells in lines if len(cells) > 6}
-    assert tuple(who for who in rows if who) == compiled.CONTENDERS
+    assert tuple(who for who in rows if who) == BY_CASE["compile"]
     assert rows[FUSED + COMPILED] == ["2.00", "4.00", "2.00"]
     assert rows[LEGACY] == ["16.0", "0.50", "0.25"]
 

@@ -15,10 +15,10 @@ pytest.importorskip("rich", reason="the tables of the benchmark need rich")
 
 from rich.console import Console
 
-from benchmarks import grouped_report, report, results, timing
+from benchmarks import report, results, timing
+from benchmarks.contenders import COPY, FUSED, OURS, TORCH
 from benchmarks.environment import environment
 from benchmarks.processes import measure_apart
-from benchmarks.results import COPY, FUSED, OURS, TORCH
 
 from .benchmark_rows import measured
 from .on_the_cpu import on_the_cpu
@@ -45,25 +45,22 @@ def of_nothing():
 
 
 def test_faults_are_those_of_one_call_of_their_contender():
-    def ten() -> None:
-        pass
-
-    so_far = {ten: itertools.count(0, 10), int: itertools.repeat(7)}
-    runs = {"ten": ten, "none": int}
+    so_far = {"ten": itertools.count(0, 10), "none": itertools.repeat(7)}
+    runs = dict.fromkeys(so_far, int)
     stats = timing.measure(
-        runs, lambda run, times: 1.0, 0.0, faults_of=lambda run: next(so_far[run])
+        runs, lambda run, times: 1.0, 0.0, faults_of=lambda who: next(so_far[who])
     )
     assert {name: s.faults for name, s in stats.items()} == {"ten": 10.0, "none": 0.0}
 
 
 def test_faults_of_a_sample_are_shared_by_its_calls():
-    seconds = itertools.chain([0.25], itertools.repeat(1.0))  # five calls fill a second
+    seconds = itertools.chain([9.9, 0.25], itertools.repeat(1.0))  # five calls fill a second
     so_far = itertools.count(0, 30)
     stats = timing.measure(
         {"who": int},
         lambda run, times: next(seconds),
         0.0,
-        faults_of=lambda run: next(so_far),
+        faults_of=lambda who: next(so_far),
         min_sample_s=1.0,
     )
     assert stats["who"].faults == 30 / 5
@@ -96,9 +93,9 @@ def test_files_without_faults_are_read():
     assert all(math.isnan(r.faults) for r in rows)
 
 
-def shown(rows: list[results.Result], print_results=report.print_results) -> str:
+def shown(rows: list[results.Result]) -> str:
     out = io.StringIO()
-    print_results(Console(file=out, width=200), rows)
+    report.print_results(Console(file=out, width=200), rows)
     return out.getvalue()
 
 
@@ -107,4 +104,4 @@ def test_tables_have_faults_of_torch_and_ours():
     assert "512 / 3" in shown(measured(faults=faults))
     assert "/ 3" not in shown(measured(faults={**faults, TORCH: math.nan}))
     times = dict.fromkeys((TORCH, OURS, FUSED, COPY), 1.0)
-    assert "512 / 4" in shown(measured("fused", times, faults=faults), grouped_report.print_results)
+    assert "512 / 4" in shown(measured("fused", times, faults=faults))

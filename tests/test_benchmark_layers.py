@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks import layers, results
+from benchmarks.contenders import COPY, OURS, TORCH, operators
 from benchmarks.environment import environment
 from benchmarks.plan import QUICK
-from benchmarks.results import COPY, FORWARD, FORWARD_BACKWARD, OURS, READ, TORCH
+from benchmarks.results import ALONE, FORWARD, FORWARD_BACKWARD, READ
 from benchmarks.shapes import LayerCase
 
 from .on_the_cpu import on_the_cpu
@@ -30,7 +31,7 @@ def test_the_reader_multiplies_what_the_forward_gives(dim):
     unit = torch.eye(12).view(2, 6, 4, 3)
     x = torch.cat([layers.forward_and_reader(lambda v, g, w=w: w, t)() for w in unit])
     assert x.abs().min() > 0
-    for who, operator in layers.operators(dim).items():
+    for who, operator in operators(dim).items():
         recorded = []
 
         def kept(v, g, operator=operator, recorded=recorded):
@@ -59,4 +60,4 @@ def test_every_phase_is_measured(dtype):
 
 
 def test_the_traffic_that_whole_models_are_held_against():
-    assert results.ARRAYS["weight norms alone"] == results.ARRAYS[FORWARD_BACKWARD]
+    assert results.ARRAYS[ALONE] == results.ARRAYS[FORWARD_BACKWARD]

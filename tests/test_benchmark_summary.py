@@ -10,26 +10,17 @@ import torch
 
 pytest.importorskip("typer", reason="the command line of the benchmark needs typer")
 pytest.importorskip("rich", reason="the tables of the benchmark need rich")
+pytest.importorskip("pandas", reason="the summary needs pandas")
 
 from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as benchmark
-from benchmarks import operators, summary
+from benchmarks import layers, summary
+from benchmarks.contenders import COPY, ENGINE, FUSED, OURS, TORCH, UNCHANGED, VERSION
 from benchmarks.environment import environment, results_folder
-from benchmarks.models import ALONE, STEP
 from benchmarks.plan import QUICK, Job
-from benchmarks.results import (
-    COPY,
-    FORWARD,
-    FORWARD_BACKWARD,
-    FUSED,
-    OURS,
-    READ,
-    TORCH,
-    UNCHANGED,
-    VERSION,
-)
+from benchmarks.results import ALONE, FORWARD, FORWARD_BACKWARD, READ, STEP
 
 from .benchmark_rows import measured
 from .on_the_cpu import on_the_cpu
@@ -40,7 +31,7 @@ __all__ = ["on_the_cpu"]
 def printed(rows) -> dict[str, list[str]]:
     """The table of aims: the cells of a group by its title."""
     out = io.StringIO()
-    summary.print_summary(Console(file=out, width=250), rows, torch.device("cpu"))
+    summary.print_summary(Console(file=out, width=250), rows)
     lines = (line.strip("│ \n").split("│") for line in out.getvalue().splitlines() if "│" in line)
     return {title.strip(): [cell.strip() for cell in cells] for title, *cells in lines}
 
@@ -102,7 +93,7 @@ def test_large_models_are_held_against_the_limit():
 def test_a_summary_names_its_cpu():
     rows = [dataclasses.replace(r, device="Some CPU") for r in layer(FORWARD, 1.0)]
     out = io.StringIO()
-    summary.print_summary(Console(file=out, width=200), rows, torch.device("cpu"))
+    summary.print_summary(Console(file=out, width=200), rows)
     assert out.getvalue().startswith("Summary: times as fast as torch on Some CPU")
 
 
@@ -134,13 +125,13 @@ def test_losses_come_first_and_the_folder_last(monkeypatch, tmp_path):
 
 def test_calls_of_the_operator_beside_the_engine():
     plan = dataclasses.replace(QUICK, host_budget_s=0.0)
-    rows = operators.run(plan, environment("cpu", None))
+    rows = layers.run_calls(plan, environment("cpu", None))
     assert [(r.phase, r.contender) for r in rows] == [
-        *((operators.RECORDED, who) for who in (OURS, TORCH)),
-        *((operators.NO_GRAD, who) for who in (OURS, TORCH)),
-        *((operators.BACKWARD, who) for who in (OURS, TORCH, operators.ENGINE)),
+        *((layers.RECORDED, who) for who in (OURS, TORCH)),
+        *((layers.NO_GRAD, who) for who in (OURS, TORCH)),
+        *((layers.BACKWARD, who) for who in (OURS, TORCH, ENGINE)),
     ]
-    table = printed([r for r in rows if r.contender != operators.ENGINE])
+    table = printed([r for r in rows if r.contender != ENGINE])
     assert table["one call, 64 elements"][0] == "3"
     assert printed(rows) == table
 
@@ -148,5 +139,5 @@ def test_calls_of_the_operator_beside_the_engine():
 def test_what_the_engine_is_asked_for_is_no_arithmetic():
     """It hands the very tensor that it is given to both leaves."""
     grad_w = torch.randn(8, 8)
-    for grad in operators._of_nothing(torch.randn(8, 8, requires_grad=True), grad_w)():
+    for grad in layers.of_nothing(torch.randn(8, 8, requires_grad=True), grad_w)():
         assert torch.equal(grad, grad_w)

@@ -19,13 +19,14 @@ pytest.importorskip("rich", reason="the tables of the benchmark need rich")
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks.contenders import COPY, FUSED, OURS, TORCH
 from benchmarks.environment import environment
 from benchmarks.gpu import __main__ as benchmark
-from benchmarks.gpu import aims, cases, flaggems, raw, summary, traffic
+from benchmarks.gpu import cases, raw, single, summary
 from benchmarks.gpu.cases import Began, Failed, Finished, Request, Section
 from benchmarks.gpu.plan import FIRST, KEY, LARGE_BYTES, REAL, TINY, Part
-from benchmarks.gpu.traffic import BACKWARD, FORWARD
-from benchmarks.results import COPY, FUSED, OURS, TORCH, Result
+from benchmarks.gpu.raw import BACKWARD, FORWARD
+from benchmarks.results import Result
 from wnkernel import backends
 from wnkernel.backends import BACKENDS
 from wnkernel.problem import check
@@ -57,7 +58,7 @@ def problem(shape, dim):
 )
 def test_the_bytes_of_a_weight_norm(shape, dim, arrays):
     p = problem(shape, dim)
-    assert tuple(traffic.arrays(phase, p, object()) for phase in (FORWARD, BACKWARD)) == arrays
+    assert tuple(raw.arrays(phase, p, object()) for phase in (FORWARD, BACKWARD)) == arrays
 
 
 def test_a_backend_may_say_itself_what_stays_on_the_chip():
@@ -67,17 +68,17 @@ def test_a_backend_may_say_itself_what_stays_on_the_chip():
 
     for dim, arrays in ((0, (3, 5)), (1, (2, 3))):
         p = problem((8, 4), dim)
-        assert tuple(traffic.arrays(phase, p, Backend()) for phase in (FORWARD, BACKWARD)) == arrays
+        assert tuple(raw.arrays(phase, p, Backend()) for phase in (FORWARD, BACKWARD)) == arrays
 
 
 def test_the_launches_of_a_model(monkeypatch):
     """The second ones are for rows that are split, which no listed model has."""
     names = [name for models in REAL.models.values() for name in models]
-    assert {traffic.model_launches(name, "triton") for name in names} == {2}
-    assert traffic.model_launches("DAC", "another") == 4  # at most
+    assert {raw.model_launches(name, "triton") for name in names} == {2}
+    assert raw.model_launches("DAC", "another") == 4  # at most
     models = {Part.KEY: {"split": REAL.weights[Part.KEY][: len(KEY)]}}
-    monkeypatch.setattr(traffic, "REAL", dataclasses.replace(REAL, models=models))
-    assert traffic.model_launches("split", "triton") == 4
+    monkeypatch.setattr(raw, "REAL", dataclasses.replace(REAL, models=models))
+    assert raw.model_launches("split", "triton") == 4
 
 
 def test_the_real_plan_begins_with_what_the_aims_name():
@@ -221,24 +222,24 @@ def test_a_wrong_kernel_fails_its_cases_and_nobody_else(
     assert len(by_shape) == 3
     assert all(found == {TORCH, COPY, "wnkernel eager"} for found in by_shape.values())
     tries = [news.without for news in said if isinstance(news, Began) and "16x24x3" in news.title]
-    assert tries == [(), ("wnkernel eager",)] * 2
+    assert tries == [[], ["wnkernel eager"]] * 2
 
 
 def test_the_raw_calls_of_every_backend_give_the_same(eager_is_ours):
     t = raw.inputs(TINY.weights[Part.REST][1], torch.float32, CPU, 0)
     torchs = raw.of_torch(t, 1)
     for name in [n for n in BACKENDS if not BACKENDS[n].reasons(t.v)]:
-        mine = raw._of_backend(name)(t, 1)
+        mine = raw.of_backend(name)(t, 1)
         torch.testing.assert_close(mine.forward()[0], torchs.forward()[0])
         torch.testing.assert_close(list(mine.backward()), list(torchs.backward()))
 
 
 def fake_flag_gems(monkeypatch, **members):
-    package = types.ModuleType(flaggems.PACKAGE)
-    package.__spec__ = importlib.machinery.ModuleSpec(flaggems.PACKAGE, None)
+    package = types.ModuleType(raw.FLAGGEMS_PACKAGE)
+    package.__spec__ = importlib.machinery.ModuleSpec(raw.FLAGGEMS_PACKAGE, None)
     for name, member in members.items():
         setattr(package, name, member)
-    monkeypatch.setitem(sys.modules, flaggems.PACKAGE, package)
+    monkeypatch.setitem(sys.modules, raw.FLAGGEMS_PACKAGE, package)
 
 
 def test_flaggems_is_measured_beside_ours(monkeypatch, tmp_path, capsys):
@@ -247,12 +248,12 @@ def test_flaggems_is_measured_beside_ours(monkeypatch, tmp_path, capsys):
         weight_norm_interface=torch._weight_norm_interface,
         weight_norm_interface_backward=torch.ops.aten._weight_norm_interface_backward,
     )
-    monkeypatch.setattr(flaggems, "SHAPES", (((64, 256), 0),))
+    monkeypatch.setattr(single, "FLAGGEMS_SHAPES", (((64, 256), 0),))
     assert measured(tmp_path, Section.FLAGGEMS)[1] == []
     found = summary.read(tmp_path)
-    assert flaggems.NAME in {r.contender for r in found}
-    (forward, _) = aims.rival_lines(found, flaggems.NAME, flaggems.CASE)
-    assert f"times {flaggems.NAME}, 64x256 dim 0" in forward.title
+    assert raw.FLAGGEMS in {r.contender for r in found}
+    (forward, _) = summary.rival_lines(found)
+    assert f"times {raw.FLAGGEMS}, 64x256 dim 0" in forward.title
 
 
 def test_another_flaggems_is_left_out_with_a_plain_line(monkeypatch, tmp_path, capsys):
@@ -268,7 +269,7 @@ def test_a_flaggems_that_fails_does_not_take_ours_with_it(monkeypatch, tmp_path,
         raise RuntimeError("no such kernel\nin some file")
 
     fake_flag_gems(monkeypatch, weight_norm_interface=broken, weight_norm_interface_backward=broken)
-    monkeypatch.setattr(flaggems, "SHAPES", (((64, 256), 0),))
+    monkeypatch.setattr(single, "FLAGGEMS_SHAPES", (((64, 256), 0),))
     assert measured(tmp_path, Section.FLAGGEMS)[1] == []  # it is not ours
     told = "FlagGems 64x256 dim 0: ContenderError: FlagGems: RuntimeError: no such kernel"
     assert told in capsys.readouterr().out

@@ -22,11 +22,11 @@ pytest.importorskip("rich", reason="the tables of gpu-check need rich")
 
 from typer.testing import CliRunner
 
-from benchmarks import gpu_check
-from benchmarks.gpu import check, steps, visit_steps
-from benchmarks.gpu.log import MOST_LINES, Log
-from benchmarks.gpu.steps import Step, run_steps
-from benchmarks.gpu.versions import FACTS
+from tools.gpu_check import __main__ as gpu_check
+from tools.gpu_check import check, steps
+from tools.gpu_check import visit as visit_steps
+from tools.gpu_check.steps import MOST_LINES, Log, Step, run_steps
+from tools.gpu_check.versions import FACTS
 
 from .on_the_cpu import on_the_cpu
 from .processes import PATIENCE_S

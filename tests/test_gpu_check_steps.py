@@ -17,24 +17,15 @@ pytest.importorskip("rich", reason="the tables of gpu-check need rich")
 import typer
 
 import setup
-from benchmarks import host
 from benchmarks.gpu import __main__ as benchmark
-from benchmarks.gpu import (
-    check,
-    profiling,
-    single,
-    smoke,
-    steps,
-    tests_to_run,
-    tools,
-    versions,
-    visit_steps,
-)
+from benchmarks.gpu import single
 from benchmarks.gpu.cases import Section
 from benchmarks.gpu.plan import REAL, Part
-from benchmarks.gpu.steps import Step, longest_s
-from benchmarks.gpu.versions import Facts, facts_of
+from benchmarks.layers import MAX_NUMEL
 from benchmarks.shapes import LayerCase, grid
+from tools.gpu_check import check, profiling, smoke, steps, tests_to_run, versions, visit
+from tools.gpu_check.steps import Step, longest_s
+from tools.gpu_check.versions import Facts, facts_of
 from wnkernel.backends.triton import plan as plans
 from wnkernel.problem import canonical_dim, row_view
 
@@ -49,14 +40,14 @@ BUDGET_S = 480.0
 
 @pytest.fixture
 def all_tools(monkeypatch):
-    monkeypatch.setattr(visit_steps, "tool", lambda name: f"/tools/{name}")
+    monkeypatch.setattr(visit, "tool", lambda name: f"/tools/{name}")
 
 
 ALL_RUN = Facts()
 
 
 def known(tmp_path, facts=ALL_RUN, **more) -> dict[str, Step]:
-    found = visit_steps.steps(tmp_path, facts, **more)
+    found = visit.steps(tmp_path, facts, **more)
     by_name = {step.name: step for step in found}
     assert len(by_name) == len(found)
     return by_name
@@ -64,8 +55,8 @@ def known(tmp_path, facts=ALL_RUN, **more) -> dict[str, Step]:
 
 @pytest.mark.usefixtures("all_tools")
 def test_the_needed_steps_fit_into_the_time(tmp_path):
-    needed = [visit_steps.versions(), *known(tmp_path).values()]
-    assert longest_s(needed) + visit_steps.SUMMARY_S <= visit_steps.LIMIT_S <= BUDGET_S
+    needed = [visit.versions(), *known(tmp_path).values()]
+    assert longest_s(needed) + visit.SUMMARY_S <= visit.LIMIT_S <= BUDGET_S
     assert all(step.limit_s >= 2 * step.grace_s > 0 for step in needed)
     assert all(step.grace_s == 20 for step in needed if step.name.startswith("tests"))
 
@@ -80,7 +71,7 @@ def test_what_is_worth_most_comes_first(tmp_path):
     ]  # fmt: skip
     assert [name for name in names if name in order] == order
     groups = [[step.name for step in g] for g in steps._side_by_side([*known(tmp_path).values()])]
-    assert groups[0] == ["build", *(f"compile triton, {t}" for t in visit_steps.smoke.DTYPES)]
+    assert groups[0] == ["build", *(f"compile triton, {t}" for t in smoke.DTYPES)]
     assert ["tests, cuda", "memcheck", "racecheck"] in groups
     timed = ("key figures", "more figures", "profile")
     assert all(len(g) == 1 for g in groups if g[0].startswith(timed))  # nothing beside these
@@ -174,7 +165,7 @@ class Card:
         monkeypatch.setattr(
             versions,
             "_output",
-            lambda command: next((a for q, a in answers.items() if q in command[1]), "?"),
+            lambda *command: next((a for q, a in answers.items() if q in command[1]), "?"),
         )
 
 
@@ -271,11 +262,11 @@ def test_every_file_with_tests_for_gpus_is_run_and_no_other():
 
 def test_a_sanitizer_watches_what_was_tried_without_it(tmp_path):
     names = list(known(tmp_path))
-    for name in visit_steps.TOOLS:
+    for name in visit.TOOLS:
         step = known(tmp_path)[name]
         assert names.index("smoke, cuda, float32") < names.index(name)
-        tried = list(known(tmp_path)[f"smoke, cuda, {visit_steps.WATCHED[0]}"].command)
-        assert list(step.command)[-len(tried) - 2 :] == [*tried, "--dtype", visit_steps.WATCHED[1]]
+        tried = list(known(tmp_path)[f"smoke, cuda, {visit.WATCHED[0]}"].command)
+        assert list(step.command)[-len(tried) - 2 :] == [*tried, "--dtype", visit.WATCHED[1]]
         assert step.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
 
 
@@ -283,10 +274,10 @@ def test_the_tools_are_found_beside_cuda(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(tools.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(visit.glob, "glob", lambda pattern: [])
     assert known(tmp_path)["memcheck"].absent == "compute-sanitizer was not found"
     assert known(tmp_path)["profile"].absent == "ncu was not found"
-    for name in (tools.SANITIZER, tools.PROFILER):
+    for name in (visit.SANITIZER, visit.PROFILER):
         tool = tmp_path / "cuda" / "bin" / name
         tool.parent.mkdir(parents=True, exist_ok=True)
         tool.write_text("#!/bin/sh\n")
@@ -308,7 +299,7 @@ REPORT = """==PROF== Profiling "weight_norm_kernel" - 0: 0%....50%....100% - 9 p
 @pytest.mark.parametrize("launches", [8, 7])
 def test_a_profile_without_all_launches_is_a_failure(monkeypatch, tmp_path, capsys, launches):
     """Whatever the profiler's exit status says."""
-    report = tmp_path / profiling.REPORT
+    report = tmp_path / visit.REPORT
     text = launches * REPORT + "==ERROR== no permission\n"
     code = f"open({str(report)!r}, 'w').write({text!r})"
     monkeypatch.setattr(profiling, "command", lambda report: [sys.executable, "-c", code])
@@ -342,5 +333,5 @@ def test_what_is_measured_first_was_compiled_before():
     }
     weights = {(c, dtype) for c in REAL.weights[Part.KEY] for dtype in single.DTYPES}
     models = {(c, torch.float32) for cs in REAL.models[Part.KEY].values() for c in cs}
-    small = {(c, torch.float32) for c in grid() if c.numel < host.MAX_NUMEL and c.dim == 0}
+    small = {(c, torch.float32) for c in grid() if c.numel < MAX_NUMEL and c.dim == 0}
     assert variants(weights | models | small) <= variants(tried)

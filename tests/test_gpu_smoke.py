@@ -9,8 +9,8 @@ pytest.importorskip("rich", reason="the tables of the benchmark need rich")
 
 from typer.testing import CliRunner
 
-from benchmarks.gpu import launches, smoke
 from benchmarks.gpu.plan import TINY, Part
+from tools.gpu_check import profiling, smoke
 
 from .gpu_stand_ins import eager_is_ours
 from .on_the_cpu import on_the_cpu
@@ -64,7 +64,7 @@ def test_a_smoke_test_without_kernels_says_so():
 
 
 def test_what_a_profiler_looks_at_runs(monkeypatch, capsys):
-    small = {c.shape: c for c in launches.LISTS[2]}
-    monkeypatch.setattr(launches, "LISTS", ([TINY.weights[Part.KEY][0]], list(small.values())[:2]))
-    launches.main("cpu")
+    small = {c.shape: c for c in profiling.LISTS[2]}
+    monkeypatch.setattr(profiling, "LISTS", ([TINY.weights[Part.KEY][0]], list(small.values())[:2]))
+    profiling.launch("cpu")
     assert capsys.readouterr().out == "3 weight norms, forward and backward\n"

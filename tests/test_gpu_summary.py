@@ -15,11 +15,14 @@ pytest.importorskip("rich", reason="the tables of the benchmark need rich")
 from rich.console import Console
 
 from benchmarks import results
+from benchmarks.contenders import COPY, FUSED, OURS, TORCH
 from benchmarks.environment import environment
-from benchmarks.gpu import aims, cases, raw, summary
-from benchmarks.gpu.traffic import BACKWARD, FORWARD
-from benchmarks.results import COPY, FUSED, OURS, TORCH, Result
-from benchmarks.timing import Stats
+from benchmarks.gpu import cases, raw, summary
+from benchmarks.gpu.raw import BACKWARD, FORWARD
+from benchmarks.gpu.whole import STREAM
+from benchmarks.report import PIPE_WIDTH
+from benchmarks.results import Result
+from wnkernel.cli.timing import Times
 
 from .on_the_cpu import on_the_cpu
 
@@ -33,7 +36,7 @@ def row(where, contender, ms, *, shape="768x48x128", dim="2", phase=FORWARD, cas
     about = results.Subject(
         case=case, phase=phase, shape=shape, dim=dim, array_bytes=4 * numel, **facts
     )
-    stats = {contender: Stats(ms, ms, ms, 3, 0.0)}
+    stats = {contender: Times(ms, ms, ms, 3, 0.0)}
     (made,) = results.rows(about, where, stats, arrays=2 if phase == FORWARD else 3)
     return made
 
@@ -69,15 +72,15 @@ def test_the_summary_holds_figures_against_aims(where, tmp_path):
         *(row(where, ours, ms, phase=p, **large) for p, ms in ((FORWARD, 0.125), (BACKWARD, 0.25))),
     ]
     whole = {"case": "whole", "label": "DAC", "shape": "1024x1024"}
-    for phase, times in (("wall time", (9.0, 3.0, 1.0)), (aims.whole.STREAM, (0.1, 0.06, 0.05))):
+    for phase, times in (("wall time", (9.0, 3.0, 1.0)), (STREAM, (0.1, 0.06, 0.05))):
         for who, ms in zip((TORCH, OURS, FUSED), times, strict=True):
             rows.append(row(where, who, ms, phase=phase, **whole))
     results.append_csv(beside_torch(rows), tmp_path / cases.RESULTS)
     found = summary.read(tmp_path)
 
-    speed = aims.copy_speed(found)
+    speed = summary.copy_speed(found)
     assert speed == pytest.approx(2 * 2**30 / 1e6, rel=1e-5)  # 1 GiB there and back in 1 ms
-    lines = {line.title: line for line in aims.weight_lines(found, ours)}
+    lines = {line.title: line for line in summary.weight_lines(found, ours)}
     share = lines["share of copy bandwidth, 64 MB and more, forward, float32"]
     assert share.met  # 2.147 TB/s of 2.147
     assert share.figure.startswith("1.00")
@@ -89,7 +92,7 @@ def test_the_summary_holds_figures_against_aims(where, tmp_path):
     assert lines["times torch, 1 MB and more, float32, forward"].met
     assert not lines["times torch, 1 MB and more, float32, backward"].met  # one below 0.95
 
-    device, wall = aims.model_lines(found)
+    device, wall = summary.model_lines(found)
     floor = 3 * 4 * 2**20 / speed / 1e6 + 4 * 0.002  # the rows above count three arrays
     assert device.figure.startswith(f"{0.05 / floor:.2f} ")
     assert not device.met
@@ -99,7 +102,7 @@ def test_the_summary_holds_figures_against_aims(where, tmp_path):
     assert wall.figure.startswith("9.00")
 
     out = io.StringIO()
-    summary.print_summary(Console(file=out, width=summary.WIDTH), found)
+    summary.print_summary(Console(file=out, width=PIPE_WIDTH), found)
     for text in (
         "met",
         "missed",

@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("typer", reason="the command line of the benchmark needs typer")
 pytest.importorskip("rich", reason="the tables of the benchmark need rich")
 
-from benchmarks.gpu import supervise
+from benchmarks.contenders import COPY, OURS, TORCH
+from benchmarks.gpu import cases
 from benchmarks.gpu.cases import RESULTS, Request, Section
 from benchmarks.gpu.plan import Part
 from benchmarks.gpu.summary import read
-from benchmarks.results import COPY, OURS, TORCH
 
 from . import gpu_stand_ins
 from .gpu_visit import BROKEN_STATUS, HEADER
@@ -37,9 +37,9 @@ def request(folder, **more) -> Request:
 def test_a_process_that_dies_is_started_again(monkeypatch, tmp_path, work, told):
     """With the case that it died in, without ours, and then with everything that comes after."""
     for name in ("START_S", "END_S"):
-        monkeypatch.setattr(supervise, name, PATIENCE_S)
+        monkeypatch.setattr(cases, name, PATIENCE_S)
     said: list[str] = []
-    tally = supervise.measure(request(tmp_path), said.append, work)
+    tally = cases.measure(request(tmp_path), said.append, work)
     measured = {
         title: {r.contender for r in read(tmp_path) if r.label == title}
         for title in gpu_stand_ins.TITLES
@@ -59,7 +59,7 @@ def test_a_process_that_dies_is_started_again(monkeypatch, tmp_path, work, told)
 
 def test_a_contender_that_fails_is_left_out_by_the_same_process(tmp_path, capfd):
     said: list[str] = []
-    tally = supervise.measure(request(tmp_path), said.append, gpu_stand_ins.is_wrong)
+    tally = cases.measure(request(tmp_path), said.append, gpu_stand_ins.is_wrong)
     assert said == []
     assert tally.failures == [f"bad, {OURS}"]
     bad = [(r.phase, r.contender) for r in read(tmp_path) if r.label == "bad"]
@@ -70,22 +70,22 @@ def test_a_contender_that_fails_is_left_out_by_the_same_process(tmp_path, capfd)
 
 
 def test_a_process_that_does_not_begin_is_told_and_not_tried_again(monkeypatch, tmp_path):
-    monkeypatch.setattr(supervise, "END_S", PATIENCE_S)
+    monkeypatch.setattr(cases, "END_S", PATIENCE_S)
     said: list[str] = []
-    tally = supervise.measure(request(tmp_path), said.append, gpu_stand_ins.does_not_begin)
+    tally = cases.measure(request(tmp_path), said.append, gpu_stand_ins.does_not_begin)
     assert tally.failures == ["before the first case, nobody knows who"]
     assert "died with exit status 1" in said[0]
 
 
 def test_no_case_is_begun_after_the_deadline(tmp_path):
     late = Request("cpu", "", Part.KEY, tuple(Section), True, tmp_path, time.monotonic() - 1)
-    tally = supervise.measure(late, print, gpu_stand_ins.is_wrong)
+    tally = cases.measure(late, print, gpu_stand_ins.is_wrong)
     assert (tally.rows, tally.left_out) == (0, "first")
 
 
 def test_rows_that_cannot_be_written_are_said(tmp_path, capfd):
     (tmp_path / RESULTS).symlink_to("/dev/full")
-    supervise.measure(request(tmp_path), print, gpu_stand_ins.is_wrong)
+    cases.measure(request(tmp_path), print, gpu_stand_ins.is_wrong)
     out = capfd.readouterr().out
     assert "cannot be written: No space left on device" in out
     assert sum(line.startswith("single,last,") for line in out.splitlines()) == 6

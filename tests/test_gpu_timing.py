@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from benchmarks.gpu import graphs, samplers
+from benchmarks.gpu import timing
+from benchmarks.timing import host_sampler
 from benchmarks.verify import VerificationError
 
 from .on_the_cpu import on_the_cpu
@@ -88,9 +89,9 @@ def cuda(monkeypatch):
 
 
 def test_calls_of_a_graph():
-    assert graphs.calls_for(2e9, 1e-3) == graphs.LEAST_CALLS
-    assert graphs.calls_for(0, 1.0) == graphs.MOST_CALLS
-    assert 50 <= graphs.calls_for(6e7, 1e-3) <= 70  # 15 µs of traffic and a launch
+    assert timing.calls_for(2e9, 1e-3) == timing.LEAST_CALLS
+    assert timing.calls_for(0, 1.0) == timing.MOST_CALLS
+    assert 50 <= timing.calls_for(6e7, 1e-3) <= 70  # 15 µs of traffic and a launch
 
 
 def test_a_graph_runs_every_set_of_tensors_equally_often():
@@ -100,7 +101,7 @@ def test_a_graph_runs_every_set_of_tensors_equally_often():
         counts[k] += 1
         return (torch.zeros(1),)
 
-    graph = graphs.capture([lambda k=k: call(k) for k in range(3)], 4, CPU)
+    graph = timing.capture([lambda k=k: call(k) for k in range(3)], 4, CPU)
     assert graph.calls == 6
     before = list(counts)
     graph.run()
@@ -108,14 +109,14 @@ def test_a_graph_runs_every_set_of_tensors_equally_often():
 
 
 def test_slow_calls_are_captured_less_often(clock):
-    graph = graphs.capture([lambda: clock.tick(graphs.SLOW_S / 2)], 100, CPU)
+    graph = timing.capture([lambda: clock.tick(timing.SLOW_S / 2)], 100, CPU)
     assert graph.calls == 2
 
 
 def test_times_are_those_of_one_call(clock):
     seconds = itertools.cycle([3e-3, 4e-3, 5e-3])
-    graph = graphs.Graph(lambda: clock.tick(next(seconds)), 4, ())
-    stats = graphs.measure_graphs({"ticks": graph}, CPU, 0.0, 1e-3)["ticks"]
+    graph = timing.Graph(lambda: clock.tick(next(seconds)), 4, ())
+    stats = timing.measure_graphs({"ticks": graph}, CPU, 0.0, 1e-3)["ticks"]
     assert stats.median_ms == pytest.approx(1.0)
     assert 0.75 < stats.p20_ms < 1.0 < stats.p80_ms < 1.25
 
@@ -123,9 +124,9 @@ def test_times_are_those_of_one_call(clock):
 def test_a_graph_that_computes_nothing_is_caught():
     want = torch.ones(3)
     result = want.clone()
-    graphs.check_replay("fine", graphs.Graph(lambda: result.copy_(want), 1, (result,)), (want,))
+    timing.check_replay("fine", timing.Graph(lambda: result.copy_(want), 1, (result,)), (want,))
     with pytest.raises(VerificationError, match="in a CUDA graph"):
-        graphs.check_replay("idle", graphs.Graph(lambda: None, 1, (result,)), (want,))
+        timing.check_replay("idle", timing.Graph(lambda: None, 1, (result,)), (want,))
 
 
 def test_calls_are_warm_before_their_capture_and_nothing_is_collected_in_it(cuda):
@@ -136,7 +137,7 @@ def test_calls_are_warm_before_their_capture_and_nothing_is_collected_in_it(cuda
         seen.append((cuda.capturing, gc.isenabled()))
         return (torch.full((1,), float(k)),)
 
-    graph = graphs.capture([lambda: call(0), lambda: call(1)], 4, CUDA)
+    graph = timing.capture([lambda: call(0), lambda: call(1)], 4, CUDA)
     begin, end = cuda.calls.index("begin"), cuda.calls.index("end")
     assert cuda.calls[begin - 1] == "sync"
     assert all(cuda.calls[:begin].count(f"call {k}") == 2 for k in (0, 1))
@@ -157,7 +158,7 @@ def test_a_capture_that_fails_is_ended_and_says_why(cuda):
         return (torch.zeros(1),)
 
     with pytest.raises(RuntimeError, match="synchronized"):
-        graphs.capture([call], 4, CUDA)
+        timing.capture([call], 4, CUDA)
     assert cuda.calls[-1] == "end"
     assert not cuda.capturing
 
@@ -167,22 +168,22 @@ def test_wall_time_ends_when_the_device_is_done(cuda, clock):
         cuda.calls.append("run")
         clock.tick(1e-3)
 
-    seconds = samplers.wall_sampler(CUDA)(run, 3)
+    seconds = host_sampler(CUDA, until_done=True)(run, 3)
     assert seconds == pytest.approx(3e-3)
     assert cuda.calls[:5] == ["sync", "run", "run", "run", "sync"]
 
 
 def test_the_device_sleeps_while_calls_are_queued(cuda, clock):
-    queued = samplers.Queued(lambda: clock.tick(1e-3), 2e-3)
-    seconds = samplers.queue_sampler(CUDA)(queued, 5)
+    queued = timing.Queued(lambda: clock.tick(1e-3), 2e-3)
+    seconds = timing.queue_sampler(CUDA)(queued, 5)
     assert seconds == pytest.approx(5e-3)
     assert cuda.slept == pytest.approx(1.5 * 5 * 2e-3 * 2e9)
     assert cuda.calls == ["wait"]
 
 
 def test_on_a_cpu_nothing_sleeps(cuda, clock):
-    queued = samplers.Queued(lambda: None, 1.0)
-    assert samplers.queue_sampler(CPU)(queued, 2) == 0
-    assert samplers.wall_sampler(CPU)(lambda: None, 2) == 0
+    queued = timing.Queued(lambda: None, 1.0)
+    assert timing.queue_sampler(CPU)(queued, 2) == 0
+    assert host_sampler(CPU, until_done=True)(lambda: None, 2) == 0
     assert cuda.slept == 0
     assert cuda.calls == []

@@ -10,13 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from wnkernel.backends.triton.plan import (
-    THREADS,
-    VECTOR_BYTES,
-    Kind,
-    Tile,
-    tiles,
-)
+from wnkernel.backends.triton.plan import THREADS, VECTOR_BYTES, Kind, Tile, tiles
 from wnkernel.backends.triton.variants import Types
 from wnkernel.problem import accumulation_dtype
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from wnkernel.backends import BACKENDS
 
 from ..environment import ROOT
-from .cases import Request, Section
+from ..report import console
+from .cases import Request, Section, measure
 from .plan import Part
-from .summary import WIDTH, print_summary, read
-from .supervise import measure
+from .summary import print_summary, read
 
 OUT = ROOT / "benchmarks" / "out" / "gpu"
 
@@ -42,28 +41,25 @@ def main(
         expected = ", ".join(BACKENDS)
         raise typer.BadParameter(f"--backend: expected one of {expected}, got {backend!r}")
     deadline = time.monotonic() + limit_s
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    screen = console()
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
 
     rows, failures = 0, list[str]()
+    sections = tuple(only or Section)
     for one in part or Part:
-        request = Request(
-            device, backend, one, tuple(only or Section), tiny, out.resolve(), deadline
-        )
+        request = Request(device, backend, one, sections, tiny, out.resolve(), deadline)
         tally = measure(request, say)
         if tally.refused:
             raise typer.BadParameter(tally.refused)
         rows, failures = rows + tally.rows, failures + tally.failures
-        if tally.left_out and one is Part.KEY:
-            failures.append(f"no time was left for {tally.left_out!r} and what follows")
-        elif tally.left_out:
-            say(f"No time was left for {tally.left_out!r} and what follows.")
+        if tally.left_out:
+            late = f"no time was left for {tally.left_out!r} and what follows"
+            failures += [late] * (one is Part.KEY)
+            say(late)
     if summary:
-        print_summary(console, read(out))
+        print_summary(screen, read(out))
     say("; ".join([f"{rows} rows, {len(failures)} failures", *failures]))
     if failures:
         raise typer.Exit(1)

@@ -10,42 +10,40 @@ from typing import NamedTuple
 from ..environment import Environment
 from ..fused import MODELS
 from ..results import Result
-from ..shapes import LayerCase, grid, shape_text, weight_list
+from ..shapes import LayerCase, grid, weight_list
 
-LARGE_BYTES = 64e6
-"""From here on, an aim is a share of the card's copy bandwidth."""
+LARGE_BYTES = 64e6  # From here on, an aim is a share of the card's copy bandwidth.
 
-LARGE, ODD = "large", "odd dims"
-"""Labels of cases that no listed model has."""
-
-_LARGE = (
-    ((4096, 4096), (0, 1, None)),
-    ((8192, 4096), (0, 1, None)),
-    ((65536, 256), (0, 1, None)),
-    ((65536, 512), (0, 1, None)),
-    ((16384, 2048), (0,)),
-    ((4096, 16384), (0,)),  # rows longer than a block keeps, in float32
-    ((2048, 2048, 5), (0, 1, 2, None)),
-    ((4096, 2048, 5), (0, 1, None)),
-)
-_ODD = (((512, 512, 3), (1, None)), ((512, 256, 16), (1, None)), ((1024, 1024, 5), (1, None)))
+_ADDED = {
+    "large": {
+        (4096, 4096): (0, 1, None),
+        (8192, 4096): (0, 1, None),
+        (65536, 256): (0, 1, None),
+        (65536, 512): (0, 1, None),
+        (16384, 2048): (0,),
+        (4096, 16384): (0,),  # rows longer than a block keeps, in float32
+        (2048, 2048, 5): (0, 1, 2, None),
+        (4096, 2048, 5): (0, 1, None),
+    },
+    "odd dims": {(512, 512, 3): (1, None), (512, 256, 16): (1, None), (1024, 1024, 5): (1, None)},
+}
+"""Cases that no listed model has, by their labels."""
 
 KEY = (((768, 48, 128), 2), ((1024, 64, 128), 2))
 """The weights of wav2vec 2.0, for which torch launches 8 blocks."""
 
 FIRST = (
     *KEY,
-    ((4096, 4096), 0),
-    ((4096, 4096), 1),
-    ((4096, 4096), None),
+    *(((4096, 4096), dim) for dim in (0, 1, None)),
     ((65536, 256), 0),
-    ((2048, 2048, 5), 0),
-    ((2048, 2048, 5), 2),
+    *(((2048, 2048, 5), dim) for dim in (0, 2)),
 )
 """What is measured before anything else: every way of cutting a weight, small enough to fit into a
 cache and too large for one."""
 
 FIRST_MODELS = ("HiFi-GAN-V1", "DAC")
+
+Report = Callable[[str], None]  # Takes a line.
 
 
 class Part(str, enum.Enum):
@@ -57,23 +55,17 @@ class Part(str, enum.Enum):
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """The size of a run."""
+    """The size of a run. Cases are in the order of their importance: time may be over early."""
 
     copy_bytes: tuple[int, ...]
     weights: Mapping[Part, Sequence[LayerCase]]
-    """In the order of their importance: time may be over before the last."""
-    models: Mapping[Part, Mapping[str, Sequence[LayerCase]]]
-    """Name -> all its weights."""
-    host_every: int
-    """Take every n-th of the small weights."""
-    graph_s: float
-    """How long the work in one CUDA graph should take."""
-    sample_s: float
-    """How long a turn lasts at least."""
-    weight_budget_s: Mapping[Part, float]
-    """For the rounds of one phase of one weight."""
-    host_budget_s: float
-    model_budget_s: float
+    models: Mapping[Part, Mapping[str, Sequence[LayerCase]]]  # Name -> all its weights.
+    weight_budget_s: Mapping[Part, float]  # For the rounds of one phase of one weight.
+    host_every: int = 4  # Take every n-th of the small weights.
+    graph_s: float = 1e-3  # How long the work in one CUDA graph should take.
+    sample_s: float = 2e-3  # How long a turn lasts at least.
+    host_budget_s: float = 0.0
+    model_budget_s: float = 0.0
 
 
 def _weights() -> dict[Part, tuple[LayerCase, ...]]:
@@ -81,8 +73,8 @@ def _weights() -> dict[Part, tuple[LayerCase, ...]]:
     known = {(c.shape, c.dim): c for c in grid()}
     added = {
         (shape, dim): LayerCase(shape, dim, label, "Linear" if len(shape) == 2 else "Conv1d")
-        for label, group in ((LARGE, _LARGE), (ODD, _ODD))
-        for shape, dims in group
+        for label, group in _ADDED.items()
+        for shape, dims in group.items()
         for dim in dims
     }
     every = added | known
@@ -92,12 +84,6 @@ def _weights() -> dict[Part, tuple[LayerCase, ...]]:
         Part.KEY: tuple(every[key] for key in FIRST),
         Part.REST: tuple(every[key] for key in rest),
     }
-
-
-def _models() -> dict[Part, dict[str, Sequence[LayerCase]]]:
-    first = {name: weight_list(name) for name in FIRST_MODELS}
-    rest = {name: weight_list(name) for name in MODELS if name not in first}
-    return {Part.KEY: first, Part.REST: rest}
 
 
 _TINY = (
@@ -110,10 +96,10 @@ _TINY = (
 REAL = GpuPlan(
     copy_bytes=(2**30, 2**31, 2**32),
     weights=_weights(),
-    models=_models(),
-    host_every=4,
-    graph_s=1e-3,
-    sample_s=2e-3,
+    models={
+        Part.KEY: {name: weight_list(name) for name in FIRST_MODELS},
+        Part.REST: {name: weight_list(name) for name in MODELS if name not in FIRST_MODELS},
+    },
     weight_budget_s={Part.KEY: 0.2, Part.REST: 0.05},
     host_budget_s=0.1,
     model_budget_s=0.6,
@@ -123,17 +109,11 @@ TINY = GpuPlan(
     copy_bytes=(2**20,),
     weights={Part.KEY: _TINY[:1], Part.REST: _TINY[1:]},
     models={Part.KEY: {"tiny": _TINY}, Part.REST: {}},
+    weight_budget_s=dict.fromkeys(Part, 0.0),
     host_every=40,
     graph_s=1e-4,
     sample_s=1e-4,
-    weight_budget_s={Part.KEY: 0.0, Part.REST: 0.0},
-    host_budget_s=0.0,
-    model_budget_s=0.0,
 )
-
-
-Report = Callable[[str], None]
-"""Takes a line."""
 
 
 class Setting(NamedTuple):
@@ -141,11 +121,9 @@ class Setting(NamedTuple):
 
     plan: GpuPlan
     part: Part
-    where: Environment
-    """Its backend is the one of ours that is measured."""
+    where: Environment  # Its backend is the one of ours that is measured.
     report: Report
-    fail: Report
-    """Of a failure of ours that keeps nothing else from being measured."""
+    fail: Report  # Of a failure of ours that keeps nothing else from being measured.
 
 
 class GpuJob(NamedTuple):
@@ -155,10 +133,4 @@ class GpuJob(NamedTuple):
     run: Callable[[Collection[str]], Iterable[list[Result]]]
     """Takes the names of contenders to leave out, and gives the rows of one phase after the other.
     Raises ContenderError if one fails."""
-    patience_s: float = 20.0
-    """The longest that it may take. Most take less than a second."""
-
-
-def case_title(case: LayerCase) -> str:
-    """A weight in a line of text."""
-    return f"{shape_text(case.shape)} dim {'none' if case.dim is None else case.dim}"
+    patience_s: float = 20.0  # The longest that it may take. Most take less than a second.

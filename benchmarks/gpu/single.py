@@ -1,11 +1,15 @@
-"""Case "single": one weight, forward and backward apart, device time inside a CUDA graph.
+"""Cases of one weight. "single": forward and backward apart, device time inside a CUDA graph.
+"flaggems": the same with FlagGems, where that imports. "copy": what the card can do. "host": what a
+call costs the thread that makes it, whatever the device does meanwhile.
 
 From 32 MB on, calls take turns on as many copies of the tensors as do not fit into the card's L2
-cache. Smaller weights find theirs there, as they do in a training step.
+cache. Smaller weights find theirs there, as they do in a training step. The host is measured on
+weights under 20,000 elements: the device is done before the host has made the next call.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,37 +20,76 @@ from torch import Tensor
 from wnkernel.backends import BACKENDS
 from wnkernel.problem import check
 
+from .. import plan as cpu_plan
 from .. import verify
-from ..blame import ContenderError, blamed
+from ..contenders import COPY, copy_of, operators
 from ..environment import Environment
-from ..layers import copy, dtype_text, subject
-from ..results import COPY, OURS, Result, rows
-from ..shapes import LayerCase
-from .device import is_usable
-from .graphs import Call, Graph, calls_for, capture, check_replay, measure_graphs
-from .plan import GpuJob, Report, Setting, case_title
-from .raw import Maker, Raw, inputs, is_ours, makers
-from .traffic import BACKWARD, FORWARD, arrays
+from ..layers import MAX_NUMEL, forward, forward_backward, run_host, tensors, verified
+from ..results import Result, of_list, of_weight, rows
+from ..shapes import LayerCase, dtype_text, grid
+from ..timing import ContenderError, blamed, host_sampler, measure
+from .plan import GpuJob, Part, Report, Setting
+from .raw import (
+    BACKWARD,
+    FLAGGEMS,
+    FORWARD,
+    Maker,
+    Raw,
+    arrays,
+    flaggems,
+    inputs,
+    is_ours,
+    makers,
+    ours,
+)
+from .timing import Call, Graph, calls_for, capture, check_replay, is_usable, measure_graphs
 
-CASE = "single"
+SINGLE, RIVAL, COPYING, HOST = "single", "flaggems", "copy", "host"
 DTYPES = (torch.float32, torch.bfloat16)
+COLD_BYTES = 32e6  # A v of this size is measured with cold caches.
+CACHES = 4  # How many times the L2 cache all copies of v are.
+FLAGGEMS_SHAPES = (((4096, 4096), 0), ((768, 48, 128), 2), ((1024, 1024, 5), 0), ((4096, 4096), 1))
+"""In the order of their importance."""
 
-COLD_BYTES = 32e6
-"""A v of this size is measured with cold caches."""
+FLAGGEMS_S = 60.0
+"""For a shape: it tunes itself at the first call of every shape, with 45 variants of each kernel to
+compile and to time."""
 
-CACHES = 4
-"""How many times the L2 cache all copies of v are."""
+LAUNCH = "launch"  # The phase, and the contender, of a kernel with nothing to do.
+LAUNCH_CALLS = 200
+WARM_UP_BUDGETS = 10  # A card that was idle needs a moment to reach its clock.
+CALL = "call, forward"
+CALL_BACKWARD = "call, forward+backward"
+"""Of :func:`wnkernel.functional.weight_norm` and of ``torch._weight_norm``, with autograd."""
+
+CALL_SAMPLE_S = 1e-3  # Of calls: too few to fill the queue of launches.
 
 
 def jobs(setting: Setting) -> list[GpuJob]:
     """One job per weight and dtype."""
     return [
-        GpuJob(
-            f"{dtype_text(dtype)} {case_title(case)}",
-            lambda without, c=case, d=dtype: run(c, d, setting, without),
-        )
+        GpuJob(f"{dtype_text(dtype)} {case}", functools.partial(run, case, dtype, setting))
         for case in setting.plan.weights[setting.part]
         for dtype in DTYPES
+    ]
+
+
+def rival_jobs(setting: Setting) -> list[GpuJob]:
+    """One job per shape, after all else; none if the package does not import."""
+    if setting.part is not Part.REST:
+        return []
+    try:
+        extra = {FLAGGEMS: flaggems()}
+    except Exception as error:  # somebody else's package, whatever it raises
+        setting.report(f"{FLAGGEMS} left out: {type(error).__name__}: {error}")
+        return []
+    cases = [LayerCase(shape, dim, RIVAL, "") for shape, dim in FLAGGEMS_SHAPES]
+    more = {"extra": extra, "case_name": RIVAL}
+    return [
+        GpuJob(
+            f"{FLAGGEMS} {c}", functools.partial(run, c, torch.float32, setting, **more), FLAGGEMS_S
+        )
+        for c in cases
     ]
 
 
@@ -56,50 +99,43 @@ def run(
     setting: Setting,
     without: Collection[str],
     extra: Mapping[str, Maker] | None = None,
-    case_name: str = CASE,
+    case_name: str = SINGLE,
 ) -> Iterator[list[Result]]:
-    """Verify, then time, one weight: the rows of its forward, then those of its backward.
-
-    Args:
-        case: the weight.
-        dtype: of v, g and w.
-        setting: what cases have in common.
-        without: contenders to leave out.
-        extra: more contenders.
-        case_name: what the rows are filed under.
+    """Verify, then time, one weight by all but some contenders and some more: the rows of its
+    forward, then those of its backward.
 
     Raises:
-        ContenderError: one fails, or ours is wrong, eagerly or in a graph. Of others than ours, an
-            error is reported; they are timed all the same (torch rounds several times where it has
-            no kernel of its own).
+        ContenderError: one fails, or ours is wrong. Of others, an error is reported; they are timed
+            all the same (torch rounds several times where it has no kernel of its own).
     """
     plan, where = setting.plan, setting.where
     sets = [inputs(case, dtype, where.device, k) for k in range(copies(case, dtype, where))]
     first = sets[0]
-    title = f"{dtype_text(dtype)} {case_title(case)}"
+    title = f"{dtype_text(dtype)} {case}"
     want = verify.reference(first.v, first.g, case.dim, first.grad_w)
     contenders: dict[str, list[Raw]] = {}
     errors: dict[str, float] = {}
     for who, make in (makers(first.v, where.backend) | dict(extra or {})).items():
-        if who in without:
-            continue
-        with blamed(who):
-            contenders[who] = [make(t, case.dim) for t in sets]
-            got = _results(contenders[who][0])
-            errors |= _verified(who, title, got, want, setting.report)
+        if who not in without:
+            with blamed(who):
+                contenders[who] = [make(t, case.dim) for t in sets]
+                raw = contenders[who][0]
+                got = raw.forward()[0], *raw.backward()
+                errors |= _verified(who, title, got, want, setting.report)
     for phase in (FORWARD, BACKWARD):
-        about = subject(case, dtype, case_name, phase)
+        about = of_weight(case, dtype, case_name, phase)
         traffic = arrays(phase, check(first.v, first.g, case.dim), BACKENDS[where.backend])
         calls = calls_for(traffic * about.array_bytes, plan.graph_s)
-        graphs = {COPY: capture([copy(t.v) for t in sets], calls, where.device)}
+        graphs = {COPY: capture([copy_of([t.v]) for t in sets], calls, where.device)}
         for who, raws in contenders.items():
             runs = [getattr(raw, phase) for raw in raws]
-            if graph := _captured(who, f"{phase}, {title}", runs, calls, setting):
+            if graph := captured(who, f"{phase}, {title}", runs, calls, setting):
                 graphs[who] = graph
-        budget = plan.weight_budget_s[setting.part]
-        stats = measure_graphs(graphs, where.device, budget, plan.sample_s)
+        budget_s = plan.weight_budget_s[setting.part]
+        stats = measure_graphs(graphs, where.device, budget_s, plan.sample_s)
         found = rows(about, where, stats, errors=errors, arrays=traffic)
-        yield [replace(r, backend=_backend(r)) for r in found]
+        own = {ours(name): name for name in BACKENDS}
+        yield [replace(r, backend=own.get(r.contender, r.backend)) for r in found]
 
 
 def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:
@@ -110,10 +146,6 @@ def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:
     properties = torch.cuda.get_device_properties(where.device)
     cache = getattr(properties, "L2_cache_size", 64 * 2**20)
     return max(2, math.ceil(CACHES * cache / size))
-
-
-def _results(raw: Raw) -> tuple[Tensor, ...]:
-    return (raw.forward()[0], *raw.backward())
 
 
 def _verified(
@@ -129,13 +161,13 @@ def _verified(
         return {}
 
 
-def _captured(
+def captured(
     who: str, title: str, runs: Sequence[Call], calls: int, setting: Setting
 ) -> Graph | None:
-    """A graph of a contender's calls; none if it is not ours and cannot be captured.
+    """A graph of a contender's calls; nothing, and a line, if it cannot be captured.
 
     Raises:
-        ContenderError: ours cannot be captured, or computes something else in a graph.
+        ContenderError: ours computes something else in a graph, or the device fails.
     """
     device = setting.where.device
     try:
@@ -145,11 +177,62 @@ def _captured(
                 check_replay(f"{who}, {title}", graph, runs[-1]())
             return graph
     except ContenderError as error:
-        if is_ours(who) or not is_usable(device):
+        if isinstance(error.__cause__, verify.VerificationError) or not is_usable(device):
             raise
-        setting.report(f"{who} cannot be captured, {title}: {error}")
+        tell = setting.fail if is_ours(who) else setting.report
+        tell(f"{who} cannot be captured into a CUDA graph, {title}: {error}")
         return None
 
 
-def _backend(r: Result) -> str:
-    return r.contender.removeprefix(OURS).strip() if r.contender.startswith(OURS) else r.backend
+def copy_jobs(setting: Setting) -> list[GpuJob]:
+    """First of all the launch, and one job for each size."""
+    if setting.part is not Part.KEY:
+        return []
+    work = [(LAUNCH, LAUNCH, 4)]
+    work += [(f"copy of {n / 2**20:.0f} MiB", COPY, n) for n in setting.plan.copy_bytes]
+    return [
+        GpuJob(title, lambda without, who=who, n=n: [_graph(who, n, setting)])
+        for title, who, n in work
+    ]
+
+
+def _graph(who: str, size: int, setting: Setting) -> list[Result]:
+    """An in-place copy of a float32 tensor of so many bytes, or one element added to."""
+    plan, device = setting.plan, setting.where.device
+    t = torch.ones(size // 4, device=device)
+    calls = LAUNCH_CALLS if who == LAUNCH else calls_for(2 * size, plan.graph_s)
+    graph = capture([(lambda: t.add_(1.0)) if who == LAUNCH else copy_of([t])], calls, device)
+    budget_s = (1 if who == LAUNCH else WARM_UP_BUDGETS) * plan.weight_budget_s[Part.REST]
+    stats = measure_graphs({who: graph}, device, budget_s, plan.sample_s)
+    about = replace(of_list(COPYING, "", [t.numel()], who), shape=str(t.numel()))
+    return rows(about, setting.where, stats, arrays=None if who == LAUNCH else 2)
+
+
+def host_jobs(setting: Setting) -> list[GpuJob]:
+    """One job per weight: first of reads of ``layer.weight``, the others of calls."""
+    plan, where = setting.plan, setting.where
+    small = [c for c in grid() if c.numel < MAX_NUMEL and c.dim == 0][:: plan.host_every]
+    access = replace(cpu_plan.DEFAULT, host_budget_s=plan.host_budget_s)
+    if setting.part is Part.KEY:
+        return [
+            GpuJob(
+                f"host, layer.weight, {c}",
+                lambda without, c=c: [run_host(c, access, where, without)],
+            )
+            for c in small
+        ]
+    return [GpuJob(f"host, call, {c}", functools.partial(run_calls, c, setting)) for c in small]
+
+
+def run_calls(
+    case: LayerCase, setting: Setting, without: Collection[str]
+) -> Iterator[list[Result]]:
+    """Verify, then time, calls: the rows of the forward, and of both."""
+    where, budget_s = setting.where, setting.plan.host_budget_s
+    t = tensors(case, torch.float32, where.device)
+    contenders = {w: operator for w, operator in operators(case.dim).items() if w not in without}
+    errors = verified(str(case), contenders, t, case.dim, where)
+    for phase, make in ((CALL, forward), (CALL_BACKWARD, forward_backward)):
+        timed = {who: make(operator, t) for who, operator in contenders.items()}
+        stats = measure(timed, host_sampler(where.device), budget_s, min_sample_s=CALL_SAMPLE_S)
+        yield rows(of_weight(case, torch.float32, HOST, phase), where, stats, errors=errors)

@@ -4,6 +4,7 @@ meet the same machine."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 import random
@@ -21,6 +22,10 @@ MIN_SAMPLE_S = 200e-6
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 300
+
+
+Sample = Callable[[int], float]
+"""Runs a contender so many times in a row, and gives the seconds that all of them took."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Times:
     rounds: int
     other_cores: float
     """Cores that other processes used meanwhile; NaN where the system does not tell."""
+    faults: float = math.nan
+    """Page faults of one call, the median as well; NaN where they were not counted."""
 
 
 def measure(
@@ -51,24 +58,48 @@ def measure(
     On a GPU a sample ends when the device is done, so that it is the longer of the device's time
     and the host's.
     """
-    counts = {name: _warm_up(c, device) for name, c in contenders.items()}
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    order, shuffle = list(contenders), random.Random(0).shuffle
+    samples = {name: functools.partial(_sample, c, device) for name, c in contenders.items()}
+    return in_rounds(samples, seconds)
+
+
+def in_rounds(
+    samples: Mapping[str, Sample],
+    seconds: float,
+    *,
+    least_s: float | None = None,
+    own_cpu_s: Callable[[], float] = time.process_time,
+    faults_of: Callable[[str], float] = lambda name: math.nan,
+) -> dict[str, Times]:
+    """Take samples in turns, in shuffled order; :data:`MIN_ROUNDS` rounds whatever they take.
+
+    Args:
+        samples: how a turn of each contender is timed.
+        seconds: after these no further round is begun.
+        least_s: how long a turn lasts at least; by default :data:`MIN_SAMPLE_S`.
+        own_cpu_s: see :class:`~wnkernel.cli.load.OtherLoad`.
+        faults_of: the page faults of a contender so far.
+    """
+    least_s = MIN_SAMPLE_S if least_s is None else least_s
+    counts = {name: _calls(sample, least_s) for name, sample in samples.items()}
+    times: dict[str, list[float]] = {name: [] for name in samples}
+    faults: dict[str, list[float]] = {name: [] for name in samples}
+    order, shuffle = list(samples), random.Random(0).shuffle
     with no_garbage_collection():
-        others = OtherLoad()
+        others = OtherLoad(own_cpu_s)
         deadline = time.perf_counter() + seconds
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and time.perf_counter() > deadline:
                 break
             shuffle(order)
             for name in order:
-                took = _sample(contenders[name], counts[name], device)
-                samples[name].append(took / counts[name])
+                before = faults_of(name)
+                times[name].append(samples[name](counts[name]) / counts[name])
+                faults[name].append((faults_of(name) - before) / counts[name])
         other_cores = others.cores()
-    return {name: _times(values, other_cores) for name, values in samples.items()}
+    return {name: _times(times[name], other_cores, faults[name]) for name in samples}
 
 
-def _sample(contender: Contender, times: int, device: torch.device) -> float:
+def _sample(contender: Contender, device: torch.device, times: int) -> float:
     """Seconds that so many calls take."""
     with contender.context():
         run = contender.run
@@ -85,21 +116,19 @@ def _synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def _warm_up(contender: Contender, device: torch.device) -> int:
+def _calls(sample: Sample, least_s: float) -> int:
     """How many calls fill a sample; calls until that is known, which warms caches and malloc."""
     times = 1
-    while True:
-        _sample(contender, 1, device)
-        seconds = _sample(contender, times, device)
-        if seconds >= MIN_SAMPLE_S:
-            return times
-        times = max(times + 1, math.ceil(1.1 * times * MIN_SAMPLE_S / max(seconds, 1e-7)))
+    sample(times)
+    while (seconds := sample(times)) < least_s:
+        times = max(times + 1, math.ceil(1.1 * times * least_s / max(seconds, 1e-7)))
+    return times
 
 
-def _times(seconds: list[float], other_cores: float) -> Times:
-    p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
-    median = statistics.median(seconds)
-    return Times(1e3 * median, 1e3 * p20, 1e3 * p80, len(seconds), other_cores)
+def _times(seconds: list[float], other_cores: float, faults: list[float]) -> Times:
+    p20, *_, p80 = (1e3 * s for s in statistics.quantiles(seconds, n=5, method="inclusive"))
+    median = 1e3 * statistics.median(seconds)
+    return Times(median, p20, p80, len(seconds), other_cores, statistics.median(faults))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Build for the cards of this machine, and say in the last line what came of it.
 
-``python -m benchmarks.gpu.build``. Exit status 1: there is no module, or it has no CUDA kernels.
+``python -m tools.gpu_check.build``. Exit status 1: there is no module, or it has no CUDA kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-from ..environment import ROOT
+from benchmarks.environment import ROOT
 
 ASK = """if True:
     import json

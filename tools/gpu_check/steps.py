@@ -6,20 +6,19 @@ it. What steps write goes to a log on disk while they run.
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO
-
-from .log import Log
 
 PASSED, FAILED, TIMED_OUT = "passed", "FAILED", "TIMED OUT"
 LEFT_OUT, CUT = "left out", "cut short"
@@ -28,15 +27,67 @@ BAD = (FAILED, TIMED_OUT)
 OWN_LIMIT = "{own limit}"
 """An argument that stands for the seconds after which a command should begin nothing more."""
 
-LEAST_S = 3.0
-"""With less time than this left, a step is not begun."""
-
-TAIL = 25
-"""Lines of the output of a step that failed, to be shown."""
-
+LEAST_S = 3.0  # With less time than this left, a step is not begun.
+TAIL = 25  # Lines of the output of a step that failed, to be shown.
 POLL_S = 0.02
-LAST_S = 1.0
-"""Between the two last requests to end, and for the last of the output."""
+LAST_S = 1.0  # Between the two last requests to end, and for the last of the output.
+FLUSH_S = 1.0
+
+MOST_LINES = 50_000
+"""Of one step. A tool that reports every thread of every launch must not fill the disk."""
+
+MOST_CHARACTERS = 2_000  # Of one line.
+
+
+class Log:
+    """Takes lines from several threads.
+
+    A disk that is full, or any other error of the file, is said once, and ends the writing and
+    nothing else.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+        self._path, self._say = path, say
+        self._lock = threading.Lock()
+        self._lines: Counter[str] = Counter()
+        self._start = self._flushed = time.monotonic()
+        self._file: gzip.GzipFile | None = None
+        self._do(lambda: setattr(self, "_file", gzip.GzipFile(path, "wb", compresslevel=6)))
+
+    def line(self, step: str, text: str) -> None:
+        """One line, with the time since the beginning and its step."""
+        with self._lock:
+            self._lines[step] += 1
+            if self._lines[step] == MOST_LINES:
+                text = "(the rest of this step's lines is left out)"
+            if self._lines[step] <= MOST_LINES:
+                seconds = time.monotonic() - self._start
+                self._write(f"[{seconds:6.1f} {step}] {text[:MOST_CHARACTERS]}\n")
+
+    def flush(self) -> None:
+        """Bring to the disk what was written so far, unless that was done just now."""
+        with self._lock:
+            self._write("")
+
+    def close(self) -> None:
+        """Nothing is written after this."""
+        with self._lock:
+            if self._file is not None:
+                self._do(self._file.close)
+            self._file = None
+
+    def _write(self, text: str) -> None:
+        if self._file is not None:
+            file, is_due = self._file, time.monotonic() - self._flushed > FLUSH_S
+            self._do(lambda: (file.write(text.encode()), file.flush() if is_due else None))
+            self._flushed = time.monotonic() if is_due else self._flushed
+
+    def _do(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self._file = None
+            self._say(f"{self._path} cannot be written: {error.strerror or error}")
 
 
 @dataclass(frozen=True)
@@ -45,19 +96,19 @@ class Step:
 
     name: str
     command: Sequence[str]
-    limit_s: float
-    """The longest that it may take, its grace included."""
+    limit_s: float  # The longest that it may take, its grace included.
     grace_s: float = 5.0
     """Between the request to end and the end: it has to finish what it is at, and to report."""
-    beside: bool = False
-    """Whether it runs beside the step before it."""
-    decides: bool = False
-    """Whether nothing beside it and after it is run if it fails."""
+    beside: bool = False  # Whether it runs beside the step before it.
+    decides: bool = False  # Whether nothing beside it and after it is run if it fails.
     environment: Mapping[str, str] = field(default_factory=dict)
-    absent: str = ""
-    """Why there is nothing to run. That is no failure."""
-    needed: bool = True
-    """Whether it is a failure if the time does not suffice."""
+    absent: str = ""  # Why there is nothing to run. That is no failure.
+    needed: bool = True  # Whether it is a failure if the time does not suffice.
+
+    @property
+    def late(self) -> str:
+        """The status if the time does not suffice."""
+        return TIMED_OUT if self.needed else CUT
 
 
 @dataclass(frozen=True)
@@ -67,10 +118,8 @@ class Outcome:
     name: str
     status: str
     seconds: float
-    detail: str
-    """The last line that it wrote, or why it did not run."""
-    tail: Sequence[str] = ()
-    """The last lines."""
+    detail: str  # The last line that it wrote, or why it did not run.
+    tail: Sequence[str] = ()  # The last lines.
 
 
 def run_steps(
@@ -99,38 +148,32 @@ def run_steps(
     stopped = ""
     with _interruptible():
         for group in _side_by_side(steps):
-            found: dict[str, Outcome] = {}
-            running: list[_Running] = []
+            begun: list[Outcome | _Running] = []
+            found: list[Outcome] = []
             try:
                 for step in group:
                     left = min(step.limit_s, deadline - clock())
-                    if (o := _not_run(step, left, stopped)) is not None:
-                        found[step.name] = o
-                        continue
-                    say(f"{step.name}: at most {left:.0f} s ...")
-                    running.append(_Running(step, cwd, log, left, clock))
+                    begun.append(
+                        _not_run(step, left, stopped) or _Running(step, cwd, log, left, clock)
+                    )
+                    if isinstance(begun[-1], _Running):
+                        say(f"{step.name}: at most {left:.0f} s ...")
+                running = [r for r in begun if isinstance(r, _Running)]
                 while not all([r.has_ended() for r in running]):
                     if any(r.has_failed() and r.step.decides for r in running):
                         break
                     log.flush()
                     time.sleep(POLL_S)
             finally:  # an interrupt, too, must not leave anything running
-                found |= {r.step.name: r.outcome() for r in running}
-                outcomes += [found[step.name] for step in group if step.name in found]
+                found = [b.outcome() if isinstance(b, _Running) else b for b in begun]
+                outcomes += found
                 then(outcomes)
-            for step in group:
-                o = found[step.name]
-                _tell(o, say)
-                if o.status in BAD and step.decides:
-                    stopped = stopped or f"{o.name} {o.status}"
+            for step, o in zip(group, found, strict=True):
+                say(f"{o.name}: {o.status} after {o.seconds:.0f} s. {o.detail}")
+                if o.status in BAD:
+                    say("\n".join(f"    {line}" for line in o.tail))
+                    stopped = stopped or (f"{o.name} {o.status}" if step.decides else "")
     return outcomes
-
-
-def _tell(o: Outcome, say: Callable[[str], None]) -> None:
-    say(f"{o.name}: {o.status} after {o.seconds:.0f} s. {o.detail}")
-    if o.status in BAD:
-        for line in o.tail:
-            say(f"    {line}")
 
 
 def failed(outcomes: Sequence[Outcome]) -> bool:
@@ -147,23 +190,18 @@ def longest_s(steps: Sequence[Step]) -> float:
 def _side_by_side(steps: Sequence[Step]) -> list[list[Step]]:
     groups: list[list[Step]] = []
     for step in steps:
-        if step.beside and groups:
-            groups[-1].append(step)
-        else:
-            groups.append([step])
+        if not step.beside or not groups:
+            groups.append([])
+        groups[-1].append(step)
     return groups
 
 
 def _not_run(step: Step, left: float, stopped: str) -> Outcome | None:
     """The outcome of a step that cannot begin."""
-    if stopped:
-        return Outcome(step.name, LEFT_OUT, 0.0, f"nothing is run after this: {stopped}")
-    if step.absent:
-        return Outcome(step.name, LEFT_OUT, 0.0, step.absent)
-    if left < LEAST_S:
-        late = TIMED_OUT if step.needed else CUT
-        return Outcome(step.name, late, 0.0, "no time was left for it")
-    return None
+    if why := f"nothing is run after this: {stopped}" if stopped else step.absent:
+        return Outcome(step.name, LEFT_OUT, 0.0, why)
+    late = Outcome(step.name, step.late, 0.0, "no time was left for it")
+    return late if left < LEAST_S else None
 
 
 class _Running:
@@ -247,7 +285,7 @@ class _Running:
         tail = list(self._tail)
         last = tail[-1].strip() if tail else "It wrote nothing."
         if self._is_late:
-            status = TIMED_OUT if step.needed else CUT
+            status = step.late
         elif self._code:
             status = FAILED
             last = f"killed by signal {-self._code}. {last}" if self._code < 0 else last

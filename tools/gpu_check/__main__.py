@@ -1,7 +1,4 @@
-"""``make gpu-check OUT=folder``: everything there is to check on a machine with a GPU.
-
-See benchmarks/gpu/check.py. Only this file runs where a package is missing, and says which.
-"""
+"""``make gpu-check OUT=folder``. Only this file runs where a package is missing, and says which."""
 
 from __future__ import annotations
 
@@ -10,24 +7,19 @@ import importlib.util
 import sys
 import time
 
-MISSING_PACKAGE = 4
-"""The exit status."""
-
-ASKING_S = 30
-"""For whether there is a GPU. A driver that is broken may never answer."""
-
+MISSING_PACKAGE = 4  # The exit status.
+ASKING_S = 30  # For whether there is a GPU. A driver that is broken may never answer.
 NEEDED = ("torch", "numpy", "rich", "typer")
 
 
 def main() -> None:
     """The command line, if it can be imported."""
     began = time.monotonic()
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         line = f"gpu-check: not installed, and needed: {', '.join(missing)}"
         print(line, file=sys.stderr)
         sys.exit(MISSING_PACKAGE)
-    from .gpu import check
+    from . import check
 
     check.begun[0] = began
     faulthandler.dump_traceback_later(ASKING_S, exit=True)

@@ -1,41 +1,35 @@
 """What a machine has, and what of it keeps steps from running.
 
-``python -m benchmarks.gpu.versions``, from the folder with setup.py: the first step of
-``make gpu-check``, in a process of its own, for a card that is broken can hang whoever asks it.
-Every problem is one line, and one line is for the steps that follow.
+``python -m tools.gpu_check.versions``, from the folder with setup.py: the first step, in a process
+of its own, for a card that is broken can hang whoever asks it. Every problem is one line, and one
+line is for the steps that follow.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ..environment import commit, version_of
+from benchmarks.environment import commit, version_of
 
-FACTS = "FACTS "
-"""Before the line that steps which follow read."""
+from .tests_to_run import is_installed
 
-PROBLEM = "PROBLEM: "
-"""Before each problem."""
-
+FACTS = "FACTS "  # Before the line that steps which follow read.
+PROBLEM = "PROBLEM: "  # Before each problem.
 PACKAGES = (
     *("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis"),
     *("transformers", "setuptools", "ninja", "pybind11"),
 )
 
-OLDEST_DRIVER = 530
-"""CUDA 12.1: older ones refuse the arguments of a list."""
-
-ENOUGH_BYTES = 12e9
-"""Free memory. The largest copy takes 8.6 GB."""
+OLDEST_DRIVER = 530  # CUDA 12.1: older ones refuse the arguments of a list.
+ENOUGH_BYTES = 12e9  # Free memory. The largest copy takes 8.6 GB.
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Facts:
         return ", commit ".join(filter(None, (self.device or "no GPU", self.commit)))
 
 
-def facts_of(lines: list[str]) -> Facts:
+def facts_of(lines: Sequence[str]) -> Facts:
     """From what the step wrote; if it did not come to its end, everything is tried."""
     found = [line.removeprefix(FACTS) for line in lines if line.startswith(FACTS)]
     return Facts(**json.loads(found[-1])) if found else Facts()
@@ -62,8 +56,19 @@ def facts_of(lines: list[str]) -> Facts:
 
 def main() -> None:
     """Prints it."""
-    for line in _machine():
-        print(line, flush=True)
+    cpu = _first(_output("sh", "-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2"))
+    packages = ((name, version_of(name)) for name in PACKAGES)
+    query = "name,driver_version,memory.total,memory.used,clocks.max.sm,clocks.max.memory"
+    lines = (
+        f"commit {commit()}, Python {platform.python_version()}, {platform.platform()}",
+        f"{os.cpu_count()} cores, {cpu}",
+        ", ".join(f"{name} {version or 'is not installed'}" for name, version in packages),
+        f"torch's CUDA: {torch.version.cuda}",
+        f"nvcc: {(_output('nvcc', '--version').splitlines() or [''])[-1]}",
+        f"C++: {_first(_output(os.environ.get('CXX', 'c++'), '--version'))}",
+        "nvidia-smi: " + _smi(f"--query-gpu={query}"),
+    )
+    print(*lines, sep="\n", flush=True)
     facts = Facts(no_build=no_build(), commit=commit())
     if torch.cuda.is_available():
         facts = _of_the_card(facts)
@@ -73,22 +78,9 @@ def main() -> None:
     print("\n".join(found) or "All steps can run.", flush=True)
 
 
-def _machine() -> Iterator[str]:
-    yield f"commit {commit()}, Python {platform.python_version()}, {platform.platform()}"
-    yield f"{os.cpu_count()} cores, {_processor()}"
-    versions = ((name, version_of(name)) for name in PACKAGES)
-    yield ", ".join(f"{name} {version or 'is not installed'}" for name, version in versions)
-    yield f"torch's CUDA: {torch.version.cuda}"
-    for command in (["nvcc", "--version"], [os.environ.get("CXX", "c++"), "--version"]):
-        yield f"{command[0]}: {_first_or_last(command)}"
-    query = "name,driver_version,memory.total,memory.used,clocks.max.sm,clocks.max.memory"
-    yield "nvidia-smi: " + _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
-
-
 def no_build() -> str:
     """Why CUDA kernels cannot be built here."""
-    needed = ("setuptools", "ninja", "pybind11")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    if missing := [p for p in ("setuptools", "ninja", "pybind11") if not is_installed(p)]:
         return f"not installed: {', '.join(missing)}"
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
@@ -100,8 +92,7 @@ def no_build() -> str:
 
 def _of_the_card(facts: Facts) -> Facts:
     """What only the card can tell."""
-    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
-    others = _output(query).splitlines()  # before this process is one of them
+    others = _smi("--query-compute-apps=pid,used_memory").splitlines()  # before we are one of them
     try:
         facts = replace(facts, device=torch.cuda.get_device_name(0))
         print(f"card: {torch.cuda.get_device_properties(0)}", flush=True)
@@ -118,7 +109,8 @@ def _of_the_card(facts: Facts) -> Facts:
         )
     if others and others[0][:1].isdigit():
         print(f"{PROBLEM}the card is in use ({'; '.join(others)}): no figure can be trusted")
-    return replace(facts, no_cuda=no_cuda(capability, _driver()), no_triton=no_triton())
+    driver = _smi("--query-gpu=driver_version")
+    return replace(facts, no_cuda=no_cuda(capability, driver), no_triton=no_triton())
 
 
 def no_cuda(capability: tuple[int, int], driver: str) -> str:
@@ -142,25 +134,15 @@ def no_triton() -> str:
     return "; ".join(map(_first, reasons))
 
 
-def _driver() -> str:
-    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-
-
-def _processor() -> str:
-    return _first(_output(["sh", "-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2"]))
-
-
-def _first_or_last(command: list[str]) -> str:
-    """The line with the version: nvcc's comes last."""
-    lines = _output(command).splitlines() or [""]
-    return lines[-1] if "nvcc" in command[0] else lines[0]
-
-
 def _first(text: str) -> str:
     return next(iter(text.strip().splitlines()), "").strip()
 
 
-def _output(command: list[str]) -> str:
+def _smi(query: str) -> str:
+    return _output("nvidia-smi", query, "--format=csv,noheader")
+
+
+def _output(*command: str) -> str:
     """What a command prints, or why it does not."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=8, check=False)

@@ -1,10 +1,12 @@
-"""Device time without host time: calls captured into a CUDA graph, which is timed as a whole.
+"""Times on a GPU: calls captured into a CUDA graph, which is timed as a whole, without the host;
+wall time until the device is done; calls behind a device that waits for them.
 
 On a device without CUDA graphs (a dry run on a CPU) a loop takes the place of the graph.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,25 +15,31 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..timing import (
-    Contender,
-    Stats,
-    device_sampler,
-    measure,
-    no_garbage_collection,
-)
+from wnkernel.cli.timing import Times, no_garbage_collection
+
+from ..timing import Contender, Sampler, device_sampler, measure
 from ..verify import VerificationError
 
-SPEED = 4e12
-"""Bytes per second of a fast card, to guess how many calls fill a graph."""
-
+SPEED = 4e12  # Bytes per second of a fast card, to guess how many calls fill a graph.
 LAUNCH_S = 2e-6
 LEAST_CALLS, MOST_CALLS = 4, 256
-
+SLOW_S = 20e-3  # A contender whose graph would take longer than this gets fewer calls.
+CYCLES_PER_S = 2e9  # Of the clock that ``torch.cuda._sleep`` counts: at most this.
+HEADSTART = 1.5  # The device waits this many times as long as the host should need.
 Call = Callable[[], Sequence[Tensor]]
 
-SLOW_S = 20e-3
-"""A contender whose graph would take longer than this gets fewer calls."""
+
+def is_usable(device: torch.device) -> bool:
+    """Whether the device still works, after freeing what was left behind there. After a fault, CUDA
+    refuses everything until the process ends."""
+    gc.collect()
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
 
 
 def use_side_stream(device: torch.device) -> None:
@@ -67,34 +75,29 @@ def capture(runs: Sequence[Call], calls: int, device: torch.device) -> Graph:
         run()
     once = min(sample(run, 1) for run in runs)
     turns = max(1, math.ceil(min(calls, SLOW_S / max(once, 1e-7)) / len(runs)))
-    calls = turns * len(runs)
+    order = [*runs] * turns
+    result: Sequence[Tensor] = ()
     if device.type != "cuda":
-        return _loop(runs, calls)
+
+        def loop() -> None:
+            for call in order:
+                call()
+
+        return Graph(loop, len(order), order[-1]())
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    result: Sequence[Tensor] = ()
     with no_garbage_collection():  # what it frees would disturb the capture
         graph.capture_begin()  # not torch.cuda.graph, which collects and empties caches each time
         try:
-            for k in range(calls):
+            for call in order:
                 result = ()  # so that the next call finds its memory free
-                result = runs[k % len(runs)]()
+                result = call()
         except BaseException:
             with suppress(RuntimeError):
                 graph.capture_end()
             raise
         graph.capture_end()
-    return Graph(graph.replay, calls, result)
-
-
-def _loop(runs: Sequence[Call], calls: int) -> Graph:
-    order = [runs[k % len(runs)] for k in range(calls)]
-
-    def run() -> None:
-        for call in order:
-            call()
-
-    return Graph(run, calls, order[-1]())
+    return Graph(graph.replay, len(order), result)
 
 
 def check_replay(title: str, graph: Graph, want: Sequence[Tensor]) -> None:
@@ -113,18 +116,38 @@ def check_replay(title: str, graph: Graph, want: Sequence[Tensor]) -> None:
 
 def measure_graphs(
     graphs: Mapping[str, Graph], device: torch.device, budget_s: float, sample_s: float
-) -> dict[str, Stats]:
+) -> dict[str, Times]:
     """:func:`~benchmarks.timing.measure` of graphs: the time of one call."""
-    runs = {name: graph.run for name, graph in graphs.items()}
+    runs = {who: graph.run for who, graph in graphs.items()}
     stats = measure(runs, device_sampler(device), budget_s, min_sample_s=sample_s)
-    return {name: _per_call(s, graphs[name].calls) for name, s in stats.items()}
+    fields = ("median_ms", "p20_ms", "p80_ms", "faults")
+    return {
+        who: replace(t, **{name: getattr(t, name) / graphs[who].calls for name in fields})
+        for who, t in stats.items()
+    }
 
 
-def _per_call(s: Stats, calls: int) -> Stats:
-    return replace(
-        s,
-        median_ms=s.median_ms / calls,
-        p20_ms=s.p20_ms / calls,
-        p80_ms=s.p80_ms / calls,
-        faults=s.faults / calls,
-    )
+@dataclass(frozen=True)
+class Queued:
+    """A contender that the host is known to need so long for."""
+
+    run: Contender
+    host_s: float
+
+    def __call__(self) -> None:
+        self.run()
+
+
+def queue_sampler(device: torch.device) -> Sampler:
+    """Samples the time that the device needs for :class:`Queued` calls when the host is ahead: the
+    device first sleeps until all of them should be queued."""
+    sample = device_sampler(device)
+    if device.type != "cuda":
+        return sample
+
+    def behind_a_sleep(run: Contender, times: int) -> float:
+        assert isinstance(run, Queued)
+        torch.cuda._sleep(int(CYCLES_PER_S * HEADSTART * run.host_s * times))
+        return sample(run, times)
+
+    return behind_a_sleep

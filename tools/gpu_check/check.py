@@ -23,21 +23,20 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from ..environment import ROOT
-from . import cases, profiling, tests_to_run, visit_steps
-from .__main__ import OUT
-from .log import Log
-from .steps import BAD, Outcome, Step, failed, run_steps
-from .summary import WIDTH, print_summary, read
+from benchmarks.environment import ROOT
+from benchmarks.gpu.__main__ import OUT
+from benchmarks.gpu.cases import RESULTS
+from benchmarks.gpu.summary import print_summary, read
+from benchmarks.report import PIPE_WIDTH, show
+
+from . import tests_to_run, visit
+from .steps import BAD, Log, Outcome, Step, failed, run_steps
 from .versions import PROBLEM, Facts, facts_of
 
-NO_GPU = 3
-"""The exit status."""
-
+NO_GPU = 3  # The exit status.
 LOG, SUMMARY = "gpu-check.log.gz", "summary.txt"
-FILES = (LOG, SUMMARY, cases.RESULTS, tests_to_run.RESULTS, profiling.REPORT)
+FILES = (LOG, SUMMARY, RESULTS, tests_to_run.RESULTS, visit.REPORT)
 """All that is written: few files, in one folder."""
 
 SKIPPED = "to be skipped"
@@ -59,7 +58,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Folder for all results.")] = OUT,
-    limit_s: Annotated[float, typer.Option(help="Seconds for all steps.")] = visit_steps.LIMIT_S,
+    limit_s: Annotated[float, typer.Option(help="Seconds for all steps.")] = visit.LIMIT_S,
     skip: Annotated[list[str] | None, typer.Option(help="Not this step; repeatable.")] = None,
     device: Annotated[Device, typer.Option(help="cpu: try out the visit itself.")] = Device.CUDA,
     slower: Annotated[float, typer.Option(help="All limits, and that for all, times this.")] = 1.0,
@@ -69,7 +68,7 @@ def main(
     if device is Device.CUDA and (why := no_gpu()):
         print(f"gpu-check: there is no GPU here: {why}. Nothing was run.", flush=True)
         raise typer.Exit(NO_GPU)
-    names = [step.name for step in visit_steps.steps(out, Facts())]
+    names = [step.name for step in visit.steps(out, Facts())]
     if unknown := set(skip or ()) - set(names):
         expected, got = ", ".join(names), ", ".join(sorted(unknown))
         raise typer.BadParameter(f"--skip: expected some of {expected}, got {got}")
@@ -79,19 +78,19 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _say(f"{out} cannot be made: {error.strerror}. Results will be on the screen only.")
-    visit = _Visit(out, started + slower * limit_s - visit_steps.SUMMARY_S, slower)
+    told = _Told(out, started + slower * limit_s - visit.SUMMARY_S, slower)
     try:
-        (first,) = visit.run([visit_steps.versions()])
-        visit.facts = facts_of(first.tail)
-        chosen = visit_steps.steps(out, visit.facts, device=device.value)
-        visit.run([replace(s, absent=SKIPPED) if s.name in (skip or ()) else s for s in chosen])
+        (first,) = told.run([visit.versions()])
+        told.facts = facts_of(first.tail)
+        chosen = visit.steps(out, told.facts, device=device.value)
+        told.run([replace(s, absent=SKIPPED) if s.name in (skip or ()) else s for s in chosen])
     finally:  # an interrupt, too, leaves what there is
-        visit.end(time.monotonic() - started)
-    if failed(visit.outcomes):
+        told.end(time.monotonic() - started)
+    if failed(told.outcomes):
         raise typer.Exit(1)
 
 
-class _Visit:
+class _Told:
     """The outcomes so far, and the files that tell of them."""
 
     def __init__(self, out: Path, deadline: float, slower: float) -> None:
@@ -107,7 +106,10 @@ class _Visit:
 
         def then(found: list[Outcome]) -> None:
             self.outcomes = before + found
-            self._write_summary()
+            try:
+                (self._out / SUMMARY).write_text(self._tables(), encoding="utf-8")
+            except OSError as error:
+                _say(f"{self._out / SUMMARY} cannot be written: {error.strerror}")
 
         return run_steps(steps, ROOT, self._log, self._deadline, _say, then=then)
 
@@ -118,23 +120,20 @@ class _Visit:
         verdict = "At least one step failed" if failed(self.outcomes) else "All is well"
         _say(f"{verdict}. Took {seconds:.0f} s. Log and results: {self._out}")
 
-    def _write_summary(self) -> None:
-        try:
-            (self._out / SUMMARY).write_text(self._tables(), encoding="utf-8")
-        except OSError as error:
-            _say(f"{self._out / SUMMARY} cannot be written: {error.strerror}")
-
     def _tables(self) -> str:
-        console = Console(file=io.StringIO(), width=WIDTH)
+        console = Console(file=io.StringIO(), width=PIPE_WIDTH)
         console.print(self.facts.about, markup=False)
         try:
             print_summary(console, read(self._out))
         except Exception:  # figures that nobody has thought of must not end the visit
             console.print(f"The summary failed: {traceback.format_exc()}", markup=False)
+        for line in (line for o in self.outcomes for line in o.tail if line.startswith(PROBLEM)):
+            console.print(line, markup=False)
+        rows = []
         for o in self.outcomes:
-            for line in (line for line in o.tail if line.startswith(PROBLEM)):
-                console.print(line, markup=False)
-        print_outcomes(console, self.outcomes)
+            status = f"[red]{o.status}[/red]" if o.status in BAD else o.status
+            rows.append((o.name, status, escape(o.detail), f"{o.seconds:.0f}"))
+        show(console, "Steps", ("step", "", "last line", "s"), rows, left=3)
         return console.file.getvalue()
 
 
@@ -143,23 +142,10 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """A line for each step."""
-    table = Table(title="Steps", title_justify="left", header_style="bold")
-    for head in ("step", "", "s", "last line"):
-        table.add_column(head, justify="right" if head == "s" else "left")
-    for o in outcomes:
-        status = f"[red]{o.status}[/red]" if o.status in BAD else o.status
-        table.add_row(o.name, status, f"{o.seconds:.0f}", escape(o.detail))
-    console.print(table)
-
-
 def no_gpu() -> str:
     """Why there is no GPU that torch can use; empty if there is one."""
     if torch.cuda.is_available():
         return ""
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"this torch ({torch.__version__}) is built for CPUs only"
     try:
         torch.cuda.init()
     except Exception as error:  # no driver, one that is too old, one that does not work

@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..environment import ROOT
+from benchmarks.environment import ROOT
 
 TESTS = ROOT / "tests"
 
 FIRST = (
-    "test_on_gpus_bits.py",
-    "test_on_gpus_streams.py",
-    "test_on_gpus_graphs.py",
-    "test_values.py",
-    "test_gradients.py",
-    "test_lists.py",
-    "test_norms.py",
-    "test_norms_of_v.py",
-    "test_determinism.py",
-    "test_group_launches.py",
-    "test_group_autograd.py",
-    "test_group_modes.py",
-    "test_layer.py",
-    "test_operators.py",
+    *("test_on_gpus_bits.py", "test_on_gpus_streams.py", "test_on_gpus_graphs.py"),
+    *("test_values.py", "test_gradients.py", "test_lists.py", "test_norms.py"),
+    *("test_norms_of_v.py", "test_determinism.py", "test_group_launches.py"),
+    *("test_group_autograd.py", "test_group_modes.py", "test_layer.py", "test_operators.py"),
 )
 """Those that say most about kernels, in the order of their worth."""
 
 NO_GPU_NEEDED = (
-    "test_buffers.py",
-    "test_cli_*.py",
-    "test_cuda_*.py",
-    "test_docs.py",
-    "test_export_files.py",
-    "test_gpu_*.py",
-    "test_group_distributed.py",
-    "test_group_fully_shard.py",
-    "test_instruction_sets.py",
-    "test_onnx.py",
-    "test_others.py",
-    "test_setup.py",
-    "test_triton_balance.py",
-    "test_triton_jit.py",
-    "test_triton_offline.py",
-    "test_triton_plan.py",
-    "test_triton_variants.py",
-    "test_with_*.py",
+    *("test_buffers.py", "test_cli_*.py", "test_cuda_*.py", "test_docs.py", "test_export_files.py"),
+    *("test_gpu_*.py", "test_group_distributed.py", "test_group_fully_shard.py"),
+    *("test_instruction_sets.py", "test_onnx.py", "test_others.py", "test_setup.py"),
+    *("test_triton_balance.py", "test_triton_jit.py", "test_triton_offline.py"),
+    *("test_triton_plan.py", "test_triton_variants.py", "test_with_*.py"),
 )
 """Tests that are the same on every machine, and take their time: CI runs them."""
 
@@ -57,31 +35,26 @@ OTHERS = ("test_on_gpus_large.py", "test_*.py")
 OPTIONAL = ("hypothesis", "expecttest", "safetensors")
 """Packages that some files of tests cannot do without."""
 
-RESULTS = "tests.csv"
-"""In the folder of results."""
-
-
+RESULTS = "tests.csv"  # In the folder of results.
+MOST_PROCESSES = 8
 MOST_FAILURES = 60
-MOST_CRASHES = 20
-"""Of processes, each of which loses a few seconds."""
+MOST_CRASHES = 20  # Of processes, each of which loses a few seconds.
+
+
+def is_installed(package: str) -> bool:
+    """Whether it can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def files(patterns: Sequence[str], without: Sequence[str] = ()) -> list[Path]:
     """Of the tests, in the order of the patterns: without those that need no GPU, or a package that
     is not installed, which could end the session."""
-    left_out = {*not_importable(TESTS), *(TESTS / name for name in without)}
-    left_out |= {p for name in NO_GPU_NEEDED for p in TESTS.glob(name)}
+    left_out = {p for name in (*NO_GPU_NEEDED, *without) for p in TESTS.glob(name)}
+    if packages := [p for p in OPTIONAL if not is_installed(p)]:
+        imports = re.compile(rf"^(from|import) ({'|'.join(packages)})\b", re.MULTILINE)
+        left_out |= {p for p in TESTS.glob("test_*.py") if imports.search(p.read_text())}
     found = dict.fromkeys(p for pattern in patterns for p in sorted(TESTS.glob(pattern)))
     return [p for p in found if p not in left_out]
-
-
-def not_importable(folder: Path) -> list[Path]:
-    """Test files that import a package which is not installed here."""
-    packages = [p for p in OPTIONAL if importlib.util.find_spec(p) is None]
-    if not packages:
-        return []
-    imports = re.compile(rf"^(from|import) ({'|'.join(packages)})\b", re.MULTILINE)
-    return [p for p in sorted(folder.glob("test_*.py")) if imports.search(p.read_text())]
 
 
 def arguments(
@@ -91,7 +64,6 @@ def arguments(
     backends: Sequence[str],
     and_others: bool,
     test_s: float,
-    processes: int,
     results: Path,
     about: str,
 ) -> list[str]:
@@ -104,7 +76,6 @@ def arguments(
         and_others: those, too, that are not run on one backend after the other.
         test_s: a test that takes longer is ended, where pytest-timeout is installed. Somewhat
             before that it writes where it is.
-        processes: how many tests run at a time, where pytest-xdist is installed.
         results: the CSV file that a line is added to after every test.
         about: the device and the commit, for that file.
     """
@@ -113,9 +84,10 @@ def arguments(
     command += ["-o", f"faulthandler_timeout={0.8 * test_s:.0f}"]
     command += ["--results", str(results), "--about", about]
     command += ["--only-backends", ",".join(backends)] + ["--and-without-backend"] * and_others
-    if importlib.util.find_spec("pytest_timeout") is not None:
+    if is_installed("pytest_timeout"):
         # by a thread: no signal ends a call of CUDA that does not return
         command += ["--timeout", f"{test_s:.0f}", "--timeout-method", "thread"]
-    if importlib.util.find_spec("xdist") is not None:
+    if is_installed("xdist"):
+        processes = min(MOST_PROCESSES, os.cpu_count() or 1)
         command += ["-n", str(processes), f"--max-worker-restart={MOST_CRASHES}"]
     return [*command, *(str(p.relative_to(ROOT)) for p in chosen)]

@@ -1,0 +1,358 @@
+"""The contenders: what each is called, and how it computes weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import wnkernel
+
+from . import verify
+from .environment import Environment
+from .shapes import LayerCase
+
+OURS = "wnkernel"
+TORCH = "torch"
+"""torch's own weight norm: the operator, or the parametrization where a layer is meant."""
+LEGACY = "torch legacy hook"
+COPY = "copy_"  # The yardstick: v's bytes into memory that is there already.
+FUSED = "fused"  # wnkernel after ``fuse(model)``: all weights in one launch.
+VERSION = "fused, version"
+"""``fuse(model, reuse="version")``, with parameters that change in every iteration."""
+UNCHANGED = "fused, version, unchanged"
+"""The same with parameters that do not change, so that weights are read and not computed."""
+PLAIN = "no weight norm"  # The same model with folded weights.
+COMPILED = ", compiled"  # What follows the name of a contender that went through torch.compile.
+ENGINE = "engine"  # What runs autograd's nodes, and no operator of anybody's.
+KINDS = (OURS, TORCH, LEGACY)  # The weight norms that a single layer can carry.
+OWN = (OURS, FUSED, VERSION, UNCHANGED, OURS + COMPILED, FUSED + COMPILED)
+"""All that wnkernel computes."""
+
+BY_CASE = {
+    "models": KINDS,
+    "host": (*KINDS, UNCHANGED),
+    "fused": (TORCH, OURS, FUSED, VERSION, UNCHANGED),
+    "flat": (TORCH, OURS, FUSED, VERSION),
+    "gan": (TORCH, OURS, FUSED, VERSION, PLAIN),
+    "memory": (TORCH, OURS, FUSED, VERSION, PLAIN),
+    "compile": (TORCH, TORCH + COMPILED, LEGACY, OURS, FUSED, OURS + COMPILED, FUSED + COMPILED),
+    "steps": (TORCH, OURS, FUSED, PLAIN),  # Of "compile", each eager and compiled.
+    "whole": (TORCH, OURS, FUSED),
+}
+"""Who takes part in a case of several layers or kinds."""
+
+NAME = "weight"  # The parameter that every model here norms.
+
+
+def operators(dim: int | None) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The contenders as functions of v and g."""
+    torch_dim = -1 if dim is None else dim
+    return {
+        OURS: lambda v, g: wnkernel.functional.weight_norm(v, g, dim),
+        TORCH: lambda v, g: torch._weight_norm(v, g, torch_dim),
+    }
+
+
+def _legacy(module: nn.Module, name: str, dim: int) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still what many models use
+        return torch.nn.utils.weight_norm(module, name, dim)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a contender computes the weights of a model."""
+
+    apply: Callable[[nn.Module, str, int], nn.Module] = wnkernel.weight_norm
+    """Puts weight norm on a layer."""
+    reuse: str | None = None  # None: every weight on its own.
+    changing: bool = True  # Whether parameters count as changed after every iteration.
+    compiled: bool = False  # Whether torch.compile makes one graph of all reads.
+    folded: bool = False
+
+
+WAYS = {
+    OURS: Way(),
+    TORCH: Way(parametrizations.weight_norm),
+    LEGACY: Way(_legacy),
+    FUSED: Way(reuse="forward"),
+    VERSION: Way(reuse="version"),
+    UNCHANGED: Way(reuse="version", changing=False),
+    PLAIN: Way(folded=True),
+}
+WAYS |= {who + COMPILED: replace(WAYS[who], compiled=True) for who in (TORCH, OURS, FUSED)}
+
+
+@dataclass(frozen=True)
+class NormedLayer:
+    """A weight-normed layer: its two parameters, and a function that computes its weight anew."""
+
+    module: nn.Module
+    v: nn.Parameter
+    g: nn.Parameter
+    dim: int | None
+    weight: Callable[[], Tensor]
+
+
+def apply(who: str, module: nn.Module, dim: int | None) -> NormedLayer:
+    """Put a contender's weight norm on the weight of a plain layer."""
+    WAYS[who].apply(module, NAME, -1 if dim is None else dim)
+    if who != LEGACY:
+        originals = module.parametrizations[NAME]
+        v, g = originals.original1, originals.original0
+        return NormedLayer(module, v, g, dim, lambda: module.weight)
+    (hook,) = (h for h in module._forward_pre_hooks.values() if getattr(h, "name", "") == NAME)
+
+    def weight() -> Tensor:
+        hook(module, None)
+        return module.weight
+
+    return NormedLayer(module, module.weight_v, module.weight_g, dim, weight)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """A model with weight norms, computed as one contender does it."""
+
+    model: nn.Module  # A group lives as long as its model.
+    modules: Sequence[nn.Module]
+    """The layers that have a weight norm, or had one until they were folded."""
+    layers: Sequence[NormedLayer]  # Nothing where they were folded.
+    scope: Callable[[], AbstractContextManager[None]]  # What a forward is.
+    changed: Callable[[], None]  # What stands for an optimizer that wrote to the parameters.
+    way: Way
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All v and g, or the weights where they were folded."""
+        if self.way.folded:
+            return [module.weight for module in self.modules]
+        return [p for layer in self.layers for p in (layer.v, layer.g)]
+
+
+def norm(
+    who: str,
+    model: nn.Module,
+    convs: Sequence[tuple[nn.Module, int | None]],
+    values: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> Normed:
+    """Put a contender's weight norm on some layers of a model, each with its dim, in place. Without
+    values of v and g, v is as it was, and g is moved off its norms by random factors, the same for
+    everyone.
+    """
+    way = WAYS[who]
+    modules = [module for module, _ in convs]
+    layers = [apply(who, module, dim) for module, dim in convs]
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for k, layer in enumerate(layers):
+            if values is None:
+                layer.g.mul_((0.8 + 0.4 * torch.rand(layer.g.shape, generator=random)).to(layer.g))
+            else:
+                layer.v.copy_(values[k][0])
+                layer.g.copy_(values[k][1])
+    if way.folded:
+        for module in modules:
+            wnkernel.remove_weight_norm(module)
+        layers = []
+    if way.reuse is None:
+        return Normed(model, modules, layers, nullcontext, int, way)  # int() changes nothing
+    group = wnkernel.fuse(model, reuse=way.reuse)
+    # without an optimizer, a refresh is the one change that this mode has to be told about
+    changed = group.refresh if way.changing and way.reuse == "version" else int
+    return Normed(model, modules, layers, group.scope, changed, way)
+
+
+def stripped(model: nn.Module) -> Callable[[str], Normed]:
+    """Take torch's weight norms off ``model``, in place. Returns what makes a copy of it with the
+    weight norm of a contender on the same layers, with the same v and g.
+
+    Models are copied in this form only: a copy of a parametrized layer shares its class with the
+    original, and torch's ``remove_parametrizations`` on either takes the property from both.
+    """
+    saved: dict[str, tuple[int | None, Tensor, Tensor]] = {}
+    for name, module in list(model.named_modules()):
+        if not parametrize.is_parametrized(module, NAME):
+            continue
+        originals = module.parametrizations[NAME]
+        if type(originals[0]).__name__ == "_WeightNorm":
+            dim = originals[0].dim
+            v, g = originals.original1.detach(), originals.original0.detach()
+            saved[name] = (None if dim == -1 else dim), v, g
+            parametrize.remove_parametrizations(module, NAME)
+
+    def normed(who: str) -> Normed:
+        own = copy.deepcopy(model)
+        convs = [(own.get_submodule(name), dim) for name, (dim, _, _) in saved.items()]
+        return norm(who, own, convs, [(v, g) for _, v, g in saved.values()])
+
+    return normed
+
+
+class Weight(nn.Module):
+    """A layer that has nothing but its weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def weights_model(who: str, cases: Sequence[LayerCase], device: torch.device) -> Normed:
+    """A model of bare weights, the same for every contender."""
+    random = torch.Generator().manual_seed(0)
+    bare = [Weight(torch.randn(c.shape, generator=random).to(device)) for c in cases]
+    convs = [(module, c.dim) for module, c in zip(bare, cases, strict=True)]
+    return norm(who, nn.ModuleList(bare), convs)
+
+
+def random_grads(weights: Sequence[Tensor]) -> list[Tensor]:
+    """A gradient for each of some weights."""
+    random = torch.Generator().manual_seed(2)
+    return [torch.randn(w.shape, generator=random).to(w.device) for w in weights]
+
+
+class Of(NamedTuple):
+    """What came of one layer."""
+
+    w: Tensor
+    grad_v: Tensor
+    grad_g: Tensor
+
+
+class Pass:
+    """Reads all weights of a model in one scope, and takes the gradients of all v and g: nothing to
+    launch but weight norms, no loss, no ``.grad``."""
+
+    def __init__(self, normed: Normed, grads: list[Tensor]) -> None:
+        self.normed, self.grads = normed, grads
+        self.parameters = normed.parameters
+        layers, modules = normed.layers, normed.modules
+        self.read: Callable[[], list[Tensor]] = lambda: [layer.weight() for layer in layers]
+        if normed.way.compiled:  # one graph, which guards what a model's would
+            once = torch.compile(fullgraph=True, dynamic=False)
+            self.read = once(lambda: [m.weight for m in modules])
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        with self.normed.scope():
+            weights = self.read()
+        return (*weights, *torch.autograd.grad(weights, self.parameters, self.grads))
+
+    def results(self) -> list[Of]:
+        """What one more pass gives."""
+        out, n = self(), len(self.grads)
+        return list(map(Of, out[:n], out[n::2], out[n + 1 :: 2]))
+
+
+class Iteration(Pass):
+    """What a training step does about weight norms: reads all weights in one scope, takes all
+    gradients in one backward, drops them.
+
+    The backward has one root, which hands a prepared gradient to every weight: the checks that
+    ``torch.autograd.backward`` makes in Python for each of its tensors are no part of training.
+    """
+
+    def __call__(self) -> None:
+        self._forward_backward()
+        for p in self.parameters:
+            p.grad = None
+        self.normed.changed()
+
+    def results(self) -> list[Of]:
+        """What a second iteration gives: the first of an unchanged group computes what the others
+        only read."""
+        self()
+        self._forward_backward()
+        with self.normed.scope():
+            weights = self.read()
+        grads = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        return list(map(Of, weights, grads[::2], grads[1::2]))
+
+    def _forward_backward(self) -> None:
+        with self.normed.scope():
+            loss = _Root.apply(self.grads, *self.read())
+        loss.backward()
+
+
+class _Root(torch.autograd.Function):
+    """A loss whose gradients are known. It holds the weights until its backward, as layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.grads, ctx.weights = grads, weights
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.weights = None
+        return None, *ctx.grads
+
+
+class Checker:
+    """Checks the weights and gradients of one contender after the other against float64.
+
+    It keeps the last that passed each tolerance: the same bits need not be looked at again.
+    """
+
+    def __init__(self, title: str, where: Environment) -> None:
+        self._title = title
+        self._own_kernels = where.own_kernels
+        self._passed: dict[bool, tuple[list[Tensor], float]] = {}
+
+    def check(
+        self,
+        who: str,
+        layers: Sequence[NormedLayer],
+        results: Sequence[Of],
+        grads: Sequence[Tensor],
+    ) -> float:
+        """The worst error of all layers.
+
+        Raises:
+            VerificationError: outside the tolerance, or weights that should be computed together
+                are not.
+        """
+        way = WAYS[who]
+        nodes = {of.w.grad_fn for of in results}
+        if len(nodes) != (1 if way.compiled or way.reuse else len(results)):
+            raise verify.VerificationError(
+                f"{who}, {self._title}: {len(results)} weights have {len(nodes)} autograd nodes"
+            )
+        long_sums = way.apply is not wnkernel.weight_norm or not self._own_kernels
+        bits = [t.detach() for of in results for t in of]
+        passed, worst = self._passed.get(long_sums, ([], 0.0))
+        if passed and all(map(torch.equal, bits, passed)):
+            return worst
+        worst = 0.0
+        for i, (layer, of, grad_w) in enumerate(zip(layers, results, grads, strict=True)):
+            want = verify.reference(layer.v, layer.g, layer.dim, grad_w)
+            about = f"{who}, {self._title}, weight {i} of shape {list(layer.v.shape)}"
+            worst = max(worst, verify.check(about, of, want, long_sums=long_sums))
+        self._passed[long_sums] = bits, worst
+        return worst
+
+    def check_pass(self, who: str, one: Pass) -> float:
+        """Check what a pass, or an iteration, gives."""
+        grads = [g.clone() for g in one.grads]
+        results = one.results()
+        if not all(map(torch.equal, grads, one.grads)):
+            raise verify.VerificationError(f"{who}, {self._title}: the backward wrote to its input")
+        return self.check(who, one.normed.layers, results, grads)
+
+
+def copy_of(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """All of them in one in-place copy. (A fresh buffer would measure the page faults of malloc,
+    several times the copy.)"""
+    first, *others = (t.detach() for t in tensors)
+    source = torch.cat([t.flatten() for t in (first, *others)]) if others else first
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)

@@ -1,0 +1,1 @@
+"""What works on this project, and is no part of the package."""
