@@ -25,8 +25,8 @@ constexpr DType accumulation(DType v_type) {
   PAIR(f32_bf16, f32, bf16)  \
   PAIR(f64, f64, f64)
 
-// One more on the CPU: whatever a gradient in double can hold is right there, so that it must not
-// become a float.
+// One more on the CPU, where a w or its gradient in double may be beyond the range of floats and is
+// still right.
 #define WNKERNEL_CPU_PAIRS(PAIR) WNKERNEL_PAIRS(PAIR) PAIR(f32_f64, f32, f64)
 
 // Whether there are kernels for v and w (or grad_w) of these types; problems have to be of such.
