@@ -106,6 +106,7 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(BIN)lint-imports --no-logo --no-cache
 	$(BIN)clang-format --dry-run --Werror $(CPP)
 
 format: $(STAMP)
