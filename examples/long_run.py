@@ -1,7 +1,7 @@
 """Train the vocoder of train_vocoder.py for 20,000 steps, and kill one of the runs again and again.
 
     pip install '.[examples]'
-    python examples/long_run.py --out long
+    python examples/long_run.py --out long      # hours; --short takes half a minute
 
 Five runs with the same initial weights and the same batches, each in a process of its own: torch's
 weight norm; torch's with g moved up, and down, to the next float32 number at the start, which shows
@@ -18,13 +18,16 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import torch
 import typer
+from common import Short
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from train_vocoder import (
@@ -64,7 +67,7 @@ def batch(audio: Tensor, mel: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 
 @app.command()
-def train(name: str, path: Path, steps: int) -> None:
+def train(name: str, path: Path, steps: int, saved_every: int = SAVED_EVERY) -> None:
     """Train the vocoder of a run from its last checkpoint on, if there is one, to the last step."""
     torch.set_num_threads(1)
     audio = load(ARCTIC)
@@ -86,22 +89,27 @@ def train(name: str, path: Path, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if len(losses) % SAVED_EVERY == 0 or len(losses) == steps:
+        if len(losses) % saved_every == 0 or len(losses) == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             beside = path.with_suffix(".part")
             torch.save({**state, "losses": losses}, beside)
             os.replace(beside, path)
 
 
-def run(name: str, path: Path, steps: int, kills: int) -> tuple[pd.DataFrame, int]:
+def run(
+    name: str, path: Path, steps: int, kills: int, saved_every: int, short: bool
+) -> tuple[pd.DataFrame, int]:
     """Train one of the runs in other processes, and kill that many of them; the losses, and how
-    many were killed before they were done."""
+    many were killed before they were done. The short form kills at the first checkpoint."""
     moments, killed = random.Random(SEED), 0
     while True:
-        arguments = ["train", name, str(path), str(steps)]
+        arguments = ["train", name, str(path), str(steps), "--saved-every", str(saved_every)]
         child = subprocess.Popen([sys.executable, __file__, *arguments])
+        kill = name == KILLED and killed < kills
+        while short and kill and not path.exists() and child.poll() is None:
+            time.sleep(0.01)
         try:
-            child.wait(moments.uniform(10, 60) if name == KILLED and killed < kills else None)
+            child.wait((0 if short else moments.uniform(10, 60)) if kill else None)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -119,10 +127,15 @@ def compare(
     steps: Annotated[int, typer.Option(min=2)] = 20_000,
     kills: Annotated[int, typer.Option(help="Processes that are killed.", min=1)] = 12,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and curves.")] = Path("."),
+    short: Short = False,
 ) -> None:
     """Train all five, and say how far their curves are apart."""
     out.mkdir(parents=True, exist_ok=True)
-    results = {name: run(name, out / f"{k}.pt", steps, kills) for k, name in enumerate(RUNS)}
+    steps, kills, saved_every = (12, 1, 4) if short else (steps, kills, SAVED_EVERY)
+    results = {
+        name: run(name, out / f"{k}.pt", steps, kills, saved_every, short)
+        for k, name in enumerate(track(RUNS, "training"))
+    }
     curves = pd.concat([losses for losses, _ in results.values()])
     wide = curves.pivot(index="step", columns="run", values="loss")[list(RUNS)]
     blocks = wide.groupby(wide.index // BLOCK * BLOCK).mean()
