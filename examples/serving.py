@@ -110,8 +110,10 @@ def main(out: Out = Path("."), short: Short = False) -> None:
     CONSOLE.print(table)
 
     with picture(out / "serving.png", 2) as (left, right):
-        bars = left.barh(list(models), times.values(), color=["0.6", *["C0"] * 4])
-        left.bar_label(bars, [f"{n} launches" for n in counts.values()], label_type="center")
+        bars = left.barh(list(models), times.values(), color=["0.8", *["#9ecae1"] * 4])
+        left.bar_label(
+            bars, [f"{n} launch{'es' * (n != 1)}" for n in counts.values()], label_type="center"
+        )
         left.invert_yaxis()
         left.set(xlabel="ms a chunk of 128 ms, median", title="a vocoder called chunk by chunk")
         spectrogram(right, spoken["fold"], "what was served")
