@@ -77,7 +77,7 @@ CURES = {
 
 
 def outcome(
-    load: Callable[[nn.Module, State], None],
+    way: Callable[[nn.Module, State], None],
     layout: str,
     state: State,
     mel: Tensor,
@@ -86,7 +86,7 @@ def outcome(
     """How far the sound of a model that loaded is from the trainer's, or why it did not load."""
     model = vocoder(layout)
     try:
-        load(model, state)
+        way(model, state)
     except RuntimeError as error:
         missing = str(error).partition("Missing key(s)")[2].partition("Unexpected")[0].count('"')
         return f"{missing // 2} missing"
@@ -131,10 +131,13 @@ def main(out: Out = Path("."), short: Short = False) -> None:
     table = Table("file", "model", "torch alone", "1", "2", "3", padding=0)
     table.title = "distance to the trainer's sound, or missing keys"
     table.caption = ", ".join(f"{k}: {cure}" for k, cure in enumerate(CURES, 1))
+    loaded = dict.fromkeys(("torch alone", *CURES), 0)
     for given in NORMS:
         file = wnkernel.convert_state_dict(state, to=given, like=vocoder(given))
         for layout in NORMS:
-            cells = (outcome(way, layout, file, mel, expected) for way in (alone, *CURES.values()))
+            cells = [outcome(way, layout, file, mel, expected) for way in (alone, *CURES.values())]
+            for way, cell in zip(loaded, cells, strict=True):
+                loaded[way] += "missing" not in cell
             table.add_row(given, layout, *cells)
     CONSOLE.print(table)
 
@@ -145,8 +148,8 @@ def main(out: Out = Path("."), short: Short = False) -> None:
     soundfile.write(out / "strict_false.wav", noise.numpy(), RATE)
     soundfile.write(out / "missing_keys.wav", sound.numpy(), RATE)
     done(
-        "torch alone loads 4 of 9 pairs of file and model, convert_state_dict all of them, "
-        "accept_any_layout and convert all 6 whose model has a weight norm.",
+        f"of 9 pairs of file and model load: {', '.join(f'{n} by {w}' for w, n in loaded.items())} "
+        "(the last two are for models that have a weight norm).",
         old,
         new,
         *(out / name for name in ("missing_keys.png", "missing_keys.wav", "strict_false.wav")),

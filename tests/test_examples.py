@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from wnkernel import native
+
 from .processes import ROOT, python
 
 NEEDS = ("matplotlib", "numpy", "pandas", "rich", "soundfile", "transformers", "typer")
@@ -83,22 +85,9 @@ def test_missing_keys(tmp_path: Path) -> None:
     printed = shown("missing_keys", tmp_path, "strict_false.wav", "g_folded.pt", *files)
     assert 'Missing key(s) in state_dict: "conv_pre.weight"' in printed
     assert "generator: 29 weight norms, legacy -> folded" in printed
-    cells = {
-        (file, model): row(printed, file, model)
-        for file in ("legacy", "parametrized", "folded")
-        for model in ("legacy", "parametrized", "folded")
-    }
-    loaded = [
-        sum("missing" not in cell for cell in column)
-        for column in zip(*cells.values(), strict=False)
-    ]
-    assert loaded == [
-        4,
-        9,
-        7,
-        7,
-    ]  # of models without a weight norm, cures 2 and 3 load folded files
-    assert cells["legacy", "folded"][0] == "29 missing"
+    loaded = "4 by torch alone, 9 by convert_state_dict, 7 by accept_any_layout, 7 by convert"
+    assert loaded in printed  # folded into folded is among them, which needs no cure
+    assert row(printed, "legacy", "folded")[0] == "29 missing"
 
 
 def test_serving(tmp_path: Path) -> None:
@@ -107,7 +96,8 @@ def test_serving(tmp_path: Path) -> None:
         name: row(printed, name)
         for name in ("torch", "wnkernel", "fuse", 'fuse(reuse="version")', "fold")
     }
+    if not native.loaded():
+        pytest.skip(f"torch's operators are not counted: {native.load_error()}")
     assert [int(launches) for launches, *_ in ways.values()] == [29, 29, 1, 0, 0]
-    assert {name for name, cells in ways.items() if cells[-1] == "the same bits"} == {*ways} - {
-        "torch"
-    }
+    others = [name for name, cells in ways.items() if cells[-1] != "the same bits"]
+    assert others in ([], ["torch"])
