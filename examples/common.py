@@ -32,7 +32,7 @@ def picture(path: Path, columns: int) -> Iterator[Sequence[Any]]:
     yield axes[0]
     figure.savefig(path, dpi=80)
     plt.close(figure)
-    few_colours = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    few_colours = Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     few_colours.save(path, optimize=True)
 
 
