@@ -1,7 +1,7 @@
 """Train the vocoder of train_vocoder.py for 20,000 steps, and kill one of the runs again and again.
 
     pip install '.[examples]'
-    python examples/long_run.py --out long
+    python examples/long_run.py --out long      # hours; --short takes half a minute
 
 Five runs with the same initial weights and the same batches, each in a process of its own: torch's
 weight norm; torch's with g moved up, and down, to the next float32 number at the start, which shows
@@ -14,17 +14,19 @@ to be the same as the fused one to the last bit.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import torch
 import typer
+from common import Short
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from train_vocoder import (
@@ -53,8 +55,6 @@ BLOCK = 500
 """Steps whose losses are averaged: single steps differ by their batches."""
 SEED = 0
 
-app = typer.Typer(pretty_exceptions_enable=False)
-
 
 def batch(audio: Tensor, mel: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """The training examples of a step, whatever was done before it."""
@@ -63,8 +63,7 @@ def batch(audio: Tensor, mel: Tensor, step: int) -> tuple[Tensor, Tensor]:
     return cut(audio, mel, starts, SEGMENT)
 
 
-@app.command()
-def train(name: str, path: Path, steps: int) -> None:
+def train(name: str, path: Path, steps: int, saved_every: int) -> None:
     """Train the vocoder of a run from its last checkpoint on, if there is one, to the last step."""
     torch.set_num_threads(1)
     audio = load(ARCTIC)
@@ -86,43 +85,61 @@ def train(name: str, path: Path, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if len(losses) % SAVED_EVERY == 0 or len(losses) == steps:
+        if len(losses) % saved_every == 0 or len(losses) == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             beside = path.with_suffix(".part")
             torch.save({**state, "losses": losses}, beside)
             os.replace(beside, path)
 
 
-def run(name: str, path: Path, steps: int, kills: int) -> tuple[pd.DataFrame, int]:
-    """Train one of the runs in other processes, and kill that many of them; the losses, and how
-    many were killed before they were done."""
-    moments, killed = random.Random(SEED), 0
+def killed(arguments: tuple[str, Path, int, int], kills: int, short: bool) -> int:
+    """Call :func:`train` in other processes, and kill that many of them; how many were killed
+    before they were done. The short form kills at the first checkpoint."""
+    moments, done = random.Random(SEED), 0
     while True:
-        arguments = ["train", name, str(path), str(steps)]
-        child = subprocess.Popen([sys.executable, __file__, *arguments])
-        try:
-            child.wait(moments.uniform(10, 60) if name == KILLED and killed < kills else None)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            killed += 1
-        else:
+        child = multiprocessing.get_context("spawn").Process(target=train, args=arguments)
+        child.start()
+        kill = done < kills
+        while short and kill and not arguments[1].exists() and child.is_alive():
+            time.sleep(0.01)
+        child.join((0 if short else moments.uniform(10, 60)) if kill else None)
+        if not child.is_alive():
             break
-    if child.returncode != 0:
-        raise SystemExit(child.returncode)
+        child.kill()
+        child.join()
+        done += 1
+    if child.exitcode != 0:
+        raise SystemExit(child.exitcode)
+    return done
+
+
+def run(name: str, path: Path, steps: int, kills: int, short: bool) -> tuple[pd.DataFrame, int]:
+    """Train one of the runs; the losses, and how many processes were killed on the way. In the
+    short form only the run that is killed has processes of its own, which take seconds to start."""
+    arguments = name, path, steps, 4 if short else SAVED_EVERY
+    count = 0
+    if short and name != KILLED:
+        train(*arguments)
+    else:
+        count = killed(arguments, kills if name == KILLED else 0, short)
     losses = torch.load(path)["losses"]
-    return pd.DataFrame({"run": name, "step": range(steps), "loss": losses}), killed
+    return pd.DataFrame({"run": name, "step": range(steps), "loss": losses}), count
 
 
-@app.command()
 def compare(
     steps: Annotated[int, typer.Option(min=2)] = 20_000,
     kills: Annotated[int, typer.Option(help="Processes that are killed.", min=1)] = 12,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and curves.")] = Path("."),
+    short: Short = False,
 ) -> None:
     """Train all five, and say how far their curves are apart."""
     out.mkdir(parents=True, exist_ok=True)
-    results = {name: run(name, out / f"{k}.pt", steps, kills) for k, name in enumerate(RUNS)}
+    if short:
+        steps, kills = 12, 1
+    results = {
+        name: run(name, out / f"{k}.pt", steps, kills, short)
+        for k, name in enumerate(track(RUNS, "training"))
+    }
     curves = pd.concat([losses for losses, _ in results.values()])
     wide = curves.pivot(index="step", columns="run", values="loss")[list(RUNS)]
     blocks = wide.groupby(wide.index // BLOCK * BLOCK).mean()
@@ -144,4 +161,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(compare)

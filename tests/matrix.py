@@ -77,6 +77,7 @@ LEFT_OUT = {
     "test_onnx": "other packages",
     "test_docs": "other packages",
     "test_model_table": "other packages",
+    "test_examples": "other packages",
     "test_cli_*": "the command line",
     "test_strange_files": "the command line",
     "test_killed": "the command line",
