@@ -11,7 +11,13 @@ import torch
 import triton
 
 from wnkernel.backends.triton import launch
-from wnkernel.backends.triton.launch_table import THREADS, VECTOR_BYTES, Kind, Tile, tiles
+from wnkernel.backends.triton.launch_table import (
+    THREADS,
+    VECTOR_BYTES,
+    Kind,
+    Tile,
+    tiles,
+)
 from wnkernel.problem import accumulation_dtype
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
