@@ -118,7 +118,9 @@ def print_summary(console: Console, results: Sequence[Result]) -> None:
     """The table of aims, and whether the figures can be trusted."""
     timed = [r for r in results if r.rounds]
     limits = {id(r): m[TORCH].ratio_to_limit for m in by_subject(timed) for r in m.values()}
-    frame = pd.DataFrame(timed).assign(torch_to_limit=[limits[id(r)] for r in timed])
+    frame = pd.DataFrame([vars(r) for r in timed], columns=[*Result.__dataclass_fields__]).assign(
+        torch_to_limit=[limits[id(r)] for r in timed]
+    )
     rows = []
     for aim in AIMS:
         group = frame[frame.contender == aim.contender].query(aim.belongs)

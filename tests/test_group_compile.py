@@ -13,7 +13,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import wnkernel
 
-from .compiled import Net, assert_same, by_inductor, change, model, open_scopes, randn, step, twins
+from .compiled import (
+    Net,
+    assert_same,
+    by_inductor,
+    change,
+    model,
+    open_scopes,
+    randn,
+    step,
+    twins,
+)
 from .versions import attributes_are_guarded, layers_in_graphs, needs
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

@@ -27,7 +27,15 @@ from wnkernel.backends.triton.tables import (
 )
 
 from .processes import ROOT
-from .triton_plans import ITEMSIZES, check_cells, check_limits, problems, real_views, vectors, views
+from .triton_plans import (
+    ITEMSIZES,
+    check_cells,
+    check_limits,
+    problems,
+    real_views,
+    vectors,
+    views,
+)
 
 GRID_LIMIT = 2**31 - 1
 """Programs in a launch at most."""
