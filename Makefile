@@ -66,7 +66,7 @@ coverage: $(STAMP)
 	$(PY) -m tests.measured $(ARGS)
 
 mutants: build
-	WNKERNEL_MUTANTS=1 $(PY) -m pytest -q -n $(JOBS) tests/test_cpu_mutants.py
+	WNKERNEL_MUTANTS=1 $(PY) -m pytest -q -n $(JOBS) tests/core/test_cpu_mutants.py
 	$(PY) -m tests.mutation $(ARGS)
 
 fuzz: build
@@ -97,7 +97,7 @@ cuda-build-check:
 	  $(CUDA_VENV)/bin/pip install -q $(CUDA_TORCH) 'setuptools>=77' ninja pybind11 numpy
 	WNKERNEL_BUILD=cuda $(CUDA_VENV)/bin/python setup.py -q build --build-base build/cuda \
 	  --build-lib build/cuda/lib
-	cd build/cuda/lib && $(abspath $(CUDA_VENV))/bin/python - < $(CURDIR)/tests/cuda_build_check.py
+	cd build/cuda/lib && $(abspath $(CUDA_VENV))/bin/python - < $(CURDIR)/tests/cuda/build_check.py
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict

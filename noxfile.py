@@ -46,7 +46,7 @@ def oldest(session: nox.Session) -> None:
         session.install(*bounds, "click<8.2")  # typer 0.18 takes it; 8.2 changed what commands do
         pytest = "python", "-m", "pytest", "-n", "2", f"--timeout={TIMEOUT_S}"
         passive = {"OMP_WAIT_POLICY": "passive"}
-        session.run(*pytest, *sorted(glob("tests/test_cli_*.py")), env=passive)
+        session.run(*pytest, *sorted(glob("tests/cli/test_*.py")), env=passive)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""What the two processes of tests/test_group_distributed.py need: a model, training, comparisons,
-and the loop that runs scenarios over gloo.
+"""What the two processes of tests/grouping/test_distributed.py need: a model, training,
+comparisons, and the loop that runs scenarios over gloo.
 
 A scenario raises if something is wrong. Each process notes in a file of its own which it began and
 which it finished, and ends with the first that fails: a process group does not survive that.

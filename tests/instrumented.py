@@ -36,20 +36,29 @@ class Sanitizer(NamedTuple):
     library: str
     options: dict[str, str]
     """Environment variables."""
-    tests: str
-    """Files of tests, without test_ and .py."""
+    tests: Sequence[str]
+    """Files of tests, by their paths below tests/ and without .py."""
     sets: Sequence[str] = ("",)
     """Instruction sets, each in a run of its own."""
 
+
+CORE = (
+    *("values", "lists", "gradients", "bad_input", "buffers", "norms", "norms_of_v"),
+    *("determinism", "operators", "problem", "forms", "machine", "single_path"),
+    *("single_node", "transforms", "inference_mode", "threads"),
+)
+GROUPING = ("slots", "launches", "autograd", "memory", "modes")
 
 SANITIZERS = {
     "address": Sanitizer(
         "libasan.so",
         # Python leaves much behind when it ends: leaks are for a process of their own.
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-        "values lists gradients bad_input buffers norms norms_of_v determinism g_of_one_element "
-        "operators problem forms machine single_path single_node transforms inference_mode threads "
-        "group_slots group_launches group_autograd group_memory group_modes",
+        (
+            *(f"core/test_{name}" for name in CORE),
+            *(f"grouping/test_{name}" for name in GROUPING),
+            "models/test_g_of_one_element",
+        ),
         SETS[::-1],
     ),
     "thread": Sanitizer(
@@ -60,7 +69,11 @@ SANITIZERS = {
             "TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'tsan_suppressions.txt'}",
             "OMP_NUM_THREADS": "1",
         },
-        "threads buffers serving single_node group_slots group_scopes group_memory group_launches",
+        (
+            *("core/test_threads", "core/test_buffers", "core/test_single_node"),
+            *("grouping/test_slots", "grouping/test_scopes", "grouping/test_memory"),
+            *("grouping/test_launches", "models/test_serving"),
+        ),
     ),
 }
 
@@ -161,7 +174,7 @@ def run_tests(name: str, tree: Path, arguments: list[str]) -> bool:
     sanitizer = SANITIZERS[name]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
     command += ["-k", "not triton and not eager"]  # where nothing of the module runs
-    command += [*arguments, *(f"tests/test_{file}.py" for file in sanitizer.tests.split())]
+    command += [*arguments, *(f"tests/{file}.py" for file in sanitizer.tests)]
     good = True
     for used in sanitizer.sets:
         began = time.monotonic()

@@ -94,7 +94,7 @@ def assert_same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def assert_state_as_torchs(ours: dict[str, Tensor], torchs: dict[str, Tensor]) -> None:
     """The same up to the last bits of g: each has the norms that its own kernels divide by, and
-    float64's are tests/test_restored_weights.py's to compare with."""
+    float64's are tests/models/test_restored_weights.py's to compare with."""
     assert list(ours) == list(torchs)
     for key, t in ours.items():
         assert t.dtype == torchs[key].dtype, key

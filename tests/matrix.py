@@ -73,49 +73,34 @@ TIMEOUT_S = 600
 """A test that takes longer has failed. torch 2.7 has hung where a process group ends."""
 
 LEFT_OUT = {
-    "test_with_[!d]*": "other packages",
-    "test_onnx": "other packages",
-    "test_docs": "other packages",
-    "test_model_table": "other packages",
-    "test_examples": "other packages",
-    "test_cli_*": "the command line",
-    "test_strange_files": "the command line",
-    "test_killed": "the command line",
-    "test_benchmark_*": "the benchmark",
-    "test_gpu_*": "the checks of a machine with a GPU",
-    "test_on_gpus_*": "GPUs",
-    "test_cuda_*": "CUDA kernels, in a shim on the CPU",
-    "test_triton_*": "Triton kernels, in Triton's interpreter",
-    "test_setup": "the build",
-    "test_others": "other people's tests",
-    "test_audit": "what is installed",
-    "test_public_ci": "the CI file for public hosts",
-    "test_cpu_mutants": "the tests themselves",
-    "test_mutants": "the tests themselves",
-    "test_shared_state": "the tests themselves",
-    "test_versions": "the tests themselves",
+    "libraries/test_with_[!d]*": "other packages",
+    "libraries/test_model_table": "other packages",
+    "compile/test_onnx": "other packages",
+    "cli/*": "the command line",
+    "fuzz/test_strange_files": "the command line",
+    "fuzz/test_killed": "the command line",
+    "gpu/*": "GPUs, and the checks of a machine that has one",
+    "cuda/*": "CUDA kernels, in a shim on the CPU",
+    "triton/*": "Triton kernels, in Triton's interpreter",
+    "project/*": "the project: its pages, its build, its benchmarks, its tests",
+    "core/test_cpu_mutants": "the tests themselves",
+    "core/test_mutants": "the tests themselves",
 }
-"""Test files that no leg runs, and what they are about."""
+"""Test files that no leg runs, by their paths below tests/, and what they are about."""
 
 AREAS = {
-    "compile": (
-        "test_*compile*",
-        "test_graph_pass",
-        "test_group_tracing",
-        "test_export*",
-        "test_torchscript",
-    ),
+    "compile": ("compile/*", "grouping/test_*compile*", "grouping/test_tracing"),
     "distributed": (
-        "test_group_distributed",
-        "test_*fully_shard*",
-        "test_tensor_parallel",
-        "test_checkpoint_sharded",
-        "test_with_distributed_checkpoint",
+        "grouping/test_distributed",
+        "*/test_*fully_shard*",
+        "libraries/test_tensor_parallel",
+        "checkpoint/test_sharded",
+        "libraries/test_with_distributed_checkpoint",
     ),
-    "groups": ("test_group_*",),
-    "conversion": ("test_checkpoint*", "test_convert*", "test_fold", "test_load_hooks"),
-    "gradients": ("test_gradients", "test_transforms", "test_single_node"),
-    "layers": ("test_*",),
+    "groups": ("grouping/*",),
+    "conversion": ("checkpoint/*", "models/test_convert*", "models/test_fold"),
+    "gradients": ("core/test_gradients", "core/test_transforms", "core/test_single_node"),
+    "layers": ("*",),
 }
 """Test files by area: each is in the first that has a pattern for it, but for :data:`LEFT_OUT`."""
 
@@ -130,9 +115,10 @@ def files_of(area: str) -> list[Path]:
 
 def area_of(path: Path) -> str | None:
     """The area of a test file; None if no leg runs it."""
-    if any(fnmatch(path.stem, pattern) for pattern in LEFT_OUT):
+    name = path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+    if any(fnmatch(name, pattern) for pattern in LEFT_OUT):
         return None
-    return next(a for a, patterns in AREAS.items() if any(fnmatch(path.stem, p) for p in patterns))
+    return next(a for a, patterns in AREAS.items() if any(fnmatch(name, p) for p in patterns))
 
 
 def run(out: Path, commit: str) -> int:

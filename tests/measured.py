@@ -15,7 +15,7 @@ import sys
 from .bits import SETS
 from .instrumented import build
 
-OF_KERNELS = [f"tests/test_{name}.py" for name in ("values", "gradients", "lists", "norms")]
+OF_KERNELS = [f"tests/core/test_{name}.py" for name in ("values", "gradients", "lists", "norms")]
 GCOVR = (
     *("--filter", "csrc/", "--exclude", "csrc/cuda/", "--merge-lines"),
     *("--exclude-throw-branches", "--exclude-unreachable-branches"),  # the compiler's own

@@ -1,8 +1,8 @@
 """Published models and what works on them: the table in docs/models.md.
 
-``python -m tests.model_table`` makes the page anew; tests/test_model_table.py checks every cell and
-the rest of the page. ``python -m tests.model_table VitsModel`` counts the graphs that
-``torch.compile`` makes of that model.
+``python -m tests.model_table`` makes the page anew; tests/libraries/test_model_table.py checks
+every cell and the rest of the page. ``python -m tests.model_table VitsModel`` counts the graphs
+that ``torch.compile`` makes of that model.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def page(cells: Callable[[str, str], str]) -> str:
 _BEFORE = """# Your model
 
 These published models were tried on a CPU, built with few channels and torch's legacy weight norm.
-Every cell is a test (`tests/test_model_table.py`); `python -m tests.model_table` writes this page.
+Every cell is a test (`tests/libraries/test_model_table.py`); `python -m tests.model_table` writes
+this page.
 """
 _AFTER = f"""
 - "its own remover": what the model's `remove_weight_norm()` does after `wnkernel.convert(model)`,
@@ -199,7 +200,7 @@ _AFTER = f"""
   cannot be exported, not even without weight norm. ONNX, AOTInductor and TorchScript start from the
   same formula ([export.md](export.md)).
 
-The heads of ChatTTS load whichever keys a file has (`tests/test_checkpoint_models.py`). Other
+The heads of ChatTTS load whichever keys a file has (`tests/checkpoint/test_models.py`). Other
 packages call the same two functions of torch: `wnkernel.convert(model)` returns what it found.
 """
 

@@ -7,7 +7,7 @@ A comparison passes when
 - the whole error is within ``l2``, tighter than ``element`` because rounding averages out;
 - the directions agree as far as an error of ``l2`` lets them.
 
-tests/test_mutants.py shows what these bounds refuse.
+tests/core/test_mutants.py shows what these bounds refuse.
 """
 
 from __future__ import annotations

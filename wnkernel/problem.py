@@ -1,7 +1,7 @@
 """What a weight norm is asked to do: dim rules, memory-order rules and argument checks.
 
 Whatever computes is given a canonical ``dim``, which is made here. csrc/problem.cpp is the twin for
-the compiled operators, and tests/test_problem.py holds the two together.
+the compiled operators, and tests/core/test_problem.py holds the two together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Which thread does what of a launch on the CPU: what tests/test_cpu_threads.py runs.
+// Which thread does what of a launch on the CPU: what tests/core/test_cpu_threads.py runs.
 //
 //   shares forward|backward THREADS,THREADS,... OUTER,ROWS,INNER,V_TYPE,W_TYPE,HUGE_ROWS ...
 //

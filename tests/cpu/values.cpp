@@ -1,5 +1,5 @@
 // Values, gradients and bits of the CPU kernels, beside the formula in 80 bits: what
-// tests/test_cpu_values.py runs.
+// tests/core/test_cpu_values.py runs.
 //
 //   values [MUTANT]     status 1, and a line that says what is wrong, if anything is
 //

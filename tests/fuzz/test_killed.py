@@ -9,9 +9,9 @@ import signal
 
 import pytest
 
+from ..cli.test_shards import split
 from ..command_line import on_the_cpu, save, trained
 from ..processes import python
-from ..test_cli_shards import split
 from . import cases
 
 pytest.importorskip("typer", reason="the command line needs typer")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from ..cli.test_parameter_order import Late, adam, model, trained
 from ..command_line import on_the_cpu
 from ..command_line import trained as weights
-from ..test_cli_parameter_order import Late, adam, model, trained
 from . import cases, mutations
 from .reader import Reader
 

@@ -20,12 +20,25 @@ from types import CodeType, ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300
 
-SLOTS = ("group_slots",)
+SLOTS = ("grouping/test_slots",)
 KEYS = (
-    *("checkpoint_errors", "checkpoint_layouts", "checkpoint_torch_models", "checkpoints"),
-    *("checkpoint_spellings", "load_hooks", "checkpoint_torch_others", "checkpoint_convert"),
-    *("checkpoint_convert_like", "convert", "checkpoint_properties", "checkpoint_models"),
-    *("assigning", "layer", "norms_of_v", "checkpoint_sharded", "restored_weights"),
+    "checkpoint/test_errors",
+    "checkpoint/test_layouts",
+    "checkpoint/test_torch_models",
+    "checkpoint/test_checkpoints",
+    "checkpoint/test_spellings",
+    "checkpoint/test_load_hooks",
+    "checkpoint/test_torch_others",
+    "checkpoint/test_convert",
+    "checkpoint/test_convert_like",
+    "models/test_convert",
+    "checkpoint/test_properties",
+    "checkpoint/test_models",
+    "models/test_assigning",
+    "models/test_layer",
+    "core/test_norms_of_v",
+    "checkpoint/test_sharded",
+    "models/test_restored_weights",
 )
 TESTS = {
     "grouping/slots.py": SLOTS,
@@ -65,7 +78,7 @@ def start(file: str, code: CodeType | None) -> int:
     if code is not None:
         name = "wnkernel." + file.removesuffix(".py").replace("/", ".")
         sys.meta_path.insert(0, Loader(name, code))
-    tests = [str(ROOT / "tests" / f"test_{test}.py") for test in TESTS[file]]
+    tests = [str(ROOT / "tests" / f"{test}.py") for test in TESTS[file]]
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not triton"]
     status = 1
     try:

@@ -24,7 +24,7 @@ LOCKSTEP, ASCENDING, DESCENDING = ORDERS = range(3)
 
 VECTOR_BYTES = 16
 FEW_LINES, MOST_LINES = 64, 220
-"""Of the two tables. tests/test_cuda_plan.py compares numbers with those of csrc/cuda."""
+"""Of the two tables. tests/cuda/test_plan.py compares numbers with those of csrc/cuda."""
 LIKE_V = ("v", "w", "grad_w", "grad_v")
 
 

@@ -13,23 +13,24 @@ from benchmarks.environment import ROOT
 TESTS = ROOT / "tests"
 
 FIRST = (
-    *("test_on_gpus_bits.py", "test_on_gpus_streams.py", "test_on_gpus_graphs.py"),
-    *("test_values.py", "test_gradients.py", "test_lists.py", "test_norms.py"),
-    *("test_norms_of_v.py", "test_determinism.py", "test_group_launches.py"),
-    *("test_group_autograd.py", "test_group_modes.py", "test_layer.py", "test_operators.py"),
+    *(f"gpu/test_on_gpus_{name}.py" for name in ("bits", "streams", "graphs")),
+    *(f"core/test_{name}.py" for name in ("values", "gradients", "lists", "norms")),
+    *("core/test_norms_of_v.py", "core/test_determinism.py", "grouping/test_launches.py"),
+    *("grouping/test_autograd.py", "grouping/test_modes.py", "models/test_layer.py"),
+    "core/test_operators.py",
 )
 """Those that say most about kernels, in the order of their worth."""
 
 NO_GPU_NEEDED = (
-    *("test_buffers.py", "test_cli_*.py", "test_cuda_*.py", "test_docs.py", "test_export_files.py"),
-    *("test_gpu_*.py", "test_group_distributed.py", "test_group_fully_shard.py"),
-    *("test_instruction_sets.py", "test_onnx.py", "test_others.py", "test_setup.py"),
-    *("test_triton_balance.py", "test_triton_jit.py", "test_triton_offline.py"),
-    *("test_triton_plan.py", "test_triton_variants.py", "test_with_*.py"),
+    *("cli/*.py", "cuda/*.py", "fuzz/*.py", "gpu/test_[!o]*.py", "project/*.py"),
+    *("compile/test_export_files.py", "compile/test_onnx.py", "core/test_buffers.py"),
+    *("core/test_instruction_sets.py", "grouping/test_distributed.py"),
+    *("grouping/test_fully_shard.py", "libraries/test_with_*.py"),
+    *(f"triton/test_{name}.py" for name in ("balance", "jit", "offline", "plan", "variants")),
 )
 """Tests that are the same on every machine, and take their time: CI runs them."""
 
-OTHERS = ("test_on_gpus_large.py", "test_*.py")
+OTHERS = ("gpu/test_on_gpus_large.py", "*/test_*.py")
 """Those that are not among the first. Tests of large weights wait for each other's memory."""
 
 OPTIONAL = ("hypothesis", "expecttest", "safetensors")
@@ -52,7 +53,7 @@ def files(patterns: Sequence[str], without: Sequence[str] = ()) -> list[Path]:
     left_out = {p for name in (*NO_GPU_NEEDED, *without) for p in TESTS.glob(name)}
     if packages := [p for p in OPTIONAL if not is_installed(p)]:
         imports = re.compile(rf"^(from|import) ({'|'.join(packages)})\b", re.MULTILINE)
-        left_out |= {p for p in TESTS.glob("test_*.py") if imports.search(p.read_text())}
+        left_out |= {p for p in TESTS.glob("*/test_*.py") if imports.search(p.read_text())}
     found = dict.fromkeys(p for pattern in patterns for p in sorted(TESTS.glob(pattern)))
     return [p for p in found if p not in left_out]
 
@@ -80,7 +81,7 @@ def arguments(
         about: the device and the commit, for that file.
     """
     command = ["--device", device, "-q", "--tb=short", f"--maxfail={MOST_FAILURES}"]
-    command += ["-p", "no:cacheprovider", "-p", "tests.gpu_visit", "-r", "fE"]
+    command += ["-p", "no:cacheprovider", "-p", "tests.gpu.visit", "-r", "fE"]
     command += ["-o", f"faulthandler_timeout={0.8 * test_s:.0f}"]
     command += ["--results", str(results), "--about", about]
     command += ["--only-backends", ",".join(backends)] + ["--and-without-backend"] * and_others

@@ -38,7 +38,7 @@ a quarter, for its numbers and addresses take twice the registers, and nobody tr
 
 With these sizes no variant takes more than 128 registers with Triton 3.6.0 and 3.7.1, so that two
 programs and more share a processor. Some put up to 16 bytes aside to stay at 80 registers or 64,
-and so make room for one program more (docs/gpu.md, tests/triton_offline_checks.py)."""
+and so make room for one program more (docs/gpu.md, tests/triton/offline_checks.py)."""
 
 STRIP = 32
 """Columns of a strip: a cache line of float32, two sectors of halves. Narrower than a cache line

@@ -1,0 +1,1 @@
+"""Key layouts: loading from each of them, and conversions of state dicts."""

@@ -1,0 +1,1 @@
+"""Programs that others make of models: torch.compile, torch.export, ONNX, TorchScript."""

@@ -1,0 +1,1 @@
+"""The operation itself: values, gradients, lists, bits, bad input, backends."""

@@ -1,0 +1,1 @@
+"""Groups: one launch for all weights of a model."""

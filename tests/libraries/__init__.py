@@ -1,0 +1,1 @@
+"""Other libraries, run for real: Accelerate, Lightning, PEFT, torchao, FSDP, published models."""

@@ -1,0 +1,1 @@
+"""Layers and whole models: assigning, convert, fold, initialisation, removers, pickles."""

@@ -1,0 +1,1 @@
+"""The project: its pages, its build, its benchmarks, its versions, its tests."""

@@ -1,0 +1,1 @@
+"""The Triton backend: in Triton's interpreter, and compiled for GPUs without one."""
