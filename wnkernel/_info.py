@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import installation, native
 from ._version import __version__
 from ._versions import limits
 from .backends import BACKENDS, choice
@@ -18,8 +18,11 @@ def info() -> dict[str, Any]:
 
     Returns:
         ``wnkernel``, ``torch``, ``python``, ``platform``: versions. ``limits``: what this torch
-        cannot do. ``compiled``: what the compiled module was built with (torch, compiler, devices),
-        the instruction set in use; or None. ``load_error``: why it is not loaded, empty when it is.
+        cannot do. ``threads``: how many the kernels for CPUs may use, which is how many torch uses.
+        ``compiled``: what the compiled module was built with (torch, compiler, devices), the
+        instruction set in use; or None. ``load_error``: why it is not loaded, empty when it is.
+        ``build_command``: the command that would build and install it for this torch, empty where
+        it is loaded or this torch was not tried.
         ``backends``: for every backend, in the order of the automatic choice, the reasons why it
         cannot run here (empty: it can).
         ``cpu``: bytes of the caches (``l1d``, ``l2``, ``l3``: what a thread may count on) and of a
@@ -38,6 +41,7 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "compiled": native.BUILD_INFO or None,
         "load_error": native.load_error(),
+        "build_command": installation.command() if native.can_be_built() else "",
         "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
         "cpu": native.MACHINE or None,
         "cpu_buffers": native.cpu_buffers(),

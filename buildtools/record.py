@@ -1,0 +1,45 @@
+"""What a build says of itself in wnkernel/_build_info.py where it has no compiled module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import Command
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def info_path(command: Command) -> Path:
+    """Where a command that builds puts wnkernel/_build_info.py."""
+    in_place = command.editable_mode or getattr(command, "inplace", False)
+    return (ROOT if in_place else Path(command.build_lib)) / "wnkernel" / "_build_info.py"
+
+
+def pure_info(why: str, asked: bool = False) -> str:
+    """The text of wnkernel/_build_info.py.
+
+    Args:
+        why: the reason why there is no compiled module.
+        asked: whether nobody has to be told, because it is not wanted.
+    """
+    return f'"""Written by setup.py."""\n\nWHY_PURE = {why!r}\nIS_ON_REQUEST = {asked}\n'
+
+
+def pure_arguments(why: str, asked: bool = False) -> dict:
+    """Arguments of setup() for a pure-Python package that says why it is one."""
+
+    def recording(command: type[Command]) -> type[Command]:
+        class Recording(command):
+            command_name = command.__name__
+
+            def run(self) -> None:
+                super().run()
+                path = info_path(self)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(pure_info(why, asked), encoding="utf-8")
+
+        return Recording
+
+    return {"cmdclass": {c.__name__: recording(c) for c in (build_py, build_ext)}}
