@@ -33,7 +33,7 @@ if str(ROOT) not in sys.path:  # where installers run this script, it is not
 
 from buildtools import description, prebuilt  # noqa: E402
 from buildtools.environment import add_installed  # noqa: E402
-from buildtools.record import info_path, pure_arguments, pure_info  # noqa: E402
+from buildtools.record import info_path, pure_arguments, record_pure  # noqa: E402
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 
@@ -306,7 +306,7 @@ def extension_arguments() -> dict:
             """Makes this the pure-Python package, and its wheel one for all machines."""
             if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
                 reason = "there was no C++ compiler"
-            info_path(self).write_text(pure_info(reason), encoding="utf-8")
+            record_pure(self, reason)
             self.extensions = self.distribution.ext_modules = []
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
             if wheel is not None:

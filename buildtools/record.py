@@ -17,14 +17,18 @@ def info_path(command: Command) -> Path:
     return (ROOT if in_place else Path(command.build_lib)) / "wnkernel" / "_build_info.py"
 
 
-def pure_info(why: str, asked: bool = False) -> str:
-    """The text of wnkernel/_build_info.py.
+def record_pure(command: Command, why: str, asked: bool = False) -> None:
+    """Says in a package why it has no compiled module.
 
     Args:
-        why: the reason why there is no compiled module.
-        asked: whether nobody has to be told, because it is not wanted.
+        command: what builds the package.
+        why: the reason.
+        asked: whether nobody has to be told, because no module is wanted.
     """
-    return f'"""Written by setup.py."""\n\nWHY_PURE = {why!r}\nIS_ON_REQUEST = {asked}\n'
+    path = info_path(command)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = f'"""Written by setup.py."""\n\nWHY_PURE = {why!r}\nIS_ON_REQUEST = {asked}\n'
+    path.write_text(text, encoding="utf-8")
 
 
 def pure_arguments(why: str, asked: bool = False) -> dict:
@@ -36,9 +40,7 @@ def pure_arguments(why: str, asked: bool = False) -> dict:
 
             def run(self) -> None:
                 super().run()
-                path = info_path(self)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(pure_info(why, asked), encoding="utf-8")
+                record_pure(self, why, asked)
 
         return Recording
 
