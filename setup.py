@@ -216,7 +216,7 @@ def extension_of(cuda: bool) -> Extension:
 def torch_missing() -> str:
     """Why torch cannot be imported; empty if it can."""
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
         add_installed()
         try:

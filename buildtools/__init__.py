@@ -1,1 +1,1 @@
-"""Steps of building and releasing that setup.py and the Makefile use. Nothing of it is installed."""
+"""Steps of building and releasing, for setup.py and the Makefile. Nothing of it is installed."""

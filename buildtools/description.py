@@ -1,4 +1,4 @@
-"""The README as the description of the package, which is shown where relative links lead nowhere."""
+"""The README as the description of the package, shown where relative links lead nowhere."""
 
 from __future__ import annotations
 

