@@ -33,7 +33,7 @@ if str(ROOT) not in sys.path:  # where installers run this script, it is not
 
 from buildtools import description, prebuilt  # noqa: E402
 from buildtools.environment import add_installed  # noqa: E402
-from buildtools.record import info_path, pure_arguments, record_pure  # noqa: E402
+from buildtools.record import EggInfo, info_path, pure_arguments, record_pure  # noqa: E402
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 
@@ -333,13 +333,13 @@ def about() -> dict:
     """Arguments of setup() that pyproject.toml cannot hold."""
     address = description.repository((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    local = os.environ.get("WNKERNEL_LOCAL_VERSION", "")
     return {
         "long_description": description.with_absolute_links(readme, address),
         "long_description_content_type": "text/markdown",
-        "options": {"egg_info": {"tag_build": f"+{local}"}} if local else {},
     }
 
 
 if __name__ == "__main__":
-    setup(**about(), **extension_arguments())
+    arguments = about() | extension_arguments()
+    arguments["cmdclass"]["egg_info"] = EggInfo
+    setup(**arguments)

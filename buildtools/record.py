@@ -1,12 +1,14 @@
-"""What a build says of itself in wnkernel/_build_info.py where it has no compiled module."""
+"""What a build says of itself: its version, and why it has no compiled module."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from setuptools import Command
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,3 +47,14 @@ def pure_arguments(why: str, asked: bool = False) -> dict:
         return Recording
 
     return {"cmdclass": {c.__name__: recording(c) for c in (build_py, build_ext)}}
+
+
+class EggInfo(egg_info):
+    """Appends what ``WNKERNEL_LOCAL_VERSION`` says to the version."""
+
+    command_name = "egg_info"
+
+    def finalize_options(self) -> None:
+        if local := os.environ.get("WNKERNEL_LOCAL_VERSION", ""):
+            self.tag_build = f"+{local}"  # the setup.cfg in an sdist says that there is none
+        super().finalize_options()

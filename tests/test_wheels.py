@@ -105,6 +105,8 @@ def test_what_becomes_of_a_link(markdown, expected):
 
 
 def test_a_local_version_is_that_of_the_wheel(checkout):
+    """In an sdist, too, which has a setup.cfg."""
+    (checkout / "setup.cfg").write_text("[egg_info]\ntag_build = \ntag_date = 0\n")
     setup(checkout, "bdist_wheel", WNKERNEL_BUILD="none", WNKERNEL_LOCAL_VERSION="cputorch2.6")
     (file,) = (checkout / "dist").iterdir()
     assert file.name == f"wnkernel-{__version__}+cputorch2.6-py3-none-any.whl"
