@@ -12,6 +12,7 @@
 #   where they cannot be looked up.
 # make wheel : builds one and tries it in a fresh environment.
 # make docs : builds the site of the documentation into build/site, and takes no warning.
+# make wheels : an sdist, a pure wheel and one for each of TORCHES, into dist/; docs/install.md.
 # make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
@@ -19,6 +20,7 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 JOBS ?= 2
 OUT ?= benchmarks/out/gpu
 CASES ?= 10000
+TORCHES ?= 2.6.0 2.7.1 2.8.0 2.9.1 2.10.0 2.11.0 2.12.1 2.13.0 2.14.1
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.11.0
 
@@ -33,8 +35,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := build/stamps/$(subst /,_,$(or $(strip $(VENV)),active))
 CPP := $(shell find csrc tests/simt tests/cpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build bench test test-matrix test-oldest sanitize coverage mutants fuzz audit wheel gpu-check \
-  cuda-build-check docs lint format clean
+.PHONY: build bench test test-matrix test-oldest sanitize coverage mutants fuzz audit wheel wheels \
+  gpu-check cuda-build-check docs lint format clean
 
 # torch first: the compiled module is built against the one that is there. Of the models that tests
 # build, two come from packages whose dependencies they do not need, torchaudio among them.
@@ -43,7 +45,8 @@ $(STAMP): pyproject.toml
 	$(if $(BIN),$(PYTHON) -m venv $(VENV))
 	$(PY) -c 'import torch' 2>/dev/null || $(PIP) install -q $(TORCH)
 	$(PIP) install -q 'setuptools>=77' ninja pybind11
-	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation -e '.[audit,bench,coverage,docs,lint,matrix,test]'
+	WNKERNEL_BUILD=none $(PIP) install -q --no-build-isolation \
+	  -e '.[audit,bench,coverage,docs,lint,matrix,release,test]'
 	$(PIP) install -q --no-deps encodec einops ChatTTS
 	@touch $@
 
@@ -79,6 +82,10 @@ wheel: $(STAMP)
 	rm -rf dist
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
 	$(PY) -m tests.wheel dist/*.whl
+
+wheels: $(STAMP)
+	rm -rf dist
+	$(PY) -m buildtools.wheels dist --torch $(TORCHES)
 
 # A leg whose Python is not there is skipped. The table is of all legs that were ever run.
 test-matrix: $(STAMP)

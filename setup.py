@@ -11,6 +11,9 @@ WNKERNEL_INSTRUMENT=thread    with ThreadSanitizer: to be run as tests/instrumen
 WNKERNEL_INSTRUMENT=coverage  with counts of what runs, for gcov; without it, as fast as can be
 
 TORCH_CUDA_ARCH_LIST says for which GPUs; without it, those of this machine, or else COMMON_GPUS.
+
+WNKERNEL_WHEELS=folder or URL    take the compiled module out of a wheel there, if one fits
+WNKERNEL_LOCAL_VERSION=text      follows a + in the version; `make wheels` names torch there
 """
 
 import os
@@ -19,12 +22,19 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-BUILD_INFO = ROOT / "wnkernel" / "_build_info.py"
+if str(ROOT) not in sys.path:  # where installers run this script, it is not
+    sys.path.insert(0, str(ROOT))
+
+from buildtools import description, prebuilt  # noqa: E402
+from buildtools.environment import add_installed  # noqa: E402
+from buildtools.record import EggInfo, info_path, pure_arguments, record_pure  # noqa: E402
+
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 
 
@@ -203,8 +213,21 @@ def extension_of(cuda: bool) -> Extension:
     )
 
 
+def torch_missing() -> str:
+    """Why torch cannot be imported; empty if it can."""
+    try:
+        import torch
+    except ImportError:
+        add_installed()
+        try:
+            import torch  # noqa: F401
+        except Exception as error:
+            return str(error)
+    return ""
+
+
 def build_info(cuda: bool) -> str:
-    """What wnkernel/_build_info.py says."""
+    """What wnkernel/_build_info.py says of a module that was built."""
     import torch
 
     return (
@@ -215,25 +238,23 @@ def build_info(cuda: bool) -> str:
 
 
 def extension_arguments() -> dict:
-    """Arguments of setup() that build wnkernel._C; empty for a pure-Python package."""
+    """Arguments of setup() that build wnkernel._C, or record why it is not built."""
     mode = wanted()
     if mode == "none":
         if BUILD_COMMANDS & set(sys.argv):
-            BUILD_INFO.unlink(missing_ok=True)
             plain_line("WNKERNEL_BUILD=none, so this is the pure-Python package")
-        return {}
+        return pure_arguments("WNKERNEL_BUILD=none", asked=True)
     # torch looks for ninja on PATH only, and a virtual environment need not be active.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
-    try:
-        import torch
-    except ImportError as error:
+    if error := torch_missing():
         if mode != "auto":
-            raise SystemExit(f"WNKERNEL_BUILD={mode} needs torch at build time: {error}") from error
+            raise SystemExit(f"WNKERNEL_BUILD={mode} needs torch at build time: {error}")
         plain_line(
             "torch is not installed here, so this is the pure-Python package; for compiled kernels "
             "install torch first and use: pip install --no-build-isolation"
         )
-        return {}
+        return pure_arguments("the build found no torch")
+    import torch
 
     why_no_cuda = no_cuda() if mode != "cpu" else "WNKERNEL_BUILD=cpu"
     from torch.utils.cpp_extension import BuildExtension  # reads CUDA_HOME
@@ -246,6 +267,8 @@ def extension_arguments() -> dict:
 
     class Build(BuildExtension):
         def run(self) -> None:
+            if self._found_prebuilt():
+                return
             attempts = [False] if why_no_cuda else [True] if mode == "cuda" else [True, False]
             for cuda in attempts:
                 if cuda is not attempts[0]:
@@ -260,7 +283,34 @@ def extension_arguments() -> dict:
                     what = "CUDA kernels" if cuda else "compiled kernels"
                     rest = "trying without" if cuda else "the pure-Python package works without"
                     plain_line(f"{what} were not built ({reason}); {rest} them")
-            self.extensions = []
+            self._do_without(reason)
+
+        def _found_prebuilt(self) -> bool:
+            """Whether there was a wheel to take the module out of."""
+            base = os.environ.get("WNKERNEL_WHEELS", "")
+            if not base or instrument():
+                return False
+            version = self.distribution.get_version().partition("+")[0]
+            kinds = ["cpu"] if mode == "cpu" else prebuilt.kinds(not why_no_cuda)
+            kinds = kinds[:1] if mode == "cuda" else kinds
+            names = prebuilt.names(version, kinds)
+            try:
+                found = prebuilt.look_up(base, names, info_path(self).parents[1])
+            except (OSError, zipfile.BadZipFile) as error:
+                plain_line(f"{base} cannot be used ({error})")
+                return False
+            plain_line(f"taken from {found}" if found else f"{base} has no wheel for this torch")
+            return bool(found)
+
+        def _do_without(self, reason: str) -> None:
+            """Makes this the pure-Python package, and its wheel one for all machines."""
+            if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+                reason = "there was no C++ compiler"
+            record_pure(self, reason)
+            self.extensions = self.distribution.ext_modules = []
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if wheel is not None:
+                wheel.root_is_pure = True
 
         def _computed(self) -> dict:
             """What setuptools has added to the extension."""
@@ -269,8 +319,7 @@ def extension_arguments() -> dict:
         def _build(self, cuda: bool) -> None:
             # A module built for something else is out of date however new its sources are.
             info = build_info(cuda)
-            # build_py may have copied another one there.
-            path = (ROOT if self.inplace else Path(self.build_lib)) / "wnkernel" / BUILD_INFO.name
+            path = info_path(self)  # build_py may have copied another one there
             there = path.read_text(encoding="utf-8") if path.exists() else ""
             self.force = self.force or info != there
             path.unlink(missing_ok=True)
@@ -280,5 +329,17 @@ def extension_arguments() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
+def about() -> dict:
+    """Arguments of setup() that pyproject.toml cannot hold."""
+    address = description.repository((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return {
+        "long_description": description.with_absolute_links(readme, address),
+        "long_description_content_type": "text/markdown",
+    }
+
+
 if __name__ == "__main__":
-    setup(**extension_arguments())
+    arguments = about() | extension_arguments()
+    arguments["cmdclass"]["egg_info"] = EggInfo
+    setup(**arguments)

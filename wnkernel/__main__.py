@@ -2,12 +2,18 @@
 JSON, whatever is installed."""
 
 import json
+import os
 import sys
 
 from . import info
 from .cli import main
+from .cli.errors import NOBODY_READS
 
 if len(sys.argv) > 1:
     main()
 else:
-    print(json.dumps(info(), indent=2))
+    try:
+        print(json.dumps(info(), indent=2), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        sys.exit(NOBODY_READS)

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from . import native
+from . import installation, native
 from ._version import __version__
 from ._versions import limits
 from .backends import BACKENDS, choice
@@ -23,12 +23,15 @@ class Info(TypedDict):
     limits: list[str]
     """What this torch cannot do."""
     threads: int
-    """How many threads of the CPU torch uses."""
+    """How many threads the CPU kernels may use, which is how many torch uses."""
     compiled: dict[str, Any] | None
     """What the compiled module was built with (torch, compiler, devices), the instruction set in
     use; or None."""
     load_error: str
     """Why the compiled module is not loaded; empty when it is."""
+    build_command: str
+    """The command that would build and install it for this torch; empty where it is loaded or this
+    torch was not tried."""
     backends: dict[str, list[str]]
     """For every backend, in the order of the automatic choice, the reasons why it cannot run here
     (empty: it can)."""
@@ -56,6 +59,7 @@ def info() -> Info:
         "threads": torch.get_num_threads(),
         "compiled": native.BUILD_INFO or None,
         "load_error": native.load_error(),
+        "build_command": installation.command() if native.can_be_built() else "",
         "backends": {name: backend.missing() for name, backend in BACKENDS.items()},
         "cpu": native.MACHINE or None,
         "cpu_buffers": native.cpu_buffers(),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _versions, compiled_graphs
+from . import _versions, compiled_graphs, installation
 from .problem import Problem, check, check_backward, check_forward, is_dense
 
 
@@ -24,10 +24,12 @@ def _load() -> tuple[Any, dict[str, Any], str]:
     try:
         from ._build_info import CUDA_ARCHITECTURES, CUDA_VERSION, TORCH_VERSION
     except ImportError:
-        return None, {}, "wnkernel._C is not built (a pure-Python install)"
+        return None, {}, installation.why_not_built()
     if _versions.release(TORCH_VERSION) != _versions.release(torch.__version__):
         here = torch.__version__
-        return None, {}, f"wnkernel._C was built for torch {TORCH_VERSION}, this is torch {here}"
+        reason = f"wnkernel._C was built for torch {TORCH_VERSION}, this is torch {here}"
+        installation.tell(reason)
+        return None, {}, reason
     try:
         from . import _C  # type: ignore[attr-defined]  # it is compiled
     except ImportError as error:
@@ -93,6 +95,11 @@ def cuda_reason(device: torch.device) -> str:
 def load_error() -> str:
     """One line on why ``wnkernel._C`` is not loaded; empty when it is."""
     return _LOAD_ERROR
+
+
+def can_be_built() -> bool:
+    """Whether ``wnkernel._C`` is not loaded, and another installation might have it."""
+    return _C is None and not _versions.untried()
 
 
 def _fake_like(v: Tensor, dtype: torch.dtype) -> Tensor:

@@ -172,6 +172,8 @@ def test_unknown_name_in_the_environment():
 
 
 WITHOUT_MODULE = "import sys; sys.modules['wnkernel._C'] = None\n"
+QUIETLY = "-W", "ignore::UserWarning:wnkernel"
+"""Without the line of tests/test_installation.py."""
 
 
 def test_environment_variable_that_cannot_run():
@@ -193,7 +195,7 @@ layer(torch.ones(2, 3)).sum().backward()
 assert all(p.grad is not None for p in layer.parameters())
 print(json.dumps([native.loaded(), native.load_error(), wnkernel.info()]))
 """
-    result = python("-c", WITHOUT_MODULE + code)
+    result = python(*QUIETLY, "-c", WITHOUT_MODULE + code)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     loaded, error, info = json.loads(result.stdout)

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.compiler import assume_constant_result
 
+from .. import installation, native
 from .base import Backend
 from .compiled import CompiledBackend
 from .eager import EagerBackend
@@ -97,4 +99,15 @@ def choose(v: Tensor) -> Backend:
             why = "; ".join(backend.reasons(v))
             raise RuntimeError(f"backend {backend.name!r} was asked for and cannot run: {why}")
         return backend
-    return next(b for b in BACKENDS.values() if b.is_automatic(v) and b.takes(v))
+    backend = next(b for b in BACKENDS.values() if b.is_automatic(v) and b.takes(v))
+    if backend.name == "eager":
+        _tell_of_kernels(v.device.type)
+    return backend
+
+
+@assume_constant_result  # a compiler that traces this has it done while it traces
+def _tell_of_kernels(device: str) -> None:
+    """Say once how kernels for a device can be had, where the eager backend does without."""
+    has_kernels = device == "cpu" or (device == "cuda" and torch.version.hip is None)
+    if has_kernels and native.can_be_built():
+        installation.tell(native.load_error())

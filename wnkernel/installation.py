@@ -1,0 +1,77 @@
+"""What to do about a package without its compiled module: one line, once per process.
+
+It is said at import where the module was built for another torch, and where the eager backend is
+first used otherwise. Who asked for pure Python, with ``WNKERNEL_BUILD=none``, hears nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import warnings
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.parse import unquote
+
+try:
+    from ._build_info import IS_ON_REQUEST, WHY_PURE
+except ImportError:  # the module was built, or nothing was
+    IS_ON_REQUEST, WHY_PURE = False, ""
+
+PACKAGE = Path(__file__).resolve().parent
+BUILD_TOOLS = ("setuptools>=77", "ninja", "pybind11")
+
+_told = False
+
+
+def why_not_built() -> str:
+    """What the build recorded, as a reason why ``wnkernel._C`` is not there."""
+    return f"wnkernel._C is not built (a pure-Python install{WHY_PURE and f': {WHY_PURE}'})"
+
+
+def command() -> str:
+    """The command that builds ``wnkernel._C`` for the torch that is here, and installs it."""
+    try:
+        found = distribution("wnkernel")
+        by_uv = (found.read_text("INSTALLER") or "").strip() == "uv"
+    except PackageNotFoundError:
+        found, by_uv = None, False
+    if (PACKAGE.parent / "setup.py").exists():  # a checkout, or an editable install of one
+        source = ["-e", str(PACKAGE.parent)]
+    else:
+        source = [_source(found)]
+    if not by_uv:
+        return shlex.join(
+            ["pip", "install", "--no-deps", "--force-reinstall", "--no-cache-dir", *source]
+        )
+    # uv builds in isolation without a look at the torch that is installed.
+    tools = shlex.join(["uv", "pip", "install", *BUILD_TOOLS])
+    options = ["--no-build-isolation", "--no-deps", "--no-cache", "--reinstall"]
+    return f"{tools} && {shlex.join(['uv', 'pip', 'install', *options, *source])}"
+
+
+def _source(found: Distribution | None) -> str:
+    """Where the package was installed from, as installers take it: a folder, a URL or a name."""
+    record = json.loads((found and found.read_text("direct_url.json")) or "{}")
+    url = record.get("url", "")
+    if vcs := record.get("vcs_info"):
+        return f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    if not url or url.endswith(".whl"):
+        return "wnkernel"
+    return unquote(url.removeprefix("file://")) if "dir_info" in record else url
+
+
+def tell(reason: str) -> None:
+    """Warn that kernels could be had, unless that was said before or they are not wanted."""
+    global _told
+    if _told or IS_ON_REQUEST:
+        return
+    _told = True
+    # No line of source code is printed below it, as that of a caller would be.
+    warnings.warn_explicit(
+        f"{reason}; for compiled kernels: {command()}",
+        UserWarning,
+        str(PACKAGE / "__init__.py"),
+        0,
+        module="wnkernel",
+    )
