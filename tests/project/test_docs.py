@@ -151,3 +151,19 @@ def test_links_lead_somewhere(page: str) -> None:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
             assert anchor in anchors, link
+
+
+def test_the_structure_names_every_file() -> None:
+    text = text_of("CONTRIBUTING.md")
+    tree = text[text.index("## Structure") : text.index("Two things are written")]
+    sources = [p for folder in ("csrc", "wnkernel") for p in (ROOT / folder).rglob("*.*")]
+    kinds = {".py", ".cpp", ".h", ".cu", ".cuh"}
+    files = [p for p in sources if p.suffix in kinds and not p.name.startswith(("__", "types_"))]
+    assert len(files) > 100
+    missing = [
+        p.relative_to(ROOT).as_posix()
+        for p in files
+        if p.name != "_build_info.py"
+        and not re.search(rf"(?<!\w){re.escape(p.name)}|(?<!\w){p.stem}\.cpp, \{p.suffix}\b", tree)
+    ]
+    assert not missing
