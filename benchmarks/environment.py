@@ -109,8 +109,9 @@ def version_of(*distributions: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit's short hash, with ``+`` if the tree has changes. Outside a git checkout
-    it is the environment variable ``WNKERNEL_COMMIT``, or else ``sources`` and :func:`sources_hash`."""
+    """Return the commit's short hash, with ``+`` if the tree has changes. Outside a git checkout it
+    is the environment variable ``WNKERNEL_COMMIT``, or else ``sources`` and a :func:`sources_hash`.
+    """
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
