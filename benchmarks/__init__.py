@@ -1,1 +1,1 @@
-"""What wnkernel costs beside PyTorch's weight norms; ``python -m benchmarks --help``."""
+"""Measures what wnkernel costs beside PyTorch's weight norms: ``python -m benchmarks --help``."""

@@ -1,4 +1,4 @@
-"""The command line: choose the jobs, run them under one progress bar, report."""
+"""The command line: it chooses the jobs, runs them under one progress bar and reports."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main(
     Everything runs interleaved: single weights and torch.compile in one process, grouped weight
     norms with a process for each contender. Medians with 20th and 80th percentiles.
     """
-    # pandas and matplotlib; the processes of contenders import this file and do without
+    # These import pandas and matplotlib, which the processes of contenders do without.
     from . import report, summary
     from .against import compare, print_comparison, read_earlier, to_repeat
 
@@ -81,7 +81,7 @@ def main(
         summary.print_losses(console, results)
         report.print_results(console, results)
         summary.print_summary(console, results)
-    for note in notes:  # last, where they are seen
+    for note in notes:  # notes come last, where they are seen
         console.print(note, markup=False)
     if not results:
         console.print("Nothing was measured.")
@@ -117,7 +117,7 @@ def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -
         Case.GAN: gan.jobs,
         Case.MEMORY: gan.memory_jobs,
         Case.MODELS: models.jobs,
-        Case.COMPILE: compiled_jobs,  # last, for the compiler leaves processes and caches behind
+        Case.COMPILE: compiled_jobs,  # last: the compiler leaves processes and caches
     }
     if Case.MEMORY in wanted and not gan.can_measure():
         notes.append("Peak memory skipped: this system does not tell that of a process.")
@@ -131,12 +131,13 @@ def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -
 def _run(
     console: Console, jobs: list[Job], limit_s: float | None, notes: list[str]
 ) -> list[list[Result]]:
-    """What each job gave, up to the one for which there was no time."""
+    """Run the jobs until no time is left, and return the results of each job."""
     deadline = float("inf") if limit_s is None else time.perf_counter() + limit_s
     results: list[list[Result]] = []
     text = TextColumn("{task.description:<36}")
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # refreshed between jobs only: a refreshing thread would take its share of what is timed
+    # Only the turns between jobs refresh: a refreshing thread would take its share of the timed
+    # CPU.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(jobs))
         for i, job in enumerate(jobs):

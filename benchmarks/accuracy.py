@@ -1,9 +1,9 @@
-"""Errors of ours and of torch's results, in ulps: ``python -m benchmarks.accuracy``.
+"""Measures the errors of wnkernel's and torch's results in ulps: ``python -m benchmarks.accuracy``.
 
-Not timed. An ulp is the dtype's eps times the scale of a row: the largest sum of the magnitudes of
-what a number is a sum of; of a long sum that is the root of its squares' sum. The oracle is the
-formula in numpy's longdouble, 80 bits on x86, second derivatives too; torch's autograd of its fused
-operator is one of those compared, never the reference.
+Nothing is timed. An ulp is the dtype's eps times the scale of a row. The scale is the largest sum
+of the magnitudes of the terms of a result; for long sums it is the root of the sum of their
+squares. The oracle is the formula in numpy's longdouble (80 bits on x86), for second derivatives,
+too. torch's autograd of its fused operator is one of the contenders, never the reference.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PAGE = ROOT / "docs" / "reliability.md"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (7, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 ELEMENTS, MOST_ROWS = 20_000_000, 512
-"""As many rows as have so many elements together, two at least and MOST_ROWS at most: of few rows
-the largest error is a matter of chance."""
+"""So many rows are measured that they have ELEMENTS elements together, at least two and at most
+MOST_ROWS rows: with few rows the largest error is a matter of chance."""
 MARKS = "<!-- accuracy -->", "<!-- /accuracy -->"
 CONTENDERS = {OURS: F.weight_norm, TORCH: torch._weight_norm}
 RESULT_NAMES = ("w", "grad_v", "grad_g", "second, grad_w", "second, v", "second, g")
-"""The last three: the gradient of <a, grad_v> + <b, grad_g> by each of the three."""
+"""The last three are the gradients of <a, grad_v> + <b, grad_g> with respect to grad_w, v and g."""
 
 Wide = np.longdouble
 IS_WIDE = np.finfo(Wide).eps < np.finfo(np.float64).eps
@@ -76,7 +76,7 @@ def main(
 
 
 def measured(dtype: torch.dtype, dim: int, length: int, where: Environment) -> Iterator[Error]:
-    """Both contenders on rows of one length: lines of memory, or columns."""
+    """Measure both contenders on rows of one length, which are lines of memory or columns."""
     rows = min(max(2, ELEMENTS // length), MOST_ROWS)
     random = torch.Generator().manual_seed(length)
     sizes = length, 1, length, length, 1
@@ -100,7 +100,7 @@ def measured(dtype: torch.dtype, dim: int, length: int, where: Environment) -> I
 def results(
     f: Callable[[Tensor, Tensor, int], Tensor], inputs: list[Tensor], dim: int, where: Environment
 ) -> list[Tensor]:
-    """What a contender gives, rows first; of rows that are columns of memory for dim 1."""
+    """Return the results of a contender, rows first. For dim 1 its rows are columns of memory."""
 
     def turned(t: Tensor) -> Tensor:
         return t.T.contiguous() if dim else t
@@ -116,7 +116,7 @@ def results(
 def exact(
     v: np.ndarray, g: np.ndarray, grad_w: np.ndarray, a: np.ndarray, b: np.ndarray
 ) -> dict[str, tuple[np.ndarray, float]]:
-    """Of one row: every result, and its scale. The formulas are those of ``wnkernel.composed``."""
+    """Return every result of one row with its scale, by the formulas of ``wnkernel.composed``."""
     n = np.sqrt((v * v).sum())
     u, c = v / n, g / n
     s, p = (grad_w * u).sum(), (a * u).sum()
@@ -134,13 +134,14 @@ def exact(
 
 
 def worst(errors: list[Error]) -> pd.DataFrame:
-    """The largest errors of each contender, of rows and columns, by dtype, result and length."""
+    """Return the largest errors of each contender over rows and columns, by dtype, result and
+    length."""
     by = ["dtype", "result", "row_length", "contender"]
     return pd.DataFrame(errors).groupby(by, sort=False).largest_ulps.max().unstack()
 
 
 def table(errors: list[Error]) -> str:
-    """In Markdown: ours / torch's."""
+    """Return the errors as a table in Markdown, with cells "ours / torch's"."""
     found = worst(errors).map(lambda x: f"{x:.2g}" if x < 1000 else f"{x:.0e}")
     cells = (found[OURS] + " / " + found[TORCH]).unstack()
     cells = cells.reindex(found.index.droplevel("row_length").unique())[sorted(cells)]
@@ -150,7 +151,7 @@ def table(errors: list[Error]) -> str:
 
 
 def worse(errors: list[Error]) -> list[str]:
-    """Where ours are further off than torch's by more than the rounding of a result."""
+    """Return the places where our error exceeds torch's by more than the rounding of a result."""
     found = worst(errors)
     return [
         f"{', '.join(map(str, key))}: {of[OURS]:.3g} ulps, torch's are {of[TORCH]:.3g}"
@@ -159,7 +160,7 @@ def worse(errors: list[Error]) -> list[str]:
 
 
 def between_marks(page: str, text: str) -> str:
-    """The page with this text between its marks; as it is, if it has none."""
+    """Return the page with this text between its marks; a page without marks stays unchanged."""
     begin, end = MARKS
     before, mark, rest = page.partition(f"{begin}\n")
     return f"{before}{mark}{text}\n{end}{rest.partition(end)[2]}" if mark else page

@@ -1,21 +1,22 @@
-"""``--against``: ratios to torch beside those of an earlier run, and what got worse.
+"""``--against``: compares ratios to torch with those of an earlier run, and finds what got worse.
 
-Milliseconds of two runs are those of two states of a machine. The contenders of a measurement took
-turns, so that their ratio can be held against an earlier one. What moves it when nothing changed:
+Milliseconds of two runs describe two states of a machine. But the contenders of one measurement
+took turns, so their ratio can be compared with an earlier one. A ratio also moves if nothing
+changed:
 
-- Samples spread. The standard error of a median is 1.2533 sigma / sqrt(n); sigma is taken from the
-  20th and 80th percentiles, and the variances of both contenders in both runs add up.
-- Rounds of a measurement are no independent samples: neighbours resemble each other, and tensors
-  lie where they lie. No spread shows that. So when something looks worse, every eighth job of its
-  case is run again. Nothing changed in between; what 80 % of those ratios stay within gives the
-  floor of the case. It is never less than 1 % a run, for what differs between processes only.
-- Memory is fresh for torch in some runs and not in others, and costs up to five times. Where the
-  page faults of torch differ by as much as 5 % of its time, the ratio is set aside.
+- Samples spread. The standard error of a median is 1.2533 sigma / sqrt(n). Sigma comes from the
+  20th and 80th percentiles; the variances of both contenders in both runs add up.
+- Rounds of a measurement are not independent: neighbours resemble each other, and tensors keep
+  their addresses. No spread shows that. So if something looks worse, every eighth job of its case
+  runs again. Nothing changed in between, so the range of 80 % of these ratios is the noise floor of
+  the case. The floor is at least 1 % per run, for differences between processes.
+- Memory is fresh for torch in some runs only, and then costs up to five times as much. If the page
+  faults of torch differ by 5 % of its time or more, the ratio is left out.
 
-Worse is what lost more than three times its noise, and as much again when it was run once more: a
-burst of other work does not come back. A loss that is too small for a single ratio shows in groups,
-which are not run again: the median change of many is known better than that of one. Peaks of memory
-are not compared, for they have no spread.
+A ratio is worse if it lost more than three times its noise, and as much again when its job ran once
+more, because bursts of other work do not repeat. A loss that is too small for a single ratio shows
+in groups, which do not run again: the median change of many ratios is more certain than one change.
+Peaks of memory are not compared, because they have no spread.
 """
 
 from __future__ import annotations
@@ -38,30 +39,30 @@ from .results import Result, read_csv
 SURE = 3.0  # Times the noise.
 MEDIAN_ERROR = 1.2533  # Standard error of a median, in those of a mean.
 PERCENTILE_80, WITHIN_80 = 0.8416, 1.2816
-"""Of a normal distribution, in sigma: the 80th percentile, and what 80 of 100 are within."""
+"""The 80th percentile of a normal distribution, and the bound of its middle 80 %, both in sigma."""
 
 LEAST_FLOOR = 0.01
 SAMPLE_EVERY = 8
-GROUP = 8  # Ratios that are enough for a group.
+GROUP = 8  # The number of ratios that makes a group.
 FAULT_MS, OTHER_MEMORY = 0.5e-3, 0.05
-"""What a page fault takes, with clearing the page, and the share of torch's time that counts."""
+"""The time of a page fault, which clears the page, and the share of torch's time that counts."""
 
 KEY = ["case", "phase", "contender", "dtype", "shape", "dim", "label"]  # The cells of the table.
 SUBJECT = [name for name in KEY if name != "contender"]
 
 
 class Change(NamedTuple):
-    """From one run to the other."""
+    """The change of one ratio from the earlier run to this one."""
 
     about: tuple[str, ...]  # Cells of the table.
     then: float
     now: float
-    noise: float  # Standard deviation of the logarithm of their quotient.
+    noise: float  # Standard deviation of the logarithm of now / then.
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out."""
+    """The result of a comparison."""
 
     worse: list[Change]
     better: int
@@ -72,15 +73,15 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared, and nothing of it is worse."""
+        """Whether something was compared and nothing is worse."""
         return self.compared > 0 and not self.worse
 
 
 def read_earlier(path: Path, cases: Collection[str]) -> list[Result]:
-    """The rows of a file, or of all CSV files of a folder, that belong to some cases.
+    """Read the rows of some cases from a CSV file, or from all CSV files of a folder.
 
     Raises:
-        ValueError: they cannot be read, or have nothing to compare with.
+        ValueError: if they cannot be read, or no row can be compared.
     """
     rows: list[Result] = []
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
@@ -94,17 +95,18 @@ def read_earlier(path: Path, cases: Collection[str]) -> list[Result]:
 
 
 def ratios(jobs: Iterable[Sequence[Result]]) -> pd.DataFrame:
-    """How many times as fast as torch ours were, by :data:`KEY`: the last where there are two.
+    """Return how many times as fast as torch ours were, by :data:`KEY`; of equal keys the last
+    counts.
 
-    The variance is that of the logarithm, as far as spreads show it; ``job`` is the place of the
-    job, ``torch_ms`` and ``torch_faults`` are torch's.
+    ``variance`` is that of the logarithm, as far as spreads show it. ``job`` is the number of the
+    job. ``torch_ms`` and ``torch_faults`` belong to torch.
     """
     rows = [vars(r) | {"job": i} for i, found in enumerate(jobs) for r in found if _is_timed(r)]
     frame = pd.DataFrame(rows, columns=[*Result.__dataclass_fields__, "job"])
     frame = frame.drop_duplicates(KEY, keep="last")
     numbers = frame[["p20_ms", "p80_ms", "rounds"]].astype(float)
     sigma = np.log(numbers.p80_ms / numbers.p20_ms) / (2 * PERCENTILE_80)
-    # the percentiles of few rounds are too close together; two rounds less make up for it
+    # The percentiles of few rounds are too close together; two rounds less make up for this.
     frame["variance"] = (MEDIAN_ERROR * sigma) ** 2 / (numbers.rounds - 2).clip(lower=1)
     torchs = frame[frame.contender == TORCH].set_index(SUBJECT)
     torchs = torchs[["median_ms", "faults", "variance"]].add_prefix("torch_")
@@ -119,8 +121,8 @@ def _is_timed(r: Result) -> bool:
 
 
 def _both(then: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What two runs have in common: what can be compared, and where torch paid for fresh memory in
-    one of them (files may not tell)."""
+    """Return the ratios that two runs have in common and that can be compared, and those for which
+    torch paid for fresh memory in one of the runs. (Old files may not tell.)"""
     both = then.add_suffix("_then").join(now.add_suffix("_now"), how="inner")
     both = both.rename(columns={"ratio_to_torch_then": "then", "ratio_to_torch_now": "now"})
     both["log"] = np.log(both.now / both.then)
@@ -136,9 +138,8 @@ def _noise(both: pd.DataFrame, floors: Mapping[str, float]) -> pd.Series:
 
 
 def to_repeat(earlier: Sequence[Result], measured: Sequence[Sequence[Result]]) -> list[int]:
-    """Which jobs to run again, by what each gave: those in which something looks worse, and a
-    sample of their cases.
-    """
+    """Return which jobs to run again: those in which something looks worse, and a sample of their
+    cases."""
     both, _ = _both(ratios([earlier]), ratios(measured))
     suspicious = set(map(int, both.job_now[both.log < -SURE * _noise(both, {})]))
     cases = {measured[i][0].case for i in suspicious}
@@ -150,9 +151,8 @@ def compare(
     measured: Sequence[Sequence[Result]],
     repeated: Mapping[int, Sequence[Result]],
 ) -> Comparison:
-    """Hold what each job gave against an earlier run, with what some of them, by their place, gave
-    the second time.
-    """
+    """Compare the results of each job with an earlier run. ``repeated`` has the results of the jobs
+    that ran a second time, by their number."""
     then, now, floors = ratios([earlier]), ratios(measured), _floors(measured, repeated)
     found, aside = _both(then, now)
     found["noise"] = _noise(found, floors)
@@ -173,7 +173,7 @@ def compare(
 
 
 def _groups(found: pd.DataFrame) -> Iterable[Change]:
-    """Groups that are worse together."""
+    """Return the groups of ratios that are worse together."""
     by = ["case", "phase", "contender", "dtype", "kind_now"]
     for (*about, kind), group in found.groupby(by, sort=False):
         n, log = len(group), float(group.log.median())
@@ -185,7 +185,7 @@ def _groups(found: pd.DataFrame) -> Iterable[Change]:
 
 
 def _sample(measured: Sequence[Sequence[Result]]) -> list[int]:
-    """Some jobs of every case."""
+    """Return the numbers of some jobs of every case."""
     by_case: dict[str, list[int]] = {}
     for i, rows in enumerate(measured):
         if rows:
@@ -196,7 +196,8 @@ def _sample(measured: Sequence[Sequence[Result]]) -> list[int]:
 def _floors(
     measured: Sequence[Sequence[Result]], repeated: Mapping[int, Sequence[Result]]
 ) -> dict[str, float]:
-    """How far ratios move by themselves: of each case that was sampled, by its sample alone."""
+    """Return the noise floor of each sampled case: how far the ratios of its sample moved by
+    themselves."""
     sampled = [i for i in _sample(measured) if i in repeated]
     both, _ = _both(ratios(measured[i] for i in sampled), ratios(repeated[i] for i in sampled))
     moves = both.log.abs().groupby(level="case").quantile(0.8)
@@ -206,7 +207,7 @@ def _floors(
 def print_comparison(
     console: Console, comparison: Comparison, earlier: Sequence[Result], here: Result, path: Path
 ) -> None:
-    """What it was compared with, what is worse, and how much there was to compare."""
+    """Print what was compared with which run, what is worse, and how much could be compared."""
     others = [
         f"{field} {', '.join(sorted(values - {str(getattr(here, field))}))}"
         for field in ("device", "torch", "backend", "threads")

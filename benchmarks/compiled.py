@@ -1,9 +1,9 @@
-"""Case "compile": torch.compile as a contender, on single weights and on all weights of a model,
-on one thread and on all.
+"""Case "compile": torch.compile as a contender on single weights and on all weights of a model, on
+one thread and on all.
 
-Only the weight norm is compiled, with ``fullgraph``; a model's other operators would hide it. How
-much of a training step that is, is measured on whole models, beside the same models with folded
-weights.
+Only the weight norm is compiled, with ``fullgraph``, because a model's other operators would hide
+it. Training steps of whole models show the share of the weight norm; the same models with folded
+weights run beside them.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ SHAPES = (
     ((512, 256, 16), 0),
     ((4096, 4096), None),
 )
-"""A taste of every memory pattern; the first few in a default run, for each has to be compiled."""
+"""Samples of every memory pattern. A default run takes the first few, because each must be
+compiled."""
 
 FAILED = "torch._inductor.exc.InductorError"
-"""What a traceback says where a compiler fails: there is none for C++ at run time, most often."""
+"""A traceback contains this if a compiler fails; mostly no C++ compiler is installed at run time.
+"""
 
 Report = Callable[[str], None]
 
 
 def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
-    """One job per weight, one per model and number of threads, one per model that is trained."""
+    """Make a job per weight, one per model and number of threads, and one per model to train."""
     by_key = {(c.shape, c.dim): c for c in grid()}
     work: list[tuple[str, Callable[[], list[Result]]]] = [
         (f"{by_key[key]}", functools.partial(run_layer, by_key[key], plan, where))
@@ -68,11 +70,11 @@ def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
 
 
 def _if_compilable(run: Callable[[], list[Result]], report: Report) -> list[Result]:
-    from torch._dynamo.exc import BackendCompilerFailed  # drags in the compiler's whole package
+    from torch._dynamo.exc import BackendCompilerFailed  # it imports the compiler's whole package
 
     try:
         return freed(run())
-    except RuntimeError as error:  # of a process of its own, a traceback
+    except RuntimeError as error:  # from a process of its own it is a traceback
         lines = [x for x in str(error).strip().splitlines() if FAILED in x]
         if not lines and not isinstance(error, BackendCompilerFailed):
             raise
@@ -83,7 +85,7 @@ def _if_compilable(run: Callable[[], list[Result]], report: Report) -> list[Resu
 
 
 def run_layer(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:
-    """One weight: eager and compiled, ours and torch's, in the same rounds."""
+    """Time one weight: ours and torch's, eager and compiled, in the same rounds."""
     torch._dynamo.reset()
     t = tensors(case, torch.float32, where.device)
     contenders = operators(case.dim)
@@ -101,14 +103,14 @@ def run_layer(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:
 
 
 def run_model(name: str, plan: Plan, where: Environment) -> list[Result]:
-    """All weights of a model, computed in all ways, each in a process of its own."""
+    """Time all weights of a model in every way, each way in a process of its own."""
     label = f"{name}, {where.threads} thread{'s' if where.threads > 1 else ''}"
     budget_s = plan.compile_model_budget_s
     return fused.compare("compile", label, weight_list(name), budget_s, where)
 
 
 def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
-    """Training steps of a whole model, whose forward is eager or one graph, in the same rounds."""
+    """Time training steps of a model with an eager or compiled forward, in the same rounds."""
     torch._dynamo.reset()
     original = stripped(build(name, where.device))
     x = model_input(name, where.device)
@@ -130,9 +132,8 @@ def run_steps(name: str, plan: Plan, where: Environment) -> list[Result]:
 def _check_steps(
     name: str, forwards: Mapping[str, Callable[[], Tensor]], models: Mapping[str, Normed]
 ) -> None:
-    """Check the output and the gradients of every model against those of the first that has such,
-    with the graphs that are timed: without gradients a compiler would make others.
-    """
+    """Check the output and the gradients of every model against those of the first model that has
+    gradients. It uses the graphs that are timed: without gradients a compiler would make others."""
     first: dict[str, Tensor] = {}
     for who, forward in forwards.items():
         every = models[who].parameters

@@ -1,4 +1,4 @@
-"""The contenders: what each is called, and how it computes weights."""
+"""The contenders: their names, and how they compute weights."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .shapes import LayerCase
 
 OURS = "wnkernel"
 TORCH = "torch"
-"""torch's own weight norm: the operator, or the parametrization where a layer is meant."""
+"""torch's own weight norm: the operator, or the parametrization of a layer."""
 LEGACY = "torch legacy hook"
-COPY = "copy_"  # The yardstick: v's bytes into memory that is there already.
-FUSED = "fused"  # wnkernel after ``fuse(model)``: all weights in one launch.
+COPY = "copy_"  # The yardstick: it copies v's bytes into memory that exists already.
+FUSED = "fused"  # wnkernel after ``fuse(model)``: one launch computes all weights.
 VERSION = "fused, version"
 """``fuse(model, reuse="version")``, with parameters that change in every iteration."""
 UNCHANGED = "fused, version, unchanged"
-"""The same with parameters that do not change, so that weights are read and not computed."""
+"""The same group with parameters that do not change, so that weights are read but not computed."""
 PLAIN = "no weight norm"  # The same model with folded weights.
-COMPILED = ", compiled"  # What follows the name of a contender that went through torch.compile.
-ENGINE = "engine"  # What runs autograd's nodes, and no operator of anybody's.
+COMPILED = ", compiled"  # The name of a contender gets this suffix after torch.compile.
+ENGINE = "engine"  # autograd's engine, which runs nodes without any operator.
 KINDS = (OURS, TORCH, LEGACY)  # The weight norms that a single layer can carry.
 OWN = (OURS, FUSED, VERSION, UNCHANGED, OURS + COMPILED, FUSED + COMPILED)
-"""All that wnkernel computes."""
+"""All contenders that wnkernel computes."""
 
 BY_CASE = {
     "models": KINDS,
@@ -44,16 +44,16 @@ BY_CASE = {
     "gan": (TORCH, OURS, FUSED, VERSION, PLAIN),
     "memory": (TORCH, OURS, FUSED, VERSION, PLAIN),
     "compile": (TORCH, TORCH + COMPILED, LEGACY, OURS, FUSED, OURS + COMPILED, FUSED + COMPILED),
-    "steps": (TORCH, OURS, FUSED, PLAIN),  # Of "compile", each eager and compiled.
+    "steps": (TORCH, OURS, FUSED, PLAIN),  # Of "compile"; each runs eager and compiled.
     "whole": (TORCH, OURS, FUSED),
 }
-"""Who takes part in a case of several layers or kinds."""
+"""The contenders of each case of several layers or kinds."""
 
-NAME = "weight"  # The parameter that every model here norms.
+NAME = "weight"  # The parameter that has the weight norm in every model here.
 
 
 def operators(dim: int | None) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The contenders as functions of v and g."""
+    """Return the contenders as functions of v and g."""
     torch_dim = -1 if dim is None else dim
     return {
         OURS: lambda v, g: wnkernel.functional.weight_norm(v, g, dim),
@@ -63,7 +63,7 @@ def operators(dim: int | None) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 def _legacy(module: nn.Module, name: str, dim: int) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still what many models use
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, but many models use it
         return torch.nn.utils.weight_norm(module, name, dim)
 
 
@@ -73,7 +73,7 @@ class Way:
 
     apply: Callable[[nn.Module, str, int], nn.Module] = wnkernel.weight_norm
     """Puts weight norm on a layer."""
-    reuse: str | None = None  # None: every weight on its own.
+    reuse: str | None = None  # With None every weight is computed alone.
     changing: bool = True  # Whether parameters count as changed after every iteration.
     compiled: bool = False  # Whether torch.compile makes one graph of all reads.
     folded: bool = False
@@ -125,14 +125,14 @@ class Normed:
     model: nn.Module  # A group lives as long as its model.
     modules: Sequence[nn.Module]
     """The layers that have a weight norm, or had one until they were folded."""
-    layers: Sequence[NormedLayer]  # Nothing where they were folded.
-    scope: Callable[[], AbstractContextManager[None]]  # What a forward is.
-    changed: Callable[[], None]  # What stands for an optimizer that wrote to the parameters.
+    layers: Sequence[NormedLayer]  # Empty if the weights were folded.
+    scope: Callable[[], AbstractContextManager[None]]  # Surrounds a forward.
+    changed: Callable[[], None]  # Stands for an optimizer that wrote to the parameters.
     way: Way
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All v and g, or the weights where they were folded."""
+        """All v and g, or the folded weights."""
         if self.way.folded:
             return [module.weight for module in self.modules]
         return [p for layer in self.layers for p in (layer.v, layer.g)]
@@ -145,9 +145,8 @@ def norm(
     values: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Normed:
     """Put a contender's weight norm on some layers of a model, each with its dim, in place. Without
-    values of v and g, v is as it was, and g is moved off its norms by random factors, the same for
-    everyone.
-    """
+    given values, v keeps its values, and g is the norm of v times random factors that are the same
+    for every contender."""
     way = WAYS[who]
     modules = [module for module, _ in convs]
     layers = [apply(who, module, dim) for module, dim in convs]
@@ -164,19 +163,19 @@ def norm(
             wnkernel.remove_weight_norm(module)
         layers = []
     if way.reuse is None:
-        return Normed(model, modules, layers, nullcontext, int, way)  # int() changes nothing
+        return Normed(model, modules, layers, nullcontext, int, way)  # int() does nothing
     group = wnkernel.fuse(model, reuse=way.reuse)
-    # without an optimizer, a refresh is the one change that this mode has to be told about
+    # Without an optimizer, only a refresh tells this mode about the change.
     changed = group.refresh if way.changing and way.reuse == "version" else int
     return Normed(model, modules, layers, group.scope, changed, way)
 
 
 def stripped(model: nn.Module) -> Callable[[str], Normed]:
-    """Take torch's weight norms off ``model``, in place. Returns what makes a copy of it with the
-    weight norm of a contender on the same layers, with the same v and g.
+    """Take torch's weight norms off ``model``, in place. Return a function that copies the model
+    and puts a contender's weight norm on the same layers, with the same v and g.
 
-    Models are copied in this form only: a copy of a parametrized layer shares its class with the
-    original, and torch's ``remove_parametrizations`` on either takes the property from both.
+    Models must be copied in this form: a copy of a parametrized layer shares its class with the
+    original, and torch's ``remove_parametrizations`` on either one takes the property from both.
     """
     saved: dict[str, tuple[int | None, Tensor, Tensor]] = {}
     for name, module in list(model.named_modules()):
@@ -198,7 +197,7 @@ def stripped(model: nn.Module) -> Callable[[str], Normed]:
 
 
 class Weight(nn.Module):
-    """A layer that has nothing but its weight."""
+    """A layer that has only a weight."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -206,7 +205,7 @@ class Weight(nn.Module):
 
 
 def weights_model(who: str, cases: Sequence[LayerCase], device: torch.device) -> Normed:
-    """A model of bare weights, the same for every contender."""
+    """Make a model of bare weights, the same for every contender."""
     random = torch.Generator().manual_seed(0)
     bare = [Weight(torch.randn(c.shape, generator=random).to(device)) for c in cases]
     convs = [(module, c.dim) for module, c in zip(bare, cases, strict=True)]
@@ -214,13 +213,13 @@ def weights_model(who: str, cases: Sequence[LayerCase], device: torch.device) ->
 
 
 def random_grads(weights: Sequence[Tensor]) -> list[Tensor]:
-    """A gradient for each of some weights."""
+    """Return one gradient for each weight."""
     random = torch.Generator().manual_seed(2)
     return [torch.randn(w.shape, generator=random).to(w.device) for w in weights]
 
 
 class Of(NamedTuple):
-    """What came of one layer."""
+    """The results for one layer."""
 
     w: Tensor
     grad_v: Tensor
@@ -228,15 +227,15 @@ class Of(NamedTuple):
 
 
 class Pass:
-    """Reads all weights of a model in one scope, and takes the gradients of all v and g: nothing to
-    launch but weight norms, no loss, no ``.grad``."""
+    """Reads all weights of a model in one scope, and takes the gradients of all v and g. It
+    launches only weight norms: there is no loss and no ``.grad``."""
 
     def __init__(self, normed: Normed, grads: list[Tensor]) -> None:
         self.normed, self.grads = normed, grads
         self.parameters = normed.parameters
         layers, modules = normed.layers, normed.modules
         self.read: Callable[[], list[Tensor]] = lambda: [layer.weight() for layer in layers]
-        if normed.way.compiled:  # one graph, which guards what a model's would
+        if normed.way.compiled:  # one graph, with the guards of a model's graph
             once = torch.compile(fullgraph=True, dynamic=False)
             self.read = once(lambda: [m.weight for m in modules])
 
@@ -246,17 +245,18 @@ class Pass:
         return (*weights, *torch.autograd.grad(weights, self.parameters, self.grads))
 
     def results(self) -> list[Of]:
-        """What one more pass gives."""
+        """Return the results of one more pass."""
         out, n = self(), len(self.grads)
         return list(map(Of, out[:n], out[n::2], out[n + 1 :: 2]))
 
 
 class Iteration(Pass):
-    """What a training step does about weight norms: reads all weights in one scope, takes all
-    gradients in one backward, drops them.
+    """Does what a training step does about weight norms: reads all weights in one scope, takes all
+    gradients in one backward, and drops them.
 
-    The backward has one root, which hands a prepared gradient to every weight: the checks that
-    ``torch.autograd.backward`` makes in Python for each of its tensors are no part of training.
+    The backward has one root, which hands a prepared gradient to every weight. This avoids the
+    checks that ``torch.autograd.backward`` makes in Python for each tensor, which are no part of
+    training.
     """
 
     def __call__(self) -> None:
@@ -266,8 +266,8 @@ class Iteration(Pass):
         self.normed.changed()
 
     def results(self) -> list[Of]:
-        """What a second iteration gives: the first of an unchanged group computes what the others
-        only read."""
+        """Return the results of a second iteration, because the first one of an unchanged group
+        computes the weights that all others only read."""
         self()
         self._forward_backward()
         with self.normed.scope():
@@ -284,7 +284,7 @@ class Iteration(Pass):
 
 
 class _Root(torch.autograd.Function):
-    """A loss whose gradients are known. It holds the weights until its backward, as layers do."""
+    """A loss with known gradients. It holds the weights until its backward, as layers do."""
 
     @staticmethod
     def forward(ctx: Any, grads: list[Tensor], *weights: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class _Root(torch.autograd.Function):
 class Checker:
     """Checks the weights and gradients of one contender after the other against float64.
 
-    It keeps the last that passed each tolerance: the same bits need not be looked at again.
+    It keeps the last results within each tolerance, so that equal bits are not checked again.
     """
 
     def __init__(self, title: str, where: Environment) -> None:
@@ -315,11 +315,11 @@ class Checker:
         results: Sequence[Of],
         grads: Sequence[Tensor],
     ) -> float:
-        """The worst error of all layers.
+        """Return the worst error of all layers.
 
         Raises:
-            VerificationError: outside the tolerance, or weights that should be computed together
-                are not.
+            VerificationError: if an error is outside the tolerance, or weights that should be
+                computed together are not.
         """
         way = WAYS[who]
         nodes = {of.w.grad_fn for of in results}
@@ -341,7 +341,7 @@ class Checker:
         return worst
 
     def check_pass(self, who: str, one: Pass) -> float:
-        """Check what a pass, or an iteration, gives."""
+        """Check the results of a pass or an iteration."""
         grads = [g.clone() for g in one.grads]
         results = one.results()
         if not all(map(torch.equal, grads, one.grads)):
@@ -350,8 +350,8 @@ class Checker:
 
 
 def copy_of(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """All of them in one in-place copy. (A fresh buffer would measure the page faults of malloc,
-    several times the copy.)"""
+    """Copy all tensors in one in-place copy. (A copy into fresh memory would measure malloc's page
+    faults, which take several times as long.)"""
     first, *others = (t.detach() for t in tensors)
     source = torch.cat([t.flatten() for t in (first, *others)]) if others else first
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""What a result is keyed by: device, torch, triton, commit, threads, backend."""
+"""The facts that identify a result: device, torch, triton, commit, threads, backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wnkernel.backends import choose
 ROOT = Path(__file__).parent.parent
 CPUINFO = Path("/proc/cpuinfo")
 CPU_NUMBERS = ("cpu family", "model", "CPU implementer", "CPU part")
-"""What tells CPUs apart whose name does not: the first two on x86, the others on Arm."""
+"""These tell CPUs apart that have the same name: the first two on x86, the others on Arm."""
 
 FILLER = re.compile(r"\((r|tm)\)|\b(processor|cpu|\d+-core)\b|@.*", re.IGNORECASE)
 SOURCES = ("csrc", "wnkernel", "benchmarks")
@@ -28,27 +28,27 @@ SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a run takes place."""
+    """The place where a run happens."""
 
     device: torch.device
     device_name: str
     torch: str
-    triton: str  # Version; empty if it is not installed.
+    triton: str  # The version; empty if it is not installed.
     commit: str  # See :func:`commit`.
     threads: int
     backend: str  # The backend of wnkernel that the automatic choice takes first.
 
     @property
     def own_kernels(self) -> bool:
-        """Whether ours are compiled kernels here, and not torch's operators in another order."""
+        """Whether our backend runs compiled kernels here, not torch's operators rearranged."""
         return self.backend != "eager"
 
     def settle(self) -> None:
-        """Let this process run there: torch's threads, the current device, full float32."""
+        """Prepare this process: set torch's threads, the current device and full float32."""
         torch.set_num_threads(self.threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # events are recorded on the current device
-            # what convolutions round off would hide a wrong weight, and fail a right one
+            # Rounding in convolutions would hide a wrong weight and reject a right one.
             torch.backends.cudnn.allow_tf32 = False
 
 
@@ -56,10 +56,10 @@ def environment(device: str, threads: int | None) -> Environment:
     """Set the number of threads and the device of this process, and describe this machine.
 
     Raises:
-        ValueError: torch does not know the device, or cannot use it here.
+        ValueError: if torch does not know the device, or cannot use it here.
     """
     try:
-        chosen = torch.empty(1, device=device).device  # with an index, if it can have one
+        chosen = torch.empty(1, device=device).device  # with an index, if the device has one
         backend = choose(torch.empty(1, device=chosen)).name
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} cannot be used here: {error}") from None
@@ -75,7 +75,7 @@ def environment(device: str, threads: int | None) -> Environment:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What the system says of its first CPU; nothing where it does not tell."""
+    """Return what the system says about its first CPU; empty if it says nothing."""
     try:
         first, _, _ = CPUINFO.read_text().partition("\n\n")
     except OSError:
@@ -85,10 +85,11 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def results_folder(where: Environment) -> str:
-    """Where below ``benchmarks/results`` the results of this machine belong: by its CPU or card.
+    """Return the folder for this machine's results below ``benchmarks/results``, by its CPU or
+    card.
 
-    Virtual machines often call their CPU "Intel(R) Xeon(R) Processor", and Arm has no names. Where
-    a name has no number in it that could be a model's, those of :data:`CPU_NUMBERS` follow.
+    Virtual machines often call their CPU "Intel(R) Xeon(R) Processor", and Arm has no names. If a
+    name has no number that could be a model's, the numbers of :data:`CPU_NUMBERS` follow it.
     """
     words = [where.device_name]
     if where.device.type == "cpu":
@@ -100,7 +101,7 @@ def results_folder(where: Environment) -> str:
 
 
 def version_of(*distributions: str) -> str:
-    """Of the first of these packages that is installed; empty if none is."""
+    """Return the version of the first of these packages that is installed; empty if none is."""
     for name in distributions:
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -108,8 +109,9 @@ def version_of(*distributions: str) -> str:
 
 
 def commit() -> str:
-    """Short hash, with ``+`` for a tree with changes. Outside a git checkout, what the environment
-    variable ``WNKERNEL_COMMIT`` says, or else ``sources`` and :func:`sources_hash`."""
+    """Return the commit's short hash, with ``+`` if the tree has changes. Outside a git checkout it
+    is the environment variable ``WNKERNEL_COMMIT``, or else ``sources`` and a :func:`sources_hash`.
+    """
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -123,12 +125,12 @@ def commit() -> str:
 
 
 def sources_hash(root: Path) -> str:
-    """Of the sources of kernels, package and benchmarks below a folder: the same in a copy without
-    git as in a checkout of the commit that it was made of."""
+    """Hash the sources of kernels, package and benchmarks below a folder. The hash of a copy
+    without git equals that of a checkout of the same commit."""
     digest = hashlib.sha256()
     files = (p for folder in SOURCES for p in (root / folder).rglob("*") if p.suffix in SUFFIXES)
     for path in sorted(files):
-        if path.name != "_build_info.py":  # written by the build
+        if path.name != "_build_info.py":  # the build writes this file
             name, text = path.relative_to(root).as_posix().encode(), path.read_bytes()
             digest.update(b"%d %s %d " % (len(name), name, len(text)) + text)
     return digest.hexdigest()[:12]

@@ -1,7 +1,7 @@
-"""Cases "fused" and "flat": all weight norms of a model, one by one and in one launch, against
-torch's, as bare layers; the models of shapes.csv, and the same bytes in more and more layers, where
-what grows is the cost of a layer. Every contender has a process of its own (see processes.py).
-"""
+"""Cases "fused" and "flat": all weight norms of a model as bare layers, one by one and in one
+launch, against torch's. "fused" takes the models of shapes.csv. "flat" spreads the same bytes over
+more and more layers, so that the cost per layer shows. Every contender has a process of its own
+(see processes.py)."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ MODELS = (
 
 FLAT_NUMEL = 2**21  # 8 MiB of v in float32.
 FLAT_ROW = (128, 4)
-"""Input channels and taps: rows of 512 elements, however many layers share them."""
+"""Input channels and taps. Rows have 512 elements, however many layers share them."""
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
-    """One job per model."""
+    """Make one job per model."""
 
     def run(name: str) -> list[Result]:
         cases = weight_list(name)
@@ -58,7 +58,7 @@ def jobs(plan: Plan, where: Environment) -> list[Job]:
 
 
 def flat_jobs(plan: Plan, where: Environment) -> list[Job]:
-    """One job per number of layers."""
+    """Make one job per number of layers."""
     label = f"{FLAT_NUMEL * 4 // 2**20} MiB in equal layers"
     found = []
     for n in plan.flat_layers:
@@ -74,7 +74,7 @@ def compare(
 ) -> list[Result]:
     """Verify, then time, the weights of a list, beside a copy of all v.
 
-    What the verification compiles, in an empty cache, the processes that are timed take from it.
+    The verification compiles into an empty cache, from which the timed processes load.
     """
     contenders = BY_CASE[case]
     about = of_list(case, label, [c.numel for c in cases])
@@ -101,7 +101,7 @@ def _verify(
     where: Environment,
     cache: str,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The errors, and the seconds of the first calls of what is compiled."""
+    """Return the errors, and the seconds of the first calls of compiled contenders."""
     checker = Checker(title, where)
     errors, compile_s = {}, {}
     for who in contenders:
@@ -117,7 +117,7 @@ def _verify(
 
 
 def _load_compiler(where: Environment) -> None:
-    """Import the compiler and let it make what it needs for the first graph of any kind: that takes
-    ten seconds, whoever comes first."""
+    """Import the compiler and compile a first graph. This takes ten seconds, which would otherwise
+    count for the first contender."""
     x = torch.ones(2, device=where.device, requires_grad=True)
     torch.compile(lambda: (2 * x).sum())().backward()

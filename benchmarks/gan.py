@@ -1,15 +1,14 @@
-"""Cases "gan" and "memory": a training step of HiFi-GAN, and what weight norm costs in it.
+"""Cases "gan" and "memory": a training step of HiFi-GAN, and the share of weight norm in it.
 
-Per step the discriminators run twice for their own loss and twice for the generator's, as in the
-original code. The cost of the weight norms is measured on the same sequence of reads, backwards and
-changes without the convolutions: the difference of two whole steps would drown in their noise. In
-that sequence every use of a weight gives a fresh gradient, as a convolution does; what that takes,
-and what adding up the gradients of two uses takes, is in the sequence of the contender without
-weight norm too, and is subtracted.
+In each step the discriminators run twice for their own loss and twice for the generator's, as in
+the original code. The cost of the weight norms is measured on the same sequence of reads, backwards
+and changes without convolutions, because the difference of two whole steps would drown in their
+noise. In this sequence every use of a weight gives a fresh gradient, as a convolution does. The
+contender without weight norm makes and adds up these gradients, too; its time is subtracted.
 
-A peak of memory comes from a fresh process, which builds the generator, remembers how much memory
-it has, runs a few steps, and reports by how much the peak was higher: of resident memory, with
-everything that malloc and buffer pools hold on to.
+A peak of memory comes from a fresh process. The process builds the generator, remembers its memory,
+runs a few steps, and reports how much higher the peak was. This is resident memory, with everything
+that malloc and buffer pools hold.
 """
 
 from __future__ import annotations
@@ -42,19 +41,19 @@ WEIGHTS = {
     hifigan.Generator: ("SpeechT5HifiGan",),
     hifigan.Discriminators: ("HiFi-GAN-MPD", "HiFi-GAN-MSD"),
 }
-"""The models of shapes.csv that the two modules have to have the weights of."""
+"""The weights of each module must be those of these models in shapes.csv."""
 
 BATCH = 1
-LEARNING_RATE = 1e-6  # So small that the models stay the same while they are timed.
-CHECKED_RATE = 1e-3  # So large that a weight from before the step would not pass.
+LEARNING_RATE = 1e-6  # So small that the models stay the same during the timing.
+CHECKED_RATE = 1e-3  # So large that a weight from before the step would fail the check.
 CHECKED_FRAMES = 4
 BEFORE_OPTIMIZER = 2
-"""How many of the outputs of :class:`Step` no optimizer had a part in, the first time."""
+"""The number of outputs of the first :class:`Step` that come before any optimizer's step."""
 
 Parts = tuple[Normed, Normed]  # The generator and the discriminators, as one contender has them.
 NO_GRAD = "no_grad forward"
 MODEL = "SpeechT5HifiGan"
-FRAMES = 8  # So few that weights and their gradients, not activations, make the peak.
+FRAMES = 8  # So few that weights and their gradients make the peak, not activations.
 STEPS = 5
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -62,7 +61,7 @@ _RESET_PEAK = "5"
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
-    """The step and its weight norms are one job."""
+    """Make one job of the step and its weight norms."""
     return [Job(GAN_STEP, functools.partial(run, plan, where))]
 
 
@@ -86,7 +85,7 @@ def run(plan: Plan, where: Environment) -> list[Result]:
 def build(
     kind: type[hifigan.Generator | hifigan.Discriminators], who: str, where: Environment
 ) -> Normed:
-    """Generator or discriminators, the same for every contender."""
+    """Build the generator or the discriminators, the same for every contender."""
     torch.manual_seed(0)
     model = kind().to(where.device)
     modules = hifigan.weight_normed(model)
@@ -105,7 +104,8 @@ class Norms:
         self._parameters = [part.parameters for part in parts]
 
     def __call__(self, look: Callable[[], None] | None = None) -> None:
-        """Run one step, and look when both parts have their gradients of the generator's loss."""
+        """Run one step, and call ``look`` when both parts have the gradients of the generator's
+        loss."""
         generated = self._forward(0)
         (self._forward(1) + self._forward(1)).backward()
         self._step(1)
@@ -126,12 +126,12 @@ class Norms:
         for k in stepped:
             for p in self._parameters[k]:
                 p.grad = None
-        for part in self.parts:  # any step of a torch optimizer counts for every group
+        for part in self.parts:  # a step of any torch optimizer counts for every group
             part.changed()
 
 
 class _Use(torch.autograd.Function):
-    """A layer without arithmetic: holds its weight until its backward makes a gradient for it."""
+    """A layer without arithmetic, which holds its weight until its backward makes a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Step:
         self.mel, self.audio = mel.to(device), (2 * audio - 1).to(device)
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns: waveform, loss of the discriminators, loss of the generator."""
+        """Return the waveform, the loss of the discriminators and the loss of the generator."""
         for_generator, for_discriminators = self.optimizers
         audio, discriminators = self.audio, self.discriminators
         x = self.generator(self.mel)
@@ -189,7 +189,7 @@ def _step(frames: int, who: str, where: Environment) -> Step:
 
 
 def _check_norms(where: Environment) -> dict[str, float]:
-    """Check the weights and gradients of a second step against float64; the worst errors."""
+    """Check the weights and gradients of a second step against float64; return the worst errors."""
     checkers = Checker("generator", where), Checker("discriminators", where)
     errors: dict[str, float] = {}
 
@@ -217,7 +217,7 @@ def _check_norms(where: Environment) -> dict[str, float]:
 
 def _check_steps(where: Environment) -> None:
     """Compare outputs and losses of two steps with those of torch's layers. (Without weight norm an
-    optimizer's step leads elsewhere, so there what comes before the first one has to do.)"""
+    optimizer's step gives other weights; then only outputs before the first step are compared.)"""
     took = {w: run_apart(functools.partial(_two_steps, w, where), where) for w in CONTENDERS}
     for who, got in took.items():
         for i, (have, want) in enumerate(zip(got, took[TORCH], strict=True)):
@@ -233,12 +233,12 @@ def _two_steps(who: str, where: Environment) -> list[np.ndarray]:
 
 
 def can_measure() -> bool:
-    """Whether the peak of a process can be told on this system."""
+    """Whether this system can tell the peak memory of a process."""
     return _STATUS.exists() and _CLEAR_REFS.exists()
 
 
 def memory_jobs(plan: Plan, where: Environment) -> list[Job]:
-    """One job per phase."""
+    """Make one job per phase."""
     phases = (STEP, NO_GRAD)[: plan.memory_phases]
     return [
         Job(f"memory, {phase}", functools.partial(run_memory, phase, where)) for phase in phases
@@ -246,7 +246,7 @@ def memory_jobs(plan: Plan, where: Environment) -> list[Job]:
 
 
 def run_memory(phase: str, where: Environment) -> list[Result]:
-    """The peak of every contender."""
+    """Measure the peak of every contender."""
     peaks = {
         who: run_apart(functools.partial(_peak, who, phase, where), where)
         for who in BY_CASE["memory"]
@@ -256,7 +256,7 @@ def run_memory(phase: str, where: Environment) -> list[Result]:
 
 
 def _peak(who: str, phase: str, where: Environment) -> float:
-    """Peak memory of some steps in bytes, above what there is when the model is built."""
+    """Return the peak memory of some steps in bytes, above that of the built model."""
     generator = build(hifigan.Generator, who, where)
     mel = torch.randn(1, hifigan.MEL_BANDS, FRAMES, generator=torch.Generator().manual_seed(1))
     mel = mel.to(where.device)
@@ -284,10 +284,10 @@ def _check_memory(who: str, generator: Normed, mel: Tensor, where: Environment) 
 
 
 def _reset() -> int:
-    """Forget the peak so far, and say what is in use, in bytes."""
+    """Reset the peak, and return the memory in use, in bytes."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # what building the model left behind would hide a part of the peak
+    if trim is not None:  # free memory from building the model would hide a part of the peak
         trim(0)
     _CLEAR_REFS.write_text(_RESET_PEAK)
     return _status("VmRSS")

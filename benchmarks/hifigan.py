@@ -1,7 +1,7 @@
-"""HiFi-GAN as plain modules: the generator of SpeechT5HifiGan's size and the two discriminators.
+"""HiFi-GAN as plain modules: a generator of the size of SpeechT5HifiGan, and both discriminators.
 
 The layers are those of shapes.csv (SpeechT5HifiGan, HiFi-GAN-MPD, HiFi-GAN-MSD). The first scale
-discriminator has spectral norm, as in the paper, and is no weight-normed layer.
+discriminator has spectral norm, as in the paper, so its layers are not weight-normed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MEL_BANDS = 80
 UPSAMPLING = 256  # Samples per frame of the generator's input.
 CHANNELS = (512, 256, 128, 64, 32)
 SLOPE = 0.1
-Score = tuple[Tensor, list[Tensor]]  # What a discriminator says, and the outputs of its layers.
+Score = tuple[Tensor, list[Tensor]]  # The output of a discriminator, and the outputs of its layers.
 
 
 class ResidualBlock(nn.Module):
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """Mel spectrogram (batch, bands, frames) to waveform (batch, 1, samples)."""
+    """Turns a mel spectrogram (batch, bands, frames) into a waveform (batch, 1, samples)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A stack of convolutions that also gives away what each of them says. With a period, it looks
-    at every so many-th sample side by side."""
+    """A stack of convolutions that also returns the output of each. With a period, it puts samples
+    that are one period apart side by side."""
 
     def __init__(self, convs: Sequence[nn.Module], period: int | None = None) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def _of_period(period: int) -> Discriminator:
 
 
 def _of_scale() -> Discriminator:
-    """Looks at consecutive samples."""
+    """Make a discriminator of consecutive samples."""
     sizes = (  # channels, kernel, stride, groups
         (1, 128, 15, 1, 1),
         (128, 128, 41, 2, 4),
@@ -120,20 +120,20 @@ class Discriminators(nn.Module):
 
 
 def weight_normed(model: nn.Module) -> list[nn.Module]:
-    """The layers of a generator or of discriminators that HiFi-GAN gives weight norm."""
+    """Return the layers of a generator or of discriminators that have weight norm in HiFi-GAN."""
     convs = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)
     return [m for m in model.modules() if isinstance(m, convs) and "weight" in m._parameters]
 
 
 def discriminator_loss(real: list[Score], generated: list[Score]) -> Tensor:
-    """Least squares: 1 for what is real, 0 for what is not."""
+    """Return the least squares loss with target 1 for real audio and 0 for generated audio."""
     pairs = zip(real, generated, strict=True)
     return sum((1 - r).square().mean() + g.square().mean() for (r, _), (g, _) in pairs)
 
 
 def generator_loss(real: list[Score], generated: list[Score], x: Tensor, audio: Tensor) -> Tensor:
-    """Least squares, features that match, and the distance to the audio (the paper's is between
-    spectrograms)."""
+    """Return the sum of the least squares loss, the feature matching loss, and the distance to the
+    audio (in the paper the distance is between spectrograms)."""
     loss = 45 * F.l1_loss(x, audio)
     for (_, real_features), (score, features) in zip(real, generated, strict=True):
         loss = loss + (1 - score).square().mean()

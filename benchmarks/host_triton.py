@@ -1,13 +1,12 @@
-"""``python -m benchmarks.host_triton``: what the Triton backend costs the thread that calls it.
+"""``python -m benchmarks.host_triton``: the cost of the Triton backend for the calling thread.
 
-A model of small layers is computed with every kernel launch left out. What remains is the work of
-the host: checks, tables, allocations, autograd. That needs no GPU: without one, tensors lie on the
-CPU, and Triton's interpreter is there for the results to be verified before launches are left out.
-With ``--launches``, launches are all there is: kernels are compiled for sm_90 and handed to a
-driver that does nothing.
+A model of small layers runs with every kernel launch left out. The rest is the work of the host:
+checks, tables, allocations, autograd. This needs no GPU. Without one, tensors are on the CPU, and
+Triton's interpreter verifies the results before launches are left out. With ``--launches``, only
+launches are measured: kernels are compiled for sm_90, and a driver takes them that does nothing.
 
-A figure is the least of many turns, for the machine may have other work. "nothing" is an autograd
-node with the same inputs and results that only allocates: what it takes is torch's.
+A figure is the minimum of many turns, because the machine may do other work. "nothing" is an
+autograd node with the same inputs and results that only allocates: torch itself takes its time.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 import typer
 from torch import Tensor
 
-# looked at when Triton is imported
+# Triton reads this variable when it is imported.
 if "--launches" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "0"
 elif not torch.cuda.is_available():
@@ -53,12 +52,12 @@ KERNELS = (3, 5, 7)
 NOTHING = "nothing"
 HIT, MISS = f"{FUSED}, tables found", f"{FUSED}, tables made"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAUNCHES = 1000  # In a sample.
-Phases = Mapping[str, Mapping[str, Contender]]  # Contenders by phase.
+LAUNCHES = 1000  # Per sample.
+Phases = Mapping[str, Mapping[str, Contender]]  # The contenders of each phase.
 
 
 class Found(tables.Kept):
-    """Finds the table of a list wherever its arrays are."""
+    """Finds the table of a list at any addresses of its arrays."""
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
         hash(key)
@@ -74,7 +73,7 @@ class Made(tables.Kept):
 
 
 class Nothing(torch.autograd.Function):
-    """Results and gradients of the right shapes."""
+    """An autograd function that only makes results and gradients of the right shapes."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -88,7 +87,7 @@ class Nothing(torch.autograd.Function):
 
 
 def of_nothing(normed: Normed) -> Normed:
-    """A model whose weights nobody computes."""
+    """Return a model whose weights are not computed."""
     modules = [SimpleNamespace(weight=None) for _ in normed.layers]
     pairs = zip(normed.layers, modules, strict=True)
     layers = [replace(layer, module=m, weight=lambda m=m: m.weight) for layer, m in pairs]
@@ -106,7 +105,7 @@ def of_nothing(normed: Normed) -> Normed:
 
 
 def reading(normed: Normed) -> Contender:
-    """Reads all weights in one scope."""
+    """Return a contender that reads all weights in one scope."""
 
     def read() -> None:
         with normed.scope():
@@ -117,7 +116,7 @@ def reading(normed: Normed) -> Contender:
 
 
 def steps(count: int, where: Environment) -> Phases:
-    """Verified models: forwards, and with backwards."""
+    """Return verified models: forwards, and forwards with backwards."""
     cases = [LayerCase((32, 16, KERNELS[k % 3]), 0, "", "Conv1d") for k in range(count)]
     models = {who: weights_model(who, cases, where.device) for who in (TORCH, OURS, FUSED)}
     grads = random_grads([layer.v for layer in models[TORCH].layers])
@@ -133,7 +132,7 @@ def steps(count: int, where: Environment) -> Phases:
 
 
 def calls(device: torch.device) -> Phases:
-    """Calls of the function for one weight."""
+    """Return calls of the function for one weight."""
     v, g = torch.randn(32, 16, 3, device=device), torch.ones(32, 1, 1, device=device)
     grad_w = torch.randn_like(v)
     v, g = v.requires_grad_(), g.requires_grad_()
@@ -154,12 +153,12 @@ def calls(device: torch.device) -> Phases:
 
 
 def leave_out(*launch: object) -> None:
-    """In place of a launch."""
+    """Replaces a launch."""
 
 
 @contextmanager
 def without_launches(who: str) -> Iterator[None]:
-    """Everything up to a launch, and none."""
+    """Run everything up to a launch, but no launch."""
     kept = Made() if who == MISS else Found()
     with (
         mock.patch.object(variants.Variant, "launch", leave_out),
@@ -171,7 +170,7 @@ def without_launches(who: str) -> Iterator[None]:
 
 DRIVER = SimpleNamespace(
     utils=SimpleNamespace(
-        # module, function, registers, spills, threads at most
+        # These are module, function, registers, spills and the most threads.
         load_binary=lambda *args: (1, 2, 32, 0, 1024),
         get_device_properties=lambda device: {"max_shared_mem": 232448, "warpSize": 32},
     ),
@@ -180,11 +179,11 @@ DRIVER = SimpleNamespace(
     get_current_device=lambda: 0,
     get_current_stream=lambda device: 0,
 )
-"""One GPU that is not there, whose launches do nothing."""
+"""Stands for one GPU, whose launches do nothing."""
 
 
 def ways() -> dict[str, Contender]:
-    """To launch the forward of a weight alone, and of a list."""
+    """Return contenders that launch the forward of one weight, and of a list."""
     t, device = Types(*[torch.float32] * 3), torch.device("cpu")
     cases = {
         "a weight": (variants.of_one(FORWARD, t, tiles(4)[0], 0, device), (1,) * 16),

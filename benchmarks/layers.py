@@ -1,5 +1,5 @@
-"""One weight: cases "layers" (through autograd), "operators" (a call of 64 elements) and "host" (an
-access of ``layer.weight`` on layers too small to need a kernel)."""
+"""One weight: cases "layers" (through autograd), "operators" (a call with 64 elements) and "host"
+(a read of ``layer.weight`` on layers so small that no kernel matters)."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ Operator = Callable[[Tensor, Tensor], Tensor]
 BF16_KINDS = ("first", "last")
 CALLED = LayerCase((8, 8), 0, "64 elements", "Linear")
 RECORDED, NO_GRAD, BACKWARD = "call, recorded", "call, no_grad", "backward alone"
-"""Phases of :data:`CALLED`. A backward goes through autograd's engine, which takes most of its time
-whoever computes the gradients; the contender "engine" is the same call on a node of no work."""
+"""Phases of :data:`CALLED`. autograd's engine takes most of the time of a backward in every
+contender. The contender "engine" shows it: the same call on a node without work."""
 
-MAX_NUMEL = 20_000  # Of a layer that is too small to need a kernel.
-GROUP_MEMBERS = 8  # Layers of the group, of which one is read.
-L2 = 1e-5  # Allowed relative error of a weight, in float32.
+MAX_NUMEL = 20_000  # The largest layer for which no kernel matters.
+GROUP_MEMBERS = 8  # The layers of the group, one of which is read.
+L2 = 1e-5  # The allowed relative error of a weight, in float32.
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
-    """One job per dtype and weight of the grid."""
+    """Make one job per dtype and weight of the grid."""
     cases = select(grid(), plan)
     work = [(c, torch.float32) for c in cases]
     work += [(c, torch.bfloat16) for c in cases if c.kind in BF16_KINDS]
@@ -55,25 +55,26 @@ def jobs(plan: Plan, where: Environment) -> list[Job]:
 
 
 def operator_jobs(plan: Plan, where: Environment) -> list[Job]:
-    """All calls are one job."""
+    """Make one job of all calls."""
     return [Job("operators", functools.partial(run_calls, plan, where))]
 
 
 def host_jobs(plan: Plan, where: Environment) -> list[Job]:
-    """One job per small layer of the real models."""
+    """Make one job per small layer of the real models."""
     small = [c for c in select(grid(), plan) if c.numel < MAX_NUMEL and c.dim == 0]
     return [Job(f"host {c}", functools.partial(run_host, c, plan, where)) for c in small]
 
 
 def select(cases: Iterable[LayerCase], plan: Plan) -> list[LayerCase]:
-    """The part of the grid that the plan asks for; of the scarce dims, all that are not too big."""
+    """Return the part of the grid that the plan asks for. Weights with scarce dims are all included
+    if they are small enough."""
     small = [c for c in cases if plan.max_numel is None or c.numel <= plan.max_numel]
     first = [c for c in small if c.kind == "first" and c.label != ADDED]
     return first[:: plan.every] + [c for c in small if c not in first]
 
 
 class Tensors(NamedTuple):
-    """The inputs of one case. g is no norm of v: an operator that returns v must not pass."""
+    """The inputs of one case. g is not the norm of v, so that an operator that returns v fails."""
 
     v: Tensor
     g: Tensor
@@ -81,7 +82,7 @@ class Tensors(NamedTuple):
 
 
 def tensors(case: LayerCase, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """Random inputs, the same for everyone and in every run."""
+    """Return random inputs, the same for every contender and in every run."""
     random = torch.Generator().manual_seed(0)
     v, grad_w = (
         torch.randn(case.shape, generator=random).to(device, dtype).requires_grad_(leaf)
@@ -92,31 +93,32 @@ def tensors(case: LayerCase, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def forward_backward(operator: Operator, t: Tensors) -> Contender:
-    """With a ready-made ``grad_w``; nothing but the weight norm runs."""
+    """Return a contender with a ready ``grad_w``, so that only the weight norm runs."""
     return lambda: torch.autograd.grad(operator(t.v, t.g), (t.v, t.g), t.grad_w)
 
 
 def forward(operator: Operator, t: Tensors) -> Contender:
-    """Forward with autograd recording."""
+    """Return a contender that runs the forward while autograd records."""
     return lambda: operator(t.v, t.g)
 
 
 def forward_and_reader(operator: Operator, t: Tensors) -> Contender:
-    """Forward with autograd recording, and what reads w at once: its product with a vector, as a
-    matrix of rows along dim 0. The product is not recorded."""
+    """Return a contender that runs the forward while autograd records, and then reads w: it
+    multiplies w, as a matrix of rows along dim 0, with a vector. autograd does not record the
+    product."""
     rows, length = t.v.shape[0], t.v.numel() // t.v.shape[0]
     x = torch.randn(length, generator=torch.Generator().manual_seed(1)).to(t.v.device, t.v.dtype)
     return lambda: torch.mv(operator(t.v, t.g).detach().view(rows, length), x)
 
 
 PHASES = {FORWARD_BACKWARD: forward_backward, FORWARD: forward, READ: forward_and_reader}
-READ_DTYPES = (torch.float32,)  # Of the weights that are read. (A run has no time for more.)
+READ_DTYPES = (torch.float32,)  # The dtypes of weights that are read. (A run has no time for more.)
 
 
 def verified(
     title: str, contenders: Mapping[str, Operator], t: Tensors, dim: int | None, where: Environment
 ) -> dict[str, float]:
-    """Check every contender against float64; returns their errors."""
+    """Check every contender against float64; return their errors."""
     want = verify.reference(t.v, t.g, dim, t.grad_w)
     errors = {}
     for who, operator in contenders.items():
@@ -143,7 +145,7 @@ def run(case: LayerCase, dtype: torch.dtype, plan: Plan, where: Environment) -> 
 def beside_a_copy(
     phase: str, contenders: Mapping[str, Operator], t: Tensors, budget_s: float, where: Environment
 ) -> dict[str, Times]:
-    """The times of all contenders, and of a copy of v."""
+    """Return the times of all contenders, and of a copy of v."""
     timed = {who: PHASES[phase](operator, t) for who, operator in contenders.items()}
     timed[COPY] = copy_of([t.v])
     return measure(timed, device_sampler(where.device), budget_s)
@@ -178,7 +180,7 @@ def _backward(w: Tensor, inputs: tuple[Tensor, Tensor], grad_w: Tensor) -> Conte
 
 
 def of_nothing(v: Tensor, grad_w: Tensor) -> Contender:
-    """The backward of a sum of two tensors: a node that hands what it gets on to two leaves."""
+    """Return the backward of a sum of two tensors: one node passes its gradient to two leaves."""
     other = torch.zeros_like(v).requires_grad_()
     return _backward(v + other, (v, other), grad_w)
 
@@ -186,10 +188,9 @@ def of_nothing(v: Tensor, grad_w: Tensor) -> Contender:
 def run_host(
     case: LayerCase, plan: Plan, where: Environment, without: Collection[str] = ()
 ) -> list[Result]:
-    """Time a read under grad, graph and all; the three kinds and a group side by side, but for
-    those that are to be left out. (The legacy kind recomputes in a hook before the forward, so that
-    hook is called.)
-    """
+    """Time a read with grad mode on, including the graph: the three kinds and a group side by side,
+    except those in ``without``. (The legacy kind computes in a hook before the forward, so that
+    hook is called.)"""
     inputs = tensors(case, torch.float32, where.device)
     want = verify.reference(inputs.v, inputs.g, case.dim, inputs.grad_w).w
     normed: dict[str, NormedLayer] = {}
@@ -205,7 +206,7 @@ def run_host(
             with torch.no_grad():
                 normed[who].v.copy_(inputs.v)
                 normed[who].g.copy_(inputs.g)
-    with scope:  # as within a forward; the first read computes, the others find it
+    with scope:  # as in a forward: the first read computes, later reads find w
         for who, layer in normed.items():
             with blamed(who):
                 verify.check_same(f"{who}, {case}", layer.weight(), want, L2)
@@ -215,7 +216,7 @@ def run_host(
 
 
 def _layer(case: LayerCase, device: torch.device) -> nn.Module:
-    """A layer whose weight has the case's shape."""
+    """Return a layer whose weight has the case's shape."""
     a, b, *kernel = case.shape
     channels = (a, b) if case.layer == "ConvTranspose1d" else (b, a)
     of_kernel = [tuple(kernel)] if kernel else []

@@ -1,9 +1,10 @@
-"""Case "models": real models with random weights, each weight on its own, as three kinds do it.
+"""Case "models": real models with random weights, each weight computed alone, by three kinds of
+weight norm.
 
-Default configurations; inputs so short that the weights are a visible part of a step. Nearest
-neighbour look-ups and rounded durations are left out of the passes: there a difference in the last
-bit makes the output jump, and a pass that cannot be compared cannot be verified. What stays runs
-every weight-normed layer.
+The configurations are the defaults. Inputs are so short that the weights are a visible part of a
+step. The passes leave out nearest neighbour look-ups and rounded durations, where a difference in
+the last bit makes the output jump, so that it could not be verified. The rest still runs every
+weight-normed layer.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from .results import STEP, Result, of_list, rows
 from .timing import Contender, device_sampler, measure
 
 OUTPUT_L2 = 1e-4
-"""Allowed relative difference of two outputs: float32 roundings through some tens of layers."""
+"""The allowed relative difference of two outputs: float32 roundings through tens of layers."""
 
-LEARNING_RATE = 1e-6  # So small that the models stay the same while they are timed.
+LEARNING_RATE = 1e-6  # So small that the models stay the same during the timing.
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the transformers package, by the names of its classes."""
+    """A model of the transformers package, named by its classes."""
 
     model: str
     config: str
     input_shape: tuple[int, ...]
     forward: Callable[[Any, Tensor], Tensor]
-    apply_weight_norm: bool  # Whether the model waits for a call of its method of that name.
+    apply_weight_norm: bool  # Whether the model's method of this name must be called.
 
 
 def _univnet(model: Any, features: Tensor) -> Tensor:
@@ -51,15 +52,15 @@ def _univnet(model: Any, features: Tensor) -> Tensor:
 def _dac(model: Any, audio: Tensor) -> Tensor:
     residual = model.encoder(audio)
     coded = torch.zeros_like(residual)
-    for quantizer in model.quantizer.quantizers:  # without the look-up between its projections
+    for quantizer in model.quantizer.quantizers:  # leaves out the look-up between the projections
         step = quantizer.out_proj(quantizer.in_proj(residual))
         coded, residual = coded + step, residual - step
     return model.decoder(coded)
 
 
 def _vits(model: Any, spectrogram: Tensor) -> Tensor:
-    """The path of a training step: posterior encoder, decoder and flow."""
-    torch.manual_seed(0)  # the posterior samples
+    """Run the path of a training step: posterior encoder, decoder and flow."""
+    torch.manual_seed(0)  # seeds the samples of the posterior
     mask = spectrogram.new_ones(1, 1, spectrogram.shape[-1])
     latents, *_ = model.posterior_encoder(spectrogram, mask)
     return torch.cat([model.decoder(latents).flatten(), model.flow(latents, mask).flatten()])
@@ -85,9 +86,9 @@ def available() -> bool:
 
 
 def build(name: str, device: torch.device) -> nn.Module:
-    """The model in eval mode, gradients on, normed by torch's parametrization.
+    """Return the model in eval mode with gradients on, normed by torch's parametrization.
 
-    Its g is moved off the norms of v: weights for which ``w = v`` would prove nothing.
+    g is moved off the norms of v, because weights with ``w = v`` would prove nothing.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
@@ -107,7 +108,7 @@ def build(name: str, device: torch.device) -> nn.Module:
 
 
 def model_input(name: str, device: torch.device) -> Tensor:
-    """A random input of the entry's shape."""
+    """Return a random input of the entry's shape."""
     return _noise(BY_NAME[name].input_shape, torch.empty(0, device=device))
 
 
@@ -116,20 +117,20 @@ def _noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
-    """One job per model."""
+    """Make one job per model."""
     names = plan.models or BY_NAME
     return [Job(f"model {name}", lambda n=name: freed(run(n, plan, where))) for name in names]
 
 
 def freed(results: list[Result]) -> list[Result]:
-    """Pass results on after the models that gave them are gone: modules sit in cycles, and what
-    they hold would move the measurements that follow."""
+    """Pass results on after their models are freed: modules are in reference cycles, and their
+    memory would change the next measurements."""
     gc.collect()
     return results
 
 
 def run(name: str, plan: Plan, where: Environment) -> list[Result]:
-    """Verify, then time, the weight norms alone and a training step, all kinds interleaved."""
+    """Verify, then time, the weight norms alone and a training step, with all kinds interleaved."""
     normed = stripped(build(name, where.device))
     models = {who: normed(who) for who in BY_CASE["models"]}
     del normed
@@ -161,7 +162,7 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
 
 
 def training_step(model: nn.Module, forward: Callable[[], Tensor]) -> Contender:
-    """Forward, mean of squares, backward, SGD."""
+    """Return a training step: forward, mean of squares, backward, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""How much is measured: the three sizes of a run, in one table."""
+"""The size of a run: three sizes in one table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .results import Result
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a run. Budgets are the seconds that sampling one case may take; a case whose
-    three rounds take longer than that is finished all the same."""
+    """The settings of a run. Budgets are the seconds of sampling for one case. A case whose three
+    rounds take longer is finished anyway."""
 
     limit_s: float | None
-    """After this many seconds no further case is begun; the report says how many were left out."""
+    """After this many seconds no further case begins; the report says how many were left out."""
     layer_budget_s: float
     host_budget_s: float
     compile_budget_s: float
@@ -23,21 +23,22 @@ class Plan:
     step_budget_s: float
     every: int  # Take every n-th weight of the grid (and all that are not normed along dim 0).
     max_numel: int | None  # Leave out larger weights.
-    models: tuple[str, ...] | None  # None: all.
+    models: tuple[str, ...] | None  # None means all.
     compile_layers: int
     compile_models: tuple[str, ...]
-    """Of shapes.csv; almost a minute each on each number of threads."""
+    """Names in shapes.csv. Each takes almost a minute on each number of threads."""
     compile_model_budget_s: float
     compile_steps: tuple[str, ...]
-    """Of the transformers package; three minutes each where the compiler's cache is empty."""
-    fused_models: tuple[str, ...] | None  # Of shapes.csv. None: all that the case knows.
+    """Names in the transformers package. Each takes three minutes if the compiler's cache is empty.
+    """
+    fused_models: tuple[str, ...] | None  # Names in shapes.csv. None means all that the case knows.
     fused_budget_s: float
     flat_layers: tuple[int, ...]
     flat_budget_s: float
-    gan_frames: int  # Length of the audio: 256 samples each.
-    gan_step: bool  # Also time whole GAN steps, not only their weight norms.
+    gan_frames: int  # The length of the audio, in frames of 256 samples.
+    gan_step: bool  # Whether to time whole GAN steps, too, not only their weight norms.
     gan_budget_s: float
-    memory_phases: int  # How many of training and no_grad.
+    memory_phases: int  # How many of the phases training and no_grad to run.
 
 
 _V1 = ("HiFi-GAN-V1",)

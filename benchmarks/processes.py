@@ -1,9 +1,9 @@
-"""Contenders in processes of their own, and measurements that go round them.
+"""Contenders in processes of their own, and measurements that visit them in turns.
 
-What malloc did before decides whether a large weight costs page faults, and moves a contender's
-time by up to 3 times. Contenders that share a process share that history, so that each is measured
-in a state that the others left behind. Here everyone has a process that did nothing else. They
-still take turns: whoever is not timed waits for the next command and uses no CPU.
+The history of malloc decides whether a large weight costs page faults, which changes a contender's
+time by up to 3 times. Contenders that share a process share this history, so each is measured in a
+state that the others left. Here every contender has a process that did nothing else. The processes
+still take turns: while one is timed, the others wait for their next command and use no CPU.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from .verify import VerificationError
 T = TypeVar("T")
 
 SETTLE_S = 0.005
-"""Between two turns: threads of the last one spin for some milliseconds before they sleep."""
+"""The pause between two turns: threads of the last turn spin for milliseconds before they sleep."""
 
 WARM_CALLS = 2, 5
-"""Before a process takes part: the first calls fill caches, pools and malloc's lists. The second
-figure is for calls that are short enough."""
+"""The calls before the first turn, which fill caches, pools and malloc's lists. The second figure
+is for short calls."""
 
 SHORT_S = 0.1
-"""Calls shorter than this are preceded by one that is not timed, for others have had the caches."""
+"""Before shorter calls comes one that is not timed, because others have used the caches."""
 
 MIN_SAMPLE_S = 30e-3
-"""A turn costs settling and a message, and begins with the caches that the others left."""
+"""The shortest turn. It costs a pause and a message, and begins with the caches that others left.
+"""
 
 
 def measure_apart(
     prepare: Mapping[str, Callable[[], Contender]], where: Environment, budget_s: float
 ) -> dict[str, Times]:
-    """:func:`~wnkernel.cli.timing.in_rounds` with a process for each contender, which a picklable
-    function makes there."""
+    """Run :func:`~wnkernel.cli.timing.in_rounds` with a process for each contender, in which a
+    picklable function makes the contender."""
     cpu_s, faults = dict.fromkeys(prepare, 0.0), dict.fromkeys(prepare, 0.0)
 
     def sample(who: str, times: int) -> float:
@@ -70,15 +71,15 @@ def measure_apart(
 
 
 def run_apart(function: Callable[[], T], where: Environment) -> T:
-    """The result of a picklable function, from a process that does nothing else."""
+    """Return the result of a picklable function from a process that does nothing else."""
     with _pool(where) as pool:
         return _result(_start(pool, function))
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Processes are forked from one that has torch loaded and has done nothing with it."""
-    # torch.cuda.is_available(), wherever it is called while modules are imported, must not start
-    # the driver in the process that the others are forked from
+    """Processes are forked from a process that has only loaded torch."""
+    # Imported modules may call torch.cuda.is_available(), which must not start the driver in the
+    # process from which the others are forked.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
@@ -108,12 +109,12 @@ def _result(future: Future[T]) -> T:
 
 
 def _begin(where: Environment) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent, and that ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent, which ends us
     where.settle()
 
 
 def _told(function: Callable[..., T], *args: object) -> T:
-    """Exceptions that cannot be pickled are told by their tracebacks."""
+    """Call a function. Tracebacks replace its exceptions, which pickling might break."""
     try:
         return function(*args)
     except VerificationError:
@@ -122,7 +123,7 @@ def _told(function: Callable[..., T], *args: object) -> T:
         raise RuntimeError(f"in a benchmark process:\n{traceback.format_exc()}") from None
 
 
-_here: dict[str, Any] = {}  # What a process samples.
+_here: dict[str, Any] = {}  # The contender that this process samples.
 
 
 def _prepare(make: Callable[[], Contender], where: Environment) -> None:
@@ -137,7 +138,7 @@ def _prepare(make: Callable[[], Contender], where: Environment) -> None:
 
 
 def _turn(times: int) -> tuple[float, float, float]:
-    """Seconds, CPU time of the process so far, page faults of the turn."""
+    """Return seconds, the CPU time of the process so far, and the page faults of the turn."""
     _here["first"]()
     before = page_faults()
     seconds = _here["sample"](times)

@@ -1,5 +1,5 @@
-"""The tables of all cases on the terminal, and ``fused.png``: time by the number of layers, and the
-distance of whole models to the limit. Machines with a GPU may lack what the plot needs."""
+"""Prints the tables of all cases, and plots ``fused.png``: time by the number of layers, and the
+distance of whole models to the limit. Machines with a GPU may lack the packages for the plot."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 COLOURS = {TORCH: "tab:red", OURS: "tab:orange", FUSED: "tab:blue", VERSION: "tab:cyan"}
 COPIES = 2.5
 MIB = 2**20
-PIPE_WIDTH = 150  # Columns of a table when there is no terminal to ask.
+PIPE_WIDTH = 150  # Columns of a table if the output is no terminal.
 KIND_TEXT = {"first": "dim 0", "last": "last dim", "middle": "middle dims", "whole": "whole tensor"}
 
-Measured = Mapping[str, Result]  # One measurement: the results by contender.
+Measured = Mapping[str, Result]  # The results of one measurement by contender.
 
 
 def console() -> Console:
-    """The terminal, or what takes its place."""
+    """Return the terminal, or a console for other outputs."""
     found = Console()
     return found if found.is_terminal else Console(width=PIPE_WIDTH)
 
@@ -36,8 +36,8 @@ def console() -> Console:
 def show(
     console: Console, title: str, heads: Iterable[str], rows: Iterable[Sequence[str]], left: int = 1
 ) -> None:
-    """Print a table, unless it has no rows: the first columns to the left, the others to the
-    right. An empty row ends a section."""
+    """Print a table, unless it has no rows. The first ``left`` columns are aligned to the left, the
+    others to the right. An empty row ends a section."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for k, head in enumerate(heads):
         justify = "left" if k < left else "right"
@@ -52,7 +52,7 @@ def show(
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
-    """A table per group of comparable cases."""
+    """Print a table per group of comparable cases."""
     of: dict[str, list[Measured]] = {}
     for m in by_subject(results):
         of.setdefault(next(iter(m.values())).case, []).append(m)
@@ -93,7 +93,7 @@ PHASES = {
     ALONE: "all weight norms of a model, forward and backward, a process each",
     STEP: "a training step of a whole model",
 }
-"""Those of torch.compile."""
+"""Titles of the phases with torch.compile."""
 
 
 def _show_times(
@@ -103,7 +103,7 @@ def _show_times(
     names: Iterable[str],
     per_ms: float = 1.0,
 ) -> None:
-    """A row per measurement, a column per contender."""
+    """Print a row per measurement and a column per contender."""
     names = [n for n in names if any(n in m for m in measured)]
     with_phase = len({(m[OURS].label, m[OURS].shape) for m in measured}) < len(measured)
     with_limit = any(COPY in m for m in measured)
@@ -145,7 +145,7 @@ def _show_models(
 
 
 def _show_compiled(console: Console, title: str, measured: Sequence[Measured]) -> None:
-    """A row per contender, for every model and number of threads."""
+    """Print a row per contender, for every model and number of threads."""
     heads = ["of", "contender", "ms", "times\ntorch", "times torch,\ncompiled"]
     heads += ["times\n2.5 copies", "first call,\ns", "page\nfaults"]
     rows = []
@@ -200,12 +200,12 @@ def _show_memory(console: Console, measured: Sequence[Measured]) -> None:
 
 
 def short(x: float) -> str:
-    """A positive number with three digits."""
+    """Return a positive number with three digits."""
     return f"{x:.{3 if x < 1 else 2 if x < 10 else 1 if x < 100 else 0}f}"
 
 
 def speedup(x: float) -> str:
-    """A ratio in red where it is below 1."""
+    """Return a ratio as text, in red if it is below 1."""
     return _red(x, x < 1)
 
 
@@ -214,18 +214,18 @@ def _red(x: float, lost: bool) -> str:
 
 
 def faults(m: Measured, ours: Result) -> str:
-    """Page faults of a call, torch's and one of ours; nothing where they were not counted."""
+    """Return the page faults of a call, torch's and one of ours; empty if they were not counted."""
     both = [number(r.faults, 0) for r in (m[TORCH], ours)]
     return " / ".join(both) if all(both) else ""
 
 
 def number(x: float, digits: int) -> str:
-    """Nothing for NaN."""
+    """Return a number as text; empty for NaN."""
     return "" if x != x else f"{x:.{digits}f}"
 
 
 def plot(folder: Path) -> Path:
-    """Draw what flat.csv and fused.csv have, one of which has to be there."""
+    """Plot flat.csv and fused.csv, at least one of which must exist."""
     import matplotlib as mpl
 
     mpl.use("Agg")

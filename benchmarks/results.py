@@ -1,4 +1,4 @@
-"""One row of the CSV, and how rows come from a measurement: bytes, GB/s and the two ratios."""
+"""A row of the CSV, and how a measurement becomes rows: bytes, GB/s and the two ratios."""
 
 from __future__ import annotations
 
@@ -23,63 +23,64 @@ from .shapes import LayerCase, dtype_text, shape_text
 FORWARD_BACKWARD = "forward+backward"
 FORWARD = "forward"
 READ = "forward and reader"
-"""A forward and the layer that reads w at once. A forward that is timed alone looks best when it
-writes past the caches, and that is where the next layer would look."""
+"""A forward, and the layer that then reads w. A forward alone is fastest if it writes past the
+caches, but there the next layer would look for w."""
 
 ALONE = "weight norms alone"
 STEP = "training step"
 
 ARRAYS = {FORWARD: 2, READ: 3, FORWARD_BACKWARD: 5, ALONE: 5}
-"""The least traffic of a phase in arrays of v's size. Forward: read v, write w. Its reader: read w.
-Backward: read v and grad_w, write grad_v. g and the norms are small and not counted."""
+"""The least traffic of a phase in arrays of v's size. A forward reads v and writes w. Its reader
+reads w. A backward reads v and grad_w and writes grad_v. g and the norms are small and not counted.
+"""
 
 COPY_ARRAYS = 2
 CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, UNCHANGED: 3}
-"""Contenders that do less than the phase: an unchanged group only runs its backward."""
+"""Contenders with less traffic than the phase: an unchanged group runs only its backward."""
 
 NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, apart from who does it."""
+    """The subject of a measurement, without the contender."""
 
-    case: str  # ``layers``, ``host``, ``fused`` and so on; one CSV file each.
+    case: str  # ``layers``, ``host``, ``fused`` and so on. Each case has one CSV file.
     label: str
     phase: str
     dtype: str
     shape: str
     dim: str
-    kind: str  # ``first``, ``last``, ``middle``, ``whole``, or empty for a model.
+    kind: str  # ``first``, ``last``, ``middle`` or ``whole``; empty for a model.
     numel: int
-    array_bytes: int  # The bytes of one array of v's size, over all weights.
+    array_bytes: int  # The bytes of one array of v's size, summed over all weights.
 
     def of_phase(self, phase: str) -> Subject:
-        """The same with another phase."""
+        """Return the same subject with another phase."""
         return replace(self, phase=phase)
 
 
 def of_weight(c: LayerCase, dtype: torch.dtype, case: str, phase: str) -> Subject:
-    """A single weight."""
+    """Return the subject of a single weight."""
     about = dtype_text(dtype), shape_text(c.shape), c.dim_text, c.kind, c.numel
     return Subject(case, c.label, phase, *about, c.numel * dtype.itemsize)
 
 
 def of_list(case: str, label: str, numels: Sequence[int], phase: str = ALONE) -> Subject:
-    """A list of weights in float32, by how many elements each has."""
+    """Return the subject of a list of float32 weights with these numbers of elements."""
     layers = f"{len(numels)} layer{'s' if len(numels) > 1 else ''}"
     return Subject(case, label, phase, "float32", layers, "", "", sum(numels), 4 * sum(numels))
 
 
 @dataclass(frozen=True)
 class Result:
-    """A row of the CSV. Floats that have no meaning for a row are NaN."""
+    """A row of the CSV. Floats without a meaning for a row are NaN."""
 
     case: str
     label: str
     device: str
     torch: str
-    triton: str = field(default="", kw_only=True)  # files from before GPUs do not have it
+    triton: str = field(default="", kw_only=True)  # older files lack this column
     commit: str
     backend: str
     threads: int
@@ -96,19 +97,19 @@ class Result:
     rounds: int = 0
     bytes: float = NAN
     gb_per_s: float = NAN
-    ratio_to_torch: float = NAN  # torch's median divided by this one: above 1 is faster than torch.
+    ratio_to_torch: float = NAN  # torch's median divided by this one: above 1 is faster.
     ratio_to_limit: float = NAN
-    """This median divided by that of an in-place ``copy_`` scaled to the same bytes: 1 is the
+    """This median divided by that of an in-place ``copy_``, scaled to the same bytes: 1 is the
     limit that memory sets."""
-    error: float = NAN  # The largest relative error against float64 before timing.
-    compile_s: float = NAN  # Seconds of the first call, for a compiled contender.
-    other_cores: float = NAN  # Cores that other processes used while this was timed.
+    error: float = NAN  # The largest relative error against float64, from before the timing.
+    compile_s: float = NAN  # The seconds of the first call of a compiled contender.
+    other_cores: float = NAN  # The cores that other processes used during the timing.
     peak_bytes: float = NAN
-    """Peak memory over that of the model itself. Such a row has no times, and its
+    """The peak memory above that of the model itself. Such a row has no times, and its
     ``ratio_to_torch`` is torch's peak divided by this one."""
     faults: float = NAN
-    """Page faults of a call, for each of which the system clears a page: where fresh memory costs
-    any, times are those of the allocator as much as of the contender."""
+    """The page faults of a call. For each one the system clears a page, so times with page faults
+    depend as much on the allocator as on the contender."""
 
 
 def rows(
@@ -120,8 +121,8 @@ def rows(
     compile_s: Mapping[str, float] = {},
     arrays: int | None = None,
 ) -> list[Result]:
-    """One row per contender of a measurement of time, with their errors before timing and the
-    seconds of their first calls. The traffic is that of :data:`ARRAYS`, unless it is given.
+    """Return one row per contender of a measurement of time, with errors from before the timing and
+    the seconds of first calls. The traffic is that of :data:`ARRAYS`, unless ``arrays`` is given.
     """
     arrays = ARRAYS.get(subject.phase) if arrays is None else arrays
     copy_ms, torch_ms = (stats[who].median_ms if who in stats else NAN for who in (COPY, TORCH))
@@ -142,7 +143,7 @@ def rows(
 
 
 def memory_rows(subject: Subject, where: Environment, peaks: Mapping[str, float]) -> list[Result]:
-    """One row per contender of a measurement of peak memory, in bytes."""
+    """Return one row per contender of a measurement of peak memory, in bytes."""
     ratios = {who: {"ratio_to_torch": peaks[TORCH] / peak} for who, peak in peaks.items()}
     return [_row(subject, where, w, {"peak_bytes": peaks[w], **r}) for w, r in ratios.items()]
 
@@ -153,7 +154,7 @@ def _row(s: Subject, where: Environment, who: str, measured: Mapping[str, float]
 
 
 def by_subject(results: Iterable[Result]) -> list[dict[str, Result]]:
-    """The results of each measurement by contender."""
+    """Return the results of each measurement by contender."""
     groups: dict[tuple[str, ...], dict[str, Result]] = {}
     for r in results:
         key = r.case, r.label, r.phase, r.dtype, r.shape, r.dim
@@ -162,13 +163,13 @@ def by_subject(results: Iterable[Result]) -> list[dict[str, Result]]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of those that are no NaN; NaN of nothing."""
+    """Return the geometric mean of all values that are not NaN; NaN if there are none."""
     logs = [math.log(x) for x in values if x == x]
     return math.exp(math.fsum(logs) / len(logs)) if logs else NAN
 
 
 def csv_text(results: Iterable[Result], *, header: bool = False) -> str:
-    """Rows as lines of a file."""
+    """Return rows as lines of a CSV file."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     if header:
@@ -184,7 +185,7 @@ def _text(value: object) -> str:
 
 
 def write_csv(results: Sequence[Result], folder: Path) -> list[Path]:
-    """One file per case, overwritten; files of cases that were not run stay as they are."""
+    """Write one file per case, and replace an older one. Files of other cases stay unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for case in dict.fromkeys(r.case for r in results):
@@ -195,10 +196,10 @@ def write_csv(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def append_csv(results: Iterable[Result], path: Path) -> None:
-    """Add rows to a file, which gets its header with the first ones, and bring them to the disk.
+    """Add rows to a file and bring them to the disk. The first rows also write the header.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: if the rows cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
@@ -215,12 +216,12 @@ def append_csv(results: Iterable[Result], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Result]:
-    """What was written. A last line that has no end, of a run that was killed, is left out, and
-    columns that a file does not have keep their defaults.
+    """Read the rows of a file. A last line without an end, from a run that was killed, is left out.
+    Columns that the file lacks keep their defaults.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is no such file.
+        OSError: if the file cannot be opened.
+        ValueError: if it is no such file.
     """
     lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     reader = csv.DictReader(lines.splitlines())

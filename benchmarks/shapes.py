@@ -1,4 +1,4 @@
-"""The grid of single layers: the distinct weights of real models, and some dims that they lack."""
+"""The grid of single layers: the distinct weights of real models, and some dims that these lack."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-ADDED = "added"  # The label of the cases below, which no listed model has.
+ADDED = "added"  # The label of the shapes below, which no listed model has.
 _ADDED_SHAPES = ((512, 256, 16), (768, 48, 128), (1024, 64, 128), (512, 512, 3), (626, 768))
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """One weight of the grid. ``dim`` None is one norm over the whole tensor."""
+    """One weight of the grid. ``dim`` None means one norm over the whole tensor."""
 
     shape: tuple[int, ...]
     dim: int | None
@@ -30,7 +30,7 @@ class LayerCase:
 
     @property
     def dim_text(self) -> str:
-        """As shapes.csv spells it."""
+        """The dim, as shapes.csv spells it."""
         return "none" if self.dim is None else str(self.dim)
 
     @property
@@ -39,7 +39,7 @@ class LayerCase:
 
     @property
     def kind(self) -> str:
-        """Which of the four memory patterns this is; the summary groups by it."""
+        """One of the four memory patterns, by which the summary groups weights."""
         if self.dim is None:
             return "whole"
         return {0: "first", len(self.shape) - 1: "last"}.get(self.dim, "middle")
@@ -53,20 +53,20 @@ class LayerCase:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """(512, 256, 16) as ``512x256x16``, the spelling of shapes.csv."""
+    """Spell (512, 256, 16) as ``512x256x16``, like shapes.csv."""
     return "x".join(map(str, shape))
 
 
 def dtype_text(dtype: torch.dtype) -> str:
-    """torch.float32 as ``float32``."""
+    """Spell torch.float32 as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def grid() -> list[LayerCase]:
-    """Every distinct (shape, dim): first those of shapes.csv, then the added ones.
+    """Return every distinct (shape, dim): first those of shapes.csv, then the added ones.
 
-    Nearly all weights of real models are normed along dim 0, so the other memory patterns are
-    added on some of the same shapes, labelled as such.
+    Real models norm nearly all weights along dim 0, so the other memory patterns are added on some
+    of the same shapes, with a label of their own.
     """
     users: dict[tuple[tuple[int, ...], int | None], list[LayerCase]] = {}
     for case, _ in _rows():
@@ -82,9 +82,9 @@ def grid() -> list[LayerCase]:
 
 
 def weight_list(model: str) -> list[LayerCase]:
-    """Every weight of a model of shapes.csv, equal ones as often as it has them.
+    """Return every weight of a model of shapes.csv; equal weights occur as often as in the model.
 
-    Equal shapes are spread over the list, for in a model they do not stand side by side either.
+    Equal shapes are spread over the list, because a model does not have them side by side either.
     """
     rows = [(case, count) for case, count in _rows() if case.label == model]
     placed = [((k + 0.5) / count, case) for case, count in rows for k in range(count)]
@@ -93,7 +93,7 @@ def weight_list(model: str) -> list[LayerCase]:
 
 @functools.cache
 def _rows() -> list[tuple[LayerCase, int]]:
-    """Weights, and how often a model has them."""
+    """Return weights, and how often a model has each."""
     with Path(__file__).with_name("shapes.csv").open(newline="") as file:
         return [
             (

@@ -1,4 +1,4 @@
-"""What a run comes to: every case that is lost, and geometric means beside what is aimed at."""
+"""The summary of a run: every case that is lost, and geometric means beside their aims."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from .results import (
 )
 
 LARGE = 1_000_000
-"""Above this many elements the memory limit is what counts; below, it is lost in call overhead."""
+"""Above this many elements the memory limit decides; below it, call overhead does."""
 
-LARGE_MODEL = 12_500_000  # Elements of a model of 50 MB.
+LARGE_MODEL = 12_500_000  # The elements of a model of 50 MB.
 FORGIVEN_SHARE = 0.05
-"""Of the cases may be disturbed by other processes before the run is called untrustworthy."""
+"""The share of cases that other processes may disturb before the run counts as untrustworthy."""
 
 HOST_SHARE = {OURS: 0.6, UNCHANGED: 0.25}
-"""Aim of the host cost of ``layer.weight``: at most this share of torch's."""
+"""The aim of the host cost of ``layer.weight``, as a share of torch's."""
 
-SLOW_TORCH = 1.5  # Times the copy limit.
+SLOW_TORCH = 1.5  # In times the copy limit.
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a group of cases should reach against torch (times as fast), on two cores."""
+    """The aim of a group of cases against torch (times as fast), on two cores."""
 
     title: str
     belongs: str  # A query on the columns of the CSV file.
@@ -87,8 +87,8 @@ AIMS = (
 
 
 def print_losses(console: Console, results: Sequence[Result]) -> None:
-    """Every case in which torch is faster, the worst first. What is compiled has to be faster than
-    torch's compiled and uncompiled."""
+    """Print every case in which torch is faster, the worst first. Compiled contenders of ours must
+    be faster than torch's compiled and uncompiled ones."""
     found = [
         (_best_torch(m, r).median_ms / r.median_ms, r, m)
         for m in by_subject(results)
@@ -115,7 +115,7 @@ def _best_torch(m: Measured, r: Result) -> Result:
 
 
 def print_summary(console: Console, results: Sequence[Result]) -> None:
-    """The table of aims, and whether the figures can be trusted."""
+    """Print the table of aims, and whether the figures can be trusted."""
     timed = [r for r in results if r.rounds]
     limits = {id(r): m[TORCH].ratio_to_limit for m in by_subject(timed) for r in m.values()}
     frame = pd.DataFrame([vars(r) for r in timed], columns=[*Result.__dataclass_fields__]).assign(

@@ -1,4 +1,4 @@
-"""Timing of contenders in turns, by the rounds of ``wnkernel bench``, and who of them failed."""
+"""Timing of contenders in turns, by the rounds of ``wnkernel bench``, and which of them failed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from wnkernel.cli.timing import Times, in_rounds, no_garbage_collection
 
 try:
     import resource
-except ImportError:  # Windows
+except ImportError:  # on Windows
     resource = None
 
 Contender = Callable[[], object]
 Sampler = Callable[[Contender, int], float]
-"""Runs a contender n times in a row and returns the seconds that all n took."""
+"""Runs a contender n times in a row and returns the seconds of all n calls."""
 
-SAMPLES = 20  # In a turn of :func:`least`.
+SAMPLES = 20  # In one turn of :func:`least`.
 
 
 class ContenderError(Exception):
-    """One contender failed; what it raised is the cause."""
+    """One contender failed; the cause is the exception that it raised."""
 
     def __init__(self, who: str) -> None:
         super().__init__(who)
@@ -37,7 +37,7 @@ class ContenderError(Exception):
 
 @contextmanager
 def blamed(who: str) -> Iterator[None]:
-    """Whatever is raised in here is the fault of one contender."""
+    """Blame one contender for every exception inside this context."""
     try:
         yield
     except ContenderError:
@@ -47,21 +47,22 @@ def blamed(who: str) -> Iterator[None]:
 
 
 def page_faults() -> float:
-    """How often this process touched a page so far that the system had to find and clear first
-    (minor page faults): what fresh memory costs. NaN where the system does not tell."""
+    """Return how many minor page faults this process had so far: touches of a page that the system
+    first had to find and clear. They are the cost of fresh memory. NaN if the system does not tell.
+    """
     if resource is None:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def device_sampler(device: torch.device) -> Sampler:
-    """Samples the time that the work takes on ``device``."""
+    """Return a sampler of the time that the work takes on ``device``."""
     return _sample_events if device.type == "cuda" else _sample_wall
 
 
 def host_sampler(device: torch.device, *, until_done: bool = False) -> Sampler:
-    """Samples the time that the calling thread spends, whatever it leaves to a device, or the time
-    until both are done."""
+    """Return a sampler of the time that the calling thread spends without its device, or, with
+    ``until_done``, the time until both are done."""
     if device.type != "cuda":
         return _sample_wall
 
@@ -120,8 +121,9 @@ def least(
     seconds: float,
     during: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
-    """Seconds of a call of each, for figures that other work can only add to: the least of samples
-    of so many calls, in turns. ``during`` surrounds a turn of the contender that it is given."""
+    """Return the seconds of one call of each contender, for figures that other work can only
+    increase: the minimum of many samples in turns, each of ``times`` calls. ``during`` is a context
+    for each turn of the contender that it is given."""
     best = dict.fromkeys(contenders, float("inf"))
     with no_garbage_collection():
         end = time.perf_counter() + seconds

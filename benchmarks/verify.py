@@ -1,4 +1,4 @@
-"""Nothing is timed before its result is right: float64, with the bounds of the command line."""
+"""Checks results against float64 before they are timed, with the bounds of the command line."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 class VerificationError(Exception):
-    """A contender gives wrong numbers; there is nothing to time."""
+    """A contender gives wrong numbers, so it is not timed."""
 
 
 @dataclass(frozen=True)
 class Reference(Exact):
-    """What weight norm and its gradients are, and of what they are those."""
+    """The weight norm, its gradients, and the inputs that they belong to."""
 
     dtype: torch.dtype
     row_length: int
 
 
 def reference(v: Tensor, g: Tensor, dim: int | None, grad_w: Tensor) -> Reference:
-    """Of one weight, on its device."""
+    """Return the reference of one weight, on its device."""
     rows = 1 if dim is None else v.shape[dim]
     want = exact(v, g, dim, grad_w)
     return Reference(**vars(want), dtype=v.dtype, row_length=v.numel() // max(rows, 1))
@@ -35,8 +35,9 @@ def reference(v: Tensor, g: Tensor, dim: int | None, grad_w: Tensor) -> Referenc
 def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) -> float:
     """Compare ``(w, grad_v, grad_g)`` with the reference.
 
-    The L2 error of a tensor is relative to the tensor, of ``grad_v`` to its terms; that of its
-    worst element to the largest; that of ``grad_g`` to the norm of the row of ``grad_w``.
+    The L2 error of w is relative to w, that of ``grad_v`` to its terms, that of ``grad_g`` to the
+    norm of the row of ``grad_w``. The error of the worst element is relative to the largest
+    element.
 
     Args:
         who: contender and case, for the message.
@@ -45,10 +46,10 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
         long_sums: see :func:`wnkernel.cli.exact.bound`.
 
     Returns:
-        The largest relative L2 error of the three, for the record.
+        The largest relative L2 error of the three.
 
     Raises:
-        VerificationError: outside the tolerance, not finite, or of another shape.
+        VerificationError: if a result is outside the tolerance, not finite, or of another shape.
     """
     about = want.dtype, want.row_length
     of_l2 = bound(*about, long_sums=long_sums)
@@ -72,7 +73,7 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
 
 
 def check_same(who: str, got: Tensor, want: Tensor, l2: float, what: str = "output") -> None:
-    """Compare what two whole models give by relative L2."""
+    """Compare the results of two whole models by their relative L2 difference."""
     error = _difference(who, what, got.detach(), want.detach().double())
     _demand(who, what, "relative L2 difference", _ratio(error.norm(), want.norm()), l2)
 

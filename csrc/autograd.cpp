@@ -40,7 +40,7 @@ bool is_transformed(at::TensorList tensors) {
 
 bool is_direct(c10::DispatchKeySet tensors) {
   const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
-  const c10::DispatchKeySet above =  // that have no kernels of this library
+  const c10::DispatchKeySet above =  // keys without kernels of this library
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset |
       c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
   const c10::DispatchKeySet left = (tensors | local.included_) - local.excluded_ - above;
@@ -53,7 +53,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// What the second derivative reads: one entry of saved_data, since each costs a hash of its name.
+// The tensors that the second derivative reads. They are one entry of saved_data, because every
+// entry costs a hash of its name.
 struct SavedWeights : torch::CustomClassHolder {
   c10::SmallVector<Saved, 1> weights;
 
@@ -72,8 +73,8 @@ struct SavedWeights : torch::CustomClassHolder {
   }
 };
 
-// The first derivative as a differentiable operation.
-// Inputs: grad_w, v, g of every problem. Outputs: wanted grad_v, then wanted grad_g.
+// The first derivative as a differentiable operation. Its inputs are grad_w, v and g of every
+// problem. Its outputs are every wanted grad_v, then every wanted grad_g.
 struct FirstDerivative : torch::autograd::Function<FirstDerivative> {
   static variable_list forward(AutogradContext* ctx, at::TensorList grad_w, at::TensorList v,
                                at::TensorList g, at::TensorList norm, at::IntArrayRef dim,
@@ -149,14 +150,14 @@ Tensors first_derivatives(at::TensorList grad_w, at::TensorList v, at::TensorLis
 
 namespace {
 
-// Deletes a node that a shared pointer held, without recursion. torch's deleteNode sees to edges,
-// but v may hold the last pointer to the node before: tensors are let go of one by one, by
-// whoever deletes the first node of a chain. A template, because newer versions of torch have no
-// deleteNode.
+// Deletes a node that a shared pointer held, without recursion. torch's deleteNode handles the
+// edges, but v may hold the last pointer to the node before. So the call that deletes the first
+// node of a chain collects the tensors of all its nodes and releases them one by one. This is a
+// template because newer versions of torch have no deleteNode.
 template <class Node>
 void delete_without_recursion(Node* node) {
-  // A pointer, for it outlives the thread's objects: when a thread ends, torch's queue of what a
-  // backward that failed has left undone may be the last to hold nodes.
+  // A pointer, because it must outlive the thread's objects: when a thread ends, torch's queue with
+  // the remains of a failed backward may be the last owner of nodes.
   thread_local Tensors* left = nullptr;
   Tensors own;
   const bool is_first = left == nullptr;
@@ -171,7 +172,7 @@ void delete_without_recursion(Node* node) {
   left = nullptr;
 }
 
-// The pointer that this version of torch has for nodes.
+// The type of pointer that this version of torch uses for nodes.
 using NodePointer = std::decay_t<decltype(std::declval<at::Tensor&>().grad_fn())>;
 
 template <class Pointer = NodePointer>
@@ -184,7 +185,7 @@ Pointer make_node(torch::autograd::edge_list edges, WeightNorm::Weights weights,
   }
 }
 
-// w and norm of one weight; without norm where nobody asks for it.
+// Computes w and norm of one weight. If nobody asks for norm, it stays undefined.
 TensorPair forward_of_one(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
                           std::optional<at::ScalarType> out_dtype, Bucket bucket, bool wants_norm) {
   const at::Tensor inputs[] = {v, g};
@@ -232,7 +233,7 @@ Tensors forward_autograd(at::TensorList v, at::TensorList g, at::IntArrayRef dim
     results = forward(v, g, dim, eps, out_dtype);
   }
   if (!at::GradMode::is_enabled()) return results;
-  // Weights of which neither v nor g wants a gradient are no part of the node.
+  // A weight is no part of the node if neither its v nor its g requires grad.
   const size_t count = v.size();
   Tensors live_w, live_v, live_g;
   WeightNorm::Weights weights;
@@ -260,7 +261,7 @@ TORCH_LIBRARY_IMPL(wnkernel, Autograd, m) {
   m.impl("backward", first_derivatives);
 }
 
-// vmap: in operators that have batching rules, rather than one by one.
+// Under vmap these operators run as ATen operators that have batching rules, not once per sample.
 TORCH_LIBRARY_IMPL(wnkernel, FuncTorchBatched, m) {
   m.impl("weight_norm", composed::weight_norm);
   m.impl("forward_one", composed::forward_one);
@@ -269,7 +270,7 @@ TORCH_LIBRARY_IMPL(wnkernel, FuncTorchBatched, m) {
   m.impl("backward", composed::backward);
 }
 
-// The older vmap, which autograd.grad(..., is_grads_batched=True) and vectorized Jacobians use.
+// autograd.grad(..., is_grads_batched=True) and vectorized Jacobians use the older vmap.
 TORCH_LIBRARY_IMPL(wnkernel, Batched, m) {
   m.impl("backward_one", composed::backward_one);
   m.impl("backward", composed::backward);

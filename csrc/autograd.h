@@ -1,4 +1,4 @@
-// What the autograd node of a launch needs of autograd.cpp.
+// The functions of autograd.cpp that the autograd node of a launch calls.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKeySet.h>
@@ -7,18 +7,18 @@
 
 namespace wnkernel {
 
-// Whether grad mode is on and one of them requires grad.
+// Whether grad mode is on and one of the tensors requires grad.
 bool needs_grad(at::TensorList tensors);
 
-// Function transforms and forward-mode AD, which no C++ node supports.
+// Whether a function transform or forward-mode AD is active. No C++ node supports these.
 bool is_transformed(at::TensorList tensors);
 
-// Whether nobody waits between autograd and the CPU kernels, so that one weight need not go through
-// the dispatcher again: no mode, no tracer, no profiler, and tensors that are memory and no more.
-// (An observer that samples is asked twice, here and by the dispatcher.)
+// Whether nothing intercepts calls between autograd and the CPU kernels: no mode, no tracer and no
+// profiler is active, and the tensors are plain CPU tensors. Then the call for one weight skips the
+// dispatcher. (A sampling observer is asked twice: here and by the dispatcher.)
 bool is_direct(c10::DispatchKeySet tensors);
 
-// The operators backward_one and backward, differentiable.
+// The operators backward_one and backward, as differentiable functions.
 TensorPair first_derivative(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
                             const at::Tensor& norm, int64_t dim, double eps, bool need_v,
                             bool need_g, Bucket bucket);

@@ -1,5 +1,5 @@
-// The Python module wnkernel._C: loading it registers the operators. Besides, two functions that
-// call them with less overhead than torch.ops, slots, and what the module was built with.
+// The Python module wnkernel._C. Loading it registers the operators. It also has two functions that
+// call them with less overhead than torch.ops, the slots, and facts about its build.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <torch/csrc/Dtype.h>
@@ -25,7 +25,7 @@ namespace {
 
 const char* type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
-// A Tensor or a Parameter, no subclass of them.
+// Whether an object is a Tensor or a Parameter, and no subclass of these.
 bool is_plain(PyObject* object) {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == THPVariableClass || type == ParameterClass;
@@ -57,11 +57,11 @@ std::optional<at::ScalarType> as_dtype(PyObject* object) {
   return reinterpret_cast<THPDtype*>(object)->scalar_type;
 }
 
-// Weights up to this size are done on the CPU before another thread could have made use of the GIL.
+// The CPU computes weights up to this size before another thread could make use of the GIL.
 constexpr int64_t kHoldGil = 16384;
 
-// A launch on a GPU takes the driver as long for a small weight as for a large one, and memory for
-// w may have to be waited for.
+// Only small CPU weights hold the GIL. On a GPU the driver takes as long for a small weight as for
+// a large one, and the allocation of w may have to wait for memory.
 bool holds_gil(const at::Tensor& v) {
   const auto size = v.sym_numel().maybe_as_int();
   return v.is_cpu() && size && *size <= kHoldGil;
@@ -75,7 +75,7 @@ std::string py_cuda_reason([[maybe_unused]] c10::DeviceIndex device) {
 #endif
 }
 
-// Whether this module has kernels for where a tensor is.
+// Whether this module has kernels for the device of a tensor.
 bool has_kernels(const at::Tensor& t) {
 #if defined(WNKERNEL_CUDA)
   if (t.is_cuda()) return cuda_reason(t.device().index()).empty();
@@ -83,22 +83,23 @@ bool has_kernels(const at::Tensor& t) {
   return t.is_cpu();
 }
 
-// Whether C++ can take a weight as it is. Throws on wrong layouts and devices: the dispatcher would
-// choose by them before the operator has checked its arguments, and say that there is no kernel.
+// Whether C++ can take a weight as it is. Throws on wrong layouts and devices: otherwise the
+// dispatcher would choose by them before the operator checks its arguments, and report a missing
+// kernel.
 bool is_plain_native(PyObject* v, PyObject* g) {
   if (!is_plain(v) || !is_plain(g)) return false;
   check_placement(THPVariable_Unpack(v), THPVariable_Unpack(g));
   return has_kernels(THPVariable_Unpack(v));
 }
 
-// Whether somebody looks at what is called: a __torch_function__ mode, or the TorchScript tracer,
-// whose graphs are to run where nobody knows our operators.
+// Whether something observes calls: a __torch_function__ mode, or the TorchScript tracer, whose
+// graphs must also run where our operators are unknown.
 bool is_observed() {
   return at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
 }
 
-// weight_norm(v, g, dim, eps, out_dtype), all positional. NotImplemented where Python has to look:
-// v or g is no plain tensor, the call is observed, there are no kernels for its device.
+// weight_norm(v, g, dim, eps, out_dtype), all positional. Returns NotImplemented if Python must
+// handle the call: v or g is no plain tensor, the call is observed, or their device has no kernels.
 PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5, "weight_norm: expected 5 arguments, got ", count);
@@ -115,8 +116,8 @@ PyObject* py_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// weight_norms(vs, gs, dims, eps, out_dtype): four lists of the same length. NotImplemented as
-// above.
+// weight_norms(vs, gs, dims, eps, out_dtype) takes four lists of the same length, and returns
+// NotImplemented like weight_norm().
 PyObject* py_weight_norms(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
@@ -144,7 +145,7 @@ PyObject* py_weight_norms(PyObject*, PyObject* const* args, Py_ssize_t count) {
   no_gil.reset();
   THPObjectPtr list(PyList_New(size));
   if (!list) throw python_error();
-  for (Py_ssize_t k = 0; k < size; ++k)  // every w; after them come the norms
+  for (Py_ssize_t k = 0; k < size; ++k)  // only every w; the norms follow in results
     PyList_SET_ITEM(list.get(), k, THPVariable_Wrap(results[k]));
   return list.release();
   END_HANDLE_TH_ERRORS
@@ -208,7 +209,7 @@ pybind11::dict facts(const cpu::Machine& machine) {
 
 pybind11::dict py_machine() { return facts(cpu::machine()); }
 
-// For tests.
+// Only tests call this.
 pybind11::dict py_machine_in(std::string sysfs, std::vector<int> cpus, cpu::CpuidCaches cpuid) {
   return facts(cpu::machine_in({std::move(sysfs), std::move(cpus), std::move(cpuid)}));
 }

@@ -11,7 +11,7 @@
 namespace wnkernel::composed {
 namespace {
 
-// norm as a half type holds it; norm itself where that is no normal number.
+// The norm rounded to a half type, or the norm itself if the rounded value is no normal number.
 at::Tensor held(const at::Tensor& norm, at::ScalarType type) {
   const auto [smallest, largest] =
       type == at::kHalf ? std::pair(0x1p-14, 65504.0) : std::pair(0x1p-126, 0x1.fep127);
@@ -19,19 +19,19 @@ at::Tensor held(const at::Tensor& norm, at::ScalarType type) {
   return at::where((rounded >= smallest).logical_and(rounded <= largest), rounded, norm);
 }
 
-// eps for computations in a type: at least its smallest normal number, or 0.
+// eps for computations in a type: 0, or at least the smallest normal number of the type.
 double bound_of(double eps, at::ScalarType acc) {
   const double smallest = acc == at::kDouble ? 0x1p-1022 : 0x1p-126;
   return eps > 0.0 && eps < smallest ? smallest : eps;
 }
 
-// One weight norm in the accumulation dtype: v and g cast, norms clamped.
+// One weight norm in the accumulation dtype: v and g are cast, the norm is clamped.
 struct Terms {
-  std::vector<int64_t> dims;  // that a norm sums over
+  std::vector<int64_t> dims;  // the dims that a norm sums over
   at::ScalarType acc;
   double eps;
-  at::Tensor v, g, divisor;  // divisor: max(norm, eps)
-  at::Tensor clamped;        // norm < eps; undefined with eps 0
+  at::Tensor v, g, divisor;  // divisor is max(norm, eps)
+  at::Tensor clamped;        // norm < eps; undefined if eps is 0
 
   Terms(const at::Tensor& v_, const at::Tensor& g_, int64_t dim, double eps_)
       : acc(accumulation_dtype(v_.scalar_type())),
@@ -45,7 +45,7 @@ struct Terms {
       divisor = norm(v);
       return;
     }
-    // Clamped rows are replaced before the norm: its derivative at a zero row is 0/0.
+    // Clamped rows are replaced before the norm, because its derivative at a zero row is 0/0.
     clamped = norm(v.detach()) < eps;
     const at::Tensor safe = norm(at::where(clamped, at::ones({}, v.options()), v));
     divisor = at::where(clamped, at::full({}, eps, v.options()), safe);
@@ -53,8 +53,8 @@ struct Terms {
 
   at::Tensor inverse() const { return divisor.reciprocal(); }
 
-  // The divisor with norms as type holds them, clamped then. A constant is added, so that
-  // derivatives are those of the divisor.
+  // The divisor from the norm rounded to a type and then clamped. It only adds a constant to
+  // divisor, so that the derivatives stay the same.
   at::Tensor divisor_as(at::ScalarType type) const {
     if (type == acc) return divisor;
     const at::Tensor exact = divisor.detach();
@@ -77,7 +77,7 @@ struct Terms {
     return (root.masked_fill(is_zero, 0.0) * scale).reshape_symint(g.sym_sizes());
   }
 
-  // x where the norm is differentiated, 0 where it is clamped.
+  // x where the norm is differentiated, 0 where the norm is clamped.
   at::Tensor unclamped(const at::Tensor& x) const {
     return clamped.defined() ? x.masked_fill(clamped, 0.0) : x;
   }

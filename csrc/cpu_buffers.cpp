@@ -24,20 +24,21 @@
 namespace wnkernel {
 namespace {
 
-// Smaller requests stay within malloc's own free lists and cost no page faults.
+// malloc serves smaller requests from its own free lists, without page faults.
 constexpr size_t kSmallest = 64 << 10;
-// Loads and stores are told apart by their addresses modulo this at first. A buffer has as many
-// bytes to spare, which nobody counts, to choose where in it a result starts.
+// Processors first compare the addresses of loads and stores modulo this. Every buffer has this
+// many spare bytes, which no statistic counts, so that a result can start anywhere within them.
 constexpr size_t kAlias = 4096;
-// Where a result may start.
+// A result starts at a multiple of this.
 constexpr size_t kLine = 64;
-// Idle and used buffers together stay below this many times the most that was used at once ...
+// Idle and used buffers together stay below this many times the recent peak of used buffers.
 constexpr int64_t kSlack = 2;
-// ... lately: within the last one or two stretches in which this many times that much was served.
+// The recent peak covers the last one or two periods. A period ends when this many times its peak
+// was served.
 constexpr int64_t kMemory = 8;
 
-// Buffers of this size and more ask for huge pages: fewer faults the first time, fewer TLB misses
-// ever after. malloc's memory is not aligned for them.
+// Buffers of this size and more request huge pages, which cause fewer faults at first and fewer TLB
+// misses later. malloc does not align its memory for them.
 constexpr size_t kHugePage = 2 << 20;
 
 void* allocate_memory(size_t size) {
@@ -48,12 +49,12 @@ void* allocate_memory(size_t size) {
   TORCH_CHECK(error == 0, "wnkernel: out of memory: cannot allocate ", size,
               " bytes for a result on the CPU");
 #if defined(__linux__)
-  if (huge) madvise(data, size, MADV_HUGEPAGE);  // advice: nothing depends on the answer
+  if (huge) madvise(data, size, MADV_HUGEPAGE);  // advice; nothing depends on the result
 #endif
   return data;
 }
 
-// Where the results of this thread are to start within kAlias; see KeepApart.
+// The offset modulo kAlias at which results of this thread start; see KeepApart.
 thread_local size_t start = 0;
 
 struct Buffer {
@@ -94,7 +95,7 @@ class Pool final : public c10::Allocator {
     std::vector<Buffer*> freed;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (all) {  // Forget past peaks, so that they keep no buffers from here on.
+      if (all) {  // Past peaks must not keep buffers from here on.
         peak_ = last_peak_ = used_;
         served_ = 0;
       }
@@ -107,7 +108,7 @@ class Pool final : public c10::Allocator {
     }
   }
 
-  // Never destroyed: tensors may outlive every other static object.
+  // The pool is never destroyed, because tensors may outlive every other static object.
   static Pool& pool() {
     static Pool* const pool = new Pool;
     return *pool;
@@ -115,13 +116,13 @@ class Pool final : public c10::Allocator {
 
  private:
   Pool() {
-    // A child forked while another thread is in here must not inherit a locked mutex.
+    // A child that is forked while another thread holds the mutex must not inherit it locked.
     pthread_atfork([] { pool().mutex_.lock(); }, [] { pool().mutex_.unlock(); },
                    [] { pool().mutex_.unlock(); });
   }
 
-  // The most recently freed buffer of this size: the cache may still hold it. If there is none, one
-  // that has no memory yet.
+  // Returns the most recently freed buffer of this size, because a cache may still hold it. If none
+  // is idle, returns a new buffer without memory.
   Buffer* take(size_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
     used_ += static_cast<int64_t>(size);
@@ -155,7 +156,7 @@ class Pool final : public c10::Allocator {
     release(/*all=*/false);
   }
 
-  // The buffer that is idle longest, which is the first of its size too.
+  // Removes the buffer that is idle longest. It is also the first one of its size.
   Buffer* evict() {
     Buffer* const buffer = idle_.front();
     idle_.pop_front();
@@ -184,7 +185,7 @@ class Pool final : public c10::Allocator {
   const bool enabled_ = wanted();
   std::mutex mutex_;
   std::list<Buffer*> idle_;   // longest idle first
-  std::list<Buffer*> taken_;  // by tensors: their places move between the lists, without allocation
+  std::list<Buffer*> taken_;  // held by tensors; moving an entry between lists allocates nothing
   std::unordered_map<size_t, std::vector<Buffer*>> by_size_;  // idle, longest idle first
   int64_t held_ = 0, used_ = 0;
   int64_t served_ = 0, peak_ = 0, last_peak_ = 0;  // see kMemory
@@ -198,7 +199,8 @@ KeepApart::KeepApart(std::initializer_list<const at::Tensor*> tensors) {
     return reinterpret_cast<uintptr_t>(t->const_data_ptr()) % kAlias;
   };
   const size_t first = place(*tensors.begin()), second = place(*(tensors.end() - 1));
-  // From the first to the second, and around from there to the first: halfway along the longer way.
+  // There are two ways from the first place to the second around the page. The start is halfway
+  // along the longer one.
   const size_t between = (second + kAlias - first) % kAlias;
   const size_t halfway =
       2 * between > kAlias ? first + between / 2 : second + (kAlias - between) / 2;

@@ -1,9 +1,10 @@
-// Memory for results on the CPU: buffers that no tensor holds any more serve the next result of the
-// same size.
+// Memory for results on the CPU. A buffer that no tensor holds any more serves the next result of
+// the same size.
 //
-// Fresh memory is what a weight norm on the CPU spends most of its time on: a page fault for every
-// 4 KiB of w and grad_v, every step, because malloc gives large blocks back to the system at once.
-// A training step frees and asks for the same sizes again, so nearly every request is met here.
+// A weight norm on the CPU would spend most of its time on fresh memory: every step takes a page
+// fault for every 4 KiB of w and grad_v, because malloc returns large blocks to the system at once.
+// A training step frees and requests the same sizes again, so the buffers meet nearly every
+// request.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
@@ -12,16 +13,18 @@
 
 namespace wnkernel {
 
-// An allocator for at::detail::empty_strided_generic and the like. Thread-safe. A buffer comes back
-// when the last tensor, view or array on its storage is gone, never earlier. Idle and used
-// buffers together take at most twice what was used at once lately; what is idle longest goes back
-// to the system first. The environment variable WNKERNEL_CPU_BUFFERS=0 makes it torch's own
-// allocator; the first call throws std::invalid_argument if that is neither 0 nor 1.
+// An allocator for at::detail::empty_strided_generic and similar functions. It is thread-safe. A
+// buffer comes back when the last tensor, view or array on its storage is gone, never earlier. Idle
+// and used buffers together take at most twice the recent peak of used buffers; the longest idle
+// buffer returns to the system first. The environment variable WNKERNEL_CPU_BUFFERS=0 makes this
+// torch's own allocator. The first call throws std::invalid_argument if the variable is neither 0
+// nor 1.
 c10::Allocator* cpu_buffers();
 
-// While it lives, buffers that this thread asks for start, within a page, as far as possible from
-// where these tensors start: a load that follows a store at the same place of another page is taken
-// for one of the same memory at first, and has to wait. At most two tensors.
+// While a KeepApart lives, buffers of this thread start as far as possible, within a page, from
+// where the given tensors start. Otherwise a load that follows a store at the same offset of
+// another page would wait, because the processor first takes both for the same memory. It accepts
+// at most two tensors.
 class KeepApart {
  public:
   explicit KeepApart(std::initializer_list<const at::Tensor*> tensors);
@@ -31,12 +34,12 @@ class KeepApart {
 };
 
 struct BufferStatistics {
-  int64_t held_bytes;  // idle, waiting for the next request
-  int64_t used_bytes;  // held by tensors
+  int64_t held_bytes;  // bytes that wait idle for the next request
+  int64_t used_bytes;  // bytes that tensors hold
 };
 BufferStatistics cpu_buffer_statistics();
 
-// Give all idle buffers back to the system.
+// Returns all idle buffers to the system.
 void release_cpu_buffers();
 
 }  // namespace wnkernel

@@ -5,7 +5,8 @@
 
 namespace wnkernel {
 
-// Why kernels cannot run on a card, in CUDA's words; empty if they can. Cheap to ask again.
+// Why kernels cannot run on a card, in CUDA's words; empty if they can run. Repeated calls are
+// cheap.
 std::string cuda_reason(c10::DeviceIndex device);
 
 }  // namespace wnkernel

@@ -1,4 +1,4 @@
-// Functions for Python that take their arguments as an array, without a tuple.
+// Makes methods of Python functions that take their arguments as an array instead of a tuple.
 #pragma once
 #include <torch/csrc/python_headers.h>
 

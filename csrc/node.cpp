@@ -18,7 +18,8 @@ using torch::dynamo::autograd::SwapSavedVariables;
 
 namespace {
 
-// Sparse gradients, as of an embedding, are made dense: the projection reads all of them.
+// Sparse gradients, such as those of an embedding, are made dense, because the projection reads
+// every element.
 bool is_dense(const at::Tensor& grad_w) { return grad_w.layout() == at::kStrided; }
 
 variable_list gradients_of_one(const at::Tensor& grad_w, const Saved& w, bool need_v, bool need_g,
@@ -97,8 +98,9 @@ void WeightNorm::check_versions(const Needs& needs) const {
     if (needs[k] || needs[count + k]) weights_[k].check_versions("norm");
 }
 
-// Is called in every backward. Later there are other tensors in the place of those that were
-// written to, so all weights have to be as they were, though some may not be asked for.
+// Compiled autograd calls this in every backward. Its graph replaces the tensors, so later checks
+// could not see that a tensor was written to. So all weights are checked here, even those without a
+// needed gradient.
 void WeightNorm::compiled_args(CompiledNodeArgs& args) WNKERNEL_COMPILED_ARGS_CONST {
   check_versions(needs());
   args.collect(name());
@@ -127,7 +129,7 @@ WeightNorm::Weights WeightNorm::swapped(SwapSavedVariables& saved) {
 #if WNKERNEL_FUNCTIONAL_NODES
 namespace {
 
-// What compiled autograd calls in the place of apply().
+// Compiled autograd calls this in place of apply().
 variable_list traced_gradients(const variable_list& grad_w, const std::vector<c10::IValue>& args) {
   const std::vector<at::Tensor> tensors = args[0].toTensorVector();
   const std::vector<int64_t> dims = args[1].toIntVector(), needs = args[2].toIntVector();

@@ -10,8 +10,8 @@
 #include "ops.h"
 #include "saved.h"
 
-// Since torch 2.7 compiled autograd puts calls of functions into its graphs; before, it traced
-// apply() with other tensors in the place of those that a node holds.
+// From torch 2.7 on, compiled autograd puts calls of functions into its graphs. Older versions
+// trace apply() with other tensors in place of those that a node holds.
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 7
 #define WNKERNEL_FUNCTIONAL_NODES 1
 #define WNKERNEL_COMPILED_ARGS_CONST const
@@ -22,29 +22,31 @@
 
 namespace wnkernel {
 
-// Its inputs are every v, then every g; it has an output for each weight, in the same order.
+// The inputs of the node are every v, then every g. It has one output per weight, in the same
+// order.
 class WeightNorm final : public torch::autograd::Node {
  public:
   using Weights = c10::SmallVector<Saved, 1>;
   using Needs = c10::SmallVector<int64_t, 2>;  // 0 or 1 for every v, then for every g
   using variable_list = torch::autograd::variable_list;
 
-  // Only weights of which v or g requires grad.
+  // Takes only weights whose v or g requires grad.
   WeightNorm(torch::autograd::edge_list edges, Weights weights, Bucket bucket)
       : Node(std::move(edges)), weights_(std::move(weights)), bucket_(bucket) {}
 
   std::string name() const override { return "WeightNormBackward"; }
 
-  // Weights that nothing was computed from get no gradient.
+  // A weight gets no gradient if nothing was computed from it.
   variable_list apply(variable_list&& grad_w) override;
 
-  // For what deletes this node: its tensors outlive it in `there`.
+  // Moves the tensors of this node into `there`, so that they outlive the node when it is deleted.
   void leave_tensors(Tensors& there) {
     for (Saved& w : weights_)
       for (at::Tensor* t : {&w.v, &w.g, &w.extra}) there.push_back(std::move(*t));
   }
 
-  // Compiled autograd makes a graph of the node: what that depends on, and the graph.
+  // Compiled autograd calls compiled_args() for what its graph of the node depends on, and
+  // apply_with_saved() for the graph.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args)
       WNKERNEL_COMPILED_ARGS_CONST override;
   variable_list apply_with_saved(const variable_list& grad_w,
@@ -53,10 +55,10 @@ class WeightNorm final : public torch::autograd::Node {
  private:
   Needs needs() const;
 
-  // Throws if a weight that a gradient is needed of was written to since the forward.
+  // Throws if a weight that needs a gradient was written to after the forward.
   void check_versions(const Needs& needs) const;
 
-  // The weights, with what compiled autograd puts in the place of their tensors.
+  // The weights, with the tensors that compiled autograd puts in place of theirs.
   Weights swapped(torch::dynamo::autograd::SwapSavedVariables& saved);
 
   Weights weights_;

@@ -1,18 +1,18 @@
-// Schemas of torch.ops.wnkernel, and the calls through the dispatcher that C++ code makes.
+// The schemas of torch.ops.wnkernel, and the calls through the dispatcher that C++ code makes.
 //
-// v, g, dim, eps and out_dtype are those of wnkernel/functional.py.
+// wnkernel/functional.py describes v, g, dim, eps and out_dtype.
 //
-// weight_norm: w of one weight. Differentiable to any order.
+// weight_norm returns w of one weight. It is differentiable to any order.
 //
-// forward_one: w and norm of one weight. norm is not clamped by eps, and float32 for half types. w
-// is differentiable, norm is not.
+// forward_one returns w and norm of one weight. norm is not clamped by eps, and is float32 for half
+// types. w is differentiable, norm is not.
 //
-// backward_one: first derivatives of one weight, each without elements if it is not wanted.
-// Differentiable; norm counts as a function of v there, not as an input.
+// backward_one returns the first derivatives of one weight; a gradient that is not wanted has no
+// elements. It is differentiable. Its derivative treats norm as a function of v, not as an input.
 //
-// forward and backward: the same for a list in one launch, and one autograd node. The results are
-// one list, as other lists cannot be returned to C++ code that torch.compile generates: every w and
-// then every norm; grad_v of those with need_v and then grad_g of those with need_g.
+// forward and backward do the same for a list in one launch, with one autograd node. Each returns
+// one list, because the C++ code that torch.compile generates can take only one: every w, then
+// every norm; or grad_v of weights with need_v, then grad_g of weights with need_g.
 //
 // bucket is a note for wnkernel/compiled_graphs.py, which makes lists of single weights.
 #include "ops.h"

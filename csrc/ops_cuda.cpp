@@ -1,4 +1,4 @@
-// Compiled only where torch has CUDA and there is nvcc (setup.py).
+// This file is compiled only if torch has CUDA and nvcc is installed (setup.py).
 #if defined(WNKERNEL_CUDA)
 #include <ATen/EmptyTensor.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -47,7 +47,8 @@ class Cuda {
   }
 
  private:
-  // Freed when the call returns; the caching allocator gives it to later work of this stream only.
+  // Workspaces are freed when the call returns. The caching allocator gives their memory only to
+  // later work of the same stream.
   CudaLaunch launch() {
     return {c10::cuda::getCurrentCUDAStream().stream(), this, [](void* context, int64_t bytes) {
               auto& workspaces = static_cast<Cuda*>(context)->workspaces_;

@@ -1,6 +1,6 @@
-// The operators on tensors of one kind of device: checks -> problem table -> launch. A Device is
-// made once for a call, after the checks, and says where results live, which types there are
-// kernels for and how they are launched:
+// The operators on tensors of one kind of device: checks -> problem table -> launch. Every call
+// makes one Device after the checks. It says where results live, which types have kernels and how
+// kernels are launched:
 //
 //   explicit Device(const at::Tensor& v)
 //   static at::Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType,
@@ -23,29 +23,31 @@
 
 namespace wnkernel {
 
-// FSDP takes the memory of a parameter away without telling those who hold it.
+// FSDP frees the memory of a parameter without telling the owners of the tensor.
 inline void check_memory(const char* name, const at::Tensor& t) {
   TORCH_CHECK(t.numel() == 0 || t.storage().nbytes() > 0, name,
               ": expected a tensor with memory, got one of shape ", t.sizes(),
               " whose storage was freed");
 }
 
-// v itself where it fills its memory without gaps or repeats, in whatever order; else a copy.
+// v itself if it fills its memory without gaps or repeats, in any order of dims; else a contiguous
+// copy.
 inline at::Tensor dense(const at::Tensor& v) {
   return v.is_non_overlapping_and_dense() ? v : v.contiguous();
 }
 
-// Memory laid out like a dense tensor. apart_from: what a kernel reads while it writes there.
+// Memory with the layout of a dense tensor. A kernel reads the tensors in apart_from while it
+// writes there.
 template <class Device>
 at::Tensor empty_like(const at::Tensor& dense, at::ScalarType dtype,
                       std::initializer_list<const at::Tensor*> apart_from = {}) {
   return Device::empty(dense.sizes(), dense.strides(), dtype, apart_from);
 }
 
-// t in the memory order of v, which is dense, and of a dtype: itself, or one copy.
+// t in a dtype and in the memory order of v, which is dense: t itself, or one copy.
 template <class Device>
 at::Tensor ordered_like(const at::Tensor& t, const at::Tensor& v, at::ScalarType dtype) {
-  const bool is_ordered =  // strides of size-1 dims may differ
+  const bool is_ordered =  // strides of dims of size 1 may differ
       t.strides() == v.strides() || (t.is_contiguous() && v.is_contiguous());
   if (is_ordered && t.scalar_type() == dtype) return t;
   at::Tensor ordered = empty_like<Device>(v, dtype);
@@ -53,8 +55,9 @@ at::Tensor ordered_like(const at::Tensor& t, const at::Tensor& v, at::ScalarType
   return ordered;
 }
 
-// A dense tensor in a dtype: itself, or a copy. Doubles become halves by way of float, as kernels
-// round them: bits of the NaNs that torch makes of them depend on the number of threads.
+// A dense tensor in a dtype: the tensor itself, or a copy. Doubles become halves by way of float,
+// as in the kernels: torch's direct conversion makes NaNs whose bits depend on the number of
+// threads.
 template <class Device>
 at::Tensor with_type(at::Tensor t, at::ScalarType dtype) {
   if (t.scalar_type() == at::kDouble && (dtype == at::kHalf || dtype == at::kBFloat16))
@@ -62,9 +65,9 @@ at::Tensor with_type(at::Tensor t, at::ScalarType dtype) {
   return ordered_like<Device>(t, t, dtype);
 }
 
-// What kernels are given for v and w (or grad_w) of types that they are not compiled for: the type
-// of sums for v, which holds it without loss, and for w if need be. The caller's types are made of
-// the results, which rounds as a kernel would have.
+// The types that kernels get for types of v and w (or grad_w) without kernels. v gets the type of
+// sums, which represents it exactly; w gets it only if necessary. The results are then converted to
+// the caller's types, which rounds as a kernel would.
 struct Types {
   at::ScalarType v, w;
 };
@@ -77,7 +80,7 @@ Types types_of(at::ScalarType v, at::ScalarType w) {
 }
 
 // One weight of a forward: its arguments as kernels take them, its results, and its line of the
-// problem table, which points into both. To be checked before.
+// problem table, which points into both. The caller checks the arguments first.
 template <class Device>
 struct ForwardWeight {
   at::Tensor v, g, w, norm;
@@ -117,7 +120,7 @@ inline void check_forward_weight(const at::Tensor& v, const at::Tensor& g, int64
   check_memory("g", g);
 }
 
-// w and norm of one weight.
+// Computes w and norm of one weight.
 template <class Device>
 TensorPair forward_one_on(const at::Tensor& v, const at::Tensor& g, int64_t dim, double eps,
                           std::optional<at::ScalarType> out_dtype, Bucket = std::nullopt) {
@@ -161,7 +164,8 @@ Tensors forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
   return results;
 }
 
-// One weight of a backward, likewise. grad_v and grad_g are undefined where they are not wanted.
+// One weight of a backward, like ForwardWeight. grad_v and grad_g are undefined if they are not
+// wanted.
 template <class Device>
 struct BackwardWeight {
   at::Tensor grad_w, v, g, norm, grad_v, grad_g;
@@ -182,7 +186,7 @@ struct BackwardWeight {
       grad_g = empty_like<Device>(g, g.scalar_type());
       to_g = grad_g.mutable_data_ptr();
     }
-    if (is_empty()) {  // a row of no elements: its norm does not depend on anything
+    if (is_empty()) {  // the norm of a row without elements is constant
       if (need_g) grad_g.zero_();
       return;
     }
@@ -212,7 +216,7 @@ inline void check_backward_weight(const at::Tensor& grad_w, const at::Tensor& v,
   check_memory("g", g);
 }
 
-// grad_v and grad_g of one weight, each undefined if it is not wanted.
+// Computes grad_v and grad_g of one weight; each is undefined if it is not wanted.
 template <class Device>
 TensorPair gradients_on(const at::Tensor& grad_w, const at::Tensor& v, const at::Tensor& g,
                         const at::Tensor& norm, int64_t dim, double eps, bool need_v, bool need_g) {

@@ -33,7 +33,7 @@ void check_device(const char* name, const at::Tensor& t, const at::Tensor& v) {
                     " (that of v), got ", t.device());
 }
 
-// Symbolic sizes throughout: these checks run under tracing and function transforms too.
+// Sizes are symbolic, because these checks also run under tracing and function transforms.
 c10::SymDimVector norm_shape(const at::Tensor& v, int64_t dim) {
   if (dim == kWholeTensor) return {};
   c10::SymDimVector shape(v.dim(), 1);
@@ -46,7 +46,8 @@ void check_length(const char* name, size_t got, size_t expected) {
                     got);
 }
 
-// One norm over the whole tensor may be [1] too; is_norm_shape in wnkernel/problem.py says why.
+// One norm over the whole tensor may also have shape [1]; is_norm_shape in wnkernel/problem.py says
+// why.
 void check_g(const at::Tensor& g, const at::Tensor& v, int64_t dim) {
   check_tensor("g", g);
   check_device("g", g, v);

@@ -1,9 +1,9 @@
-// What autograd keeps of one weight: the tensors that its backward reads, and their versions.
+// The tensors of one weight that its backward reads, and their versions.
 //
-// Nothing goes through save_for_backward: v, g and norm live in the node, and their versions are
-// compared here. So a node may run backward any number of times, and activation checkpointing,
-// which counts saved tensors, sees none of it. Outputs are never kept: that would be a reference
-// cycle.
+// They do not go through save_for_backward: the node holds v, g and norm, and compares their
+// versions here. So a node can run backward any number of times, and activation checkpointing,
+// which counts saved tensors, sees none of them. A node never holds its outputs, because that would
+// be a reference cycle.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -22,12 +22,12 @@ struct Saved {
         g_version(version_of(g)),
         extra_version(version_of(extra)) {}
 
-  at::Tensor v, g, extra;  // extra: norm, or grad_w
+  at::Tensor v, g, extra;  // extra is norm, or grad_w
   int64_t dim;
   double eps;
   int64_t v_version, g_version, extra_version;
 
-  // Throws if any of them was written to since.
+  // Throws if one of the tensors was written to since.
   void check_versions(const char* extra_name) const {
     check_version("v", v, v_version);
     check_version("g", g, g_version);

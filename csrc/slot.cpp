@@ -1,5 +1,5 @@
-// A slot: w of one weight, and what v and g were when it was computed. Its twin for installations
-// without this module, wnkernel/grouping/slots.py, says what counts as a change.
+// A slot holds w of one weight, and the state that v and g had when w was computed. Installations
+// without this module use its twin wnkernel/grouping/slots.py, which says what counts as a change.
 #include "slot.h"
 
 #include <ATen/Context.h>
@@ -22,7 +22,8 @@
 namespace wnkernel {
 namespace {
 
-// A tensor as it was at one moment. Holding the storage keeps another one from taking its address.
+// A tensor as it was at one moment. It holds the storage, so that no other storage can take its
+// address.
 class Seen {
  public:
   explicit Seen(const at::Tensor& t)
@@ -141,7 +142,7 @@ THPObjectPtr new_slot(const at::Tensor& w, const at::Tensor& v, const at::Tensor
   return slot;
 }
 
-// slots(ws, vs, gs): a list of slots from three lists of the same length.
+// slots(ws, vs, gs) returns a list of slots from three lists of the same length.
 PyObject* py_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
@@ -162,7 +163,7 @@ PyObject* py_slots(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* device_mode = nullptr;  // the type of what torch.set_default_device() installs
+PyObject* device_mode = nullptr;  // the type of the mode that torch.set_default_device() installs
 
 bool find_device_mode() {
   THPObjectPtr module(PyImport_ImportModule("torch.utils._device"));
@@ -171,8 +172,8 @@ bool find_device_mode() {
   return device_mode != nullptr;
 }
 
-// Whether a __torch_function__ mode wants to see every call. The one of torch.set_default_device()
-// does not: it looks at functions that make tensors.
+// Whether a __torch_function__ mode observes every call. The mode of torch.set_default_device()
+// does not count: it only changes functions that make tensors.
 bool calls_are_watched() {
   const int64_t count = at::impl::PythonTorchFunctionTLS::stack_len();
   for (int64_t k = 0; k < count; ++k) {

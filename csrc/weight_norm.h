@@ -1,7 +1,7 @@
-// The problem table: what every kernel takes, whatever its device. Plain structs, no torch headers.
+// The problem table that every kernel takes, on any device: plain structs without torch headers.
 //
-// w = g * v / max(norm, eps), one norm per row of a dense tensor seen as [outer, rows, inner] in
-// memory order. A single weight is a table of one; there is no other kernel.
+// w = g * v / max(norm, eps), with one norm per row. Kernels see a dense tensor as [outer, rows,
+// inner] in memory order. A single weight is a table with one entry; it has no kernel of its own.
 #pragma once
 #include <cstdint>
 
@@ -9,14 +9,14 @@ namespace wnkernel {
 
 enum class DType : uint8_t { f16, bf16, f32, f64 };
 
-// The type of norms, sums and coefficients for v of a type.
+// The type of norms, sums and coefficients, by the type of v.
 constexpr DType accumulation(DType v_type) {
   return v_type == DType::f64 ? DType::f64 : DType::f32;
 }
 
-// The pairs of types of v and w (or grad_w) that kernels are compiled for: calls PAIR(name, type of
-// v, type of w) for each of them. Weights of other types are converted before and after a launch,
-// see types_of() in ops_device.h.
+// WNKERNEL_PAIRS calls PAIR(name, type of v, type of w) for each pair of types of v and w (or
+// grad_w) that kernels are compiled for. Weights of other types are converted before and after a
+// launch; see types_of() in ops_device.h.
 #define WNKERNEL_PAIRS(PAIR) \
   PAIR(f32, f32, f32)        \
   PAIR(f16, f16, f16)        \
@@ -25,11 +25,11 @@ constexpr DType accumulation(DType v_type) {
   PAIR(f32_bf16, f32, bf16)  \
   PAIR(f64, f64, f64)
 
-// One more on the CPU, where a w or its gradient in double may be beyond the range of floats and is
+// The CPU has one more pair: with w or grad_w in double, values beyond the range of floats are
 // still right.
 #define WNKERNEL_CPU_PAIRS(PAIR) WNKERNEL_PAIRS(PAIR) PAIR(f32_f64, f32, f64)
 
-// Whether there are kernels for v and w (or grad_w) of these types; problems have to be of such.
+// Whether kernels exist for these types of v and w (or grad_w). Every problem must have such types.
 #define WNKERNEL_IS_PAIR(name, v, w) || (v_type == DType::v && w_type == DType::w)
 constexpr bool cuda_takes(DType v_type, DType w_type) {
   return false WNKERNEL_PAIRS(WNKERNEL_IS_PAIR);
@@ -45,9 +45,10 @@ struct RowView {
   int64_t numel() const { return outer * rows * inner; }
 };
 
-// norm is float for f16, bf16 and f32, double for f64; unclamped by eps, inf where it does not fit.
-// What divides is the norm rounded to divisor_type, where that is a normal number: mostly the type
-// of norm, so that a g equal to norm gives w = v; see divisor_dtype() in problem.h.
+// norm is float for f16, bf16 and f32, and double for f64. It is not clamped by eps, and is inf if
+// it overflows. w divides by the norm rounded to divisor_type, if the result is a normal number.
+// divisor_type is mostly the type of norm, so that a g equal to norm gives w = v; see
+// divisor_dtype() in problem.h.
 struct Forward {
   const void* v;
   const void* g;  // [rows], contiguous
@@ -58,48 +59,52 @@ struct Forward {
   double eps;
 };
 
-// With n = max(norm, eps), u = v / n, s = <grad_w, u> per row:
-// grad_v = (g / n) (grad_w - u s), grad_g = s; without the projection where norm < eps.
+// With n = max(norm, eps), u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s)
+// and grad_g = s. Where norm < eps, grad_v = (g / n) grad_w.
 struct Backward {
   const void* grad_w;  // laid out like v
   const void* v;
   const void* g;
   const void* norm;
-  void* grad_v;  // null: not wanted
-  void* grad_g;  // null: not wanted
+  void* grad_v;  // null if it is not wanted
+  void* grad_g;  // null if it is not wanted
   RowView view;
-  DType v_type, g_type, w_type;  // w_type: of grad_w
+  DType v_type, g_type, w_type;  // w_type is the type of grad_w
   double eps;
 };
 
-// How a launcher reaches the caller's threads: run(tasks, body, context) calls body(context, k)
-// once for every k < tasks, on at most `threads` threads.
+// A launcher reaches the caller's threads through run(tasks, body, context), which calls
+// body(context, k) once for every k < tasks, on at most `threads` threads.
 struct Threads {
   int threads;
   void (*run)(int tasks, void (*body)(void* context, int task), void* context);
 };
 
-// Every problem must have numel > 0. Same bits for any number of threads and any neighbours.
+// Every problem must have numel > 0. The bits of a result depend neither on the number of threads
+// nor on the other problems.
 void forward_cpu(const Forward* problems, int64_t count, const Threads& threads);
 void backward_cpu(const Backward* problems, int64_t count, const Threads& threads);
 
-// How a CUDA launcher reaches the caller's stream and memory. Nothing waits for the device.
+// A CUDA launcher reaches the caller's stream and memory through this struct. No launcher waits for
+// the device.
 struct CudaLaunch {
   void* stream;
   void* context;
-  // Memory that stays until what is on the stream by the end of the call is done.
+  // Returns memory that stays valid until all work that is on the stream at the end of the call has
+  // finished.
   void* (*workspace)(void* context, int64_t bytes);
 };
 
-// 0 if there is code for the current device, else a CUDA error.
+// Returns 0 if the module has code for the current device, else a CUDA error.
 int cuda_supports_device();
 
-// On the current device. Every problem must have numel > 0. Returns the first CUDA error, or 0.
-// Same bits for any neighbours and any card of one architecture.
+// Both launch on the current device. Every problem must have numel > 0. They return the first CUDA
+// error, or 0. The bits of a result depend neither on the other problems nor, within one
+// architecture, on the card.
 int forward_cuda(const Forward* problems, int64_t count, const CudaLaunch& on);
 int backward_cuda(const Backward* problems, int64_t count, const CudaLaunch& on);
 
-// Name of the instruction set that the CPU kernels use on this machine.
+// The name of the instruction set that the CPU kernels use on this machine.
 const char* cpu_instruction_set();
 
 }  // namespace wnkernel

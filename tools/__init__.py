@@ -1,1 +1,1 @@
-"""What works on this project, and is no part of the package."""
+"""Tools for work on this project, which are no part of the package."""

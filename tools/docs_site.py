@@ -1,4 +1,4 @@
-"""What mkdocs.yml adds to MkDocs: files of the repository as pages, and docstrings in Markdown."""
+"""Additions of mkdocs.yml to MkDocs: files of the repository as pages, docstrings as Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
-"""Pages of the site that do not lie in docs/, and what they are called there."""
+"""Pages of the site that lie outside docs/, and their names there."""
 
 LINK = re.compile(r"(!?)\[([^\]]+)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
 ROLE = re.compile(r":(?:func|class|meth|math):`~?([^`]*)`")
@@ -38,7 +38,7 @@ LATEX = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages and the pictures that lie outside of docs/."""
+    """Add the pages and the pictures that lie outside docs/."""
     pages = {f"docs/{file.src_uri}": file.src_uri for file in files.documentation_pages()}
     for source, name in (pages | OUTSIDE).items():
         text = (ROOT / source).read_text()
@@ -52,7 +52,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Makes links those of the site. What is no part of it is named without a link."""
+    """Turn links into links of the site. A link to a file that is no part of the site becomes its
+    name."""
     sources = {name: source for source, name in OUTSIDE.items()}
     source = sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
@@ -74,7 +75,7 @@ class Docstrings(griffe.Extension):
     """Turns the roles and directives of reStructuredText in docstrings into Markdown."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Changes the docstring of everything that is collected."""
+        """Change the docstring of every object that is collected."""
         if obj.docstring is not None:
             obj.docstring.value = _markdown(obj.docstring.value)
 

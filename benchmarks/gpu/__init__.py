@@ -1,1 +1,1 @@
-"""What runs on a machine with a GPU: ``make gpu-check``, and the benchmark behind it."""
+"""The benchmark for a machine with a GPU, which ``make gpu-check`` runs."""

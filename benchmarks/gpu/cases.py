@@ -1,10 +1,10 @@
-"""The cases of a run, one after the other, in a process that may die: whoever faults, hangs or
+"""Runs the cases one after the other in a process that may die. A contender that faults, hangs or
 crashes loses one case, no more.
 
-A contender that fails is left out and its case is run again, so that the others' rows are there.
-After a fault CUDA refuses everything until its process ends. So the process that has the device is
-started again, with the case that it died in, and without the contender that was at it; and if that
-dies, too, with the next case.
+If a contender fails, its case runs again without it, so that the others have rows. After a fault
+CUDA refuses everything until the process ends. So the process with the device starts again with the
+case in which it died, without the contender that ran. If that process dies, too, the next one
+continues with the next case.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .raw import backends, ours
 from .timing import is_usable, use_side_stream
 
 RESULTS = "results.csv"  # All rows of a run, in its folder.
-UNKNOWN = "nobody knows who"  # In place of the contender that failed.
-START_S = 60.0  # Until a process has come to its first case: it imports torch, and CUDA begins.
-END_S = 5.0  # For a process to be gone after it was killed. One that is stuck in the driver stays.
+UNKNOWN = "nobody knows who"  # Stands for the name if the contender that failed is unknown.
+START_S = 60.0  # Until a process begins its first case: it imports torch, and CUDA starts.
+END_S = 5.0  # Until a killed process is gone. A process that is stuck in the driver stays.
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
 class Section(str, enum.Enum):
-    """A part of the benchmark, and what its rows are filed under."""
+    """A part of the benchmark, and the value of its rows' case."""
 
     COPY = single.COPYING
     SINGLE = single.SINGLE
@@ -54,23 +54,23 @@ class Section(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """What a process is to measure."""
+    """The work of one process."""
 
     device: str
-    backend: str  # Of ours; empty for the automatic choice.
+    backend: str  # A backend of ours; empty means the automatic choice.
     part: Part
     sections: Collection[Section]
     tiny: bool
     out: Path
-    deadline: float  # No case is begun after this, by ``time.monotonic``.
-    start: int = 0  # The first case.
+    deadline: float  # By ``time.monotonic``. No case begins after this.
+    start: int = 0  # The number of the first case.
     without: Collection[str] = ()
-    """Contenders that the first case is to leave out. All of OWN: everything of ours."""
-    done: Collection[str] = ()  # Phases of the first case whose rows are written.
+    """Contenders that the first case leaves out. All of OWN stands for everything of ours."""
+    done: Collection[str] = ()  # Phases of the first case whose rows are already written.
 
 
 class Began(NamedTuple):
-    """A case is tried, for the first time or again."""
+    """A case begins, for the first time or again."""
 
     number: int
     title: str
@@ -80,26 +80,27 @@ class Began(NamedTuple):
 
 
 class Wrote(NamedTuple):
-    """The rows of a phase of the case are on the disk."""
+    """The rows of one phase of the case are on the disk."""
 
     rows: int
     phase: str
 
 
 class Failed(NamedTuple):
-    """Something of ours."""
+    """Something of ours failed."""
 
     what: str
 
 
 class Faulted(NamedTuple):
-    """The device does not work any more. The process ends. Empty: it is not known who it was."""
+    """The device does not work any more, so the process ends. The name is empty if the contender is
+    unknown."""
 
     who: str
 
 
 class Finished(NamedTuple):
-    """Nothing is left to do, or no time for the first case that was not begun."""
+    """The process finished all cases, or had no time for the case that it names."""
 
     left_out: str
 
@@ -111,15 +112,16 @@ class Refused(NamedTuple):
 
 
 class DeviceFault(Exception):
-    """The device reports errors for everything now. Its text is the contender, if it is known."""
+    """The device now reports errors for everything. The text is the contender, or empty if it is
+    unknown."""
 
 
 Work = Callable[[Connection, Request], None]
 
 
 def work(connection: Connection, request: Request) -> None:
-    """What the process does. It tells the other side of the connection how it goes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent, and that ends us
+    """The function of the process. It reports its progress to the other side of the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the parent, which ends us
     try:
         where = environment(request.device, None)
     except ValueError as error:
@@ -130,7 +132,7 @@ def work(connection: Connection, request: Request) -> None:
     if name not in backends(v):
         why = "; ".join(BACKENDS[name].reasons(v)) or "it has no kernels of ours"
         _say(f"No kernels of ours are measured: {name}: {why}")
-    # what is asked for by name does not go the short ways that the automatic choice has
+    # A backend that is asked for by name does not take the short ways of the automatic choice.
     forced = name != where.backend and not BACKENDS[name].reasons(v)
     where = replace(where, backend=name)
     use_side_stream(where.device)
@@ -166,20 +168,20 @@ def _run(connection: Connection, request: Request, where: Environment) -> None:
             except DeviceFault as fault:
                 connection.send(Faulted(str(fault)))
                 connection.close()
-                os._exit(1)  # what CUDA does when a process with a fault ends in order can hang
+                os._exit(1)  # an orderly end after a fault can hang in CUDA
         without, done = set(), []
     connection.send(Finished(""))
 
 
 def jobs_of(request: Request, where: Environment, fail: Report) -> list[GpuJob]:
-    """All cases, in their order, which is the same in every process."""
+    """Return all cases in their order, which is the same in every process."""
     setting = Setting(TINY if request.tiny else REAL, request.part, where, _say, fail)
     makers: dict[Section, Callable[[Setting], list[GpuJob]]] = {
         Section.COPY: single.copy_jobs,
         Section.SINGLE: single.jobs,
         Section.WHOLE: whole.jobs,
         Section.HOST: single.host_jobs,
-        Section.FLAGGEMS: single.rival_jobs,  # last, for it takes its time
+        Section.FLAGGEMS: single.rival_jobs,  # runs last, because it takes long
     }
     return [job for s, make in makers.items() if s in request.sections for job in make(setting)]
 
@@ -194,11 +196,11 @@ def _try(
     folder: Path,
     fail: Report,
 ) -> bool:
-    """Run a case. Whether it is to be tried again, without whoever failed: all of ours, if that is
-    not known. Both lists are added to.
+    """Run a case. Return whether to try it again without the contender that failed, or without all
+    of ours if that contender is unknown. It adds to ``without`` and ``done``.
 
     Raises:
-        DeviceFault: the device does not work any more.
+        DeviceFault: if the device does not work any more.
     """
     try:
         for found in job.run(sorted(without)):
@@ -207,7 +209,7 @@ def _try(
                 connection.send(Wrote(len(found), found[0].phase))
                 done.append(found[0].phase)
         return False
-    except Exception as error:  # a benchmark that stops at the first bug shows only that one
+    except Exception as error:  # the benchmark must show more than the first bug
         who = error.who if isinstance(error, ContenderError) else ""
         _say(f"{job.title}: {type(error).__name__}: {error}")
         _say("".join(traceback.format_exception(error)))
@@ -236,18 +238,18 @@ def _say(line: str) -> None:
 
 @dataclass
 class Tally:
-    """What came of a run."""
+    """The result of a run."""
 
     rows: int = 0
-    failures: list[str] = field(default_factory=list)  # What of ours failed.
-    left_out: str = ""  # The first case that there was no time for.
-    refused: str = ""  # Why the device cannot be used.
+    failures: list[str] = field(default_factory=list)  # The failures of ours.
+    left_out: str = ""  # The first case for which no time was left.
+    refused: str = ""  # The reason why the device cannot be used.
 
 
 def measure(
     request: Request, say: Callable[[str], None], work: Callable[[Connection, Request], None] = work
 ) -> Tally:
-    """Run all cases of a request, in as many processes as it takes; say which of them died."""
+    """Run all cases of a request in as many processes as necessary; report which of them died."""
     tally = Tally()
     following: Request | None = request
     while following is not None:
@@ -261,7 +263,7 @@ def _one_process(
     say: Callable[[str], None],
     work: Callable[[Connection, Request], None],
 ) -> Request | None:
-    """Run a process to its end. Returns what is left to do after one that died."""
+    """Run a process to its end. If it died, return the rest of the request."""
     mine, theirs = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=work, args=(theirs, request), daemon=True)
     process.start()
@@ -290,7 +292,7 @@ def _one_process(
                 case Refused(why):
                     tally.refused = why
                     return None
-    except (EOFError, OSError):  # in the middle of a message, too
+    except (EOFError, OSError):  # also in the middle of a message
         process.join(END_S)
         end = f"died with exit status {process.exitcode}"
     finally:

@@ -1,4 +1,4 @@
-"""How much the GPU benchmark measures: a real run, and a tiny one to try the program out."""
+"""The size of the GPU benchmark: a real run, and a tiny one that tries the program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..fused import MODELS
 from ..results import Result
 from ..shapes import LayerCase, grid, weight_list
 
-LARGE_BYTES = 64e6  # From here on, an aim is a share of the card's copy bandwidth.
+LARGE_BYTES = 64e6  # From this size on, an aim is a share of the card's copy bandwidth.
 
 _ADDED = {
     "large": {
@@ -38,16 +38,16 @@ FIRST = (
     ((65536, 256), 0),
     *(((2048, 2048, 5), dim) for dim in (0, 2)),
 )
-"""What is measured before anything else: every way of cutting a weight, small enough to fit into a
-cache and too large for one."""
+"""These are measured first: every way of cutting a weight, with weights that fit into a cache and
+weights that do not."""
 
 FIRST_MODELS = ("HiFi-GAN-V1", "DAC")
 
-Report = Callable[[str], None]  # Takes a line.
+Report = Callable[[str], None]  # Takes one line.
 
 
 class Part(str, enum.Enum):
-    """Of the cases: those that are measured first, and the others."""
+    """A part of the cases: the first ones, or all others."""
 
     KEY = "key"
     REST = "rest"
@@ -55,21 +55,22 @@ class Part(str, enum.Enum):
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """The size of a run. Cases are in the order of their importance: time may be over early."""
+    """The size of a run. Important cases come first, because time may run out."""
 
     copy_bytes: tuple[int, ...]
     weights: Mapping[Part, Sequence[LayerCase]]
-    models: Mapping[Part, Mapping[str, Sequence[LayerCase]]]  # Name -> all its weights.
+    models: Mapping[Part, Mapping[str, Sequence[LayerCase]]]  # All weights of a model, by its name.
     weight_budget_s: Mapping[Part, float]  # For the rounds of one phase of one weight.
     host_every: int = 4  # Take every n-th of the small weights.
     graph_s: float = 1e-3  # How long the work in one CUDA graph should take.
-    sample_s: float = 2e-3  # How long a turn lasts at least.
+    sample_s: float = 2e-3  # The shortest turn.
     host_budget_s: float = 0.0
     model_budget_s: float = 0.0
 
 
 def _weights() -> dict[Part, tuple[LayerCase, ...]]:
-    """Once each: the first ones, large ones, scarce dims, then the grid from the largest down."""
+    """Return each case once: the first ones, large ones, scarce dims, then the grid from the
+    largest down."""
     known = {(c.shape, c.dim): c for c in grid()}
     added = {
         (shape, dim): LayerCase(shape, dim, label, "Linear" if len(shape) == 2 else "Conv1d")
@@ -117,13 +118,13 @@ TINY = GpuPlan(
 
 
 class Setting(NamedTuple):
-    """What the cases of a run have in common."""
+    """The settings that all cases of a run share."""
 
     plan: GpuPlan
     part: Part
     where: Environment  # Its backend is the one of ours that is measured.
     report: Report
-    fail: Report  # Of a failure of ours that keeps nothing else from being measured.
+    fail: Report  # Reports a failure of ours after which the run continues.
 
 
 class GpuJob(NamedTuple):
@@ -131,6 +132,6 @@ class GpuJob(NamedTuple):
 
     title: str
     run: Callable[[Collection[str]], Iterable[list[Result]]]
-    """Takes the names of contenders to leave out, and gives the rows of one phase after the other.
-    Raises ContenderError if one fails."""
-    patience_s: float = 20.0  # The longest that it may take. Most take less than a second.
+    """Takes the names of contenders to leave out, and yields the rows of one phase after the other.
+    Raises ContenderError if a contender fails."""
+    patience_s: float = 20.0  # Its longest time. Most cases take less than a second.

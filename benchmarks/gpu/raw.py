@@ -1,5 +1,5 @@
-"""The contenders without autograd: what one forward and one backward launch, and the least bytes
-that these have to move."""
+"""The contenders without autograd: the launches of one forward and one backward, and the least
+bytes that these must move."""
 
 from __future__ import annotations
 
@@ -22,35 +22,36 @@ from ..layers import Tensors
 from ..shapes import LayerCase
 from .plan import REAL
 
-FALLBACK = "eager"  # The backend that is torch's operators again.
+FALLBACK = "eager"  # The backend that runs torch's operators.
 FLAGGEMS, FLAGGEMS_PACKAGE = "FlagGems", "flag_gems"
 FORWARD, BACKWARD = "forward", "backward"
 
 ONE_PASS = {FORWARD: 2, BACKWARD: 3}
-"""Arrays of v's size that are moved where a row (backward: of v and of grad_w) stays on the chip
-between the reduction and the scaling: read v, write w; read v and grad_w, write grad_v. g and the
-norms are small and not counted. For a copy, bytes read and bytes written both count."""
+"""The number of arrays of v's size that move if a row (in a backward, of v and of grad_w) stays on
+the chip between the reduction and the scaling. A forward reads v and writes w; a backward reads v
+and grad_w and writes grad_v. g and the norms are small and not counted. For a copy, bytes read and
+bytes written both count."""
 
 TWO_PASSES = {FORWARD: 3, BACKWARD: 5}
 
 ROW_ON_CHIP = 8192
-"""Elements of a contiguous row that a backend is believed to keep, if it does not say."""
+"""The longest contiguous row, in elements, that a backend is assumed to keep if it does not say."""
 
-MOST_LAUNCHES = 4  # Of a list: two forward, two backward.
+MOST_LAUNCHES = 4  # For a list: two forward, two backward.
 
 
 class Raw(NamedTuple):
     """Two calls on prepared tensors."""
 
-    forward: Callable[[], tuple[Tensor, ...]]  # Gives w, and what else its backward needs.
-    backward: Callable[[], tuple[Tensor, Tensor]]  # Gives grad_v and grad_g.
+    forward: Callable[[], tuple[Tensor, ...]]  # Returns w, and what else its backward needs.
+    backward: Callable[[], tuple[Tensor, Tensor]]  # Returns grad_v and grad_g.
 
 
 Maker = Callable[[Tensors, int | None], Raw]
 
 
 def inputs(case: LayerCase, dtype: torch.dtype, device: torch.device, number: int) -> Tensors:
-    """Random tensors, the same for everyone. g is no norm of v."""
+    """Return random tensors, the same for every contender. g is not the norm of v."""
     random = torch.Generator(device).manual_seed(number)
     v, grad_w = (
         torch.randn(case.shape, generator=random, device=device).to(dtype) for _ in range(2)
@@ -60,7 +61,7 @@ def inputs(case: LayerCase, dtype: torch.dtype, device: torch.device, number: in
 
 
 def backends(v: Tensor) -> list[str]:
-    """Names of the backends with kernels of ours that can take ``v``, best first."""
+    """Return the names of the backends with kernels of ours that can take ``v``, best first."""
     return [
         name
         for name, b in BACKENDS.items()
@@ -69,23 +70,23 @@ def backends(v: Tensor) -> list[str]:
 
 
 def ours(backend: str) -> str:
-    """The name of a contender."""
+    """Return the name of a contender."""
     return f"{OURS} {backend}"
 
 
 def is_ours(who: str) -> bool:
-    """Whether a contender is this package."""
+    """Whether a contender is wnkernel."""
     return who.startswith(OURS) or who in OWN
 
 
 def makers(v: Tensor, backend: str) -> dict[str, Maker]:
-    """Ours on a backend, if it runs, and torch."""
+    """Return the makers of ours on a backend, if the backend runs, and of torch."""
     kernels = {ours(backend): of_backend(backend)} if backend in backends(v) else {}
     return {**kernels, TORCH: of_torch}
 
 
 def of_backend(name: str) -> Maker:
-    """Ours on a backend."""
+    """Return the maker of our calls on a backend."""
     backend = BACKENDS[name]
     if isinstance(backend, CompiledBackend):
         return _of_operators
@@ -117,8 +118,8 @@ def _of_operators(t: Tensors, dim: int | None) -> Raw:
 
 
 def of_torch(t: Tensors, dim: int | None) -> Raw:
-    """``torch._weight_norm`` without autograd, and the backward that autograd would call: one
-    kernel on the first and the last dim, a list of operators on the others."""
+    """Return ``torch._weight_norm`` without autograd, and the backward that autograd would call.
+    This is one kernel on the first and the last dim, and a list of operators on the others."""
     torch_dim = -1 if dim is None else dim
 
     def forward() -> tuple[Tensor, ...]:
@@ -135,11 +136,11 @@ def of_torch(t: Tensors, dim: int | None) -> Raw:
 
 
 def flaggems() -> Maker:
-    """FlagGems, for the first and the last dim.
+    """Return the maker of FlagGems' calls, for the first and the last dim.
 
     Raises:
-        ImportError: it is not installed.
-        AttributeError: it has not the functions of version 5.
+        ImportError: if it is not installed.
+        AttributeError: if it lacks the functions of version 5.
     """
     if importlib.util.find_spec(FLAGGEMS_PACKAGE) is None:
         raise ImportError("not installed")
@@ -154,20 +155,21 @@ def flaggems() -> Maker:
 
 
 def arrays(phase: str, p: Problem, backend: Backend) -> int:
-    """The traffic of a phase in arrays of v's size. A backend can say ``fits_on_chip(problem)``
-    itself."""
+    """Return the traffic of a phase in arrays of v's size. A backend may define
+    ``fits_on_chip(problem)``."""
     fits = getattr(backend, "fits_on_chip", lambda p: _is_short(p.v, p.dim))(p)
     return (ONE_PASS if fits else TWO_PASSES)[phase]
 
 
 def _is_short(v: Tensor, dim: int) -> bool:
-    """Whether the rows lie one after the other, short enough for a block to keep."""
+    """Whether the rows are contiguous and short enough for a block to keep."""
     view = row_view(v, dim)
     return view.outer == 1 and view.inner <= ROW_ON_CHIP
 
 
 def model_launches(name: str, backend: str) -> int:
-    """Kernels of a fused model in float32; the most there can be, if the backend does not say."""
+    """Return the number of kernels of a fused model in float32, or the most possible if the backend
+    does not say."""
 
     def may_split(case: LayerCase) -> bool:
         v = torch.empty(case.shape, device="meta")

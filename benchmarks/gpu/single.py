@@ -1,10 +1,11 @@
-"""Cases of one weight. "single": forward and backward apart, device time inside a CUDA graph.
-"flaggems": the same with FlagGems, where that imports. "copy": what the card can do. "host": what a
-call costs the thread that makes it, whatever the device does meanwhile.
+"""Cases of one weight. "single" measures forward and backward separately, as device time inside a
+CUDA graph. "flaggems" does the same with FlagGems, if that imports. "copy" measures what the card
+can do. "host" measures what a call costs the calling thread, independent of the device.
 
-From 32 MB on, calls take turns on as many copies of the tensors as do not fit into the card's L2
-cache. Smaller weights find theirs there, as they do in a training step. The host is measured on
-weights under 20,000 elements: the device is done before the host has made the next call.
+From 32 MB on, calls take turns on so many copies of the tensors that they do not fit into the
+card's L2 cache. Smaller weights stay in this cache, as in a training step. The host is measured on
+weights with fewer than 20,000 elements, for which the device finishes before the host makes the
+next call.
 """
 
 from __future__ import annotations
@@ -46,27 +47,27 @@ from .timing import Call, Graph, calls_for, capture, check_replay, is_usable, me
 
 SINGLE, RIVAL, COPYING, HOST = "single", "flaggems", "copy", "host"
 DTYPES = (torch.float32, torch.bfloat16)
-COLD_BYTES = 32e6  # A v of this size is measured with cold caches.
-CACHES = 4  # How many times the L2 cache all copies of v are.
+COLD_BYTES = 32e6  # From this size of v on, caches are cold.
+CACHES = 4  # All copies of v together are this many times the L2 cache.
 FLAGGEMS_SHAPES = (((4096, 4096), 0), ((768, 48, 128), 2), ((1024, 1024, 5), 0), ((4096, 4096), 1))
-"""In the order of their importance."""
+"""The most important shape comes first."""
 
 FLAGGEMS_S = 60.0
-"""For a shape: it tunes itself at the first call of every shape, with 45 variants of each kernel to
-compile and to time."""
+"""For each shape. FlagGems tunes itself at the first call of every shape: it compiles and times 45
+variants of each kernel."""
 
-LAUNCH = "launch"  # The phase, and the contender, of a kernel with nothing to do.
+LAUNCH = "launch"  # The phase, and the contender, of an empty kernel.
 LAUNCH_CALLS = 200
-WARM_UP_BUDGETS = 10  # A card that was idle needs a moment to reach its clock.
+WARM_UP_BUDGETS = 10  # An idle card needs a moment to reach its clock.
 CALL = "call, forward"
 CALL_BACKWARD = "call, forward+backward"
-"""Of :func:`wnkernel.functional.weight_norm` and of ``torch._weight_norm``, with autograd."""
+"""Calls of :func:`wnkernel.functional.weight_norm` and of ``torch._weight_norm``, with autograd."""
 
-CALL_SAMPLE_S = 1e-3  # Of calls: too few to fill the queue of launches.
+CALL_SAMPLE_S = 1e-3  # For calls: too short to fill the queue of launches.
 
 
 def jobs(setting: Setting) -> list[GpuJob]:
-    """One job per weight and dtype."""
+    """Make one job per weight and dtype."""
     return [
         GpuJob(f"{dtype_text(dtype)} {case}", functools.partial(run, case, dtype, setting))
         for case in setting.plan.weights[setting.part]
@@ -75,12 +76,12 @@ def jobs(setting: Setting) -> list[GpuJob]:
 
 
 def rival_jobs(setting: Setting) -> list[GpuJob]:
-    """One job per shape, after all else; none if the package does not import."""
+    """Make one job per shape, after all other jobs; none if the package does not import."""
     if setting.part is not Part.REST:
         return []
     try:
         extra = {FLAGGEMS: flaggems()}
-    except Exception as error:  # somebody else's package, whatever it raises
+    except Exception as error:  # a foreign package may raise anything
         setting.report(f"{FLAGGEMS} left out: {type(error).__name__}: {error}")
         return []
     cases = [LayerCase(shape, dim, RIVAL, "") for shape, dim in FLAGGEMS_SHAPES]
@@ -101,12 +102,12 @@ def run(
     extra: Mapping[str, Maker] | None = None,
     case_name: str = SINGLE,
 ) -> Iterator[list[Result]]:
-    """Verify, then time, one weight by all but some contenders and some more: the rows of its
-    forward, then those of its backward.
+    """Verify, then time, one weight by all contenders and the ``extra`` ones, except those in
+    ``without``. Yield the rows of its forward, then those of its backward.
 
     Raises:
-        ContenderError: one fails, or ours is wrong. Of others, an error is reported; they are timed
-            all the same (torch rounds several times where it has no kernel of its own).
+        ContenderError: if a contender raises, or ours is wrong. Errors of others are only reported;
+            they are timed anyway (torch rounds several times where it has no kernel of its own).
     """
     plan, where = setting.plan, setting.where
     sets = [inputs(case, dtype, where.device, k) for k in range(copies(case, dtype, where))]
@@ -139,7 +140,7 @@ def run(
 
 
 def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:
-    """How many sets of tensors the calls of one graph take turns on."""
+    """Return how many sets of tensors the calls of one graph take in turns."""
     size = case.numel * dtype.itemsize
     if where.device.type != "cuda" or size < COLD_BYTES:
         return 1
@@ -151,7 +152,7 @@ def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:
 def _verified(
     who: str, title: str, got: tuple[Tensor, ...], want: verify.Reference, report: Report
 ) -> dict[str, float]:
-    """The error of a contender, by its name."""
+    """Return the error of a contender, by its name."""
     try:
         return {who: verify.check(f"{who}, {title}", got, want, long_sums=not is_ours(who))}
     except verify.VerificationError as error:
@@ -164,10 +165,11 @@ def _verified(
 def captured(
     who: str, title: str, runs: Sequence[Call], calls: int, setting: Setting
 ) -> Graph | None:
-    """A graph of a contender's calls; nothing, and a line, if it cannot be captured.
+    """Return a graph of a contender's calls. If it cannot be captured, report that and return
+    None.
 
     Raises:
-        ContenderError: ours computes something else in a graph, or the device fails.
+        ContenderError: if ours gives another result in a graph, or the device fails.
     """
     device = setting.where.device
     try:
@@ -185,7 +187,7 @@ def captured(
 
 
 def copy_jobs(setting: Setting) -> list[GpuJob]:
-    """First of all the launch, and one job for each size."""
+    """Make a job for the launch first, then one job per size."""
     if setting.part is not Part.KEY:
         return []
     work = [(LAUNCH, LAUNCH, 4)]
@@ -197,7 +199,7 @@ def copy_jobs(setting: Setting) -> list[GpuJob]:
 
 
 def _graph(who: str, size: int, setting: Setting) -> list[Result]:
-    """An in-place copy of a float32 tensor of so many bytes, or one element added to."""
+    """Time an in-place copy of a float32 tensor of so many bytes, or an addition to one element."""
     plan, device = setting.plan, setting.where.device
     t = torch.ones(size // 4, device=device)
     calls = LAUNCH_CALLS if who == LAUNCH else calls_for(2 * size, plan.graph_s)
@@ -209,7 +211,7 @@ def _graph(who: str, size: int, setting: Setting) -> list[Result]:
 
 
 def host_jobs(setting: Setting) -> list[GpuJob]:
-    """One job per weight: first of reads of ``layer.weight``, the others of calls."""
+    """Make one job per weight; reads of ``layer.weight`` come first, calls follow."""
     plan, where = setting.plan, setting.where
     small = [c for c in grid() if c.numel < MAX_NUMEL and c.dim == 0][:: plan.host_every]
     access = replace(cpu_plan.DEFAULT, host_budget_s=plan.host_budget_s)
@@ -227,7 +229,7 @@ def host_jobs(setting: Setting) -> list[GpuJob]:
 def run_calls(
     case: LayerCase, setting: Setting, without: Collection[str]
 ) -> Iterator[list[Result]]:
-    """Verify, then time, calls: the rows of the forward, and of both."""
+    """Verify, then time, calls. Yield the rows of the forward, then those of both directions."""
     where, budget_s = setting.where, setting.plan.host_budget_s
     t = tensors(case, torch.float32, where.device)
     contenders = {w: operator for w, operator in operators(case.dim).items() if w not in without}

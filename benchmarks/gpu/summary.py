@@ -1,5 +1,5 @@
-"""The end of a run, from its CSV file: what is lost, and figures beside what they should reach on a
-card of the H200's class."""
+"""The end of a run, from its CSV file: the losses, and the figures beside their aims for a card of
+the H200's class."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 MB = 1e6
 BOTH = "both"  # Forward and backward together: the sum of their medians.
 SHARE, SHARE_OF_CUDA = 0.85, 0.9
-"""Of the card's copy bandwidth, for large weights (docs/gpu.md, docs/cuda.md)."""
+"""Aims for large weights, as shares of the card's copy bandwidth (docs/gpu.md, docs/cuda.md)."""
 
 KEY_TIMES, ODD_TIMES, MEAN_TIMES, LEAST_TIMES = 8.0, 5.0, 1.8, 0.95
-"""Times torch: the key weights, middle dims and whole tensors, and all above 1 MB."""
+"""Aims in times torch: the key weights; middle dims and whole tensors; the mean and the least of
+all weights above 1 MB."""
 
-MOST_LIMITS = 1.3  # Of a fused model: its arrays at the speed of copies, and its launches.
+MOST_LIMITS = 1.3  # Aim of a fused model. The limit is its arrays at copy speed plus its launches.
 HOST_BOUND = 1.5  # torch waits for the host where its wall time is this many times its device time.
 HOST_TIMES = 2.0
-"""The aim there. Of the 11 µs that a layer takes the host, 4 to 5 are autograd's own, which adds
-two gradients up for each weight, whoever computes them."""
+"""The aim for these models. Of the 11 µs that a layer takes the host, autograd itself takes 4 to 5
+to accumulate two gradients per weight, in every contender."""
 
 
 class Line(NamedTuple):
@@ -42,45 +43,46 @@ class Line(NamedTuple):
     title: str
     figure: str
     aim: str = ""
-    met: bool | None = None  # None: there is no aim.
+    met: bool | None = None  # None if there is no aim.
     cases: int = 1
 
 
 def read(folder: Path) -> list[Result]:
-    """All rows that a run left in a folder. The last may be half written, if it was killed."""
+    """Read all rows that a run left in a folder. The last row may be incomplete, if the run was
+    killed."""
     path = folder / RESULTS
     return read_csv(path) if path.is_file() else []
 
 
 class Weight:
-    """All that was measured of one weight in one dtype with one backend."""
+    """All measurements of one weight in one dtype with one backend."""
 
     def __init__(self, about: Result) -> None:
         self.about = about
         self.array_bytes = about.numel * ITEM_BYTES[about.dtype]
         self.found: dict[tuple[str, str], Result] = {}
-        """By phase and contender."""
+        """The results by phase and contender."""
 
     def ms(self, phase: str, who: str) -> float:
-        """Device time; of :data:`BOTH`, the sum. NaN if it was not measured."""
+        """Return device time, for :data:`BOTH` the sum; NaN if it was not measured."""
         phases = (FORWARD, BACKWARD) if phase == BOTH else (phase,)
         return sum(r.median_ms if (r := self.found.get((p, who))) else NAN for p in phases)
 
     def ratio(self, phase: str, who: str, to: str = TORCH) -> float:
-        """How many times as fast as ``to``."""
+        """Return how many times as fast as ``to`` a contender is."""
         return self.ms(phase, to) / self.ms(phase, who)
 
     def shares(self, phase: str, who: str, copy_gb_per_s: float) -> tuple[float, float]:
-        """Of the card's copy bandwidth, by the arrays that the backend's plan moves (where the
-        second of two passes finds them in a cache, that flatters), and by the two or three arrays
-        that have to be moved."""
+        """Return two shares of the card's copy bandwidth. The first counts the arrays that the
+        backend's plan moves, which flatters a plan whose second pass finds them in a cache. The
+        second counts the two or three arrays that must move."""
         ms, r = self.ms(phase, who), self.found.get((phase, who))
         least = ONE_PASS[phase] * self.array_bytes / ms / 1e6
         return (r.gb_per_s if r else NAN) / copy_gb_per_s, least / copy_gb_per_s
 
 
 def weights(results: Iterable[Result], case: str = SINGLE) -> list[Weight]:
-    """The single weights of a run. Backends are measured apart, each beside torch."""
+    """Return the single weights of a run. Each backend stands alone, beside torch."""
     found: dict[tuple[str, ...], Weight] = {}
     for r in results:
         if r.case == case:
@@ -90,24 +92,24 @@ def weights(results: Iterable[Result], case: str = SINGLE) -> list[Weight]:
 
 
 def contenders(results: Iterable[Result], case: str = SINGLE) -> list[str]:
-    """Ours, by the backend."""
+    """Return the names of ours, one per backend."""
     names = (r.contender for r in results if r.case == case)
     return list(dict.fromkeys(who for who in names if who.startswith(OURS)))
 
 
 def copy_speed(results: Iterable[Result]) -> float:
-    """GB/s of the card, read and written; NaN if it was not measured."""
+    """Return the GB/s that the card reads and writes; NaN if they were not measured."""
     found = (r.gb_per_s for r in results if r.case == COPYING and r.contender == COPY)
     return max(found, default=NAN)
 
 
 def launch_ms(results: Iterable[Result]) -> float:
-    """Of a kernel that has nothing to do."""
+    """Return the time of an empty kernel."""
     return min((r.median_ms for r in results if r.phase == LAUNCH), default=NAN)
 
 
 def weight_lines(results: Sequence[Result], who: str) -> list[Line]:
-    """The aims that single weights have."""
+    """Return the aims of single weights and their figures."""
     every, speed = weights(results), copy_speed(results)
     lines: list[Line] = []
     dtypes = dict.fromkeys(w.about.dtype for w in every)
@@ -142,7 +144,7 @@ def weight_lines(results: Sequence[Result], who: str) -> list[Line]:
 def _line(
     title: str, values: Iterable[float], *, least: float | None = None, mean: float | None = None
 ) -> list[Line]:
-    """The geometric mean and the least of what was measured, if anything was."""
+    """Return the geometric mean and the least of the values, if there are any."""
     values = [x for x in values if x == x]
     if not values:
         return []
@@ -156,7 +158,7 @@ def _line(
 
 
 def host_lines(results: Sequence[Result]) -> list[Line]:
-    """Host time, for which there is no aim on a GPU."""
+    """Return the host time, which has no aim on a GPU."""
     lines: list[Line] = []
     found: dict[tuple[str, str], dict[str, list[Result]]] = {}
     for r in (r for r in results if r.case == HOST):
@@ -172,7 +174,7 @@ def host_lines(results: Sequence[Result]) -> list[Line]:
 
 
 def model_lines(results: Sequence[Result]) -> list[Line]:
-    """Fused models: device time beside the limit, and both times beside torch's."""
+    """Return fused models: device time beside the limit, and both times beside torch's."""
     speed, launch = copy_speed(results), launch_ms(results)
     found = [r for r in results if r.case == WHOLE]
     lines = []
@@ -204,7 +206,7 @@ def model_lines(results: Sequence[Result]) -> list[Line]:
 
 
 def rival_lines(results: Sequence[Result]) -> list[Line]:
-    """FlagGems beside ours."""
+    """Return FlagGems beside ours."""
     return [
         Line(f"{who}, times {FLAGGEMS}, {w.about.shape} dim {w.about.dim}, {phase}", f"{ratio:.2f}")
         for w in weights(results, RIVAL)
@@ -215,7 +217,7 @@ def rival_lines(results: Sequence[Result]) -> list[Line]:
 
 
 def print_summary(console: Console, results: Sequence[Result]) -> None:
-    """The card, the named weights, figures beside aims, and what is lost."""
+    """Print the card, the named weights, figures beside aims, and losses."""
     if not results:
         console.print("Nothing was measured.")
         return

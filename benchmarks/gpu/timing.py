@@ -1,7 +1,8 @@
-"""Times on a GPU: calls captured into a CUDA graph, which is timed as a whole, without the host;
-wall time until the device is done; calls behind a device that waits for them.
+"""Times on a GPU, measured in three ways: calls captured into a CUDA graph, which is timed as a
+whole without the host; wall time until the device is done; calls that are queued while the device
+waits.
 
-On a device without CUDA graphs (a dry run on a CPU) a loop takes the place of the graph.
+On a device without CUDA graphs (a dry run on a CPU) a loop replaces the graph.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from wnkernel.cli.timing import Times, no_garbage_collection
 from ..timing import Contender, Sampler, device_sampler, measure
 from ..verify import VerificationError
 
-SPEED = 4e12  # Bytes per second of a fast card, to guess how many calls fill a graph.
+SPEED = 4e12  # Bytes per second of a fast card; tells how many calls fill a graph.
 LAUNCH_S = 2e-6
 LEAST_CALLS, MOST_CALLS = 4, 256
 SLOW_S = 20e-3  # A contender whose graph would take longer than this gets fewer calls.
-CYCLES_PER_S = 2e9  # Of the clock that ``torch.cuda._sleep`` counts: at most this.
+CYCLES_PER_S = 2e9  # The clock of ``torch.cuda._sleep`` has at most this.
 HEADSTART = 1.5  # The device waits this many times as long as the host should need.
 Call = Callable[[], Sequence[Tensor]]
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether the device still works, after freeing what was left behind there. After a fault, CUDA
+    """Free what was left on the device, and return whether it still works. After a fault, CUDA
     refuses everything until the process ends."""
     gc.collect()
     try:
@@ -43,32 +44,33 @@ def is_usable(device: torch.device) -> bool:
 
 
 def use_side_stream(device: torch.device) -> None:
-    """Make another stream than the default one current, for good: only such a stream can be
-    captured, and what autograd recorded on one stream it runs backward on the same."""
+    """Make another stream than the default one current, permanently. Only such a stream can be
+    captured, and autograd runs a backward on the stream that recorded it."""
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Some calls of one contender that run without the host."""
+    """Calls of one contender that run without the host."""
 
     run: Contender
     calls: int
     result: Sequence[Tensor]
-    """What the last of the calls returned: tensors that every run fills anew."""
+    """The result of the last call: tensors that every run fills again."""
 
 
 def calls_for(traffic: float, graph_s: float) -> int:
-    """How many calls that move so many bytes fill a graph of ``graph_s`` seconds."""
+    """Return how many calls that move so many bytes fill a graph of ``graph_s`` seconds."""
     calls = graph_s / (traffic / SPEED + LAUNCH_S)
     return min(max(round(calls), LEAST_CALLS), MOST_CALLS)
 
 
 def capture(runs: Sequence[Call], calls: int, device: torch.device) -> Graph:
-    """Put about ``calls`` calls into a graph, ``runs`` in turn, each equally often.
+    """Put about ``calls`` calls into a graph. They take turns, and each of ``runs`` is equally
+    frequent.
 
-    All are called twice before: what they compile or cache, they do outside the graph.
+    All are called twice before, so that they compile and cache outside the graph.
     """
     sample = device_sampler(device)
     for run in runs:
@@ -86,11 +88,11 @@ def capture(runs: Sequence[Call], calls: int, device: torch.device) -> Graph:
         return Graph(loop, len(order), order[-1]())
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with no_garbage_collection():  # what it frees would disturb the capture
-        graph.capture_begin()  # not torch.cuda.graph, which collects and empties caches each time
+    with no_garbage_collection():  # freeing memory would disturb the capture
+        graph.capture_begin()  # torch.cuda.graph would collect garbage and empty caches each time
         try:
             for call in order:
-                result = ()  # so that the next call finds its memory free
+                result = ()  # the next call finds this memory free
                 result = call()
         except BaseException:
             with suppress(RuntimeError):
@@ -101,10 +103,10 @@ def capture(runs: Sequence[Call], calls: int, device: torch.device) -> Graph:
 
 
 def check_replay(title: str, graph: Graph, want: Sequence[Tensor]) -> None:
-    """Whether a graph computes what the last of its calls gives outside of it, to the bit.
+    """Check that a graph computes what its last call gives outside of it, to the bit.
 
     Raises:
-        VerificationError: it does not.
+        VerificationError: if it does not.
     """
     for t in graph.result:
         t.detach().fill_(float("nan"))
@@ -117,7 +119,7 @@ def check_replay(title: str, graph: Graph, want: Sequence[Tensor]) -> None:
 def measure_graphs(
     graphs: Mapping[str, Graph], device: torch.device, budget_s: float, sample_s: float
 ) -> dict[str, Times]:
-    """:func:`~benchmarks.timing.measure` of graphs: the time of one call."""
+    """Measure graphs by :func:`~benchmarks.timing.measure`: the time of one call."""
     runs = {who: graph.run for who, graph in graphs.items()}
     stats = measure(runs, device_sampler(device), budget_s, min_sample_s=sample_s)
     fields = ("median_ms", "p20_ms", "p80_ms", "faults")
@@ -129,7 +131,7 @@ def measure_graphs(
 
 @dataclass(frozen=True)
 class Queued:
-    """A contender that the host is known to need so long for."""
+    """A contender, and how long the host needs for one call of it."""
 
     run: Contender
     host_s: float
@@ -139,8 +141,8 @@ class Queued:
 
 
 def queue_sampler(device: torch.device) -> Sampler:
-    """Samples the time that the device needs for :class:`Queued` calls when the host is ahead: the
-    device first sleeps until all of them should be queued."""
+    """Return a sampler of the time that the device needs for :class:`Queued` calls when the host is
+    ahead. The device first sleeps until all calls should be in the queue."""
     sample = device_sampler(device)
     if device.type != "cuda":
         return sample

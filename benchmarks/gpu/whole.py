@@ -1,10 +1,10 @@
 """Case "whole": all weight norms of a model, by torch, one by one and fused.
 
 An iteration reads every weight and takes the gradients of all v and g. Wall time is measured from
-call to call and has the host in it. Device time is measured twice: inside a CUDA graph, which takes
-a copy of the table of weights with it wherever one is launched from, and in a stream whose host is
+call to call and includes the host. Device time is measured in two ways. One is a CUDA graph, in
+which every launch of a list also copies its table of weights. The other is a stream whose host is
 ahead, as in a training step that is bound by its convolutions. All contenders take turns in one
-process, for on a GPU they do not share malloc's state.
+process, because on a GPU they do not share malloc's state.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ GRAPH = "device time, CUDA graph"
 STREAM = "device time, stream"
 
 QUEUE_S = 0.5e-3
-"""Of device time in a turn: more, and the queue of launches would be full before the device is
-let go."""
+"""The device time of one turn. A longer turn would fill the queue of launches before the device
+starts."""
 
 ARRAYS = 5
 
 
 def jobs(setting: Setting) -> list[GpuJob]:
-    """One job per model."""
+    """Make one job per model."""
     return [
         GpuJob(f"whole {name}", functools.partial(run, name, cases, setting))
         for name, cases in setting.plan.models[setting.part].items()
@@ -53,7 +53,7 @@ def jobs(setting: Setting) -> list[GpuJob]:
 def run(
     name: str, cases: Sequence[LayerCase], setting: Setting, without: Collection[str]
 ) -> Iterator[list[Result]]:
-    """Verify, then time, one model: the rows of one way of timing after the other."""
+    """Verify, then time, one model. Yield the rows of each way of timing."""
     plan, where = setting.plan, setting.where
     about = of_list(WHOLE, name, [c.numel for c in cases])
     checker = Checker(name, where)

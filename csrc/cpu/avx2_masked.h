@@ -1,5 +1,5 @@
-// Partial vectors of elements that AVX2 has masks for; see vec.h. Stores with such masks are slow
-// on some processors.
+// Partial vectors of the element sizes for which AVX2 has masked loads; see vec.h. Masked stores
+// are slow on some processors, so there are none.
 #pragma once
 #include <immintrin.h>
 
@@ -7,7 +7,7 @@
 
 namespace wnkernel::cpu::avx2 {
 
-// n elements of `bytes` bytes, zeros behind them.
+// Loads n elements of `bytes` bytes each; the other lanes are 0.
 template <int bytes>
 static inline __attribute__((always_inline)) __m256i masked_load(const void* p, int64_t n) {
   if constexpr (bytes == 4) {

@@ -1,5 +1,5 @@
-// What masks are for: partial vectors in one instruction, by size of vector and element, and
-// rounding; see vec.h.
+// Operations with AVX-512 masks: partial vectors in one instruction, by the sizes of vector and
+// element, and rounding; see vec.h.
 #pragma once
 #include <immintrin.h>
 
@@ -7,7 +7,7 @@
 
 namespace wnkernel::cpu::avx512 {
 
-// x + 0x7fff, and 1 more where the upper half is odd: three instructions instead of four.
+// x + 0x7fff, plus 1 where the upper half is odd, in three instructions instead of four.
 template <class U32>
 static inline __attribute__((always_inline)) U32 round_upper(U32 x) {
   const __m512i bits = (__m512i)x, up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
@@ -17,14 +17,14 @@ static inline __attribute__((always_inline)) U32 round_upper(U32 x) {
 
 static inline __attribute__((always_inline)) uint32_t first(int64_t n) { return (1u << n) - 1u; }
 
-// n elements of `element` bytes, zeros behind them, in a vector of `bytes`.
+// Loads n elements of `element` bytes each into a vector of `bytes` bytes; the other lanes are 0.
 template <int bytes, int element>
 static inline __attribute__((always_inline)) auto masked_load(const void* p, int64_t n) {
   if constexpr (bytes == 64 && element == 4) {
     return _mm512_maskz_loadu_epi32(first(n), p);
   } else if constexpr (bytes == 64) {
     return _mm512_maskz_loadu_epi64(first(n), p);
-  } else if constexpr (bytes == 128) {  // double grads of float weights
+  } else if constexpr (bytes == 128) {  // double grad_w of float weights
     struct {
       __m512i low, high;
     } pair{_mm512_maskz_loadu_epi64(first(n < 8 ? n : 8), p),

@@ -9,14 +9,14 @@
 namespace wnkernel::cpu {
 namespace {
 
-// Bits low to high of x.
+// The bits from low to high of x.
 constexpr int64_t bits(uint32_t x, int high, int low) {
   return (x >> low) & ((uint64_t{1} << (high - low + 1)) - 1);
 }
 
-constexpr int kNone = 0, kData = 1, kUnified = 3;  // types
+constexpr int kNone = 0, kData = 1, kUnified = 3;  // types of caches
 
-constexpr int64_t kMostSets = 1 << 26;  // more than in any cache, and the product stays in range
+constexpr int64_t kMostSets = 1 << 26;  // more than any cache has, and small enough for the product
 
 }  // namespace
 

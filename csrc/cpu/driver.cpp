@@ -1,15 +1,17 @@
 // Runs a table of problems: cuts every problem by its plan, spreads all chunks evenly over the
 // threads, and keeps the order of every sum fixed.
 //
-// Phase 1: one-phase chunks whole, partial sums of the others. Bytes: all of it, or the inputs. The
-// backward begins with the last chunk: the caches still hold the end of what was written from the
-// beginning, grad_w, and of what the forward has read.
+// Phase 1 does one-phase chunks from v to every output, and makes partial sums of the others. It
+// moves all bytes of the former and the inputs of the latter. A backward begins with the last
+// chunk, because the caches still hold the end of grad_w, which was written from the beginning, and
+// of what the forward read.
 //
-// Phase 2: partial sums to row sums, norms and coefficients. Bytes: almost none.
+// Phase 2 makes row sums, norms and coefficients of the partial sums. It moves almost no bytes.
 //
-// Phase 3: the map of the others, in the opposite order: what was read last is still in a cache.
+// Phase 3 maps the two-phase chunks in the opposite order, because a cache still holds what was
+// read last.
 //
-// Phase 4: rows that leave the float range, again, exactly. Usually there are none.
+// Phase 4 computes the rows that leave the float range again, exactly. Usually there are none.
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -24,13 +26,14 @@
 namespace wnkernel::cpu {
 namespace {
 
-// Elements per thread from which on another one joins. It costs a microsecond, which a core takes
-// for as many, so that it saves little at first; but the layer that reads w has its threads at work
-// as well, and they should find their part of w in caches of their own.
+// A further thread joins for every kThreadGrain elements. Waking it costs a microsecond, in which a
+// core does as many elements, so it saves little at first. But the layer that reads w has its
+// threads at work as well, and they should find their part of w in their own caches.
 constexpr int64_t kThreadGrain = 8192;
-// What a row costs beside its elements, counted in elements: a root, divisions, a horizontal sum.
+// The cost of a row besides its elements (a root, divisions, a horizontal sum), counted in
+// elements.
 constexpr int64_t kRowWork = 32;
-// Rows that share their horizontal sums, with the widest vectors.
+// The number of rows that share their horizontal sums, with the widest vectors.
 constexpr int64_t kRowsAtATime = 16;
 
 int64_t work_of(const RowView& view) { return view.numel() + kRowWork * view.rows; }
@@ -42,7 +45,7 @@ class Launch {
       : threads_(threads), many_(count > 1 ? count : 0), count_(count) {
     jobs_ = count > 1 ? many_.data() : &single_;
     const InstructionSet& set = instruction_set();
-    int64_t words = 0, bytes = 0;  // bytes: that the launch reads and writes
+    int64_t words = 0, bytes = 0;  // bytes counts what the launch reads and writes
     for (int64_t k = 0; k < count; ++k) work_ += work_of(problems[k].view);
     for (int64_t k = 0; k < count; ++k) {
       const P& p = problems[k];
@@ -91,18 +94,18 @@ class Launch {
   }
 
  private:
-  // Results that are not found in a cache when they are read again are written past it, which saves
-  // reading every line first. They stay in the third level (or the second, where that is larger) as
-  // long as all that the launch reads and writes takes three quarters of the share that its threads
-  // have in it: others have theirs.
+  // Results bypass the caches if no cache will hold them when they are read again; this saves
+  // reading every line first. Results stay in the third level (or the second, if that is larger) as
+  // long as all reads and writes of the launch take at most three quarters of its threads' share of
+  // that cache. Other data need the rest.
   void stream_results(int64_t bytes) {
     const int64_t room = std::max(machine().l2, machine().l3) / 4 * 3 * parts();
     for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room;
   }
 
-  // How many chunks a problem of whole rows makes. What a chunk reads takes two thirds of the
-  // first-level cache, so that the map finds it there, and what it writes finds room beside it. All
-  // threads have as many chunks, to within a row as large.
+  // The number of chunks of a problem of whole rows. The inputs of a chunk take two thirds of the
+  // first-level cache, so that the map finds them there, and leave room for its outputs. All
+  // threads get the same number of chunks, whose sizes differ by at most one row.
   int64_t chunks_of_rows(const P& p) const {
     const int64_t fit = machine().l1d * 2 / 3 / bytes_read(p) / p.view.row_size();
     const int64_t most = std::clamp<int64_t>(fit, 1, kMaxRows);
@@ -115,7 +118,7 @@ class Launch {
     return threads * ceil_div(share, most);
   }
 
-  // How many threads share the work.
+  // The number of threads that share the work.
   int64_t parts() const {
     return std::clamp<int64_t>(work_ / kThreadGrain, 1, std::max(1, threads_.threads));
   }
@@ -134,8 +137,8 @@ class Launch {
     }
   }
 
-  // body(job, task) for every chunk of every job that takes part. Thread t takes the chunks that
-  // start in its share of their work, so the threads' shares are even and neighbours in memory.
+  // Calls body(job, task) for every chunk of every job that takes part. Thread t takes the chunks
+  // that start in its share of the work, so the shares are even and each is contiguous in memory.
   template <bool reversed, class TakesPart, class F>
   void each_chunk(const TakesPart& takes_part, F&& body) {
     int64_t work = 0;
@@ -157,7 +160,8 @@ class Launch {
     });
   }
 
-  // The first chunk of a job, whose work begins at `start` of all, that begins at `limit` or later.
+  // The first chunk of a job that begins at `limit` or later. The job's own work begins at `start`
+  // of all work.
   static int64_t first_chunk(const Job<P>& job, int64_t start, int64_t limit) {
     if (limit <= start) return 0;
     const auto tasks = static_cast<unsigned __int128>(job.plan.tasks);
@@ -166,7 +170,7 @@ class Launch {
     return first < tasks ? static_cast<int64_t>(first) : job.plan.tasks;
   }
 
-  // body(job, row, rows) for blocks of rows of every two-phase job.
+  // Calls body(job, row, rows) for blocks of rows of every two-phase job.
   template <class F>
   void each_row_block(F&& body) {
     std::vector<std::pair<const Job<P>*, int64_t>> blocks;
@@ -192,11 +196,11 @@ class Launch {
   }
 
   const Threads& threads_;
-  Job<P> single_;  // the table of one needs no memory
+  Job<P> single_;  // a table with one entry needs no allocation
   std::vector<Job<P>> many_;
   Job<P>* jobs_;
   int64_t count_;
-  int64_t work_ = 0;  // of all problems
+  int64_t work_ = 0;  // the work of all problems
   std::unique_ptr<double[]> workspace_;
 };
 

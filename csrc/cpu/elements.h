@@ -1,5 +1,5 @@
-// Element types as storage, and their scalar conversions. Internal linkage throughout: this header
-// is compiled once per instruction set, and the linker must not merge the copies.
+// Element types as storage, and their scalar conversions. Everything has internal linkage: this
+// header is compiled once per instruction set, and the linker must not merge the copies.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -47,7 +47,8 @@ static inline float to_float(bf16 h) { return bits_to_float(uint32_t{h.bits} << 
 static inline float to_float(f16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, magnitude = h.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // Shifted into a float, the exponent is 112 too small; the product also normalises subnormals.
+  // After the shift the exponent is 112 too small. The product corrects it and also normalises
+  // subnormals.
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 
@@ -60,7 +61,7 @@ static inline double to_double(T x) {
   return to_float(x);
 }
 
-// Normal numbers.
+// The smallest and largest normal numbers of a type.
 template <class T>
 struct NormalRange;
 template <>
@@ -80,7 +81,7 @@ struct NormalRange<double> {
   static constexpr double kSmallest = 0x1p-1022, kLargest = 0x1.fffffffffffffp1023;
 };
 
-// Round to nearest even, NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 static inline void from_float(float x, bf16* out) {
   const uint32_t bits = float_to_bits(x);
   out->bits = (bits & 0x7fffffffu) > 0x7f800000u
@@ -94,7 +95,7 @@ static inline void from_float(float x, f16* out) {
   uint32_t half;
   if (magnitude >= 0x47800000u) {  // 65536 and above, inf, NaN
     half = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: let the addition round at the right bit
+  } else if (magnitude < 0x38800000u) {  // subnormal: the addition rounds at the right bit
     half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
@@ -106,13 +107,14 @@ static inline void from_float(float x, float* out) { *out = x; }
 static inline void from_float(float x, double* out) { *out = x; }
 
 static inline void from_double(double x, double* out) { *out = x; }
-// Rounded twice for half types: at a tie of theirs the last bit may differ from rounding once.
+// Half types are rounded twice: at a tie of a half type the last bit may differ from a single
+// rounding.
 template <class T>
 static inline void from_double(double x, T* out) {
   from_float(static_cast<float>(x), out);
 }
 
-// x as a T holds it; x itself where that is no normal number.
+// x rounded to T, or x itself if the result is no normal number.
 template <class T>
 static inline double rounded(double x) {
   T held;

@@ -1,5 +1,6 @@
-// A row in blocks of doubles. What there is once for a row or a block is a Wide, so that neither
-// squares nor coefficients overflow or lose digits; elements meet coefficients as their own digits.
+// A row is computed in blocks of doubles. Each quantity of a whole row or block is a Wide, so that
+// neither squares nor coefficients overflow or lose digits. Elements keep all their digits when
+// they are multiplied with coefficients.
 #include "exact_rows.h"
 
 #include <algorithm>
@@ -40,7 +41,7 @@ double rounded_to(DType t, double x) {
   return visit(t, [&](auto tag) { return rounded<decltype(tag)>(x); });
 }
 
-// One row of a problem, a block of its elements at a time, in memory order.
+// One row of a problem, read and written a block at a time, in memory order.
 struct Row {
   const RowView& view;
   int64_t row;
@@ -48,7 +49,7 @@ struct Row {
   int64_t blocks() const { return (view.row_size() + kBlock - 1) / kBlock; }
   int64_t size(int64_t block) const { return std::min(kBlock, view.row_size() - block * kBlock); }
 
-  // f(number in the block, index in memory, elements) for every run of a block.
+  // Calls f(position in the block, index in memory, number of elements) for every run of a block.
   template <class F>
   void each_run(int64_t block, F&& f) const {
     int64_t outer = block * kBlock / view.inner, column = block * kBlock % view.inner;
@@ -75,7 +76,7 @@ struct Row {
   }
 };
 
-// The largest magnitude of a block; NaN if there is one.
+// The largest magnitude of a block, or NaN if the block has one.
 double largest_of(const double* x, int64_t n) {
   double largest = 0;
   for (int64_t k = 0; k < n; ++k) {
@@ -99,8 +100,8 @@ Wide dot_of_any(const double* x, const double* y, int64_t n) {
   return {sum, largest};
 }
 
-// The same at a tenth of the cost, relative to the largest x and y, where a product comes near
-// that.
+// Computes <x, y> at a tenth of the cost, relative to the largest x and y. It falls back to
+// dot_of_any() if all products are far smaller than that.
 Wide dot(const double* x, const double* y, int64_t n) {
   const double most_x = largest_of(x, n), most_y = x == y ? most_x : largest_of(y, n);
   if (std::min(most_x, most_y) == 0 && std::isfinite(most_x + most_y)) return 0.0;
@@ -115,7 +116,8 @@ Wide dot(const double* x, const double* y, int64_t n) {
   return is_usual(most) ? Wide(sum, of_x + of_y) : dot_of_any(x, y, n);
 }
 
-// <x, y> over blocks [first, first + count) of a row, in pairs, so that errors do not add up.
+// <x, y> over the blocks [first, first + count) of a row. Blocks are added in pairs, so that errors
+// do not accumulate.
 Wide dot(const Row& row, const void* x, DType x_type, const void* y, DType y_type, int64_t first,
          int64_t count) {
   if (count > 1)
@@ -132,7 +134,7 @@ Wide norm_of(const Row& row, const void* v, DType type) {
   return root(dot(row, v, type, v, type, 0, row.blocks()));
 }
 
-// norm as a type holds it; as it is, where that is no normal number.
+// The norm rounded to a type, or the norm itself if the result is no normal number.
 Wide held(Wide norm, DType type) {
   const double whole = static_cast<double>(norm), held = rounded_to(type, whole);
   return held == whole ? norm : Wide(held);

@@ -1,10 +1,10 @@
-// Rows that the vector kernels give up on: scaled double precision, whatever the element type.
+// Computes rows that the vector kernels give up, in scaled double precision, for any element type.
 #pragma once
 #include "../weight_norm.h"
 
 namespace wnkernel::cpu {
 
-// Every output of one row. Slow: a few ns per element, three passes.
+// Computes every output of one row. This is slow: a few ns per element, in three passes.
 void exact_row(const Forward& p, int64_t row);
 void exact_row(const Backward& p, int64_t row);
 

@@ -9,7 +9,7 @@ namespace cpu {
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx2() {  // F16C as well: every processor with AVX2 has it, and clang 14 cannot ask for it
+bool has_avx2() {  // F16C comes with AVX2 on every processor, and clang 14 cannot ask for it
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 bool has_avx512() {

@@ -4,9 +4,9 @@
 
 namespace wnkernel::cpu {
 
-// The widest that this processor has, or the one that the environment variable WNKERNEL_CPU_ISA
-// names or, where the processor lacks that one, the next narrower. Throws std::invalid_argument for
-// a name that there is not.
+// The widest instruction set of this processor, or the one that the environment variable
+// WNKERNEL_CPU_ISA names. If the processor lacks that one, the next narrower is chosen. Throws
+// std::invalid_argument for an unknown name.
 const InstructionSet& instruction_set();
 
 }  // namespace wnkernel::cpu

@@ -1,4 +1,4 @@
-// AVX2 (with FMA and F16C) kernels; an empty file on other processors.
+// AVX2 kernels (with FMA and F16C). On other processors this file is empty.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -20,7 +20,7 @@
 #include "x86_stream.h"
 
 #include "avx2_masked.h"
-#include "primitives_impl.h"  // after what it builds on
+#include "primitives_impl.h"  // must follow the files that it builds on
 
 namespace wnkernel::cpu {
 constexpr InstructionSet kAvx2 = avx2::make("avx2");

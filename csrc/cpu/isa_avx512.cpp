@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL) kernels; an empty file on other processors.
+// AVX-512 kernels (F, BW, DQ, VL). On other processors this file is empty.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -13,11 +13,12 @@
 #endif
 #define WNKERNEL_ISA avx512
 #define WNKERNEL_VECTOR_BYTES 64
-// The masked forms: gcc 12 warns about the undefined source operand of the plain ones (PR105593).
+// These are the masked forms, because gcc 12 warns about the undefined source operand of the plain
+// ones (PR105593).
 #define WNKERNEL_WIDEN_HALF(raw) _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(raw))
 #define WNKERNEL_NARROW_HALF(x) \
   _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT)
-// One instruction each, where gcc 12 makes halves and joins them.
+// Each is one instruction, where gcc 12 would convert halves and join them.
 #define WNKERNEL_WIDEN_U16(raw) \
   bit_cast<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(raw)))
 #define WNKERNEL_NARROW_U32(x) \
@@ -28,7 +29,7 @@
 #include "x86_stream.h"
 
 #include "avx512_masked.h"
-#include "primitives_impl.h"  // after what it builds on
+#include "primitives_impl.h"  // must follow the files that it builds on
 
 namespace wnkernel::cpu {
 constexpr InstructionSet kAvx512 = avx512::make("avx512");

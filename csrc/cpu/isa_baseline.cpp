@@ -1,5 +1,5 @@
-// Kernels for what the compiler assumes of every processor of the platform: SSE2 on x86-64, NEON
-// (whose half conversions are part of it) on 64-bit Arm, plain code elsewhere.
+// Kernels for the instructions that the compiler assumes on every processor of the platform: SSE2
+// on x86-64, NEON (with its half conversions) on 64-bit Arm, plain code elsewhere.
 #include <cstring>
 #include <type_traits>
 #include <utility>

@@ -1,5 +1,6 @@
-// One problem of a launch: its plan, its kernels, its share of the workspace; and what differs
-// between the directions (see primitives.h for x, y and out), so that the rest need not know.
+// A Job is one problem of a launch with its plan, its kernels and its share of the workspace. The
+// functions above it hide the differences between forward and backward; primitives.h explains x, y
+// and out.
 #pragma once
 #include <type_traits>
 
@@ -27,7 +28,7 @@ inline const char* x_at(const Forward& p, int64_t k) { return at(p.v, k, p.v_typ
 inline const char* x_at(const Backward& p, int64_t k) { return at(p.grad_w, k, p.w_type); }
 inline char* out_at(const Forward& p, int64_t k) { return at(p.w, k, p.w_type); }
 inline char* out_at(const Backward& p, int64_t k) { return at(p.grad_v, k, p.v_type); }
-// Of an element.
+// Bytes per element.
 inline int64_t bytes_read(const Forward& p) { return element_size(p.v_type); }
 inline int64_t bytes_read(const Backward& p) {
   return element_size(p.v_type) + element_size(p.w_type);
@@ -55,7 +56,7 @@ inline int64_t finish(const InstructionSet& set, const Backward& p, int64_t row,
                                     p.grad_g ? at(p.grad_g, row, p.g_type) : nullptr, a, b);
 }
 
-// Does the rows again that finish() has marked.
+// Computes the rows that finish() has marked again.
 template <class P>
 void exact_rows(const P& p, const double* sums, int64_t row, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r)
@@ -73,12 +74,12 @@ struct Job {
   DType acc{};
   bool stream = false;
   // The workspace of a two-phase plan; its sizes are in the plan.
-  double* sums = nullptr;  // [rows]
+  double* sums = nullptr;  // one per row
   char* partials = nullptr;
   char* a = nullptr;
   char* b = nullptr;
 
-  // x, y and out from element k of the problem on.
+  // x, y and out, starting at element k of the problem.
   const char* x(int64_t k) const { return x_at(*p, k); }
   const char* y(int64_t k) const { return at(p->v, k, p->v_type); }
   char* out(int64_t k) const { return out_at(*p, k); }

@@ -17,27 +17,27 @@ namespace {
 
 constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
 
-// What a CPU's share of a cache can be. Sizes outside are not believed; the smallest and the
-// largest that were ever sold are well within.
+// The limits of a CPU's share of a cache. Sizes outside are not believed; all sizes that were ever
+// sold are well within.
 struct Limits {
   const char* variable;
   const char* expected;
   int64_t least, most;
-  int64_t usual;  // where nobody knows: small, so that what should fit does
+  int64_t usual;  // the size if no source knows it: small, so that plans fit
 };
 constexpr Limits kLimits[] = {
-    // of the first level, the second, the third
+    // The first level, the second and the third.
     {"WNKERNEL_CPU_L1D", "4K to 1M", 4 * kKiB, kMiB, 32 * kKiB},
     {"WNKERNEL_CPU_L2", "16K to 64M", 16 * kKiB, 64 * kMiB, 256 * kKiB},
     {"WNKERNEL_CPU_L3", "16K to 1024M", 16 * kKiB, 1024 * kMiB, kMiB},
 };
 
-// No CPU has more of a third level to itself (Epyc 7373X: 768 MiB for 16 cores). A virtual machine
-// shows all of its host's as its own.
+// No CPU has a larger share of a third level (Epyc 7373X: 768 MiB for 16 cores). A virtual machine
+// reports all of its host's third level as its own.
 constexpr int64_t kMostL3 = 48 * kMiB;
 
 struct Fact {
-  int64_t bytes;  // 0: not known
+  int64_t bytes;  // 0 if it is unknown
   const char* source;
 };
 
@@ -46,11 +46,11 @@ bool believable(int level, int64_t bytes) {
   return bytes >= limits.least && bytes <= limits.most;
 }
 
-// The smallest share that can be believed: of several kinds of CPUs, a thread may run on any.
+// The smallest believable share, because a thread may run on any CPU, and CPUs may differ.
 Fact smallest(const std::vector<Cache>& caches, int level, const char* source) {
   Fact found{0, source};
   for (const Cache& c : caches) {
-    const int64_t among = level == 1 ? 1 : c.sharing;  // the first level is a core's own
+    const int64_t among = level == 1 ? 1 : c.sharing;  // each core has its own first level
     if (c.level != level || among < 1) continue;
     const int64_t share = c.size / among;
     if (believable(level, share) && (!found.bytes || share < found.bytes)) found.bytes = share;
@@ -78,7 +78,7 @@ Fact page() {
   return right ? Fact{bytes, "system"} : Fact{kUsual, "default"};
 }
 
-// What the environment says takes the place of what was found.
+// A setting in the environment replaces what was found.
 void replace(int level, int64_t& bytes, const char*& source) {
   const Limits& limits = kLimits[level - 1];
   const char* text = std::getenv(limits.variable);

@@ -1,7 +1,7 @@
-// How one problem is cut into chunks. Where a sum begins and ends depends on the problem's own
-// shape only, never on threads, neighbours or the machine: that is what makes results bit-identical
-// alone, grouped and for any number of threads. How many whole rows make a chunk is no matter of
-// sums: that goes by caches and threads. The numbers are explained in docs/performance.md.
+// How one problem is cut into chunks. Where a sum begins and ends depends only on the shape of the
+// problem, never on threads, neighbours or the machine. So results have the same bits alone, in a
+// list and for any number of threads. The number of whole rows in a chunk changes no sum, so it
+// follows the caches and threads. docs/performance.md explains the numbers.
 #pragma once
 #include <algorithm>
 
@@ -9,22 +9,22 @@
 
 namespace wnkernel::cpu {
 
-// Elements of one chunk of a long row.
+// The number of elements in one chunk of a long row.
 constexpr int64_t kChunk = 16384;
-// A row, or a strip of columns, of up to this many elements is still done in one phase.
+// A row, or a strip of columns, of up to this many elements is done in one phase.
 constexpr int64_t kOnePhase = 65536;
-// Runs shorter than this are summed down the columns of strips, across rows, and not one by one.
+// Shorter runs are summed down the columns of strips, across rows, instead of one by one.
 constexpr int64_t kShortRun = 256;
-// Columns of a strip: its coefficients stay in the first-level cache.
+// The largest number of columns of a strip: its coefficients fit into the first-level cache.
 constexpr int64_t kMaxColumns = 2048;
 constexpr int64_t kMinColumns = 64;
-// Narrower strips are not worth their jumps through memory: two phases stream instead.
+// Narrower strips would jump through memory too often; two phases read it as a stream instead.
 constexpr int64_t kMinStrip = 1024;
-// Two-phase strips: elements of a chunk, and the most terms of one float sum down a column
-// (one-phase strips may have up to kOnePhase / kMinColumns).
+// The number of elements in a chunk of a two-phase strip, and the most terms of one float sum down
+// a column. (One-phase strips may have up to kOnePhase / kMinColumns terms.)
 constexpr int64_t kStripChunk = 65536;
 constexpr int64_t kMaxTerms = 256;
-// Rows whose sums and coefficients a thread keeps at a time.
+// The number of rows whose sums and coefficients a thread keeps at a time.
 constexpr int64_t kMaxRows = 256;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -32,33 +32,33 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Plan {
   enum class Kind : uint8_t {
     rows,    // adjacent whole rows, summed run by run; one phase
-    runs,    // some runs of a row that is too long for one chunk, or a part of one; two phases
+    runs,    // some runs, or a part of one run, of a row that is too long for one chunk; two phases
     strips,  // rows of many short runs, summed down the columns of strips; one or two phases
   };
   Kind kind;
   bool one_phase;
   RowView view;
-  int64_t tasks;           // chunks, each with one reduction and one map
-  int64_t rows_per_task;   // strips: adjacent rows of one chunk
-  int64_t strips;          // side by side
-  int64_t outer_per_task;  // short runs, strips: rows of memory of one chunk
-  int64_t outer_blocks;    // chunks down the outer dimension: partial sums of a row
-  int64_t chunks_per_run;  // long runs
+  int64_t tasks;           // number of chunks; each has one reduction and one map
+  int64_t rows_per_task;   // strips: adjacent rows in one chunk
+  int64_t strips;          // strips side by side
+  int64_t outer_per_task;  // short runs, strips: rows of memory in one chunk
+  int64_t outer_blocks;    // chunks down the outer dimension, each with a partial sum per row
+  int64_t chunks_per_run;  // long runs: chunks in one run
   int64_t repeat;          // strips: rows of memory side by side in one super-row
 
-  // The first row of a chunk of whole rows; that of the chunk behind the last is the number of
-  // rows.
+  // The first row of a chunk of whole rows. The first row of the chunk after the last is the number
+  // of rows.
   int64_t first_row(int64_t task) const {
     return view.rows / tasks * task + view.rows % tasks * task / tasks;
   }
-  // Columns of one super-row; for runs, the rows.
+  // The number of columns of one super-row; for runs, the number of rows.
   int64_t coefficients() const {
     return kind == Kind::strips ? repeat * view.rows * view.inner : view.rows;
   }
   int64_t partials() const { return kind == Kind::strips ? outer_blocks * coefficients() : tasks; }
-  // Rows whose partial sums are added up together.
+  // The number of rows whose partial sums are added up together.
   int64_t finish_rows() const { return kind == Kind::strips ? rows_per_task : kMaxRows; }
-  // Doubles of workspace: sums, partial sums and two coefficients; see job.h.
+  // Doubles of workspace: row sums, partial sums and two coefficients; see job.h.
   int64_t workspace() const { return one_phase ? 0 : view.rows + partials() + 2 * coefficients(); }
 };
 
@@ -99,14 +99,14 @@ inline Plan plan_strips(const RowView& view) {
   if (!p.one_phase) p.rows_per_task = rows_within(kMaxColumns);
   const int64_t terms = std::clamp<int64_t>(kStripChunk / width(), 1, kMaxTerms);
   p.strips = ceil_div(view.rows, p.rows_per_task);
-  p.rows_per_task = ceil_div(view.rows, p.strips);  // as wide, all of them
+  p.rows_per_task = ceil_div(view.rows, p.strips);  // equally wide strips
   p.outer_per_task = p.one_phase ? view.outer : p.repeat * terms;
   p.outer_blocks = ceil_div(view.outer, p.outer_per_task);
   p.tasks = p.strips * p.outer_blocks;
   return p;
 }
 
-// chunks: how many, if they are of whole rows, of at most kMaxRows each.
+// chunks is the number of chunks if whole rows make them. A chunk has at most kMaxRows rows.
 inline Plan make_plan(const RowView& view, int64_t chunks) {
   if (view.outer > 1 && view.rows > 1 && view.inner < kShortRun) return plan_strips(view);
   return view.row_size() <= kOnePhase ? plan_rows(view, chunks) : plan_runs(view);

@@ -1,9 +1,9 @@
-// What an instruction set provides: reductions and maps over the rows or the strip of one chunk,
-// for each pair of element types of WNKERNEL_CPU_PAIRS. driver.cpp cuts the chunks and owns their
-// order.
+// The functions that an instruction set provides: reductions and maps over the rows or the strip of
+// one chunk, for each pair of element types in WNKERNEL_CPU_PAIRS. driver.cpp cuts the chunks and
+// fixes their order.
 //
-// y is v. x is what is multiplied with it: v again in the forward, grad_w in the backward. A is the
-// accumulation type: double where v is f64, float otherwise.
+// y is v. x is multiplied with y: x is v in the forward and grad_w in the backward. A is the
+// accumulation type: double if v is f64, float otherwise.
 #pragma once
 #include "../weight_norm.h"
 
@@ -12,46 +12,48 @@ namespace wnkernel::cpu {
 struct Kernels {
   // sums[r] += <x[r, :], y[r, :]> for `rows` adjacent rows of length n.
   void (*dot_rows)(const void* x, const void* y, int64_t rows, int64_t n, double* sums);
-  // sums[c] += <x[:, c], y[:, c]> for `outer` rows of memory, `stride` elements apart; sums: A.
+  // sums[c] += <x[:, c], y[:, c]> for `outer` rows of memory, which are `stride` elements apart.
+  // sums has type A.
   void (*dot_columns)(const void* x, const void* y, int64_t outer, int64_t stride, int64_t columns,
                       void* sums);
-  // stream: past the caches, for results too large to be found there later.
-  // Forward: out[r, :] = a[r] y[r, :]. Backward: out[r, :] = a[r] x[r, :] - b[r] y[r, :]. a, b: A.
+  // The forward computes out[r, :] = a[r] y[r, :], the backward out[r, :] = a[r] x[r, :] - b[r]
+  // y[r, :]. a and b have type A. With `stream`, results bypass the caches, which could not hold
+  // them until they are read again.
   void (*map_rows)(const void* x, const void* y, void* out, int64_t rows, int64_t n, const void* a,
                    const void* b, bool stream);
-  // The same with a and b per column.
+  // Does the same with a and b per column.
   void (*map_columns)(const void* x, const void* y, void* out, int64_t outer, int64_t stride,
                       int64_t columns, const void* a, const void* b, bool stream);
 };
 
-// From sums to the coefficients of the map. Rows that a float cannot hold (see SafeRange) are
-// counted in the result, and their sum is set to NaN: exact_rows.h does them again.
+// From sums to the coefficients of the map. The result counts rows that leave SafeRange. Their sum
+// is set to NaN, and exact_rows.h computes them again.
 struct Finish {
-  // sums: of squares. norm[r] and a[r] = g[r] / max(norm[r], eps), with the norm rounded to A, or,
-  // `as_g`, to the type of g.
+  // sums are sums of squares. Sets norm[r] and a[r] = g[r] / max(norm[r], eps). The norm is rounded
+  // to A first, or, with `as_g`, to the type of g.
   int64_t (*forward)(double* sums, const void* g, int64_t rows, double eps, bool as_g, void* norm,
                      void* a);
-  // sums: <grad_w, v>. grad_g[r] (unless null) and both coefficients.
+  // sums are <grad_w, v>. Sets grad_g[r] (unless grad_g is null) and both coefficients.
   int64_t (*backward)(double* sums, const void* g, const void* norm, int64_t rows, double eps,
                       void* grad_g, void* a, void* b);
 };
 
 struct InstructionSet {
   const char* name;
-  Kernels forward[4][4];   // [v_type][w_type], of WNKERNEL_CPU_PAIRS; null for others
-  Kernels backward[4][4];  // the same
+  Kernels forward[4][4];   // [v_type][w_type] of WNKERNEL_CPU_PAIRS; null for other pairs
+  Kernels backward[4][4];  // [v_type][w_type], likewise
   Finish finish[2][4];     // [whether A is double][g_type]
 };
 
-extern const InstructionSet kBaseline;  // what the compiler assumes anyway: SSE2, NEON, ...
+extern const InstructionSet kBaseline;  // what every processor of the platform has: SSE2, NEON, ...
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
 #endif
 
-// Where A carries squares, dot products and coefficients without overflow or lost digits, at any
-// row length that fits in memory. A dot product of exactly 0 is a row without a gradient, which is
-// common, unless the norm is so small that the products may have vanished one by one.
+// The range in which A represents squares, dot products and coefficients without overflow or lost
+// digits, for rows of any length that fits into memory. A dot product of exactly 0 is common: the
+// row has no gradient. But below kZeroDotNormMin the products may have underflowed one by one.
 template <class A>
 struct SafeRange;
 template <>

@@ -1,13 +1,15 @@
-// The primitives of one instruction set. Included by one translation unit per instruction set,
-// which defines WNKERNEL_ISA and WNKERNEL_VECTOR_BYTES and switches the compiler to it first.
+// The primitives of one instruction set. One translation unit per instruction set includes this
+// file. It first defines WNKERNEL_ISA and WNKERNEL_VECTOR_BYTES and switches the compiler to that
+// set.
 //
-// Nothing here may call a function template of the standard library: the linker would merge its
-// copies across instruction sets.
+// Nothing here may call a function template of the standard library, because the linker would merge
+// its copies across instruction sets.
 #pragma once
 #include "primitives.h"
 #include "vec.h"
 
-// The arrays of the loop behind it do not overlap; they are more than gcc cares to check.
+// Tells gcc that the arrays of the next loop do not overlap; there are more arrays than gcc would
+// check.
 #if defined(__clang__)
 #define WNKERNEL_NO_ALIAS
 #else
@@ -16,23 +18,24 @@
 
 namespace wnkernel::cpu::WNKERNEL_ISA {
 
-// Floats are added up in runs of this many elements, then as doubles.
+// Floats are added up in runs of this many elements; the sums of the runs are added as doubles.
 constexpr int64_t kFloatRun = 8192;
 constexpr int kUnroll = 4;      // independent sums along a row
 constexpr int kWideUnroll = 8;  // vectors of column sums in registers
 constexpr int64_t kStreams = 8;
-constexpr int64_t kNarrowRows = 32;  // of memory, of a narrow strip, that are added up at a time
-// From here on, results of a row are worth being brought to the lines of the cache.
+constexpr int64_t kNarrowRows = 32;  // rows of memory of a narrow strip that are added up at a time
+// From this length on, it pays to align the results of a row with cache lines.
 constexpr int64_t kLongRow = 128;
 
 template <class V, class W, bool backward>
 struct KernelsOf {
   using A = typename AccumulationOf<V>::type;
-  using X = std::conditional_t<backward, W, V>;    // what y is multiplied with
-  using Out = std::conditional_t<backward, V, W>;  // what the map writes
+  using X = std::conditional_t<backward, W, V>;    // y is multiplied with x
+  using Out = std::conditional_t<backward, V, W>;  // the map writes out
   static constexpr int64_t N = kLanes<A>;
-  // bf16 throughout: the even and the odd elements of two vectors, which cost a shift and a mask to
-  // unpack, where consecutive ones have to cross lanes. Sums may come in any fixed order.
+  // If all types are bf16, two vectors hold the even and the odd elements. A shift and a mask
+  // unpack these, while consecutive elements would have to cross lanes. Sums may be added in any
+  // fixed order.
   static constexpr bool kInterleaved = std::is_same_v<V, bf16> && std::is_same_v<W, bf16>;
 
   WNKERNEL_INLINE Vec<A> add_product(Vec<A> sum, const X* x, const V* y) {
@@ -72,7 +75,7 @@ struct KernelsOf {
     const X* x = static_cast<const X*>(x_);
     const V* y = static_cast<const V*>(y_);
     int64_t r = 0;
-    for (; n <= kFloatRun && r + N <= rows; r += N) {  // these share their horizontal sums
+    for (; n <= kFloatRun && r + N <= rows; r += N) {  // these rows share their horizontal sums
       Vec<A> products[N];
       for (int k = 0; k < N; ++k, x += n, y += n)
         products[k] = n < N ? product_partial(x, y, n) : dot_run(x, y, n);
@@ -85,8 +88,8 @@ struct KernelsOf {
             dot_run(x + k, y + k, n - k < kFloatRun ? n - k : kFloatRun));
   }
 
-  // Adds `outer` rows of memory up in registers, and those sums onto `u` vectors of column sums: in
-  // two steps, errors grow with the rows of one and the number of the other.
+  // Adds `outer` rows of memory up in registers, and then adds these sums to `u` vectors of column
+  // sums. With two steps, errors grow with the number of rows in one step plus the number of steps.
   template <int u>
   WNKERNEL_INLINE void add_columns(const X* x, const V* y, int64_t outer, int64_t stride, A* sums) {
     Vec<A> sum[u];
@@ -101,7 +104,7 @@ struct KernelsOf {
     const X* x = static_cast<const X*>(x_);
     const V* y = static_cast<const V*>(y_);
     A* sums = static_cast<A*>(sums_);
-    // Wide strips a few rows of memory at a time: as many streams as the prefetcher follows.
+    // A wide strip takes as few rows of memory at a time as the prefetcher can follow streams.
     const int64_t group = columns > kWideUnroll * N ? kStreams : kNarrowRows;
     for (int64_t o = 0; o < outer; o += group, x += group * stride, y += group * stride) {
       const int64_t rows = outer - o < group ? outer - o : group;
@@ -138,8 +141,8 @@ struct KernelsOf {
     store_partial<A>(out, combine(a, b, vx, load_partial<A>(y, n)), n);
   }
 
-  // Elements of out before the first of the cache lines that its vectors fill. None where vectors
-  // are shorter, or a partial one costs more than what it saves the others.
+  // Elements of out before the first cache line that its vectors fill. Their number is 0 if vectors
+  // are shorter than lines, or if a partial vector costs more than alignment saves.
   WNKERNEL_INLINE int64_t until_line([[maybe_unused]] const Out* out) {
 #if defined(WNKERNEL_MASKED_MOVES)
     constexpr uintptr_t kBytes = sizeof(Raw<Out, A>);
@@ -226,8 +229,8 @@ template <class A, class G>
 struct FinishOf {
   using Range = SafeRange<A>;
 
-  // Conditions as 0.0 and 1.0: the compiler makes no vectors of chains of bools.
-  WNKERNEL_INLINE double inside(double x, double low, double high) {  // |x|; 0 for NaN
+  // Conditions are 0.0 and 1.0, because the compiler does not vectorise chains of bools.
+  WNKERNEL_INLINE double inside(double x, double low, double high) {  // tests |x|; false for NaN
     const double magnitude = __builtin_fabs(x);
     return (magnitude >= low ? 1.0 : 0.0) * (magnitude <= high ? 1.0 : 0.0);
   }
@@ -239,7 +242,7 @@ struct FinishOf {
     return count;
   }
 
-  // Plain loops, one exit each: the compiler turns them into vectors of doubles.
+  // These are plain loops with one exit, which the compiler turns into vectors of doubles.
   static int64_t forward(double* sums, const void* g, int64_t rows, double eps, bool as_g,
                          void* norm, void* a) {
     if constexpr (sizeof(A) == 4 && sizeof(G) == 2)
@@ -314,7 +317,7 @@ constexpr void fill(Finish (&of_g)[4]) {
   of_g[3] = FinishOf<A, f64>::table();
 }
 
-// A constant expression: no code of this instruction set runs before it is chosen.
+// This is a constant expression, so no code of this instruction set runs before the set is chosen.
 constexpr InstructionSet make(const char* name) {
   InstructionSet set{};
   set.name = name;

@@ -1,5 +1,5 @@
 // Chunks that are summed run by run: adjacent whole rows, and runs of long rows. A run is a stretch
-// of a row without gaps; of one that is longer than a chunk, what each chunk has is a run.
+// of a row without gaps. If a stretch is longer than a chunk, each chunk's part of it is a run.
 #pragma once
 #include <algorithm>
 
@@ -7,12 +7,12 @@
 
 namespace wnkernel::cpu {
 
-// Asks for the lines that are written first: they come while the coefficients are made. As many as
-// a core can have on their way.
+// Requests the cache lines that are written first, so that they arrive while the coefficients are
+// computed. The number of lines is what a core can have in flight.
 inline void ask_for_lines(const char* out, int64_t bytes) {
   constexpr int64_t kLines = 16, kLine = 64;
   for (const char* end = out + std::min(bytes, kLines * kLine); out < end; out += kLine) {
-#if defined(__x86_64__)  // where compilers make a prefetch for reading of it, or nothing
+#if defined(__x86_64__)  // compilers make a prefetch for reading of the builtin, or nothing
     asm volatile("prefetchw %0" : : "m"(*out));
 #else
     __builtin_prefetch(out, /*for writing*/ 1);
@@ -20,7 +20,7 @@ inline void ask_for_lines(const char* out, int64_t bytes) {
   }
 }
 
-// Several whole rows, from v to every output.
+// Computes several whole rows, from v to every output.
 template <class P>
 void whole_rows(const Job<P>& job, int64_t task) {
   const RowView& view = job.plan.view;
@@ -42,7 +42,7 @@ void whole_rows(const Job<P>& job, int64_t task) {
   if (unsafe) exact_rows(*job.p, sums, row, rows);
 }
 
-// f(row, first element, elements) for every run of one chunk.
+// Calls f(row, first element, number of elements) for every run of one chunk.
 template <class F>
 void each_run(const Plan& plan, int64_t task, F&& f) {
   const RowView& view = plan.view;

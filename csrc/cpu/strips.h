@@ -1,7 +1,7 @@
 // Chunks that are summed down the columns of memory: rows of many short runs. A strip is a band of
-// adjacent columns, those of some adjacent rows of the problem, and as high as a chunk may be.
-// Narrow problems (fewer than kMinColumns columns) lay `repeat` rows of memory side by side as one
-// super-row.
+// adjacent columns that belong to some adjacent rows of the problem; it is as high as a chunk may
+// be. A narrow problem (fewer than kMinColumns columns) puts `repeat` rows of memory side by side
+// into one super-row.
 #pragma once
 #include <algorithm>
 
@@ -10,10 +10,10 @@
 namespace wnkernel::cpu {
 
 struct Strip {
-  int64_t row, rows;             // of the problem
-  int64_t element;               // where it starts
-  int64_t columns, stride;       // of a row of memory, in elements
-  int64_t super_rows, leftover;  // full super-rows; rows of memory in the last, partial one
+  int64_t row, rows;             // rows of the problem
+  int64_t element;               // the first element
+  int64_t columns, stride;       // per row of memory, in elements
+  int64_t super_rows, leftover;  // full super-rows, and the rows of memory in a last partial one
 };
 
 inline Strip strip_of(const Plan& plan, int64_t task) {
@@ -31,8 +31,8 @@ inline Strip strip_of(const Plan& plan, int64_t task) {
   return s;
 }
 
-// sums[c] = the sum down column c of a strip, for every column of a super-row; sums: accumulation
-// type, repeat * columns of them.
+// Sets sums[c] to the sum down column c of a strip, for all repeat * columns of a super-row. sums
+// has the accumulation type.
 template <class P>
 void column_sums(const Job<P>& job, const Strip& s, char* sums) {
   const int64_t repeat = job.plan.repeat;
@@ -43,7 +43,7 @@ void column_sums(const Job<P>& job, const Strip& s, char* sums) {
   if (s.leftover) job.k->dot_columns(job.x(k), job.y(k), 1, 0, s.leftover * s.columns, sums);
 }
 
-// The map of a strip with coefficients per column of a super-row.
+// Maps a strip with one coefficient per column of a super-row.
 template <class P>
 void map_columns(const Job<P>& job, const Strip& s, const void* a, const void* b) {
   const int64_t repeat = job.plan.repeat;
@@ -56,27 +56,27 @@ void map_columns(const Job<P>& job, const Strip& s, const void* a, const void* b
                        job.stream);
 }
 
-// f(A{}) with the accumulation type A of the job.
+// Calls f(A{}) with the accumulation type A of the job.
 template <class P, class F>
 decltype(auto) with_accumulation(const Job<P>& job, F&& f) {
   return job.acc == DType::f64 ? f(double{}) : f(float{});
 }
 
-// sums[r] += the columns of row r, in one row of memory.
+// Adds the columns of row r in one row of memory to sums[r].
 template <class T>
 void add_columns_of_rows(const T* columns, int64_t rows, int64_t inner, double* sums) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < inner; ++i) sums[r] += *columns++;
 }
 
-// columns[c] = coefficient of the row that column c belongs to, in one row of memory.
+// Sets columns[c] to the coefficient of the row of column c, in one row of memory.
 template <class A>
 void spread_over_columns(const A* rows_, int64_t rows, int64_t inner, A* columns) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < inner; ++i) *columns++ = rows_[r];
 }
 
-// A strip that has all rows of memory: from v to every output.
+// Computes a strip that has all rows of memory, from v to every output.
 template <class P>
 void whole_strip(const Job<P>& job, int64_t task) {
   const Strip s = strip_of(job.plan, task);
@@ -91,7 +91,7 @@ void whole_strip(const Job<P>& job, int64_t task) {
       add_columns_of_rows(columns + j * s.columns, s.rows, inner, sums);
     const int64_t unsafe = finish(*job.set, *job.p, s.row, s.rows, sums, a, b);
     if (wants_map(*job.p)) {
-      A* const a_columns = columns;  // the sums are done with
+      A* const a_columns = columns;  // the sums are not needed any more
       for (int64_t j = 0; j < repeat; ++j) {
         spread_over_columns(a, s.rows, inner, a_columns + j * s.columns);
         if (Job<P>::kBackward) spread_over_columns(b, s.rows, inner, b_columns + j * s.columns);
@@ -102,8 +102,9 @@ void whole_strip(const Job<P>& job, int64_t task) {
   });
 }
 
-// Two-phase strips. partials: [outer_blocks][repeat * columns of all rows]; a, b: one super-row.
-// With repeat > 1 a strip has all rows, so that a super-row is adjacent in both.
+// These functions do two-phase strips. partials is [outer_blocks][repeat * columns of all rows]; a
+// and b have one super-row. With repeat > 1 a strip has all rows, so that a super-row is contiguous
+// in all of them.
 template <class P>
 void strip_sum(const Job<P>& job, int64_t task) {
   const Strip s = strip_of(job.plan, task);
@@ -117,9 +118,9 @@ int64_t strip_finish(const Job<P>& job, int64_t row, int64_t rows) {
   return with_accumulation(job, [&](auto tag) {
     using A = decltype(tag);
     const int64_t repeat = job.plan.repeat, inner = job.plan.view.inner, columns = rows * inner;
-    const int64_t stride = job.plan.view.rows * inner;  // of a row of memory
+    const int64_t stride = job.plan.view.rows * inner;  // of one row of memory
     const A* partials = reinterpret_cast<const A*>(job.partials) + row * inner;
-    double sums[kMaxColumns] = {};  // down the columns
+    double sums[kMaxColumns] = {};  // sums down the columns
     for (int64_t k = 0; k < job.plan.outer_blocks * repeat; ++k)
       for (int64_t c = 0; c < columns; ++c) sums[c] += partials[k * stride + c];
     std::fill(job.sums + row, job.sums + row + rows, 0.0);

@@ -6,17 +6,18 @@
 namespace wnkernel::cpu {
 namespace {
 
-// CPUs that are looked at, evenly spaced: all of them where there are several kinds, for such
-// processors are small, and not thousands of files where there are hundreds.
+// At most this many CPUs are read, evenly spaced. Processors with several kinds of CPUs are small,
+// so all of theirs are read; a machine with hundreds of CPUs would have thousands of files.
 constexpr size_t kMostCpus = 64;
 
-// Folders of a CPU that are looked at. Data, instructions, second and third level: four is usual.
+// The number of cache folders of a CPU that are read. Four are usual: data, instructions, second
+// and third level.
 constexpr int kIndices = 6;
 
 // Longer numbers could overflow with a suffix.
 constexpr size_t kMostDigits = 12;
 
-// -1 for anything but decimal digits.
+// Returns -1 for anything but decimal digits.
 int64_t number(std::string_view digits) {
   if (digits.empty() || digits.size() > kMostDigits) return -1;
   int64_t value = 0;
@@ -27,7 +28,7 @@ int64_t number(std::string_view digits) {
   return value;
 }
 
-// How many CPUs a list such as 0-3,8-11 names; 0 for anything else.
+// The number of CPUs in a list such as 0-3,8-11; 0 for anything else.
 int64_t count_cpus(std::string_view list) {
   int64_t count = 0;
   while (true) {
@@ -43,7 +44,7 @@ int64_t count_cpus(std::string_view list) {
   }
 }
 
-// Empty if it cannot be read.
+// The result is empty if the file cannot be read.
 std::string first_line(const std::string& path) {
   std::ifstream file(path);
   std::string line;

@@ -1,14 +1,14 @@
-// Vectors of the instruction set that this translation unit is compiled for: WNKERNEL_ISA names its
-// namespace, WNKERNEL_VECTOR_BYTES its width. Loads widen to the accumulation type, stores round.
+// Vectors of the instruction set that this translation unit is compiled for. WNKERNEL_ISA is its
+// namespace, WNKERNEL_VECTOR_BYTES the size of its vectors. Loads widen to the accumulation type,
+// stores round.
 //
-// What the compiler's portable vectors cannot say, an instruction set may say itself, before it
-// includes this file: WNKERNEL_WIDEN_HALF and WNKERNEL_NARROW_HALF (half conversions),
-// WNKERNEL_WIDEN_U16 and WNKERNEL_NARROW_U32 (16-bit integers, U16, to 32 bits, U32, and back),
-// WNKERNEL_ROUND_UPPER (U32 whose upper halves are rounded),
-// WNKERNEL_MASKED_LOAD (n elements of 4 or 8 bytes in a vector), WNKERNEL_MASKED_MOVES (all partial
-// vectors in one instruction), WNKERNEL_ROUND_PRODUCT (products at the end of a row are
-// rounded before they are added, not fused with the sum, as gcc has always done), WNKERNEL_STREAM
-// (stores that bypass the cache).
+// An instruction set may define these macros before it includes this file, where the compiler's
+// portable vectors do not suffice: WNKERNEL_WIDEN_HALF and WNKERNEL_NARROW_HALF convert halves.
+// WNKERNEL_WIDEN_U16 and WNKERNEL_NARROW_U32 convert 16-bit integers (U16) to 32 bits (U32) and
+// back. WNKERNEL_ROUND_UPPER rounds the upper halves of a U32. WNKERNEL_MASKED_LOAD loads n
+// elements of 4 or 8 bytes. WNKERNEL_MASKED_MOVES moves every partial vector in one instruction.
+// WNKERNEL_ROUND_PRODUCT rounds the products at the end of a row before they are added, as gcc has
+// always done, instead of fusing them with the sum. WNKERNEL_STREAM stores past the caches.
 #pragma once
 #include <type_traits>
 #include <utility>
@@ -52,7 +52,7 @@ WNKERNEL_INLINE To bit_cast(From from) {
   return to;
 }
 
-// Raw -> Vec<A> and back, by element type.
+// Converts Raw to Vec<A> and back, by element type.
 template <class A, class T>
 struct Convert {  // float and double
   WNKERNEL_INLINE Vec<A> widen(Raw<T, A> raw) { return __builtin_convertvector(raw, Vec<A>); }
@@ -69,7 +69,7 @@ struct Convert<A, A> {
 #define WNKERNEL_WIDEN_U16(raw) __builtin_convertvector(raw, Vec<uint32_t>)
 #define WNKERNEL_NARROW_U32(x) __builtin_convertvector(x, U16)
 #endif
-// Whose upper halves are those of the integers, rounded to nearest even.
+// Rounds the upper halves of 32-bit integers to nearest even.
 #if !defined(WNKERNEL_ROUND_UPPER)
 #define WNKERNEL_ROUND_UPPER(x) (x + 0x7fffu + (x >> 16 & 1u))
 #endif
@@ -128,7 +128,7 @@ WNKERNEL_INLINE void store(T* p, Vec<A> x) {
   __builtin_memcpy(p, &raw, sizeof raw);
 }
 
-// The first n < kLanes<A> elements; the other lanes are zero.
+// Loads the first n < kLanes<A> elements; the other lanes are 0.
 template <class A, class T>
 WNKERNEL_INLINE Vec<A> load_partial(const T* p, int64_t n) {
 #if defined(WNKERNEL_MASKED_MOVES)
@@ -158,8 +158,8 @@ WNKERNEL_INLINE void store_partial(T* p, Vec<A> x, int64_t n) {
 template <class A, class T>
 constexpr bool kStreamable = sizeof(Raw<T, A>) >= 16 && sizeof(Raw<T, A>) <= WNKERNEL_VECTOR_BYTES;
 
-// Whether `count` vectors at a time may be streamed to every n-th element of p, and the store that
-// does it; without WNKERNEL_STREAM an ordinary one.
+// can_stream() says whether `count` vectors at a time may be streamed to every n-th element of p.
+// store_streaming() does it; without WNKERNEL_STREAM it is an ordinary store.
 template <class A, class T>
 WNKERNEL_INLINE bool can_stream(const T* p, int64_t n, int64_t count) {
 #if defined(WNKERNEL_STREAM)
@@ -186,8 +186,8 @@ struct Vec2 {
   Vec<A> first, second;
 };
 
-// Two vectors from 2 * kLanes<A> consecutive elements: the first half and the second half of them,
-// or, interleaved (bf16 only), those at even and those at odd places.
+// Two vectors of 2 * kLanes<A> consecutive elements: their first and second half, or, interleaved
+// (bf16 only), the elements at even and at odd places.
 template <class A, bool interleaved, class T>
 WNKERNEL_INLINE Vec2<A> load_two(const T* p) {
   if constexpr (interleaved) {
@@ -199,8 +199,8 @@ WNKERNEL_INLINE Vec2<A> load_two(const T* p) {
   }
 }
 
-// The store that belongs to interleaved loads. x must not hold a NaN other than the processor's
-// own: rows with NaN go to exact_rows.h.
+// Stores what interleaved loads return. x must hold no NaN other than the processor's own;
+// exact_rows.h computes rows with NaN.
 template <bool streaming>
 WNKERNEL_INLINE void store_interleaved(bf16* p, Vec2<float> x) {
   using U32 = Vec<uint32_t>;
@@ -221,8 +221,8 @@ WNKERNEL_INLINE void finish_streaming() {
 #endif
 }
 
-// Where lane l of a result comes from when two vectors are folded to blocks of `width` lanes: the
-// low or the high half of every block of twice that width, first of all blocks of a, then of b.
+// The source of lane l when two vectors are folded to blocks of `width` lanes: the low or the high
+// half of a block of twice that width. All blocks of a come first, then all blocks of b.
 constexpr int fold_source(int l, int width, int lanes, bool high) {
   const int half = lanes / width / 2, block = l / width;
   return (block < half ? 0 : lanes) + block % half * 2 * width + (high ? width : 0) + l % width;
@@ -242,8 +242,9 @@ WNKERNEL_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, std::integer_sequence<int, l...>
 #endif
 }
 
-// The horizontal sums of kLanes<A> / width vectors, as far as blocks of `width` lanes; with width 1
-// one sum per lane. Adds in the order of horizontal_sum, with a fifth of its instructions.
+// The horizontal sums of kLanes<A> / width vectors, reduced to blocks of `width` lanes; with width
+// 1, one sum per lane. It adds in the same order as horizontal_sum(), with a fifth of its
+// instructions.
 template <class A, int width>
 WNKERNEL_INLINE Vec<A> horizontal_sums(const Vec<A>* x) {
   if constexpr (width == kLanes<A>) {
@@ -255,7 +256,7 @@ WNKERNEL_INLINE Vec<A> horizontal_sums(const Vec<A>* x) {
   }
 }
 
-// Halves are folded onto each other: a fixed order, log2(lanes) additions.
+// Folds halves onto each other: log2(lanes) additions in a fixed order.
 template <class A, int64_t bytes>
 WNKERNEL_INLINE A horizontal_sum(typename VectorOf<A, bytes>::type x) {
   if constexpr (bytes > 16) {

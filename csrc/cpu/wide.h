@@ -1,12 +1,13 @@
-// Doubles whose exponent has no bounds: what a row is computed in where neither its squares nor
-// g / norm fit in a double.
+// Doubles whose exponent has no bounds. They compute rows whose squares or whose g / norm do not
+// fit into a double.
 #pragma once
 #include <cmath>
 #include <cstdlib>
 
 namespace wnkernel::cpu {
 
-// m * 2^e with |m| in [1/2, 1); zeros lie below all others, inf and NaN above.
+// m * 2^e with |m| in [1/2, 1). The exponent of zero is below all others, that of inf and NaN
+// above.
 struct Wide {
   double m;
   int e;
@@ -16,7 +17,7 @@ struct Wide {
     m = std::frexp(x, &e);
     e = x == 0 ? -kBeyond : std::isfinite(x) ? e + exponent : kBeyond;
   }
-  // Rounded once, to subnormal numbers as well; inf where it does not fit.
+  // Rounds once, also to subnormal numbers. The result is inf if x does not fit.
   explicit operator double() const { return std::ldexp(m, e); }
 };
 
@@ -27,7 +28,7 @@ inline Wide operator+(Wide a, Wide b) {
   return {std::ldexp(a.m, a.e - e) + std::ldexp(b.m, b.e - e), e};
 }
 inline Wide operator-(Wide a, Wide b) { return a + Wide(-b.m, b.e); }
-// Of numbers that are not negative; false where the first is NaN.
+// Compares numbers that are not negative; false if the first is NaN.
 inline bool operator<(Wide a, Wide b) { return a.e != b.e ? a.e < b.e : a.m < b.m; }
 
 inline Wide root(Wide x) {
@@ -35,13 +36,14 @@ inline Wide root(Wide x) {
   return {std::sqrt(std::ldexp(x.m, odd)), (x.e - odd) / 2};
 }
 
-// Far from both ends of the range of doubles. False for NaN.
+// Whether a magnitude is far from both ends of the range of doubles. False for NaN.
 inline bool is_usual(double magnitude) { return magnitude >= 0x1p-900 && magnitude <= 0x1p900; }
 
-// What many doubles are multiplied with: at a fifth of the cost where both are usual.
+// A factor for many doubles. If both the factor and a double are usual, their product costs a fifth
+// of a Wide product.
 struct Factor {
   Wide wide;
-  double power;  // 2^e; 0 where e is beyond 900
+  double power;  // 2^e, or 0 if |e| > 900
 
   explicit Factor(Wide x) : wide(x), power(std::abs(x.e) <= 900 ? std::ldexp(1.0, x.e) : 0.0) {}
   double times(double x) const {

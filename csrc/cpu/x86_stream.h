@@ -1,4 +1,4 @@
-// Stores that bypass the caches, by size of vector; see vec.h. Included per instruction set.
+// Stores past the caches, by size of vector; see vec.h. Each instruction set includes this file.
 #pragma once
 #include <immintrin.h>
 

@@ -1,4 +1,4 @@
-// What a card answers when it is asked whether kernels run on it, kept if that cannot change.
+// Keeps a card's answer to the question whether kernels run on it, if the answer cannot change.
 #pragma once
 #include <atomic>
 
@@ -6,7 +6,8 @@
 
 namespace wnkernel {
 
-// Other errors may be over by the next call: memory is full, a stream is captured.
+// All other errors may be gone by the next call, for example a full memory or a stream under
+// capture.
 constexpr bool is_lasting(int error) {
   switch (error) {
     case cudaSuccess:
@@ -24,7 +25,7 @@ constexpr bool is_lasting(int error) {
 
 class Answer {
  public:
-  // What was kept, or what ask() returns: 0 or a CUDA error. Two threads may ask at once.
+  // Returns the kept answer, or what ask() returns: 0 or a CUDA error. Two threads may ask at once.
   template <class Ask>
   int get(const Ask& ask) {
     int error = error_.load(std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// Backward of rows over many tiles, in the three steps of forward_tiles.cuh.
+// The backward of rows over many tiles, in the three steps of forward_tiles.cuh.
 #pragma once
 #include "tiles.cuh"
 
@@ -13,8 +13,8 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
   const V* v = static_cast<const V*>(line.v);
   const W* grad_w = static_cast<const W*>(line.grad_w);
 
-  // Vectors of v, and as many of grad_w, that are on their way at a time: of a whole tile, or of
-  // half a one. The one read last comes first where results are stored: it is in registers still.
+  // B vectors of v, and B of grad_w, are loaded at a time: a whole tile, or half of one. The store
+  // loop starts with the step that was read last, because its vectors are still in registers.
   constexpr int K = Tiles<Strip, N>::K, B = N == 8 ? K / 2 : K, kSteps = K / B;
   const int first = tiles.start(tiles.part) * kSteps;
   const int last = tiles.start(tiles.part_end) * kSteps - 1;
@@ -33,14 +33,15 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
     }
   };
 
-  // Norms, g and the first vectors are asked for together, before anything is waited for.
+  // Loads of norms, g and the first vectors are all issued before the first wait.
   Sum norm = 1;
   Held<Sum> g = 0;
   if (tiles.owns_row()) {
     norm = __ldg(static_cast<const Sum*>(line.norm) + tiles.row());
     g = load_held<Sum>(line.g, line.g_type, tiles.row());
   }
-  // Eight columns of halves, or float64, leave no registers to keep a tile in while sums are made.
+  // With eight columns of halves, or with float64, no registers are left to hold a tile during the
+  // sums.
   constexpr bool kHeld = N < 8 && sizeof(Sum) == 4;
   if constexpr (!Finish)
     load_step(first);
@@ -100,7 +101,7 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
   if constexpr (!kHeld) load_step(last);
   tiles.set(1, own.along(s), scratch);
   const bool two_factors =
-      __syncthreads_or(own_ratio.b != 1);  // no registers for those of all rows
+      __syncthreads_or(own_ratio.b != 1);  // one answer for all rows saves registers
   Sum ratio[M], along[M];
   tiles.get(2, ratio, scratch);
   tiles.get(1, along, scratch);

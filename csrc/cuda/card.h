@@ -1,5 +1,5 @@
-// What launches ask of the card that they are for, once for each card: never what is added up in
-// which order, which is for plan.h to say.
+// Facts about the card that launches need, asked once per card. They never change which numbers are
+// added up in which order; plan.h alone decides that.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -10,7 +10,7 @@
 
 namespace wnkernel::cuda {
 
-// Blocks of one kernel that the current device runs at a time: on each processor as many as its
+// How many blocks of one kernel the current device runs at a time: on each processor as many as its
 // registers and shared memory allow. Two threads may ask at once.
 class Places {
  public:
@@ -32,7 +32,7 @@ class Places {
   }
 
  private:
-  std::array<std::atomic<int64_t>, 64> kept_{};  // of the first devices, 0: not asked yet
+  std::array<std::atomic<int64_t>, 64> kept_{};  // of the first devices; 0: not asked yet
 };
 
 }  // namespace wnkernel::cuda

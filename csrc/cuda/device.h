@@ -1,5 +1,5 @@
-// What kernels need of CUDA: from its compiler, or from the host SIMT shim of tests/simt, with
-// which the same sources run on a CPU.
+// What kernels need of CUDA. It comes from the CUDA compiler, or from the host SIMT shim in
+// tests/simt, which runs the same sources on a CPU.
 #pragma once
 
 #if defined(WNKERNEL_SIMT)

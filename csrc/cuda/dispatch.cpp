@@ -1,4 +1,4 @@
-// Problems of mixed types: a launch, or two, for each pair of types.
+// Splits problems of mixed types into one or two launches for each pair of types.
 #include <vector>
 
 #include "launch.h"

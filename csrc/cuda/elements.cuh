@@ -1,4 +1,4 @@
-// Elements of arrays: vectors of them in memory, and their values in the type of sums.
+// Elements of arrays: their vectors in memory, and their values in the type of sums.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -8,7 +8,7 @@
 
 namespace wnkernel::cuda {
 
-// T: the type of elements; Sum: that of sums, norms and coefficients.
+// T is the type of elements; Sum is the type of sums, norms and coefficients.
 template <class T>
 struct Element {
   using Sum = float;
@@ -32,7 +32,7 @@ __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(__half x) { return __half2float(x); }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Rounds to the nearest, ties to even; float64 to half types by way of float32.
+// Rounds to nearest, ties to even. float64 becomes a half type by way of float32.
 template <class T>
 __device__ inline T narrow(double x) {
   return static_cast<T>(x);
@@ -46,7 +46,7 @@ __device__ inline __nv_bfloat16 narrow(double x) {
   return __float2bfloat16_rn(static_cast<float>(x));
 }
 
-// N neighbouring elements: one access to memory of up to 16 bytes.
+// N neighbouring elements, which one access of up to 16 bytes moves.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   static_assert(sizeof(T) * N <= 16);
@@ -72,7 +72,7 @@ struct Word<16> {
   using type = uint4;
 };
 
-// Of an array that no thread of the launch writes to, so that a load may overtake a store.
+// Loads from an array that no thread of the launch writes to, so a load may overtake a store.
 template <int N, class T>
 __device__ inline Vector<T, N> load(const T* p) {
   const auto word = __ldg(reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p));
@@ -88,7 +88,8 @@ __device__ inline void store(T* p, const Vector<T, N>& v) {
   *reinterpret_cast<typename Word<sizeof(T) * N>::type*>(p) = word;
 }
 
-// The first to leave a cache: it keeps what is still to be read a second time.
+// Marks the stored lines as the first to leave a cache, which keeps what will be read a second
+// time.
 template <class T, int N>
 __device__ inline void store_past_cache(T* p, const Vector<T, N>& v) {
   typename Word<sizeof(T) * N>::type word;
@@ -103,8 +104,8 @@ __device__ inline Vector<T, N> zeros() {
   return v;
 }
 
-// Halves that were widened once are widened again from here on. The compiler would rather keep
-// both, and four times the registers.
+// Makes the compiler widen these halves again from here on. Otherwise it would keep both forms, in
+// four times the registers.
 template <class T, int N>
 __device__ inline void forget_widened(Vector<T, N>& v) {
   if constexpr (sizeof(T) == 2 && N > 1) {
@@ -116,9 +117,9 @@ __device__ inline void forget_widened(Vector<T, N>& v) {
   }
 }
 
-// Element k of an array whose type is not compiled in, as it lies in memory: asked for early, while
-// other loads are on their way, and looked at where it is needed. Only a float64 that is to be a
-// float32 is waited for and rounded at once. No thread of the launch writes to the array.
+// Element k of an array whose type is known only at run time, as raw bits. It is loaded early,
+// while other loads are in flight, and decoded later. Only a float64 that becomes a float32 is
+// awaited and rounded at once. No thread of the launch writes to the array.
 template <class Sum>
 using Held = std::conditional_t<sizeof(Sum) == 8, uint64_t, uint32_t>;
 
@@ -141,7 +142,7 @@ __device__ inline Held<Sum> load_held(const void* p, DType type, int64_t k) {
 template <class T, class Bits>
 __device__ inline T bits_as(Bits held) {
   T x;
-  memcpy(&x, &held, sizeof(x));  // the bytes that come first are the lowest
+  memcpy(&x, &held, sizeof(x));  // the first bytes are the lowest
   return x;
 }
 

@@ -1,6 +1,7 @@
-// Forward of rows over many tiles. 1: sums of squares, tile by tile. 2: where a row is split, those
-// of each part are left behind, and the second launch (Finish) adds them up. 3: norms, and w, the
-// tiles read last first: the very last is still in registers, those before it in a cache.
+// The forward of rows over many tiles, in three steps. Step 1 makes sums of squares, tile by tile.
+// In step 2, if a row is split, each part stores its sum, and the second launch (Finish) adds them
+// up. Step 3 makes norms and w, and takes the tiles in reverse: the last one is still in registers,
+// those before it in a cache.
 #pragma once
 #include "tiles.cuh"
 
@@ -16,7 +17,8 @@ __device__ inline void load_tile(const Tiles<Strip, N>& tiles, int tile, const V
   }
 }
 
-// Squares of unit * v of a part, in each of a thread's columns. Leaves the last tile in x.
+// Adds up the squares of unit * v over a part, in each column of a thread, and leaves the last tile
+// in x.
 template <class V, bool Strip, int N, class Sum>
 __device__ inline void add_squares(const Tiles<Strip, N>& tiles, int part, const V* v,
                                    const Sum (&unit)[Tiles<Strip, N>::M],
@@ -40,8 +42,8 @@ __device__ inline void add_squares(const Tiles<Strip, N>& tiles, int part, const
   }
 }
 
-// sum, which is of squares of `from` * v, as one of squares of `to` * v. `to` is no larger, and so
-// from is kUp or 1 where it is another: no division is needed.
+// Converts a sum of squares of `from` * v to a sum of squares of `to` * v. `to` is at most `from`.
+// If they differ, `from` is kUp or 1, so no division is needed.
 template <class Sum>
 __device__ inline Sum in_unit(Sum sum, Sum from, Sum to) {
   const Sum other = from == Range<Sum>::kUp ? to * (1 / Range<Sum>::kUp) : to;
@@ -49,8 +51,8 @@ __device__ inline Sum in_unit(Sum sum, Sum from, Sum to) {
   return sum * ratio * ratio;
 }
 
-// A sum of squares and its unit from those of all parts, in the threads that own a column. The
-// unit is the smallest: that of the largest numbers.
+// In threads that own a column, combines the sums of squares of all parts and their units into one.
+// The smallest unit wins: it belongs to the largest numbers.
 template <bool Strip, int N, class Sum>
 __device__ inline void add_parts(const Tiles<Strip, N>& tiles, const ForwardLine& line,
                                  Scratch<Sum>& scratch, Sum& squares, Sum& unit) {
@@ -91,11 +93,10 @@ __device__ inline void forward_tiles(const ForwardLine& line, int block,
   constexpr int M = Tiles<Strip, N>::M, K = Tiles<Strip, N>::K;
   const V* v = static_cast<const V*>(line.v);
 
-  // g is asked for before anything is waited for, and so is the tile that a second launch begins
-  // with.
+  // g is loaded before the first wait, and so is the tile that a second launch begins with.
   Vector<V, N> x[K];
   const int last = tiles.start(tiles.part_end) - 1;
-  constexpr bool kHeld = N < 8;  // eight columns of halves leave no registers to keep a tile in
+  constexpr bool kHeld = N < 8;  // eight columns of halves leave no registers for a tile
   if constexpr (Finish && kHeld) load_tile(tiles, last, v, x);
   Held<Sum> g = 0;
   if (tiles.owns_row()) g = load_held<Sum>(line.g, line.g_type, tiles.row());
@@ -108,7 +109,7 @@ __device__ inline void forward_tiles(const ForwardLine& line, int block,
       Sum units[M], sums[M];
 #pragma unroll
       for (int m = 0; m < M; ++m) units[m] = 1;
-      for (bool again = false;; again = true) {  // extreme rows are multiplied, and added up again
+      for (bool again = false;; again = true) {  // extreme rows are scaled and added up again
         add_squares(tiles, part, v, units, sums, x);
         squares = tiles.add_up(sums, scratch);
         if (again) break;

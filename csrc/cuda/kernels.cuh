@@ -1,6 +1,6 @@
-// The kernels: each block finds its weight in the table and does its part of it, whatever it is.
-// One source for a single weight and for lists, with every fused multiplication written out (and
-// the compiler told to make no others), so that both give the same bits.
+// The kernels: each block finds its weight in the table and computes its part of it, for any kind
+// of weight. Single weights and lists share one source, in which every fused multiplication is
+// explicit (and the compiler may make no others), so that both give the same bits.
 #pragma once
 #include <type_traits>
 
@@ -10,13 +10,15 @@
 
 namespace wnkernel::cuda {
 
-// Kinds of weights that a kernel is for. It has as many registers as the worst of its branches.
+// The kinds of weights that a kernel handles. Its register count is that of its most demanding
+// branch.
 enum Kinds { kRows = 1, kTiles = 2, kAll = kRows | kTiles };
 
 template <int N>
 constexpr int kMost = most_row_vectors(N);
 
-// Calls rows(), with K as an integral constant: vectors of N elements of a row that a thread holds.
+// Calls rows() with K, the number of vectors of N elements of a row that a thread holds, as an
+// integral constant.
 template <int N, class Rows>
 __device__ inline void with_vectors(int log_across, Rows rows) {
   if (log_across == 0)
@@ -57,8 +59,8 @@ __device__ inline void do_block(const BackwardLine& line, int block, Scratch<Sum
   }
 }
 
-// Blocks that share a processor at least, as far as their registers go: up to 80 for three, up to
-// 128 for two. Three where the compiler needs no spills for them, see docs/cuda.md.
+// The minimum number of blocks per processor, which limits the registers of a thread: 80 for three
+// blocks, 128 for two. It is three where the compiler then needs no spills; see docs/cuda.md.
 template <class Line, class V, class W, int Capacity, int Of>
 constexpr int blocks_of_processor() {
   constexpr bool forward = std::is_same_v<Line, ForwardLine>, single = Capacity == 1;
@@ -67,8 +69,8 @@ constexpr int blocks_of_processor() {
   return Of == kTiles && single && (forward || !f64) ? 3 : 2;
 }
 
-// Line: ForwardLine or BackwardLine. Of: what is in the table. Finish: the second launch, of the
-// split weights only.
+// Line is ForwardLine or BackwardLine. Of is the kinds of weights in the table. Finish marks the
+// second launch, which handles only split weights.
 template <class Line, class V, class W, int Capacity, int Of, bool Finish>
 __global__ void __launch_bounds__(kThreads, blocks_of_processor<Line, V, W, Capacity, Of>())
     weight_norm_kernel(const Table<Line, Capacity> __grid_constant__ table) {

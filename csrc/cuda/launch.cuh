@@ -1,5 +1,5 @@
-// From problems of the same types to launches: plans, tables, workspace. Host code, one instance
-// for each pair of types (types_*.cu).
+// Turns problems of the same types into launches: plans, tables, workspace. This is host code, with
+// one instance for each pair of types (types_*.cu).
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -26,8 +26,8 @@ inline BackwardLine line_of(const Backward& p) {
 constexpr int planes(const ForwardLine&) { return kForwardPlanes; }
 constexpr int planes(const BackwardLine&) { return kBackwardPlanes; }
 
-// Weights whose blocks take long come first, so that none of those is left to run alone at the end.
-// Each weight is cut as if it had the card to itself.
+// Weights whose blocks take long come first, so that no such block runs alone at the end. Each
+// weight is cut as if it had the card to itself.
 template <class Line, class V, class W, int Capacity, int Of, bool Finish>
 cudaError_t launch(std::vector<Line>& lines, cudaStream_t stream) {
   const auto kernel = weight_norm_kernel<Line, V, W, Capacity, Of, Finish>;
@@ -56,8 +56,8 @@ cudaError_t launch(std::vector<Line>& lines, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// With the smallest table that holds them, for the driver copies all of it. One: what a single
-// weight may be. Of: what may be in a list.
+// Launches with the smallest table that holds the lines, because the driver copies the whole table.
+// One is the kinds that a single weight may have; Of is the kinds that a list may have.
 template <class Line, class V, class W, int One, int Of, bool Finish>
 cudaError_t launch_smallest(std::vector<Line>& lines, cudaStream_t stream) {
   const auto count = static_cast<int>(lines.size());
@@ -67,7 +67,7 @@ cudaError_t launch_smallest(std::vector<Line>& lines, cudaStream_t stream) {
   return launched(lines, stream);
 }
 
-// One full table at most.
+// Launches at most one full table.
 template <class Line, class V, class W>
 cudaError_t launch_table(std::vector<Line>& lines, const CudaLaunch& on) {
   const auto stream = static_cast<cudaStream_t>(on.stream);
@@ -112,7 +112,7 @@ int launch_all(const Problem* const* problems, int64_t count, const CudaLaunch& 
     const Problem& p = *problems[k];
     Line line = line_of(p);
     line.plan = make_plan(p.view, sizeof(V), is_aligned(p) ? kVectorBytes / int{sizeof(V)} : 1);
-    const int64_t more = blocks(line.plan, 1);  // at most, whatever the card
+    const int64_t more = blocks(line.plan, 1);  // an upper bound for any card
     if (more > kMostBlocks) return static_cast<int>(cudaErrorInvalidConfiguration);
     if (static_cast<int>(lines.size()) == kMostLines || grid + more > kMostBlocks)
       if (const cudaError_t error = flush(); error != cudaSuccess) return static_cast<int>(error);

@@ -1,12 +1,11 @@
-// How one weight is cut. A plan depends on the shape, the element size and the 16-byte alignment of
-// one weight only, never on neighbours or on the card. It says what is added up in which order: a
-// long row, or a strip, is cut into parts, each part has a sum of its own (or one for each column),
-// and these are added up in the order of the parts. That is what makes the bits of a weight the
+// How one weight is cut. A plan depends only on the shape, the element size and the 16-byte
+// alignment of its weight, never on neighbours or on the card. It fixes which numbers are added up
+// in which order: a long row, or a strip, is cut into parts; each part has its own sum (or one per
+// column), and these sums are added up in the order of the parts. So the bits of a weight are the
 // same alone and in a list, from run to run and on all cards of one architecture.
 //
-// How many neighbouring parts a block takes is chosen for the card, by parts_of_block(), and
-// changes no bit: a block begins each of its parts anew, and leaves a sum for each. docs/cuda.md
-// explains the numbers.
+// parts_of_block() chooses for the card how many neighbouring parts a block takes. This changes no
+// bit, because a block starts a new sum for each of its parts. docs/cuda.md explains the numbers.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,33 +14,33 @@
 
 namespace wnkernel::cuda {
 
-constexpr int kThreads = 256;  // of a block
+constexpr int kThreads = 256;  // threads of a block
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kVectorBytes = 16;  // the widest access of a thread
-// Vectors of so many elements that a thread has on their way at a time. Single elements are fewer
-// bytes, and more of them make up for that.
+// How many vectors of so many elements a thread loads at a time. Single elements are fewer bytes,
+// so a thread loads more of them.
 constexpr int vectors(int elements) { return elements == 1 ? 8 : 4; }
-// Vectors of a row of more than a warp that a thread holds, and the most that it may hold: a row of
-// v and one of grad_w take 64 registers. Vectors of 8 take twice the instructions, and half as many
-// hold a row of 8,192.
+// kRowVectors is how many vectors a thread holds of a row of more than a warp; most_row_vectors()
+// is the most that it may hold. A row of v and one of grad_w take 64 registers. Vectors of 8 take
+// twice the instructions, and half as many hold a row of 8,192.
 constexpr int kRowVectors = 4;
 constexpr int most_row_vectors(int elements) { return elements == 8 ? kRowVectors : 8; }
 constexpr int kStripBytes = 128;  // a cache line
-// Columns of a strip at most: halves in whole vectors.
+// The most columns of a strip: halves in whole vectors.
 constexpr int kMostColumns = kStripBytes / 2;
-// Parts that the rows or strips of a weight are cut into together, as far as they are long enough:
-// as many as fill a large card in one go, which has room for three blocks on each of about 130
-// processors. A smaller card gives each block several of them.
+// The number of parts into which all rows or strips of a weight together are cut, if they are long
+// enough. It fills a large card once: about 130 processors with room for three blocks each. On a
+// smaller card each block takes several parts.
 constexpr int64_t kFill = 384;
-// Tiles from which splitting pays for its second launch, about 3 us. One after the other they take
-// 0.7 us each, the latency of memory, and are summed and then scaled: 8 tiles take one block 11 us,
-// and 8 blocks 5, with the launch and the partial sums.
+// From this many tiles on, a split is worth its second launch, which takes about 3 us. Consecutive
+// tiles take 0.7 us each, the latency of memory, and every tile is summed and later scaled. So 8
+// tiles take one block 11 us, but 8 blocks 5 us, including the second launch and the partial sums.
 constexpr int64_t kSplitFrom = 8;
-// Tiles of a part of a strip at least. A block reads a sum of every column of each part, 256 bytes
-// forward, while a tile has 16 KB; of a part of a row it reads only 8.
+// The fewest tiles in a part of a strip. For each part a block reads the sum of every column, 256
+// bytes in a forward, while a tile has 16 KB. For a part of a row it reads only 8 bytes.
 constexpr int64_t kStripTiles = 2;
-// So a strip has more parts than this only if they have this many tiles each.
+// A strip has more than kStripParts parts only if each has at least kTilesOfMoreParts tiles.
 constexpr int64_t kStripParts = 128, kTilesOfMoreParts = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -53,33 +52,34 @@ constexpr int ceil_log2(int64_t n) {
 }
 
 enum class Kind : uint8_t {
-  rows,    // rows are contiguous and short: in registers from the load to the store; read once
-  runs,    // row by row, tile by tile: long rows, and rows in runs of `inner` elements
+  rows,    // short contiguous rows: in registers from the load to the store, read once
+  runs,    // long rows, and rows in runs of `inner` elements: row by row, tile by tile
   strips,  // strips of adjacent columns of [outer, rows * inner], tile by tile
 };
 
 struct Plan {
-  // Lines are contiguous, `pitch` elements apart; a vector is `vector` elements of a line. A tile
-  // has vectors(vector) of them for each thread: kThreads >> log_x lines by 1 << log_x vectors, and
-  // that 1 << log_across times side by side, the rest one below the other. Rows: a thread has
-  // 1 << log_across vectors of a line, and fewer than kRowVectors mean several lines.
+  // Lines are contiguous and `pitch` elements apart; a vector is `vector` elements of a line. A
+  // tile has vectors(vector) vectors for each thread. It covers kThreads >> log_x lines by 1 <<
+  // log_x vectors, repeated 1 << log_across times side by side, and otherwise one below the other.
+  // For rows, a thread has 1 << log_across vectors of a line; if these are fewer than kRowVectors,
+  // it has several lines.
   int64_t rows, inner;
-  int64_t lines;  // of the matrix that tiles cover
+  int64_t lines;  // lines of the matrix that tiles cover
   int64_t pitch;
   int64_t numel;
-  int64_t width;       // vectors of a row, of a run, or of a line of a full strip
-  int32_t strip_rows;  // strips: rows of one
+  int64_t width;       // in vectors: of a row, of a run, or of a line of a full strip
+  int32_t strip_rows;  // strips: rows of one strip
   int32_t across;      // runs and strips: tiles side by side
-  int32_t tiles;       // of a row or strip
+  int32_t tiles;       // tiles of a row or strip
   int32_t per_part;    // tiles of a part
-  int32_t parts;       // of a row or strip; if there are several, a second launch adds them up
+  int32_t parts;       // parts of a row or strip; a second launch adds up several
   Kind kind;
   uint8_t vector;
   uint8_t log_x;
   uint8_t log_across;
 };
 
-// Rows or strips that may be cut into parts; of short rows, blocks.
+// The number of rows or strips that may be cut into parts; for short rows, the number of blocks.
 inline int64_t whole(const Plan& p) {
   switch (p.kind) {
     case Kind::rows: {
@@ -93,15 +93,15 @@ inline int64_t whole(const Plan& p) {
   }
 }
 
-// Blocks of a weight, where a block takes per_block parts.
+// The number of blocks of a weight, if a block takes per_block parts.
 inline int64_t blocks(const Plan& p, int per_block) {
   return whole(p) * ceil_div(p.parts, per_block);
 }
 
 // How many parts a block takes on a card that runs `places` blocks at a time. Blocks come in waves
-// of so many, and a wave lasts as long as the parts of a block: as short as they can be together,
-// and of equals the fewest waves, since each block of the second launch reads the sums of all
-// parts.
+// of `places`, and a wave lasts as long as the parts of one block. The choice makes all waves
+// together as short as possible. Among equals it takes the fewest waves, because each block of the
+// second launch reads the sums of all parts.
 inline int parts_of_block(const Plan& p, int64_t places) {
   const int64_t of_weight = whole(p), fewest = ceil_div(of_weight, places);
   int64_t best = p.parts, shortest = fewest * p.parts;
@@ -115,31 +115,32 @@ inline int parts_of_block(const Plan& p, int64_t places) {
   return static_cast<int>(best);
 }
 
-// Columns of a strip that partial sums are kept for.
+// The number of columns of a strip that have partial sums.
 constexpr int strip_columns(int vector, int element_bytes) {
   return vector > 1 ? kStripBytes / element_bytes : kWarp;
 }
 
-// Threads side by side in a strip, a vector each: their number is 1 << strip_log_x().
+// The number of threads side by side in a strip, with one vector each, is 1 << strip_log_x().
 constexpr int strip_log_x(int vector) {
   return ceil_log2(vector > 1 ? kStripBytes / kVectorBytes : kWarp);
 }
 
-// Partial sums that all parts of a split weight leave behind.
+// The number of partial sums that all parts of a split weight store.
 inline int64_t partial_sums(const Plan& p, int element_bytes) {
   if (p.parts == 1) return 0;
   return whole(p) * p.parts * (p.kind == Kind::strips ? strip_columns(p.vector, element_bytes) : 1);
 }
 
-// most: parts of a row or a strip.
+// `most` is the largest number of parts of a row or a strip.
 inline void split_tiles(Plan& p, int64_t most) {
   const int64_t wanted = p.tiles < kSplitFrom ? 1 : std::min(kFill / whole(p), most);
   p.per_part = static_cast<int32_t>(ceil_div(p.tiles, std::max<int64_t>(wanted, 1)));
   p.parts = static_cast<int32_t>(ceil_div(p.tiles, p.per_part));
 }
 
-// As many neighbouring threads as a row has vectors, up to a warp; else a fourth as many, up to a
-// block, with kRowVectors each; else a block with twice as many each.
+// A row of up to a warp of vectors gets one thread per vector. A longer row gets a fourth as many
+// threads, up to a block, with kRowVectors vectors each. Beyond that, a block takes it with twice
+// as many vectors per thread.
 inline void plan_rows(Plan& p) {
   p.kind = Kind::rows;
   const int log = ceil_log2(p.width), log_block = ceil_log2(kThreads);
@@ -159,14 +160,15 @@ inline void plan_runs(Plan& p) {
   split_tiles(p, p.tiles);
 }
 
-// The largest count up to `most` whose product with `size` holds whole vectors, if there is one.
+// The largest count up to `most` for which count * size is a multiple of vector; `most` if there is
+// none.
 inline int64_t whole_vectors(int64_t most, int64_t size, int64_t vector) {
   for (int64_t n = most; n > 0; --n)
     if (n * size % vector == 0) return n;
   return most;
 }
 
-// Whether strips can be cut into vectors of p.vector elements; fills the plan if so.
+// Whether strips can be cut into vectors of p.vector elements. Fills the plan if so.
 inline bool plan_strips(Plan& p, int64_t outer, int element_bytes) {
   p.kind = Kind::strips;
   const int64_t most = strip_columns(p.vector, element_bytes), line = p.rows * p.inner;
@@ -195,8 +197,8 @@ inline bool plan_strips(Plan& p, int64_t outer, int element_bytes) {
   return true;
 }
 
-// view: not empty. vector: elements of the widest access that the addresses of all arrays allow, 1
-// for single elements.
+// The view must not be empty. `vector` is the number of elements in the widest access that the
+// addresses of all arrays allow; 1 means single elements.
 inline Plan make_plan(const RowView& view, int element_bytes, int vector) {
   Plan p{};
   p.rows = view.rows;

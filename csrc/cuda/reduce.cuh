@@ -1,5 +1,5 @@
-// Sums over threads, always in the same order. x + y == y + x, so in a butterfly all threads get
-// the same bits.
+// Sums over threads, always in the same order. Because x + y == y + x, all threads of a butterfly
+// get the same bits.
 #pragma once
 #include "device.h"
 #include "plan.h"
@@ -21,15 +21,17 @@ struct Min {
   }
 };
 
-// Over the lanes whose numbers differ in bits [from, to): a power of two each, up to a warp.
+// Reduces over the lanes whose numbers differ in the bits [from, to). Both bounds are powers of
+// two, up to a warp.
 template <class Op, class T>
 __device__ inline T reduce_lanes(T x, int from, int to, Op op) {
   for (int step = from; step < to; step *= 2) x = op(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
 
-// Over groups of `threads` neighbouring threads, a power of two. scratch: kWarps, shared; read
-// last, so that it takes a barrier to come here again. All threads of the block have to come.
+// Reduces over groups of `threads` neighbouring threads, a power of two. All threads of the block
+// must call it. scratch is shared and has kWarps elements. The call reads scratch last, so a
+// barrier must precede the next call.
 template <class Op, class T>
 __device__ inline T reduce_group(T x, int threads, T* scratch, Op op) {
   x = reduce_lanes(x, 1, threads < kWarp ? threads : kWarp, op);

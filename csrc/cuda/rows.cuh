@@ -6,23 +6,23 @@
 
 namespace wnkernel::cuda {
 
-// What a thread holds: K vectors of N elements of each of R rows.
+// A thread holds K vectors of N elements of each of R rows.
 template <int N, int K>
 struct Rows {
   static constexpr int R = K < kRowVectors ? kRowVectors / K : 1;
 
   static constexpr int kLogThreads = ceil_log2(kThreads);
 
-  int threads;    // of a row
-  int lane;       // of them
-  int groups;     // that many rows at a time
-  int64_t first;  // row of this thread
+  int threads;    // threads of a row
+  int lane;       // number of this thread among them
+  int groups;     // rows that the block takes at a time
+  int64_t first;  // the first row of this thread
   int64_t rows;
   int64_t inner;
   int width;
 
   __device__ Rows(const Plan& p, int block) {
-    const int log_x = K > kRowVectors ? kLogThreads : p.log_x;  // so many take all threads
+    const int log_x = K > kRowVectors ? kLogThreads : p.log_x;  // such a K takes all threads
     threads = 1 << log_x;
     lane = threadIdx.x & (threads - 1);
     groups = kThreads >> log_x;
@@ -46,7 +46,7 @@ struct Rows {
         x[r][k] = has(r, k) ? load<N>(static_cast<const T*>(p) + at(r, k)) : zeros<T, N>();
   }
 
-  // Asked for together with the rows, before anything is waited for.
+  // g is loaded together with the rows, before the first wait.
   template <class Line, class Sum>
   __device__ void load_g(const Line& line, Sum (&g)[R]) const {
     Held<Sum> held[R];
@@ -73,7 +73,7 @@ __device__ inline void forward_rows(const ForwardLine& line, int block,
   Sum squares[R], unit[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) unit[r] = 1;
-  for (bool again = false;; again = true) {  // extreme rows are multiplied, and added up again
+  for (bool again = false;; again = true) {  // extreme rows are scaled and added up again
     bool extreme = false;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -112,8 +112,8 @@ __device__ inline void forward_rows(const ForwardLine& line, int block,
   }
 }
 
-// A row whose coefficients are not all normal numbers, by one thread, from memory. Nothing for
-// others.
+// One thread computes a row whose coefficients are not all normal numbers, from memory. Other rows
+// are left alone.
 template <class V, class W>
 __device__ inline void backward_unusual(const BackwardLine& line, int64_t row) {
   using Sum = typename Element<V>::Sum;
@@ -158,7 +158,7 @@ __device__ inline void backward_rows(const BackwardLine& line, int block,
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     const int64_t row = place.row(r);
-    // There are no registers for the coefficients of rows at the ends of the range.
+    // No registers are left for the coefficients of rows at the ends of the range.
     const auto d = Divisor<Sum>::of(norm[r], line.eps);
     Sum s = 0;
 #pragma unroll
@@ -189,7 +189,7 @@ __device__ inline void backward_rows(const BackwardLine& line, int block,
       store(static_cast<V*>(line.grad_v) + place.at(r, k), x);
     }
   }
-  // Now that nothing is held.
+  // These rows come last, when no vectors occupy registers.
 #pragma unroll 1
   for (int r = 0; r < R; ++r)
     if (place.lane == 0 && place.has_row(r)) backward_unusual<V, W>(line, place.row(r));

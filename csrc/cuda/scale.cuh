@@ -1,4 +1,4 @@
-// From sums to coefficients: what both directions do once for each row.
+// From sums to coefficients: what both directions compute once per row.
 #pragma once
 #include "elements.cuh"
 
@@ -24,7 +24,7 @@ struct Range<double> {
 __device__ inline float root(float x) { return __fsqrt_rn(x); }
 __device__ inline double root(double x) { return __dsqrt_rn(x); }
 
-// The power of two to multiply a row with before it is squared: 1 but for rows whose sum of squares
+// The power of two that multiplies a row before it is squared. It is 1 unless the sum of squares
 // left the safe range.
 template <class Sum>
 __device__ inline Sum unit_of(Sum squares) {
@@ -38,8 +38,8 @@ __device__ inline bool is_normal(Sum x) {
   return size >= Range<Sum>::kSmallest && size <= Range<Sum>::kLargest;
 }
 
-// norm as values of a half type hold it; norm itself for other types, and where that is no normal
-// number.
+// The norm rounded to a half type, or the norm itself for other types and if the rounded value is
+// no normal number.
 __device__ inline float divisor(float norm, DType type) {
   if (type != DType::f16 && type != DType::bf16) return norm;
   const bool is_f16 = type == DType::f16;
@@ -50,22 +50,22 @@ __device__ inline float divisor(float norm, DType type) {
 }
 __device__ inline double divisor(double norm, DType) { return norm; }
 
-// eps as norms are compared with it: no smaller than the smallest of them.
+// eps as it is compared with norms: positive bounds are at least the smallest positive number.
 template <class Sum>
 __device__ inline Sum nonzero_bound(double eps) {
   const Sum bound = static_cast<Sum>(eps);
   return bound == 0 && eps > 0 ? Range<Sum>::kLeast : bound;
 }
 
-// g / max(norm, eps), with the norm rounded as divisor_type holds it and bounded then, in two
-// factors, to multiply v with one after the other: the ratio and 1, unless that leaves the range of
-// normal numbers. Then 1 / max(norm, eps) and g, or, where not even norms are normal, a power of
-// two and what is left. Zeros under a bound are zero, whatever it is.
+// g / max(norm, eps), as two factors that multiply v one after the other. The norm is rounded to
+// divisor_type first and bounded then. Usually the factors are the ratio and 1. If the ratio is no
+// normal number, they are 1 / max(norm, eps) and g. If not even the norm is normal, they are a
+// power of two and the rest. Zero rows below a bound give zeros, whatever the bound is.
 template <class Sum>
 struct Forwards {
   Sum norm, a, b;
 
-  // squares: of unit * v.
+  // squares is a sum of squares of unit * v.
   __device__ static Forwards of(Sum squares, Sum unit, Sum g, double eps, DType divisor_type) {
     using R = Range<Sum>;
     const Sum scaled = root(squares), bound = nonzero_bound<Sum>(eps);
@@ -96,16 +96,17 @@ struct Divisor {
     return {n, 1 / n, clamped};
   }
 
-  // Whether n, 1 / n and g / n can be computed with as they are.
+  // Whether n, 1 / n and g / n can be used in computations directly.
   __device__ bool is_usual() const { return is_normal(n) && is_normal(inverse); }
   __device__ bool is_usual_under(Sum g) const {
     return is_usual() && (is_normal(g * inverse) || g == 0);
   }
 };
 
-// With n = max(norm, eps), u = v / n and s = <grad_w, u>: grad_v = (g / n) (grad_w - u s), without
-// the projection where it is eps that counts. Where n or 1 / n is no normal number, 1 / n is a
-// power of two, `inverse`, over `rest`, and 1 everywhere else: v * inverse is rest * u there.
+// With n = max(norm, eps), u = v / n and s = <grad_w, u>: grad_v = (g / n) (grad_w - u s), and
+// without the projection if norm < eps. Usually `inverse` is 1 / n and `rest` is 1. If n or 1 / n
+// is no normal number, `inverse` is a power of two and 1 / n = inverse / rest, so that v * inverse
+// = rest * u.
 template <class Sum>
 struct Backwards {
   Sum inverse, rest;
@@ -121,13 +122,13 @@ struct Backwards {
     return {power, d.clamped ? of_bound : norm * power, d.clamped};
   }
 
-  // s from <grad_w, v * inverse>.
+  // Computes s from <grad_w, v * inverse>.
   __device__ Sum dot(Sum sum) const { return rest == 1 ? sum : sum / rest; }
-  // What v * inverse is multiplied with, for u s.
+  // The factor of v * inverse that gives u s.
   __device__ Sum along(Sum s) const { return clamped ? 0 : dot(s); }
 
-  // g / n in two factors, to multiply with one after the other: the ratio and 1, unless that leaves
-  // the range of normal numbers; a power of two and what is left there.
+  // g / n as two factors that multiply one after the other: the ratio and 1, or, if the ratio is no
+  // normal number, a power of two and the rest.
   struct Ratio {
     Sum a, b;
   };

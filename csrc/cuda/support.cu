@@ -1,11 +1,12 @@
-// Whether kernels run on a card: asked of the driver, and of a kernel that does nothing.
+// Whether kernels run on a card. It asks the driver, and for a kernel that does nothing.
 #include "../weight_norm.h"
 #include "device.h"
 
 namespace wnkernel {
 namespace {
 
-// Of 12.1: older ones (before R530) refuse more than 4 KB of arguments, whatever the toolkit was.
+// The driver of CUDA 12.1. Older ones (before R530) refuse more than 4 KB of arguments with any
+// toolkit.
 constexpr int kOldestDriver = 12010;
 
 __global__ void nothing() {}
@@ -18,7 +19,7 @@ int cuda_supports_device() {
   if (error == cudaSuccess && driver < kOldestDriver) error = cudaErrorInsufficientDriver;
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, nothing);
-  cudaGetLastError();  // it must not be reported by whatever comes next
+  cudaGetLastError();  // the next call must not report this error
   return static_cast<int>(error);
 }
 

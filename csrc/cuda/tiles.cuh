@@ -1,5 +1,5 @@
-// Tiles of a run or of a strip, one after the other: where a thread's vectors lie, which rows they
-// belong to, and sums over all of them.
+// The tiles of a run or of a strip, one after the other: where a thread's vectors lie, which rows
+// they belong to, and the sums over all of them.
 #pragma once
 #include "reduce.cuh"
 #include "scale.cuh"
@@ -14,24 +14,24 @@ struct Scratch {
   Sum columns[4][kMostColumns];
 };
 
-// A block's parts of a row (runs), or of a strip of columns of adjacent rows. A thread keeps to its
-// columns of a strip from tile to tile. What there is once for a column (a run has one) is computed
-// by the thread that owns it.
+// The parts of a row (runs), or of a strip of columns of adjacent rows, that one block takes. A
+// thread keeps the same columns of a strip in every tile. Each quantity of a column (a run has one
+// column) is computed by the thread that owns the column.
 template <bool Strip, int N>
 struct Tiles {
   static constexpr int M = Strip ? N : 1;  // columns of a thread
-  static constexpr int K = vectors(N);     // of a tile, of a thread
+  static constexpr int K = vectors(N);     // vectors of a thread in a tile
   static constexpr int kStripLogX = strip_log_x(N);
 
   const Plan& plan;
-  int strip;       // or row
-  int part;        // the first of this block
-  int part_end;    // the first that is another block's
-  int x, y;        // of this thread in a tile
-  int64_t origin;  // of the row or strip
-  int64_t end;     // where this thread has no more vectors
+  int strip;       // number of the strip, or of the row
+  int part;        // the first part of this block
+  int part_end;    // the first part of the next block
+  int x, y;        // the place of this thread in a tile
+  int64_t origin;  // the first element of the row or strip
+  int64_t end;     // from here on this thread has no vectors
 
-  // per_block: parts of a block.
+  // per_block is how many parts a block takes.
   __device__ Tiles(const Plan& p, int per_block, int block) : plan(p) {
     const int sharing = (p.parts + per_block - 1) / per_block;
     strip = block / sharing;
@@ -43,34 +43,34 @@ struct Tiles {
     end = !Strip || x < width() ? p.numel : 0;
   }
 
-  // Of a part: its first tile. The first of the next one is where it ends.
+  // The first tile of a part. The part ends where the next one starts.
   __device__ int start(int of) const { return of == plan.parts ? plan.tiles : of * plan.per_part; }
 
   __device__ int log_x() const { return Strip ? kStripLogX : plan.log_x; }
   __device__ int threads_y() const { return kThreads >> log_x(); }
-  // Vectors of a line. A strip at the end has what is left.
+  // The number of vectors in a line. The last strip has those that are left.
   __device__ int64_t width() const {
     const int64_t left = (plan.pitch - origin) / N;
     return Strip && plan.width > left ? left : plan.width;
   }
   __device__ int columns() const { return Strip ? N << log_x() : 1; }
   __device__ int column(int j) const { return Strip ? x * N + j : 0; }
-  __device__ int inner() const { return static_cast<int>(plan.inner); }  // of strips
+  __device__ int inner() const { return static_cast<int>(plan.inner); }  // strips only
 
-  // Of the column that this thread owns, if it owns one.
+  // own() is the column that this thread owns, if it owns one; row() is the row of that column.
   __device__ int own() const { return static_cast<int>(threadIdx.x); }
   __device__ int64_t row() const {
     return Strip ? int64_t{strip} * plan.strip_rows + own() / inner() % plan.strip_rows : strip;
   }
   __device__ bool owns_row() const { return own() < columns() && (!Strip || own() < width() * N); }
-  // Whether it is the one to write what there is once for a row.
+  // Whether this thread writes the quantities of its row that exist once per row.
   __device__ bool is_first() const {
     if (part != 0 || !owns_row()) return false;
     return !Strip || (own() < plan.strip_rows * inner() && own() % inner() == 0);
   }
 
-  // Vector k of this thread in a tile: where it begins, -1 if there is none. Those of a strip lie
-  // one below the other, whatever their tile.
+  // Where vector k of this thread in a tile begins; -1 if there is no such vector. The vectors of a
+  // strip lie one below the other, across all tiles.
   __device__ int64_t at(int tile, int k) const {
     const int log = plan.log_across, below = tile / plan.across,
               beside = tile - below * plan.across;
@@ -79,17 +79,17 @@ struct Tiles {
     const int64_t column =
         Strip ? x : ((int64_t{beside} << log | (k & ((1 << log) - 1))) << log_x()) + x;
     const int64_t start = origin + column * N + line * plan.pitch;
-    // Where lines of a narrow matrix lie side by side, the last line may end early.
+    // If lines of a narrow matrix lie side by side, the last line may end early.
     const bool there = Strip ? start < end : line < plan.lines && column < plan.width;
     return there ? start : -1;
   }
 
-  // Over the block: one for each column, in the thread that owns it. It takes a barrier to come
-  // here again.
+  // Reduces over the block: the thread that owns a column gets the result of that column. A barrier
+  // must precede the next call.
   template <class Sum, class Op>
   __device__ Sum reduce(const Sum (&sums)[M], Scratch<Sum>& scratch, Op op) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int lanes = Strip ? 1 << log_x() : 1;  // with different columns
+    const int lanes = Strip ? 1 << log_x() : 1;  // lanes with different columns
 #pragma unroll
     for (int j = 0; j < M; ++j) {
       const Sum sum = reduce_lanes(sums[j], lanes, kWarp, op);
@@ -102,13 +102,13 @@ struct Tiles {
     return sum;
   }
 
-  // Sums of rows, in the threads that own a column of them.
+  // Returns the sum of a row in every thread that owns a column of it.
   template <class Sum>
   __device__ Sum add_up(const Sum (&sums)[M], Scratch<Sum>& scratch) const {
     const Sum sum = reduce(sums, scratch, Add());
     if (!Strip) return sum;
     const int period = plan.strip_rows * inner();
-    if (inner() == 1 && period == columns()) return sum;  // a row for every column
+    if (inner() == 1 && period == columns()) return sum;  // each column is a row
     if (own() < columns()) scratch.columns[0][own()] = sum;
     __syncthreads();
     if (!owns_row()) return Sum(0);
@@ -118,7 +118,8 @@ struct Tiles {
     return of_row;
   }
 
-  // Numbers 1 to 3 of every column, from the thread that owns it. To be read after a barrier.
+  // set() stores number 1, 2 or 3 of every column, in the thread that owns it. get() reads them
+  // after a barrier.
   template <class Sum>
   __device__ void set(int number, Sum value, Scratch<Sum>& scratch) const {
     if (own() < columns()) scratch.columns[number][own()] = value;
@@ -129,7 +130,8 @@ struct Tiles {
     for (int j = 0; j < M; ++j) to[j] = scratch.columns[number][column(j)];
   }
 
-  // Of a part of a split row or strip: `planes` numbers for each of its columns.
+  // The place of a number of one part of a split row or strip, which has `planes` numbers for each
+  // of its columns.
   template <class Sum>
   __device__ Sum* partial_sum(void* partials, int of, int plane, int planes, int c) const {
     const int64_t part_of_all = int64_t{strip} * plan.parts + of;

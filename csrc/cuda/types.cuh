@@ -1,4 +1,4 @@
-// Instances of the kernels and their launches for one pair of types.
+// Instantiates the kernels and their launches for one pair of types.
 #pragma once
 #include "launch.cuh"
 

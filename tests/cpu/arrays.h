@@ -1,4 +1,4 @@
-// Arrays between two pages that nobody may touch, and their numbers, converted by other means than
+// Arrays between two protected pages, and their numbers, which are converted by other means than
 // those of csrc/cpu/elements.h.
 #pragma once
 #include <sys/mman.h>
@@ -17,7 +17,7 @@ namespace wnkernel::checks {
 using Real = long double;
 
 struct Format {
-  int digits, least, most;  // of the mantissa with its hidden one; exponents of normal numbers
+  int digits, least, most;  // digits with the hidden one; exponents of normal numbers
   int bytes;
 };
 
@@ -37,7 +37,7 @@ inline Real largest(Format f) { return std::ldexp(2 - std::ldexp(Real{1}, 1 - f.
 inline Real smallest(Format f) { return std::ldexp(Real{1}, f.least); }
 inline Real epsilon(Format f) { return std::ldexp(Real{1}, 1 - f.digits); }
 
-// The nearest number of a format.
+// Rounds to the nearest number of a format.
 inline Real round_to(Format f, Real x) {
   if (x == 0 || !std::isfinite(x)) return x;
   const Real unit = std::ldexp(epsilon(f), std::max(exponent(x), f.least));
@@ -64,11 +64,11 @@ inline uint16_t encode_half(Format f, Real x) {
   if (std::isnan(x)) return static_cast<uint16_t>(sign | ones << (f.digits - 1) | 1);
   if (std::isinf(x)) return static_cast<uint16_t>(sign | ones << (f.digits - 1));
   const int e = x == 0 ? f.least : std::max(exponent(x), f.least);
-  const int units = static_cast<int>(std::ldexp(x, f.digits - 1 - e));  // with the hidden one
+  const int units = static_cast<int>(std::ldexp(x, f.digits - 1 - e));  // with the hidden digit
   return static_cast<uint16_t>(sign | (units + ((e - f.least) << (f.digits - 1))));
 }
 
-enum class Place { end, begin, middle };  // flush with a page at its end or begin; neither
+enum class Place { end, begin, middle };  // at the end or the begin of its pages, or at neither
 
 class Array {
  public:

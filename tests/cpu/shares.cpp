@@ -1,11 +1,11 @@
-// Which thread does what of a launch on the CPU: what tests/core/test_cpu_threads.py runs.
+// Tells which thread does what in a launch on the CPU, for tests/core/test_cpu_threads.py.
 //
 //   shares forward|backward THREADS,THREADS,... OUTER,ROWS,INNER,V_TYPE,W_TYPE,HUGE_ROWS ...
 //
-// A line for each number of threads: a hash of all results, how many elements of every problem's
-// w or grad_v were written outside of run(), and then, for every call of run(), "|" and the same
-// for every task. Tasks run one after the other. What a task has written is taken away before the
-// next one, so that what is written twice counts twice.
+// It prints a line for each number of threads: a hash of all results; how many elements of every
+// problem's w or grad_v were written outside of run(); and then, for every call of run(), "|" and
+// these counts for every task. Tasks run one after the other. The written elements are cleared
+// after each task, so that an element that is written twice counts twice.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +23,7 @@ constexpr size_t kAlign = 64, kBlock = 4096;
 
 int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
-// Numbers of one type, aligned as torch's are.
+// Numbers of one type, with the alignment of torch's tensors.
 struct Array {
   DType type;
   int64_t count;
@@ -33,7 +33,7 @@ struct Array {
 
   size_t bytes() const { return static_cast<size_t>(count * size_of(type)); }
   char* data() { return memory.data() + (kAlign - uintptr_t(memory.data()) % kAlign) % kAlign; }
-  // To what no kernel writes: a NaN of all ones.
+  // Fills the array with a NaN of all ones, which no kernel writes.
   void clear() { std::memset(memory.data(), 0xff, memory.size()); }
 
   void set(int64_t k, double x) {
@@ -52,7 +52,8 @@ struct Array {
     }
   }
 
-  // Moves what was written since the last time to another array; how many elements that is.
+  // Moves the elements that were written since the last call to another array, and returns their
+  // number.
   int64_t take(Array& to) {
     static const std::vector<char> ones(kBlock, '\xff');
     const auto step = static_cast<size_t>(size_of(type));
@@ -106,7 +107,7 @@ struct Problem {
 
 std::vector<Problem> problems;
 bool is_backward;
-std::string text;  // of the calls of run()
+std::string text;  // the output for the calls of run()
 
 std::string take_all() {
   std::string counts;
@@ -158,7 +159,7 @@ int main(int count, char** arguments) {
     const auto n = numbers(arguments[k]);
     problems.emplace_back(RowView{n[0], n[1], n[2]}, DType(n[3]), DType(n[4]), n[5], is_backward);
   }
-  if (is_backward) launch(1, /*backward=*/false);  // for the norms
+  if (is_backward) launch(1, /*backward=*/false);  // makes the norms
   for (const int64_t threads : numbers(arguments[2])) {
     for (Problem& p : problems) {
       p.found.clear();

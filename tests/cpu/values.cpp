@@ -1,10 +1,10 @@
-// Values, gradients and bits of the CPU kernels, beside the formula in 80 bits: what
-// tests/core/test_cpu_values.py runs.
+// Compares values, gradients and bits of the CPU kernels with the formula in 80 bits, for
+// tests/core/test_cpu_values.py.
 //
-//   values [MUTANT]     status 1, and a line that says what is wrong, if anything is
+//   values [MUTANT]     exits with 1 and prints one line if something is wrong
 //
-// Arrays end where a page begins that nobody may touch, or begin where one ends: an element too
-// many, read or written, by whatever instruction, ends the program. Threads are real ones.
+// Arrays touch a protected page at their end or their begin, so an access beyond them ends the
+// program, whatever instruction makes it. Threads are real threads.
 #include <string>
 #include <thread>
 #include <vector>
@@ -31,7 +31,7 @@ Real random_number() {  // -1 to 1
   return static_cast<Real>(state >> 32) / (1u << 31) - 1;
 }
 
-// What the rows of a weight are like. Every third row is an ordinary one.
+// What the rows of a weight are like. Every third row is ordinary.
 enum class Rows {
   ordinary,
   huge,
@@ -47,11 +47,11 @@ enum class Rows {
   faint,      // products of v and grad_w lose digits
   vanishing,  // products of v and grad_w are 0
   steep,      // coefficients leave the range
-  at_bound,   // g is eps as a norm holds it, and numbers are ties of half types
-  subnormal,  // and so is grad_w
+  at_bound,   // g is eps rounded to a norm, and numbers are ties of half types
+  subnormal,  // grad_w is subnormal, too
   uneven,     // every second element is subnormal, some blocks and the last element are 0
   crossed,    // v is large where grad_w is small
-  no_v,       // and one grad_w is infinite
+  no_v,       // one grad_w is infinite, too
 };
 
 struct Case {
@@ -61,7 +61,7 @@ struct Case {
   Real eps = 0;
   Place place = Place::end;
   bool want_v = true, want_g = true;
-  int64_t first_checked = 0;  // a row
+  int64_t first_checked = 0;  // the first row that is checked
 
   std::string name() const {
     const int64_t n[] = {view.outer,  view.rows,   view.inner, int(v_type),
@@ -92,7 +92,7 @@ struct Weight {
   void fill(int64_t row) {
     const Rows kind = row % 3 == 1 || c.view.rows < 2 ? c.rows : Rows::ordinary;
     const bool wide = c.v_type == f64, narrow = c.v_type == f16;
-    const int range = wide ? 600 : narrow ? 14 : 80;  // squares leave that of the type, not numbers
+    const int range = wide ? 600 : narrow ? 14 : 80;  // only squares leave the range of the type
     const int little = wide ? 350 : narrow ? 12 : 40;
     int v_size = 0, grad_size = 0;
     if (kind == Rows::huge) v_size = range;
@@ -113,7 +113,7 @@ struct Weight {
       if (n == c.view.row_size() / 2 && kind == Rows::infinite) x = INFINITY;
       if (n == c.view.row_size() / 2 && kind == Rows::nan) x = NAN;
       if (kind == Rows::at_bound) {
-        const int bits = n % 2 ? 8 : 11;  // a digit more than bf16 and f16 have
+        const int bits = n % 2 ? 8 : 11;  // one digit more than bf16 or f16 has
         x = std::ldexp(std::floor(std::fabs(x) * (1 << (bits - 1))) * 2 + 1 + (1 << bits), -24);
       }
       if (kind == Rows::uneven && n % 2) x = std::ldexp(x, subnormal(c.v_type) - v_size);
@@ -137,8 +137,9 @@ struct Weight {
     g.set(row, scale);
   }
 
-  // Exponents: of numbers with a third of the digits; of large ones, and of numbers as small that
-  // their product with a large one has lost digits when both are relative to large ones.
+  // These are exponents. subnormal() gives numbers with a third of their digits. crossed() gives
+  // large numbers, or numbers so small that their product with a large one loses digits when both
+  // are relative to large ones.
   static int subnormal(DType t) { return format(t).least - format(t).digits * 2 / 3; }
   static int crossed(DType t, bool small) { return format(t).most / 2 + small * subnormal(t); }
 
@@ -150,7 +151,7 @@ struct Weight {
 
   Forward forward() const {
     const DType acc = accumulation(c.v_type);
-    // As for one norm of a whole tensor of a half type.
+    // The kernels round norms to the type of g for one norm of a whole tensor of a half type.
     const bool as_g =
         c.view.rows == 1 && format(c.g_type).bytes == 2 && format(c.v_type).bytes == 2;
     return {v.data,
@@ -185,8 +186,8 @@ struct Weight {
   void compare(const char* what, const Array& of, int64_t k, Real want, Real scale) const;
 };
 
-// Rounded once, to nearest; the error before that is bounded as in tests/reference.py. A double
-// that is computed in floats has the unit of subnormal floats at least.
+// The result is rounded once, to nearest; tests/reference.py bounds the error before that. A double
+// that is computed in floats has at least the unit of subnormal floats.
 void Weight::compare(const char* what, const Array& of, int64_t k, Real want, Real scale) const {
   const Format f = format(of.type), acc = format(accumulation(c.v_type));
   const Real relative = (2 + 4 * std::sqrt(Real(c.view.row_size()))) * epsilon(acc);
@@ -259,7 +260,8 @@ void check_same_bits(const std::vector<Weight>& some, const std::vector<Weight>&
   }
 }
 
-// Each weight on its own is right, and the list has the same bits with any threads.
+// Checks that each weight alone is right, and that the list has the same bits with any number of
+// threads.
 void check(const std::vector<Case>& cases) {
   std::vector<Weight> alone;
   for (const Case& c : cases) {
@@ -277,8 +279,9 @@ void check(const std::vector<Case>& cases) {
   }
 }
 
-// Rows of all lengths around a vector; in blocks that share their sums; beyond a run of floats; cut
-// into chunks, of long runs and of short ones; strips in one phase and in two, narrow and wide.
+// Rows of all lengths around a vector; rows in blocks that share their sums; rows beyond a run of
+// floats; long and short runs that are cut into chunks; narrow and wide strips in one phase and in
+// two.
 const RowView kSmall[] = {
     {1, 5, 1},  {1, 3, 3},   {1, 40, 7},  {1, 9, 15},  {1, 17, 16}, {1, 33, 33},  {1, 6, 63},
     {1, 5, 67}, {1, 3, 131}, {1, 19, 96}, {2, 3, 300}, {3, 1, 7},   {67, 5, 3},   {35, 3, 15},
@@ -301,7 +304,7 @@ const Rows kRows[] = {Rows::huge,   Rows::tiny,      Rows::zero,  Rows::infinite
 
 Case with(Case c, Rows rows) {
   c.rows = rows;
-  // Larger than some norms and smaller than others, or than all of them.
+  // eps is larger than some norms and smaller than others, or larger than all of them.
   if (rows == Rows::at_bound)
     c.eps = c.v_type == f64 ? 1 : 1 + 0x1p-24L - 0x1p-40L;  // 1 as a float
   if (rows == Rows::no_v) c.eps = 0x1p-20;

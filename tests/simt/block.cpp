@@ -26,11 +26,11 @@ struct Thread {
   std::unique_ptr<char[]> stack{new char[Fiber::kStackBytes]};
   Fiber fiber{stack.get(), [] { live(); }};
   Is is = Is::returned;
-  // Where it waits.
+  // The call at which the thread waits.
   Call call;
   Site at;
   unsigned mask, step;
-  uint64_t value;  // what it brings along, then what it gets
+  uint64_t value;  // what the thread gives to the call, then what it gets
 
   [[noreturn]] static void live();
 
@@ -50,14 +50,14 @@ struct Thread {
   }
 };
 
-std::vector<std::unique_ptr<Thread>> threads;  // kept: only the first block pays for the stacks
-unsigned count, current;                       // threads of a block; the one that runs
+std::vector<std::unique_ptr<Thread>> threads;  // later blocks reuse the stacks
+unsigned count, current;                       // threads of a block; the running thread
 const std::function<void()>* body;
 std::map<std::string, std::unique_ptr<char[]>> shared_memory;
 
 [[noreturn]] void die(const char* why) {
   std::fprintf(stderr, "simt: %s\nblock %u, thread %u\n", why, block_index.x, thread_index.x);
-  std::map<std::string, std::pair<unsigned, unsigned>> places;  // the first thread, and how many
+  std::map<std::string, std::pair<unsigned, unsigned>> places;  // first thread, number of threads
   for (unsigned k = 0; k < count; ++k)
     ++places.try_emplace(threads[k]->where(), k, 0).first->second.second;
   for (const auto& [where, who] : places)
@@ -79,7 +79,7 @@ void step_thread(unsigned k) {
   threads[k]->fiber.enter();
 }
 
-// Ends the calls of a warp for which all lanes have come.
+// Ends the calls of a warp that all their lanes have reached.
 bool meet_warp(unsigned first) {
   bool any_met = false;
   for (unsigned k = first; k < std::min(first + kWarp, count); ++k) {
@@ -107,7 +107,7 @@ bool meet_warp(unsigned first) {
   return any_met;
 }
 
-// Ends the call for which all threads of the block have come.
+// Ends the call that all threads of the block have reached.
 void meet_block() {
   uint64_t any = 0;
   for (unsigned k = 0; k < count; ++k) {

@@ -1,5 +1,5 @@
-// Blocks of threads on a CPU, one block at a time: every thread is a fiber, and calls of several
-// threads are rendezvous.
+// Runs blocks of threads on a CPU, one block at a time. Every thread is a fiber, and a call of
+// several threads is a rendezvous.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace simt {
 struct Index {
   unsigned x, y, z;
 };
-// Of the thread that runs.
+// The indices of the running thread.
 extern Index thread_index, block_index;
 
 struct Site {
@@ -29,19 +29,20 @@ enum class Call : uint8_t { syncthreads, syncthreads_or, any, shfl_xor };
 constexpr const char* kNames[] = {"__syncthreads", "__syncthreads_or", "__any_sync",
                                   "__shfl_xor_sync"};
 
-// Waits until all threads of the block, or all lanes of the mask, are at the same call at the same
-// place in the source, and returns what the call gives this thread. Dies where they never will be.
+// Waits until all threads of the block, or all lanes of the mask, make the same call at the same
+// place in the source, and returns the result for this thread. Ends the program if they never will.
 uint64_t meet(Call call, Site at, uint64_t value, unsigned mask = 0, unsigned step = 0);
 
-// Shared memory of the running block, the same for each thread: a heap block of its own that begins
-// as NaN, so that sanitizers see its bounds and results show what was read before it was written.
+// Shared memory of the running block, the same for each of its threads. It is a heap block of its
+// own that is filled with NaN, so that sanitizers see its bounds and results show reads before
+// writes.
 void* shared(const char* name, size_t bytes);
 
-// In which order threads run between rendezvous.
+// The order in which threads run between rendezvous.
 enum class Order : int {
-  lockstep,    // all threads up to the next rendezvous, in turn
-  ascending,   // one warp as far as it can go alone, the first one first
-  descending,  // the last lane of the last warp of the last block first
+  lockstep,    // all threads in turn, each up to the next rendezvous
+  ascending,   // warps in turn from the first, each as far as it can go alone
+  descending,  // starts with the last lane of the last warp of the last block
 };
 
 struct Launch {
@@ -50,15 +51,15 @@ struct Launch {
   size_t argument_bytes;
 };
 
-// What the driver sets and reads.
+// The driver sets and reads this state.
 struct State {
   Order order = Order::lockstep;
   std::vector<Launch> launches;
-  int64_t until_failure = -1;  // launches that succeed before one fails; -1: none fails
+  int64_t until_failure = -1;  // launches before the first failure; -1: none fails
   int last_error = 0;
   bool ends = false;   // whether only the first and the last block of a launch run
-  int processors = 0;  // of the card
-  int mutant = 0;      // which of the faults of a library that has some
+  int processors = 0;  // processors of the card
+  int mutant = 0;      // which fault is switched on, in a library that has faults
 };
 extern State state;
 

@@ -1,4 +1,4 @@
-// What tests/simt/worker.py calls.
+// The functions that tests/simt/worker.py calls.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -10,7 +10,7 @@
 
 namespace wnkernel::cuda {
 
-// Pairs of types that are not linked in.
+// These stand for pairs of types that are not linked in.
 #define WNKERNEL_MISSING(name, v, w)                                                              \
   __attribute__((weak)) int forward_##name(const Forward* const*, int64_t, const CudaLaunch&) {   \
     return -1;                                                                                    \
@@ -28,7 +28,7 @@ using namespace wnkernel;
 
 std::vector<int64_t> reserved;
 
-// Blocks of exactly the size that was asked for, NaN until something is written.
+// Gives out blocks of exactly the requested size, filled with NaN.
 struct Workspace {
   std::vector<std::unique_ptr<char[]>> blocks;
 
@@ -77,7 +77,8 @@ int simt_backward(const Backward* problems, int64_t count, void* stream) {
   return backward_cuda(problems, count, {stream, &workspace, Workspace::reserve});
 }
 
-// Since simt_begin(); `to` may be null. Return how many there are.
+// Both write to `to`, unless it is null, and return the number of launches, or of workspaces, since
+// simt_begin().
 int simt_launches(int64_t* to) {
   if (to)
     for (const auto& l : simt::state.launches) {

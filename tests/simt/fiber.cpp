@@ -7,7 +7,7 @@
 namespace simt {
 namespace {
 
-// Where enter() was called: only one fiber runs at a time, and fibers do not enter others.
+// The place where enter() was called. There is only one, because fibers do not enter others.
 struct Outside {
   const void* stack = nullptr;
   size_t bytes = 0;
@@ -23,7 +23,7 @@ Fiber* entered = nullptr;
 
 }  // namespace
 
-// ucontext's switches are system calls, which take a hundred times as long as this one.
+// ucontext's switches are system calls, which take a hundred times as long as this function.
 #if defined(__x86_64__)
 extern "C" void simt_switch(void** from, void* to);
 asm(R"(
@@ -49,7 +49,7 @@ simt_switch:
 )");
 
 Fiber::Fiber(char* stack, void (*body)()) : stack_(stack), body_(body) {
-  // Six registers, where to go on, and no caller: as simt_switch leaves a stack behind.
+  // The stack looks as simt_switch leaves one: six registers, where to continue, and no caller.
   auto** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStackBytes) & ~15);
   for (int k = 1; k <= 8; ++k) top[-k] = nullptr;
   top[-2] = reinterpret_cast<void*>(&Fiber::first);

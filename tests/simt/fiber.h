@@ -1,4 +1,4 @@
-// A thread of a block: a stack of its own, and a place where it waits. Switches are reported to
+// A thread of a block, with its own stack and a place where it waits. Switches are reported to
 // AddressSanitizer, which keeps a shadow of every stack.
 #pragma once
 #include <cstddef>
@@ -10,13 +10,13 @@ namespace simt {
 
 class Fiber {
  public:
-  // body never returns; stack: kStackBytes that outlive the fiber.
+  // body never returns. stack has kStackBytes bytes, which outlive the fiber.
   Fiber(char* stack, void (*body)());
   Fiber(const Fiber&) = delete;
 
-  // From outside of all fibers: runs this one until it calls leave().
+  // Runs this fiber until it calls leave(). The caller must be outside of all fibers.
   void enter();
-  // From within: back to where enter() was called.
+  // Returns to where enter() was called. The caller must be within this fiber.
   void leave();
 
   static constexpr size_t kStackBytes = size_t{64} << 10;

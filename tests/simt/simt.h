@@ -1,5 +1,5 @@
-// CUDA on a CPU: what csrc/cuda needs of it, for a C++ compiler with sanitizers. Blocks run one
-// after the other; there are no atomics, and no memory but that of the process.
+// The parts of CUDA that csrc/cuda needs, on a CPU, for a C++ compiler with sanitizers. Blocks run
+// one after the other. There are no atomics, and the only memory is that of the process.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-#define __grid_constant__ &  // to the copy that a launch makes
+#define __grid_constant__ &  // refers to the copy that a launch makes
 
 #define threadIdx (simt::thread_index)
 #define blockIdx (simt::block_index)
@@ -29,8 +29,8 @@ using cudaStream_t = struct CUstream_st*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9;
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::state.last_error, cudaSuccess); }
 
-// Every number of processors is a device of its own, with room for three blocks on each of them; if
-// it is odd, for two of a second launch.
+// Every number of processors is a device of its own. Each processor has room for three blocks, or
+// for two blocks of a second launch if the number is odd.
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaGetDevice(int* device) {
   *device = simt::state.processors;

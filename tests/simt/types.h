@@ -1,4 +1,4 @@
-// Types of CUDA and conversions between them, rounding to the nearest, ties to even.
+// Types of CUDA and conversions between them, which round to nearest, ties to even.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -27,7 +27,7 @@ To bit_cast(From from) {
   return to;
 }
 
-// bits without their last `drop`.
+// Rounds away the last `drop` bits.
 inline uint32_t round_bits(uint32_t bits, int drop) {
   const uint32_t half = uint32_t{1} << (drop - 1), odd = bits >> drop & 1;
   return (bits + half - 1 + odd) >> drop;
@@ -47,7 +47,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline float __half2float(__half x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, rest = x.bits & 0x7fff;
   if (rest < 0x400) return std::copysign(static_cast<float>(rest) * 0x1p-24f, sign ? -1.f : 1.f);
-  const uint32_t exponent = rest < 0x7c00 ? 112u << 23 : 224u << 23;  // inf and NaN keep theirs
+  const uint32_t exponent = rest < 0x7c00 ? 112u << 23 : 224u << 23;  // keeps inf and NaN
   return simt::bit_cast<float>(sign | ((rest << 13) + exponent));
 }
 

@@ -1,1 +1,1 @@
-"""``make gpu-check``: everything there is to check on a machine with a GPU; docs/gpu-check.md."""
+"""``make gpu-check``: all checks of a machine with a GPU; docs/gpu-check.md."""

@@ -1,4 +1,5 @@
-"""``make gpu-check OUT=folder``. Only this file runs where a package is missing, and says which."""
+"""``make gpu-check OUT=folder``. Only this file runs if a package is missing; it then says which
+one."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ import sys
 import time
 
 MISSING_PACKAGE = 4  # The exit status.
-ASKING_S = 30  # For whether there is a GPU. A driver that is broken may never answer.
+ASKING_S = 30  # The time to ask for a GPU. A broken driver may never answer.
 NEEDED = ("torch", "numpy", "rich", "typer")
 
 
 def main() -> None:
-    """The command line, if it can be imported."""
+    """Run the command line, if it can be imported."""
     began = time.monotonic()
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         line = f"gpu-check: not installed, and needed: {', '.join(missing)}"

@@ -1,6 +1,7 @@
-"""Build for the cards of this machine, and say in the last line what came of it.
+"""Builds for the cards of this machine; the last line says how that went.
 
-``python -m tools.gpu_check.build``. Exit status 1: there is no module, or it has no CUDA kernels.
+``python -m tools.gpu_check.build``. Exit status 1: there is no module, or the module has no CUDA
+kernels.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ ASK = """if True:
     from wnkernel import native
     print(json.dumps([native.load_error(), native.BUILD_INFO]))
 """
-"""In a process of its own: a module that was loaded before it was built stays unloaded."""
+"""Runs in a process of its own: a module that failed to load before the build would stay unloaded.
+"""
 
 
 def main() -> int:
-    """Runs setup.py, which takes an error for an error and does not do with less."""
+    """Run setup.py, in a mode in which every error is an error."""
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     built = subprocess.run(build, cwd=ROOT, env={**os.environ, "WNKERNEL_BUILD": "cuda"})
     if built.returncode:

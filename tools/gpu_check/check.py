@@ -1,10 +1,10 @@
 """The command line of ``make gpu-check``.
 
-Builds the CUDA kernels for this card, tries every kernel, measures the figures that matter most,
-runs the tests on the GPU beside compute-sanitizer, profiles, and goes on with what is worth less
-for as long as there is time. Writes, while it runs, ``gpu-check.log.gz`` (every line of every
-step), ``results.csv``, ``tests.csv``, ``ncu.txt`` and ``summary.txt``. Exit status: 0 all is well,
-1 a step failed, 3 there is no GPU, 4 a package is missing.
+It builds the CUDA kernels for this card, tries every kernel, measures the most important figures,
+runs the tests on the GPU beside compute-sanitizer, and profiles. Less important steps follow as
+long as time is left. While it runs it writes ``gpu-check.log.gz`` (every line of every step),
+``results.csv``, ``tests.csv``, ``ncu.txt`` and ``summary.txt``. The exit status is 0 if all is
+well, 1 if a step failed, 3 without a GPU, 4 if a package is missing.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ from .versions import PROBLEM, Facts, facts_of
 NO_GPU = 3  # The exit status.
 LOG, SUMMARY = "gpu-check.log.gz", "summary.txt"
 FILES = (LOG, SUMMARY, RESULTS, tests_to_run.RESULTS, visit.REPORT)
-"""All that is written: few files, in one folder."""
+"""All files that are written: few files, in one folder."""
 
 SKIPPED = "to be skipped"
 
 begun = [time.monotonic()]
-"""When the program began: imports take their time on a machine that is just started."""
+"""The time at which the program began. It includes imports, which are slow on a machine that has
+just started."""
 
 
 class Device(str, Enum):
-    """Where."""
+    """The device that is checked."""
 
     CUDA = "cuda"
     CPU = "cpu"
@@ -72,7 +73,7 @@ def main(
     if unknown := set(skip or ()) - set(names):
         expected, got = ", ".join(names), ", ".join(sorted(unknown))
         raise typer.BadParameter(f"--skip: expected some of {expected}, got {got}")
-    for name in FILES:  # what an earlier run left is none of this one's results
+    for name in FILES:  # results of an earlier run must not count as this one's
         (out / name).unlink(missing_ok=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -84,14 +85,14 @@ def main(
         told.facts = facts_of(first.tail)
         chosen = visit.steps(out, told.facts, device=device.value)
         told.run([replace(s, absent=SKIPPED) if s.name in (skip or ()) else s for s in chosen])
-    finally:  # an interrupt, too, leaves what there is
+    finally:  # an interrupt also leaves the results so far
         told.end(time.monotonic() - started)
     if failed(told.outcomes):
         raise typer.Exit(1)
 
 
 class _Told:
-    """The outcomes so far, and the files that tell of them."""
+    """The outcomes so far, and the files with them."""
 
     def __init__(self, out: Path, deadline: float, slower: float) -> None:
         self.outcomes: list[Outcome] = []
@@ -100,7 +101,7 @@ class _Told:
         self._log = Log(out / LOG, _say)
 
     def run(self, steps: Sequence[Step]) -> list[Outcome]:
-        """Some steps more."""
+        """Run some more steps."""
         steps = [replace(step, limit_s=self._slower * step.limit_s) for step in steps]
         before = list(self.outcomes)
 
@@ -114,7 +115,7 @@ class _Told:
         return run_steps(steps, ROOT, self._log, self._deadline, _say, then=then)
 
     def end(self, seconds: float) -> None:
-        """The tables, and one line on the whole."""
+        """Write the tables, and one line about everything."""
         self._log.close()
         _say(self._tables())
         verdict = "At least one step failed" if failed(self.outcomes) else "All is well"
@@ -125,7 +126,7 @@ class _Told:
         console.print(self.facts.about, markup=False)
         try:
             print_summary(console, read(self._out))
-        except Exception:  # figures that nobody has thought of must not end the visit
+        except Exception:  # unexpected figures must not end the check
             console.print(f"The summary failed: {traceback.format_exc()}", markup=False)
         for line in (line for o in self.outcomes for line in o.tail if line.startswith(PROBLEM)):
             console.print(line, markup=False)
@@ -138,17 +139,17 @@ class _Told:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # a full disk that the output goes to
+    with suppress(OSError):  # the output may go to a full disk
         print(text, flush=True)
 
 
 def no_gpu() -> str:
-    """Why there is no GPU that torch can use; empty if there is one."""
+    """Return why torch cannot use a GPU; empty if it can."""
     if torch.cuda.is_available():
         return ""
     try:
         torch.cuda.init()
-    except Exception as error:  # no driver, one that is too old, one that does not work
+    except Exception as error:  # no driver, an old driver, or a broken one
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"torch {torch.__version__}: {why}"
     return f"torch {torch.__version__} finds none (torch.cuda.is_available() is false)"

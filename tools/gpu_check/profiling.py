@@ -1,8 +1,8 @@
 """Hardware counters of eight launches of the CUDA kernels: ``python -m tools.gpu_check.profiling
-ncu.txt 'a card'``. Without arguments: the launches themselves, forward and backward, in float32, of
-rows, of a strip that is split (two launches a direction) and of a model as a list.
+ncu.txt 'a card'``. Without arguments it only makes the launches: forward and backward in float32,
+of rows, of a split strip (two launches per direction) and of a model as a list.
 
-The report goes to a file. Exit status: 1 if it has not all of them.
+The report goes to a file. The exit status is 1 if it lacks a launch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAST_LINES = 5
 
 
 def launch(device: str = "cuda") -> None:
-    """Runs them once."""
+    """Make the launches once."""
     with wnkernel.use_backend("cuda" if device == "cuda" else wnkernel.backends.AUTO):
         for cases in LISTS:
             sets = [inputs(c, torch.float32, torch.device(device), k) for k, c in enumerate(cases)]
@@ -45,7 +45,7 @@ def launch(device: str = "cuda") -> None:
 
 
 def command(report: Path) -> list[str]:
-    """With the clock that the card has anyway."""
+    """Return the command, which does not change the clock of the card."""
     words = [tool(PROFILER), "--clock-control", "none", "--force-overwrite"]
     words += ["--kernel-name", f"regex:{KERNEL}", "--launch-count", str(LAUNCHES)]
     words += [word for section in SECTIONS for word in ("--section", section)]
@@ -53,7 +53,7 @@ def command(report: Path) -> list[str]:
 
 
 def main(report: Path, about: str) -> int:
-    """Profiles, and says how many launches are in the report, or what it says instead."""
+    """Profile, and say how many launches are in the report, or which message it has instead."""
     done = subprocess.run(command(report), check=False)
     with report.open("a") as file:
         file.write(f"\n{about}\n")

@@ -1,9 +1,9 @@
-"""Every kind of kernel once, on small weights, each said to be OK or not.
+"""Runs every kind of kernel once, on small weights, and says for each whether it is OK.
 
-``python -m tools.gpu_check.smoke``. Inputs are made and results are checked on the CPU, so that
-next to nothing but kernels of ours runs on the device: that is what a sanitizer should watch, and
-what has Triton compile before anything is timed. What fails does not keep the others from being
-tried, as long as the device works.
+``python -m tools.gpu_check.smoke``. The CPU makes the inputs and checks the results, so that almost
+only our kernels run on the device. That is what a sanitizer should watch, and it makes Triton
+compile before anything is timed. After a failure the other kernels are still tried, as long as the
+device works.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from wnkernel.functional import weight_norm, weight_norms
 
 SHAPES = (
     ((33, 40), (0, 1, None)),  # short rows; columns that end within a block
-    ((6, 5, 3), (0, 1, 2)),  # nothing is a multiple of anything
+    ((6, 5, 3), (0, 1, 2)),  # sizes that are no multiple of anything
     ((5, 1031), (0, 1)),  # rows that end within a vector
     ((2, 9001), (0, None)),  # rows longer than a block keeps
     ((5, 10_240), (0,)),
@@ -34,12 +34,12 @@ SHAPES = (
     ((640, 520), (None,)),  # one row with many elements
     ((1, 300, 3), (0, 1, 2)),
     *(((9, n), (0,)) for n in (64, 128, 256, 512, 1024, 2048, 4096, 8192)),  # rows of every length
-    ((40_000, 5), (1,)),  # columns that are no vectors, and many of them
+    ((40_000, 5), (1,)),  # many columns that are no whole vectors
 )
-"""Every way of cutting a weight into tiles, as far as published models need it."""
+"""Every way of cutting a weight into tiles that published models need."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-Weight = tuple[Tensors, int | None]  # On the CPU, and its dim.
+Weight = tuple[Tensors, int | None]  # The tensors, on the CPU, and the dim.
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -72,7 +72,8 @@ def main(
 
 
 def cases(backend: str, dtype: str, device: str) -> Iterator[tuple[str, str]]:
-    """Runs them; for each weight, and for the list of all, what it is and what is wrong with it."""
+    """Run the cases. Yield, for each weight and for the list of all, its name and what is wrong
+    with it."""
     every: list[Weight] = []
     for shape, dims in SHAPES:
         for dim in dims:
@@ -87,10 +88,11 @@ def cases(backend: str, dtype: str, device: str) -> Iterator[tuple[str, str]]:
 
 
 def run(chosen: Sequence[Weight], device: str) -> str:
-    """What is wrong with the forward and backward of one weight, or of a list; maybe nothing."""
+    """Return what is wrong with the forward and backward of one weight, or of a list; empty if
+    nothing."""
     try:
         _check(chosen, device)
-    except Exception as error:  # whatever a kernel, or its compiler, raises
+    except Exception as error:  # a kernel, or its compiler, may raise anything
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return ""
 
@@ -103,7 +105,7 @@ def _check(chosen: Sequence[Weight], device: str) -> None:
     of_v, of_g = grads[: len(chosen)], grads[len(chosen) :]
     for (t, dim), *got in zip(chosen, ws, of_v, of_g, strict=True):
         want = verify.reference(t.v, t.g, dim, t.grad_w)
-        # in float64 the reference sums no better
+        # In float64 the sums of the reference are no more exact than ours.
         title, long_sums = f"{list(t.v.shape)} dim {dim}", t.v.dtype == torch.float64
         verify.check(title, [x.detach().cpu() for x in got], want, long_sums=long_sums)
 

@@ -1,7 +1,7 @@
-"""Steps that run one after the other, or side by side, each a process with a time limit.
+"""Runs steps one after the other, or side by side. Each step is a process with a time limit.
 
-A step that fails, hangs or floods its output takes no other with it, unless they say that they need
-it. What steps write goes to a log on disk while they run.
+A step that fails, hangs or floods its output stops no other step, unless that step needs it. The
+output of all steps goes to a log on disk while they run.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ LEFT_OUT, CUT = "left out", "cut short"
 BAD = (FAILED, TIMED_OUT)
 
 OWN_LIMIT = "{own limit}"
-"""An argument that stands for the seconds after which a command should begin nothing more."""
+"""Stands for an argument: the seconds after which a command should begin nothing more."""
 
-LEAST_S = 3.0  # With less time than this left, a step is not begun.
-TAIL = 25  # Lines of the output of a step that failed, to be shown.
+LEAST_S = 3.0  # No step begins with less time than this left.
+TAIL = 25  # How many lines of the output of a failed step are shown.
 POLL_S = 0.02
-LAST_S = 1.0  # Between the two last requests to end, and for the last of the output.
+LAST_S = 1.0  # Between the last two requests to end, and for the last output.
 FLUSH_S = 1.0
 
 MOST_LINES = 50_000
-"""Of one step. A tool that reports every thread of every launch must not fill the disk."""
+"""Per step. A tool that reports every thread of every launch must not fill the disk."""
 
-MOST_CHARACTERS = 2_000  # Of one line.
+MOST_CHARACTERS = 2_000  # Per line.
 
 
 class Log:
     """Takes lines from several threads.
 
-    A disk that is full, or any other error of the file, is said once, and ends the writing and
-    nothing else.
+    The first error of the file, such as a full disk, is reported once; after that nothing more is
+    written to it.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
@@ -55,7 +55,7 @@ class Log:
         self._do(lambda: setattr(self, "_file", gzip.GzipFile(path, "wb", compresslevel=6)))
 
     def line(self, step: str, text: str) -> None:
-        """One line, with the time since the beginning and its step."""
+        """Write one line, with the time since the start and the step."""
         with self._lock:
             self._lines[step] += 1
             if self._lines[step] == MOST_LINES:
@@ -65,12 +65,12 @@ class Log:
                 self._write(f"[{seconds:6.1f} {step}] {text[:MOST_CHARACTERS]}\n")
 
     def flush(self) -> None:
-        """Bring to the disk what was written so far, unless that was done just now."""
+        """Bring the lines so far to the disk, unless that happened just now."""
         with self._lock:
             self._write("")
 
     def close(self) -> None:
-        """Nothing is written after this."""
+        """Close the log. Later lines are dropped."""
         with self._lock:
             if self._file is not None:
                 self._do(self._file.close)
@@ -96,29 +96,30 @@ class Step:
 
     name: str
     command: Sequence[str]
-    limit_s: float  # The longest that it may take, its grace included.
+    limit_s: float  # The longest time, including its grace.
     grace_s: float = 5.0
-    """Between the request to end and the end: it has to finish what it is at, and to report."""
+    """The time between the request to end and the end, in which the process finishes its current
+    work and reports."""
     beside: bool = False  # Whether it runs beside the step before it.
-    decides: bool = False  # Whether nothing beside it and after it is run if it fails.
+    decides: bool = False  # Whether a failure stops the steps beside it and after it.
     environment: Mapping[str, str] = field(default_factory=dict)
-    absent: str = ""  # Why there is nothing to run. That is no failure.
-    needed: bool = True  # Whether it is a failure if the time does not suffice.
+    absent: str = ""  # Why nothing can run. This is no failure.
+    needed: bool = True  # Whether a lack of time is a failure.
 
     @property
     def late(self) -> str:
-        """The status if the time does not suffice."""
+        """The status if time is too short."""
         return TIMED_OUT if self.needed else CUT
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step went."""
+    """The result of a step."""
 
     name: str
     status: str
     seconds: float
-    detail: str  # The last line that it wrote, or why it did not run.
+    detail: str  # The last line of the output, or why the step did not run.
     tail: Sequence[str] = ()  # The last lines.
 
 
@@ -135,14 +136,14 @@ def run_steps(
     """Run all steps in a folder.
 
     Args:
-        steps: what to run.
-        cwd: where.
-        log: takes everything that they write.
-        deadline: when all of them must have ended, by ``clock``. Each has its own limit, and no
-            more than what is left.
-        say: takes the lines that tell how it goes.
-        then: called after each step, or after those that ran side by side, with all outcomes.
-        clock: seconds.
+        steps: the steps to run.
+        cwd: the folder.
+        log: takes all output of the steps.
+        deadline: the time by ``clock`` at which all steps must have ended. Each step also has its
+            own limit, but never more than the time that is left.
+        say: takes the lines about the progress.
+        then: called with all outcomes after each step, or after steps that ran side by side.
+        clock: returns seconds.
     """
     outcomes: list[Outcome] = []
     stopped = ""
@@ -164,7 +165,7 @@ def run_steps(
                         break
                     log.flush()
                     time.sleep(POLL_S)
-            finally:  # an interrupt, too, must not leave anything running
+            finally:  # an interrupt must not leave a process running either
                 found = [b.outcome() if isinstance(b, _Running) else b for b in begun]
                 outcomes += found
                 then(outcomes)
@@ -177,12 +178,12 @@ def run_steps(
 
 
 def failed(outcomes: Sequence[Outcome]) -> bool:
-    """Whether any step did not do what it should."""
+    """Whether any step failed."""
     return any(o.status in BAD for o in outcomes)
 
 
 def longest_s(steps: Sequence[Step]) -> float:
-    """What the needed steps take at most."""
+    """Return the longest time that the needed steps may take."""
     groups = _side_by_side([step for step in steps if step.needed and not step.absent])
     return sum(max(step.limit_s for step in group) for group in groups)
 
@@ -197,7 +198,7 @@ def _side_by_side(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _not_run(step: Step, left: float, stopped: str) -> Outcome | None:
-    """The outcome of a step that cannot begin."""
+    """Return the outcome of a step that cannot begin."""
     if why := f"nothing is run after this: {stopped}" if stopped else step.absent:
         return Outcome(step.name, LEFT_OUT, 0.0, why)
     late = Outcome(step.name, step.late, 0.0, "no time was left for it")
@@ -205,7 +206,7 @@ def _not_run(step: Step, left: float, stopped: str) -> Outcome | None:
 
 
 class _Running:
-    """A process, what it writes, and how it is brought to an end."""
+    """A process, its output, and the way to end it."""
 
     def __init__(
         self, step: Step, cwd: Path, log: Log, limit_s: float, clock: Callable[[], float]
@@ -231,7 +232,7 @@ class _Running:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that the whole family can be ended
+                start_new_session=True,  # all its processes can be ended together
             )
         except OSError as error:
             self._error = str(error)
@@ -249,8 +250,8 @@ class _Running:
                 self._tail.append(text)
 
     def has_ended(self) -> bool:
-        """Asks it to end when its time is over: politely first, for pytest then says what failed so
-        far."""
+        """Whether the process has ended. When its time is over, ask it to end; politely first,
+        because pytest then reports its failures so far."""
         if self._process is None or self._code is not None:
             return True
         self._code = self._process.poll()
@@ -268,12 +269,12 @@ class _Running:
         return False
 
     def has_failed(self) -> bool:
-        """By itself, so far."""
+        """Whether the process has failed by itself so far."""
         return self._process is None or bool(self._code)
 
     def outcome(self) -> Outcome:
-        """How it went, after it, and whatever it started, was ended. A process that is stuck in a
-        driver cannot be ended, and is left."""
+        """End the process and all that it started, and return its outcome. A process that is stuck
+        in a driver cannot be ended and is left."""
         step = self.step
         if self._process is None:
             return Outcome(step.name, FAILED, 0.0, self._error)
@@ -290,7 +291,7 @@ class _Running:
             status = FAILED
             last = f"killed by signal {-self._code}. {last}" if self._code < 0 else last
         else:
-            status = CUT if self._code is None else PASSED  # None: it was not given the time
+            status = CUT if self._code is None else PASSED  # None: it had no time to end
         self._log.line(step.name, f"{status} after {seconds:.1f} s")
         return Outcome(step.name, status, seconds, last, tail)
 
@@ -302,8 +303,8 @@ class _Running:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """A shell makes what it runs in the background ignore interrupts, and steps would inherit that.
-    A request to terminate is an interrupt, too."""
+    """Make interrupts work. A shell makes its background processes ignore them, and steps would
+    inherit that. A request to terminate also acts as an interrupt."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

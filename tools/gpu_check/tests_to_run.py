@@ -1,4 +1,4 @@
-"""Which tests a visit to a GPU runs, and with which arguments of pytest."""
+"""The tests that a visit to a GPU runs, and the arguments of pytest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIRST = (
     *("grouping/test_autograd.py", "grouping/test_modes.py", "models/test_layer.py"),
     "core/test_operators.py",
 )
-"""Those that say most about kernels, in the order of their worth."""
+"""The tests that tell most about kernels, the most important first."""
 
 NO_GPU_NEEDED = (
     *("cli/*.py", "cuda/*.py", "fuzz/*.py", "gpu/test_[!o]*.py", "project/*.py"),
@@ -28,28 +28,28 @@ NO_GPU_NEEDED = (
     *("grouping/test_fully_shard.py", "libraries/test_with_*.py"),
     *(f"triton/test_{name}.py" for name in ("balance", "jit", "offline", "plan", "variants")),
 )
-"""Tests that are the same on every machine, and take their time: CI runs them."""
+"""Tests with the same result on every machine, which take long. CI runs them."""
 
 OTHERS = ("gpu/test_on_gpus_large.py", "*/test_*.py")
-"""Those that are not among the first. Tests of large weights wait for each other's memory."""
+"""All other tests. Tests of large weights wait for each other's memory."""
 
 OPTIONAL = ("hypothesis", "expecttest", "safetensors")
-"""Packages that some files of tests cannot do without."""
+"""Packages that some test files need."""
 
 RESULTS = "tests.csv"  # In the folder of results.
 MOST_PROCESSES = 8
 MOST_FAILURES = 60
-MOST_CRASHES = 20  # Of processes, each of which loses a few seconds.
+MOST_CRASHES = 20  # Of processes. Each crash loses a few seconds.
 
 
 def is_installed(package: str) -> bool:
-    """Whether it can be imported."""
+    """Whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 
 def files(patterns: Sequence[str], without: Sequence[str] = ()) -> list[Path]:
-    """Of the tests, in the order of the patterns: without those that need no GPU, or a package that
-    is not installed, which could end the session."""
+    """Return test files in the order of the patterns, without those that need no GPU or a package
+    that is not installed: a missing package could end the whole run."""
     left_out = {p for name in (*NO_GPU_NEEDED, *without) for p in TESTS.glob(name)}
     if packages := [p for p in OPTIONAL if not is_installed(p)]:
         imports = re.compile(rf"^(from|import) ({'|'.join(packages)})\b", re.MULTILINE)
@@ -68,16 +68,16 @@ def arguments(
     results: Path,
     about: str,
 ) -> list[str]:
-    """What pytest is told.
+    """Return the command that runs pytest.
 
     Args:
-        chosen: files.
+        chosen: test files.
         device: where tests create their tensors.
-        backends: only tests that are run on one of these; empty for all tests.
-        and_others: those, too, that are not run on one backend after the other.
-        test_s: a test that takes longer is ended, where pytest-timeout is installed. Somewhat
-            before that it writes where it is.
-        results: the CSV file that a line is added to after every test.
+        backends: run only tests on one of these; empty means all tests.
+        and_others: also run tests that do not run on one backend after the other.
+        test_s: the time limit of a test, if pytest-timeout is installed. Shortly before it ends, a
+            test writes where it is.
+        results: the CSV file that gets a line after every test.
         about: the device and the commit, for that file.
     """
     command = ["--device", device, "-q", "--tb=short", f"--maxfail={MOST_FAILURES}"]
@@ -86,7 +86,7 @@ def arguments(
     command += ["--results", str(results), "--about", about]
     command += ["--only-backends", ",".join(backends)] + ["--and-without-backend"] * and_others
     if is_installed("pytest_timeout"):
-        # by a thread: no signal ends a call of CUDA that does not return
+        # A thread ends the test, because a signal does not end a call of CUDA that hangs.
         command += ["--timeout", f"{test_s:.0f}", "--timeout-method", "thread"]
     if is_installed("xdist"):
         processes = min(MOST_PROCESSES, os.cpu_count() or 1)

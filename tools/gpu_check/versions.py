@@ -1,8 +1,8 @@
-"""What a machine has, and what of it keeps steps from running.
+"""Prints what a machine has, and what prevents steps from running.
 
-``python -m tools.gpu_check.versions``, from the folder with setup.py: the first step, in a process
-of its own, for a card that is broken can hang whoever asks it. Every problem is one line, and one
-line is for the steps that follow.
+``python -m tools.gpu_check.versions``, from the folder with setup.py. This is the first step. It
+has a process of its own, because a broken card can hang any process that asks it. Every problem is
+one line, and one more line is for later steps.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from benchmarks.environment import commit, version_of
 
 from .tests_to_run import is_installed
 
-FACTS = "FACTS "  # Before the line that steps which follow read.
-PROBLEM = "PROBLEM: "  # Before each problem.
+FACTS = "FACTS "  # Begins the line that later steps read.
+PROBLEM = "PROBLEM: "  # Begins each problem.
 PACKAGES = (
     *("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis"),
     *("transformers", "setuptools", "ninja", "pybind11"),
 )
 
-OLDEST_DRIVER = 530  # CUDA 12.1: older ones refuse the arguments of a list.
-ENOUGH_BYTES = 12e9  # Free memory. The largest copy takes 8.6 GB.
+OLDEST_DRIVER = 530  # The driver of CUDA 12.1: older ones refuse the arguments of a list.
+ENOUGH_BYTES = 12e9  # Of free memory. The largest copy takes 8.6 GB.
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Why some steps cannot run; each empty if they can."""
+    """The reasons why some steps cannot run; a reason is empty if they can."""
 
     no_build: str = ""
     no_cuda: str = ""
@@ -44,18 +44,18 @@ class Facts:
 
     @property
     def about(self) -> str:
-        """Of all results."""
+        """The text that identifies the machine in all results."""
         return ", commit ".join(filter(None, (self.device or "no GPU", self.commit)))
 
 
 def facts_of(lines: Sequence[str]) -> Facts:
-    """From what the step wrote; if it did not come to its end, everything is tried."""
+    """Read the facts from the output of the step; without them everything is tried."""
     found = [line.removeprefix(FACTS) for line in lines if line.startswith(FACTS)]
     return Facts(**json.loads(found[-1])) if found else Facts()
 
 
 def main() -> None:
-    """Prints it."""
+    """Print the facts and problems."""
     cpu = _first(_output("sh", "-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2"))
     packages = ((name, version_of(name)) for name in PACKAGES)
     query = "name,driver_version,memory.total,memory.used,clocks.max.sm,clocks.max.memory"
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def no_build() -> str:
-    """Why CUDA kernels cannot be built here."""
+    """Return why CUDA kernels cannot be built here; empty if they can."""
     if missing := [p for p in ("setuptools", "ninja", "pybind11") if not is_installed(p)]:
         return f"not installed: {', '.join(missing)}"
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -91,15 +91,15 @@ def no_build() -> str:
 
 
 def _of_the_card(facts: Facts) -> Facts:
-    """What only the card can tell."""
-    others = _smi("--query-compute-apps=pid,used_memory").splitlines()  # before we are one of them
+    """Add the facts that only the card knows."""
+    others = _smi("--query-compute-apps=pid,used_memory").splitlines()  # before this process joins
     try:
         facts = replace(facts, device=torch.cuda.get_device_name(0))
         print(f"card: {torch.cuda.get_device_properties(0)}", flush=True)
         capability = torch.cuda.get_device_capability(0)
         free, total = torch.cuda.mem_get_info(0)
         torch.zeros(1, device="cuda:0")
-    except Exception as error:  # no memory for so much as a context, a mode that forbids it, ...
+    except Exception as error:  # no memory for a context, a mode that forbids it, ...
         why = f"the card cannot be used: {_first(str(error))}"
         return replace(facts, no_cuda=why, no_triton=why)
     if free < ENOUGH_BYTES:
@@ -114,7 +114,7 @@ def _of_the_card(facts: Facts) -> Facts:
 
 
 def no_cuda(capability: tuple[int, int], driver: str) -> str:
-    """Why CUDA kernels cannot run on a card, if that is known before they are built."""
+    """Return why CUDA kernels cannot run on a card, if that is known before the build."""
     import setup
 
     if capability < setup.OLDEST_GPU:
@@ -127,7 +127,7 @@ def no_cuda(capability: tuple[int, int], driver: str) -> str:
 
 
 def no_triton() -> str:
-    """Why Triton kernels cannot run."""
+    """Return why Triton kernels cannot run; empty if they can."""
     from wnkernel.backends import BACKENDS
 
     reasons = BACKENDS["triton"].reasons(torch.empty(1, device="cuda"))
@@ -143,7 +143,7 @@ def _smi(query: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, or why it does not."""
+    """Return the output of a command, or why it has none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=8, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

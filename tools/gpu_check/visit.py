@@ -1,4 +1,4 @@
-"""The steps of ``make gpu-check``: which commands, in which order, with which limits."""
+"""The steps of ``make gpu-check``: their commands, their order, their limits."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from .tests_to_run import FIRST, OTHERS, RESULTS, arguments, files, is_installed
 from .versions import Facts
 
 LIMIT_S = 475.0
-"""For everything. A machine is lent for fifteen minutes, its start included: two visits."""
+"""The limit for all steps. Two visits fit into the fifteen minutes for which a machine is lent,
+including its start."""
 
-SUMMARY_S = 5.0  # Of that, for what comes after the last step.
+SUMMARY_S = 5.0  # The part of the limit for what follows the last step.
 TEST_S, LONG_TEST_S = 25.0, 60.0
-"""A test that takes longer is ended. Most take less than a second; those that compile, 20."""
+"""The limits for one test. Most take less than a second, those that compile take 20."""
 
 SANITIZER, PROFILER = "compute-sanitizer", "ncu"
 TOOLS = ("memcheck", "racecheck")
 WATCHED = ("float32", "bfloat16")
-"""Under a sanitizer everything takes long. The other types are the same sources."""
+"""The dtypes under a sanitizer, where everything is slow. The other dtypes share their sources."""
 
 REPORT = "ncu.txt"  # In the folder of results.
 BACKENDS_OF_TESTS = {
@@ -39,11 +40,11 @@ BACKENDS_OF_TESTS = {
     ("cpu", "cuda"): ("cpu", "auto"),
     ("cpu", "triton"): ("eager",),
 }
-"""By the device, and what a step is called after."""
+"""The backends of the tests, by the device and the name of the step."""
 
 
 def tool(name: str) -> str:
-    """The path of a tool of CUDA; empty if it is nowhere."""
+    """Return the path of a tool of CUDA; empty if it is not found."""
     homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
     folders = [os.path.join(home, "bin") for home in homes if home]
     known = ("/usr/local/cuda*/bin", f"/usr/local/cuda*/{name}", "/opt/nvidia/nsight-compute/*")
@@ -52,23 +53,22 @@ def tool(name: str) -> str:
 
 
 def versions() -> Step:
-    """The first step, which says what the others have to know."""
+    """Return the first step, which finds the facts for the others."""
     return Step("versions", _python("tools.gpu_check.versions"), 25.0, environment=_here())
 
 
 def steps(out: Path, facts: Facts, *, device: str = "cuda") -> list[Step]:
-    """All steps after the first, in their order: what is worth most first. On a CPU they try out
-    the visit itself, in small.
-    """
+    """Return all steps after the first, the most valuable first. On a CPU they try the visit
+    itself, with small sizes."""
     v = _Visit(out.resolve(), facts, device)
     found = [
-        # for this card alone; a build that fails is to be mended at once, and nothing comes after
-        # it; where nothing can be built, what needs no build is run
+        # The build is only for this card. If it fails, nothing follows, because it must be repaired
+        # first. If nothing can be built, the steps without a build run.
         replace(
             Step("build", _python("tools.gpu_check.build"), 130.0, decides=True),
             absent=facts.no_build or facts.no_cuda,
         ),
-        # beside the build: variants are kept on disk, and what comes later finds them there
+        # This runs beside the build. Triton keeps its kernels on disk, where later steps find them.
         *v.each_dtype("compile triton", "triton", 130.0, all_beside=True),
         *v.each_dtype("smoke, cuda", "cuda", 20.0),
         v.benchmark("key figures, cuda", "cuda", Part.KEY, 90.0),
@@ -88,7 +88,7 @@ def steps(out: Path, facts: Facts, *, device: str = "cuda") -> list[Step]:
 
 
 class _Visit:
-    """What the steps of one visit have in common."""
+    """The settings that the steps of one visit share."""
 
     def __init__(self, out: Path, facts: Facts, device: str) -> None:
         self._out, self._facts, self._device = out, facts, device
@@ -100,8 +100,8 @@ class _Visit:
     def each_dtype(
         self, name: str, backend: str, limit_s: float, *, all_beside: bool = False
     ) -> list[Step]:
-        """A process per type of elements, side by side: what one does to the device, another does
-        not see."""
+        """Return one process per dtype, side by side: a device fault of one does not reach the
+        others."""
         absent = "a CPU needs none" if all_beside and self._is_dry else self._absent[backend]
         return [
             Step(
@@ -120,7 +120,8 @@ class _Visit:
         return [*command, *(word for dtype in dtypes for word in ("--dtype", dtype))]
 
     def benchmark(self, name: str, backend: str, part: Part, limit_s: float) -> Step:
-        """Of one backend beside torch. Without kernels, CUDA's turn measures torch and copies."""
+        """Return the benchmark of one backend beside torch. Without CUDA kernels, CUDA's turn
+        measures torch and copies."""
         sections = [Section.SINGLE, Section.WHOLE, Section.HOST]
         if backend == "cuda":
             sections.insert(0, Section.COPY)
@@ -130,7 +131,7 @@ class _Visit:
         return Step(name, command, limit_s, grace_s=8.0, absent=absent)
 
     def rival(self, limit_s: float) -> Step:
-        """FlagGems, where it is installed."""
+        """Return the benchmark of FlagGems, where it is installed."""
         absent = "" if is_installed(FLAGGEMS_PACKAGE) else f"{FLAGGEMS_PACKAGE} is not installed"
         command = self._measure([Section.FLAGGEMS], "", Part.REST)
         return Step(Section.FLAGGEMS.value, command, limit_s, absent=absent, needed=False)
@@ -145,7 +146,7 @@ class _Visit:
         return [*command, *(word for s in sections for word in ("--only", s.value))]
 
     def tests(self, name: str, backend: str, limit_s: float) -> Step:
-        """Of one backend those worth most, or all the others."""
+        """Return the most important tests of one backend, or all others."""
         command = arguments(
             files(FIRST) if backend else files(OTHERS, without=FIRST),
             device=self._device,
@@ -159,18 +160,19 @@ class _Visit:
         return Step(name, _python("pytest", *command), limit_s, grace_s=20.0, absent=absent)
 
     def sanitizers(self, limit_s: float) -> list[Step]:
-        """Beside the tests: nothing is timed there."""
+        """Return the sanitizer steps, which run beside the tests, where nothing is timed."""
         found = tool(SANITIZER)
         absent = self._absent["cuda"] or ("" if found else f"{SANITIZER} was not found")
         options = ["--error-exitcode", "9", "--report-api-errors", "no", "--print-limit", "20"]
         options += ["--target-processes", "application-only", *self._smoke("cuda", *WATCHED)]
-        # every tensor an allocation of its own: within torch's pools nothing is out of bounds
+        # Every tensor is an allocation of its own: inside torch's pools no access is out of bounds.
         own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         step = Step("", [], limit_s, beside=True, absent=absent, environment=own)
         return [replace(step, name=n, command=[found, "--tool", n, *options]) for n in TOOLS]
 
     def profile(self, limit_s: float) -> Step:
-        """Hardware counters of eight launches, at the clock that the card has anyway."""
+        """Return the step for hardware counters of eight launches, without a change of the card's
+        clock."""
         absent = self._absent["cuda"] or ("" if tool(PROFILER) else f"{PROFILER} was not found")
         told = str(self._out / REPORT), self._facts.about
         return Step("profile", _python("tools.gpu_check.profiling", *told), limit_s, absent=absent)
@@ -182,5 +184,5 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 def _here(**more: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # threads that spin while they wait keep the processes beside them from running
+    # Threads that spin while they wait would slow the processes beside them.
     return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive", **more}
