@@ -173,7 +173,7 @@ def test_unknown_name_in_the_environment():
 
 WITHOUT_MODULE = "import sys; sys.modules['wnkernel._C'] = None\n"
 QUIETLY = "-W", "ignore::UserWarning:wnkernel"
-"""Without the line of tests/test_installation.py."""
+"""Without the line of tests/project/test_installation.py."""
 
 
 def test_environment_variable_that_cannot_run():
