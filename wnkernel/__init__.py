@@ -1,6 +1,6 @@
 """Weight normalisation for PyTorch with compiled kernels, exact to the second derivative."""
 
-from . import _program, _versions, functional  # noqa: F401 (both act at once)
+from . import _program, _versions, functional  # noqa: F401 (both run code on import)
 from ._info import info
 from ._version import __version__
 from .backends import use_backend

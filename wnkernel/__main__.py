@@ -1,5 +1,5 @@
-"""``python -m wnkernel`` is the command line; without arguments it prints :func:`wnkernel.info` as
-JSON, whatever is installed."""
+"""``python -m wnkernel`` runs the command line. Without arguments it prints :func:`wnkernel.info`
+as JSON, which needs none of the packages of the command line."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 """Autograd for the Python-only backends: one node for a list of weight norms.
 
-Nothing goes through ``save_for_backward``: v, g and norm are attributes of the node, and their
-versions are compared here. So the node may run backward any number of times, and activation
-checkpointing, which counts saved tensors, sees none of it. csrc/node.cpp is the twin for the
+The node keeps v, g and norm as attributes instead of using ``save_for_backward``, and this file
+compares their versions. So the node may run backward any number of times, and activation
+checkpointing, which counts saved tensors, does not see them. csrc/node.cpp is the twin for the
 compiled operators.
 """
 
@@ -24,11 +24,11 @@ from .observers import have_addresses, is_transformed
 from .problem import accumulation_dtype, version_of
 
 Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
-"""Of all v and of all g; None where not needed."""
+"""The gradients of all v and of all g; an entry is None if its gradient is not needed."""
 
 
 def weight_norms(problems: Problems, backend: PythonBackend) -> list[Tensor]:
-    """``w`` of every problem, differentiable through one node."""
+    """Compute ``w`` of every problem, differentiable through one autograd node."""
     tensors = *problems.v, *problems.g
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return list(_Forward.apply(backend, problems, *tensors))
@@ -38,7 +38,7 @@ def weight_norms(problems: Problems, backend: PythonBackend) -> list[Tensor]:
 def norms(
     v: Tensor, compute: Callable[[Tensor], Tensor], weight_norm: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """``compute(v)`` in v's dtype, differentiable by ``weight_norm(v, g)``."""
+    """Return ``compute(v)`` in v's dtype; its derivative is computed by ``weight_norm(v, g)``."""
     return _Norms.apply(v, compute, weight_norm)
 
 
@@ -54,7 +54,7 @@ class _Forward(Function):
         need, n = ctx.needs_input_grad[2:], len(w)
         needs = list(map(or_, need[:n], need[n:]))
         if not all(needs):
-            # Nothing is to be computed for weights of which neither v nor g wants a gradient.
+            # The backward computes nothing for weights of which neither v nor g needs a gradient.
             frozen = (t for t, is_needed in zip(w, needs, strict=True) if not is_needed)
             ctx.mark_non_differentiable(*frozen)
         return tuple(w)
@@ -76,9 +76,9 @@ class _Forward(Function):
             )
             versions = of_v + of_g
         inputs = *problems.v, *problems.g
-        if any(t.layout != torch.strided for t in grad_ws):  # of an embedding, say
+        if any(t.layout != torch.strided for t in grad_ws):  # an embedding makes sparse ones
             grad_ws = [t if t.layout == torch.strided else t.to_dense() for t in grad_ws]
-        in_graph = is_dynamo_compiling()  # of compiled autograd, which has asked for the key below
+        in_graph = is_dynamo_compiling()  # compiled autograd has called _compiled_autograd_key
         if not in_graph and _versions_of(inputs) != versions:
             names = "v" * len(live) + "g" * len(live)
             for changed in zip(names, inputs, versions, strict=True):
@@ -92,8 +92,9 @@ class _Forward(Function):
 
     @staticmethod
     def _compiled_autograd_key(ctx: Any) -> Any:
-        """What compiled autograd asks for before every backward. Its graphs know no versions, so
-        all weights have to be as they were, even one that will get no gradient."""
+        """Compiled autograd calls this before every backward. Its graphs do not compare versions,
+        so v and g of every weight that requires grad are checked here, even if this backward gives
+        them no gradient."""
         need, n, inputs = ctx.needs_input_grad[2:], len(ctx.problems), ctx.problems
         for k in range(n):
             if need[k] or need[n + k]:
@@ -110,9 +111,10 @@ def _derivative(
     need_v: Sequence[bool],
     need_g: Sequence[bool],
 ) -> Grads:
-    """The first derivative."""
+    """Compute the first derivative, with the kernels of the backend if they can take the
+    gradients."""
     if not is_dynamo_compiling():
-        if any(map(Tensor._is_zerotensor, grad_ws)):  # zeros without memory
+        if any(map(Tensor._is_zerotensor, grad_ws)):  # these zeros have no memory
             grad_ws = [t.clone() for t in grad_ws]
         if backend.is_traceable or have_addresses(grad_ws):
             return backend.backward(problems, norms, grad_ws, need_v, need_g)
@@ -129,7 +131,7 @@ def _followed_derivative(
     need_v: Sequence[bool],
     need_g: Sequence[bool],
 ) -> Grads:
-    """The first derivative as a differentiable operation."""
+    """Compute the first derivative by an operation that is differentiable itself."""
     columns = norms, need_v, need_g
     found = iter(_Backward.apply(backend, problems, *columns, *grad_ws, *problems.v, *problems.g))
     grad_v, grad_g = ([next(found) if needed else None for needed in need] for need in columns[1:])
@@ -137,7 +139,8 @@ def _followed_derivative(
 
 
 class _Backward(Function):
-    """Wanted grad_v, then wanted grad_g."""
+    """The first derivative as an autograd node. It returns the needed grad_v, then the needed
+    grad_g."""
 
     @staticmethod
     def forward(
@@ -176,7 +179,8 @@ class _Backward(Function):
 
 
 class _Norms(Function):
-    """Norms. With u = v / norm the derivative is grad_v = grad_norm * u, which is a weight norm."""
+    """The norms of v as an autograd node. With u = v / norm the derivative is
+    ``grad_v = grad_norm * u``, which is a weight norm."""
 
     @staticmethod
     def forward(
@@ -203,7 +207,7 @@ class _Norms(Function):
 def _versions_of(tensors: Sequence[Tensor]) -> list[int]:
     try:
         return list(map(attrgetter("_version"), tensors))
-    except RuntimeError:  # an inference tensor
+    except RuntimeError:  # an inference tensor has no version
         return list(map(version_of, tensors))
 
 

@@ -1,4 +1,4 @@
-"""What is built, what runs and why not: ``python -m wnkernel`` prints it, for every bug report."""
+"""What is installed, which backends run and why others cannot: the facts of a bug report."""
 
 from __future__ import annotations
 
@@ -14,41 +14,45 @@ from .backends import BACKENDS, choice
 
 
 class Info(TypedDict):
-    """What :func:`info` returns."""
+    """The entries of the dict that :func:`info` returns."""
 
     wnkernel: str
     torch: str
     python: str
     platform: str
     limits: list[str]
-    """What this torch cannot do."""
+    """The features that this version of torch lacks, in words."""
     threads: int
-    """How many threads the CPU kernels may use, which is how many torch uses."""
+    """How many CPU threads torch uses, and so how many the CPU kernels may use."""
     compiled: dict[str, Any] | None
-    """What the compiled module was built with (torch, compiler, devices), the instruction set in
-    use; or None."""
+    """What the compiled module was built with (torch, compiler, devices) and the instruction set
+    that it uses; None if it is not loaded."""
     load_error: str
-    """Why the compiled module is not loaded; empty when it is."""
+    """Why the compiled module is not loaded; empty if it is."""
     build_command: str
-    """The command that would build and install it for this torch; empty where it is loaded or this
-    torch was not tried."""
+    """The command that would build and install the compiled module for this torch; empty if it is
+    loaded or if this version of torch was not tried."""
     backends: dict[str, list[str]]
-    """For every backend, in the order of the automatic choice, the reasons why it cannot run here
-    (empty: it can)."""
+    """For every backend, in the order of the automatic choice, the reasons why it cannot run here.
+    The list of reasons is empty if the backend can run."""
     cpu: dict[str, Any] | None
-    """Bytes of the caches (``l1d``, ``l2``, ``l3``: what a thread may count on) and of a ``page``,
-    and the ``sources`` of these facts; None without the compiled module."""
+    """The sizes in bytes of the caches (``l1d``, ``l2``, ``l3``: as much as one thread may count
+    on) and of a ``page``, and the ``sources`` of these sizes; None without the compiled module."""
     cpu_buffers: dict[str, int]
-    """Bytes that results on the CPU use and hold."""
+    """The result of :func:`wnkernel.cpu_buffers`."""
     triton: dict[str, int] | None
-    """Variants of the Triton kernels that this process has launched, and how many one combination
-    of dtypes can come to; None where they cannot run."""
+    """How many variants of the Triton kernels this process has launched, and how many one
+    combination of dtypes can have; None if the Triton kernels cannot run."""
     forced_backend: str | None
-    """The one asked for on this thread, or None."""
+    """The backend that was chosen by name on this thread, or None."""
 
 
 def info() -> Info:
-    """Versions, the compiled module and every backend, as plain JSON types (:class:`Info`)."""
+    """Describe the installation: versions, the compiled module and every backend.
+
+    Returns:
+        A dict of plain JSON types, with the keys of :class:`Info`.
+    """
     triton: Any = BACKENDS["triton"]
     return {
         "wnkernel": __version__,

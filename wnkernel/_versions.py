@@ -1,6 +1,6 @@
-"""Which versions of torch were tried, and what some of them cannot do.
+"""Which versions of torch were tried, and which features some of them lack.
 
-The tests, docs/versions.md and :func:`wnkernel.info` say what stands here.
+The tests, docs/versions.md and :func:`wnkernel.info` use or repeat these facts.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import NamedTuple
 import torch
 
 OLDEST, NEWEST = (2, 4), (2, 15)
-"""The oldest and the newest torch that the tests were run with: docs/versions.md."""
+"""The oldest and the newest torch that the tests ran with; docs/versions.md has the details."""
 
 ANY_TORCH = "WNKERNEL_ANY_TORCH"
-"""Environment variable: 1 runs the compiled kernels and those of Triton with any torch."""
+"""The environment variable that lets the compiled and the Triton kernels run with any torch if it
+is 1."""
 
 
 class Limit(NamedTuple):
-    """Something that older versions of torch lack."""
+    """A feature that older versions of torch lack."""
 
     since: tuple[int, int]
-    """The first torch that has it."""
+    """The first version of torch that has the feature."""
     what: str
 
 
@@ -60,23 +61,23 @@ LIMITS = {
         (2, 5), "compiled autograd cannot read what the nodes of the eager backend keep"
     ),
 }
-"""By names for the tests."""
+"""All limits, by the names that the tests use."""
 
 
 def release(version: str) -> tuple[int, int]:
-    """``(2, 13)`` for ``"2.13.0+cpu"``."""
+    """The first two numbers of a version: ``(2, 13)`` for ``"2.13.0+cpu"``."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
 def limits(version: str) -> list[str]:
-    """What a torch lacks, in words."""
+    """The features that a version of torch lacks, in words."""
     return [limit.what for limit in LIMITS.values() if release(version) < limit.since]
 
 
 def untried() -> str:
-    """Why no kernels of ours run with this torch; empty if it was tried, or if the environment
-    says that they are to run all the same."""
+    """Why the kernels of this package do not run with this torch. The result is empty if this
+    version was tried, or if :data:`ANY_TORCH` allows all versions."""
     if _any_torch() or OLDEST <= release(torch.__version__) <= NEWEST:
         return ""
     oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
@@ -93,5 +94,5 @@ def _any_torch() -> bool:
 if _reason := untried():
     warnings.warn(
         f"wnkernel: {_reason}; the eager backend runs, {ANY_TORCH}=1 asks for the others",
-        stacklevel=3,  # whoever imports the package
+        stacklevel=3,  # the line that imports the package
     )

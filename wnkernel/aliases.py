@@ -1,6 +1,6 @@
-"""``weight_g`` and ``weight_v`` on layers with parametrizations: what code for torch's legacy hook
-reads and writes (``layer.weight_g.data.fill_(1)``, ``layer.weight_g.requires_grad = False``,
-``prune.l1_unstructured(layer, "weight_v", 0.5)``)."""
+"""The attributes ``weight_g`` and ``weight_v`` of layers with parametrizations. Code for torch's
+legacy hook reads and writes them (``layer.weight_g.data.fill_(1)``,
+``layer.weight_g.requires_grad = False``, ``prune.l1_unstructured(layer, "weight_v", 0.5)``)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from .census import parametrizations_of
 from .keys import G, V, legacy_keys
 
 PRUNED = "_orig"
-"""What :mod:`torch.nn.utils.prune` appends to the name of a parameter that it takes over."""
+"""The suffix that :mod:`torch.nn.utils.prune` appends to the name of a parameter that it takes
+over."""
 
 
 class LegacyName(property):
-    """An original of a weight norm, under its legacy name. The name is nobody's once the weight
-    norm is gone, however that happened."""
+    """A property that gives g or v of a weight norm under its legacy name. Once the weight norm is
+    removed, by whatever code, the module has no attribute of this name."""
 
     def __init__(self, key: str, name: str, original: str) -> None:
-        # Functions: torch.compile of torch 2.6 reads no property of bound methods.
+        # These are lambdas, because torch.compile of torch 2.6 reads no property of bound methods.
         super().__init__(
             lambda module: self._get(module),
             lambda module, value: self._set(module, value),
@@ -32,7 +33,7 @@ class LegacyName(property):
         self.original = original
 
     def weights(self, module: nn.Module) -> parametrize.ParametrizationList | None:
-        """The list that the original is in; None once the weight norm is gone."""
+        """The list of parametrizations that holds g or v; None once the weight norm is removed."""
         if not parametrize.is_parametrized(module, self.name):
             return None
         return parametrizations_of(module, self.name)
@@ -40,7 +41,7 @@ class LegacyName(property):
     def _get(self, module: nn.Module) -> Tensor:
         weights = self.weights(module)
         if weights is None:
-            raise AttributeError  # nn.Module.__getattr__ is asked next
+            raise AttributeError  # Python calls nn.Module.__getattr__ next
         return getattr(weights, self.original)
 
     def _set(self, module: nn.Module, value: Any) -> None:
@@ -49,14 +50,14 @@ class LegacyName(property):
             raise AttributeError(f"{type(module).__name__} has no weight norm on {self.name!r}")
         try:
             setattr(weights, self.original, value)
-        except TypeError as error:  # torch's, of what is no Parameter
+        except TypeError as error:  # torch raises it for what is no Parameter
             raise TypeError(str(error).replace(self.original, self.key)) from None
 
     def _delete(self, module: nn.Module) -> None:
         weights = self.weights(module)
         if weights is None:
             raise AttributeError(f"{type(module).__name__} has no {self.key!r}")
-        # What pruning has put there, see below: prune.remove deletes it, then gives back g or v.
+        # prune.remove deletes the masked tensor that pruning set, then registers g or v again.
         if vars(weights).pop(self.original, None) is None:
             raise AttributeError(
                 f"{self.name}: expected both g and v to go, or neither; "
@@ -65,28 +66,30 @@ class LegacyName(property):
 
 
 def answer_to_legacy_names(module: nn.Module, name: str) -> None:
-    """Let ``module.<name>_g`` and ``module.<name>_v`` be the originals of a weight norm.
+    """Let ``module.<name>_g`` and ``module.<name>_v`` be g and v of a weight norm.
 
-    The module's class has to be its own.
+    No other module may share the class of this module.
     """
     for key, original in zip(legacy_keys(name), (G, V), strict=True):
         setattr(type(module), key, LegacyName(key, name, original))
 
 
 def forget_legacy_names(module: nn.Module, name: str) -> None:
-    """Undo :func:`answer_to_legacy_names`, if it was done and the module has a class of its own."""
+    """Undo :func:`answer_to_legacy_names` if it was called and the module has a class of its
+    own."""
     for key in legacy_keys(name):
         if isinstance(vars(type(module)).get(key), LegacyName):
             delattr(type(module), key)
 
 
 def has_legacy_names(module: nn.Module, name: str) -> bool:
-    """Whether a module answers to the legacy names of a weight norm."""
+    """Whether a module has the legacy names of a weight norm as attributes."""
     return _alias(module, legacy_keys(name)[0]) is not None
 
 
 def pruned_original(module: nn.Module, name: str) -> str | None:
-    """The legacy name of g or v, if :mod:`torch.nn.utils.prune` computes it from a mask."""
+    """The legacy name of the g or v that :mod:`torch.nn.utils.prune` computes from a mask, or
+    None."""
     for key in legacy_keys(name):
         if key + PRUNED in module._parameters and key not in module._parameters:
             return key
@@ -94,10 +97,10 @@ def pruned_original(module: nn.Module, name: str) -> str | None:
 
 
 def register_by_legacy_name(module: nn.Module, key: str, parameter: nn.Parameter | None) -> bool:
-    """Do what ``module.register_parameter`` is asked for if that concerns a legacy name.
+    """Handle ``module.register_parameter(key, parameter)`` if ``key`` is a legacy name.
 
     Returns:
-        Whether it is done. After False the module still has to register the parameter.
+        Whether the parameter has been registered. If not, the module still has to register it.
     """
     alias = _alias(module, key)
     if alias is not None and alias.weights(module) is not None:
@@ -108,8 +111,8 @@ def register_by_legacy_name(module: nn.Module, key: str, parameter: nn.Parameter
         return False
     weights = pruned.weights(module)
     if weights is not None and weights._parameters.get(pruned.original) is parameter:
-        # Pruning keeps the parameter under another name, deletes this entry of the module's own
-        # parameters, and assigns a masked tensor to the legacy name before every forward.
+        # Pruning registers the parameter under another name, deletes the legacy name from the
+        # module's parameters, and assigns a masked tensor to that name before every forward.
         module._parameters[pruned.key] = weights._parameters.pop(pruned.original)
     return False
 

@@ -1,5 +1,5 @@
-"""What ``layer.weight = w`` means for a weight-normed layer, and what cannot take the place of a
-weight."""
+"""The effect of ``layer.weight = w`` on a weight-normed layer, and the parameters that it
+refuses."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .lost_writes import forget_writes
 
 @torch.inference_mode(False)
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """What ``module.weight = value`` means: g and v that give this weight. They stay the Parameters
-    that they are, so optimizers go on. A frozen Parameter freezes them, and one that is not frozen
-    lets them be trained if both were frozen. Another shape is taken, as by a plain layer."""
+    """Carry out ``module.weight = value``: write the g and v that give this weight. g and v stay
+    the same Parameters, so optimizers keep working. A frozen Parameter freezes both; a Parameter
+    that requires grad unfreezes them if both were frozen. A value of another shape is accepted, as
+    by a plain layer."""
     weights = parametrizations_of(module, name)
-    if not isinstance(weights, WeightNormOriginals):  # spectral norm alone, say
+    if not isinstance(weights, WeightNormOriginals):  # for example spectral norm alone
         weights.right_inverse(value)
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     g, v = originals(weights)
     expected, got = ((t.dtype, t.device) for t in (v, value))
-    if expected != got and len(stacked_in(weights)) == 1:  # what is stacked may change them
+    if expected != got and len(stacked_in(weights)) == 1:  # stacked ones may change dtype or device
         raise ValueError(
             f"{name}: expected a weight like the one of this {type(module).__name__}, of "
             f"{expected[0]} on {expected[1]}, got {got[0]} on {got[1]}; one of another kind can "
             "take its place after wnkernel.remove_weight_norm(layer)"
         )
-    value_is_kept = value.shape != v.shape  # as v, see assign_weight
+    value_is_kept = value.shape != v.shape  # it becomes v, see assign_weight
     w = value.detach()
     if value_is_kept or torch._C._is_alias_of(w, v):  # type: ignore[attr-defined]  # no stub has it
         w = w.clone()
@@ -44,7 +45,7 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def refuse(module: nn.Module, name: str, parameter: object) -> None:
-    """Raise for what would take the place of a weight, or of g or v, and is no plain Parameter."""
+    """Raise an error: ``parameter`` is no plain Parameter and would replace a weight, or g or v."""
     kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
     raise RuntimeError(
         f"{name}: expected a plain torch.nn.Parameter for a {type(module).__name__} with weight "

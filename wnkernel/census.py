@@ -8,8 +8,8 @@ kind                                                   what computes the weight
 ``TORCH_HOOK``, of ``torch.nn.utils.weight_norm``      a hook that runs before each forward (legacy)
 =====================================================  ==========================================
 
-A subclass of one of the three counts as of its kind, but may compute another weight. What is known
-to be ``g * v / norm(v)`` of its g and v, and of nothing else, is exact.
+A subclass of one of the three counts as its kind, but may compute another weight. A weight is exact
+if it is known to be ``g * v / norm(v)`` and to depend on nothing but its g and v.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TORCH = "torch.nn.utils.parametrizations.weight_norm"
 TORCH_HOOK = "torch.nn.utils.weight_norm"
 
 Norm = WeightNorm | TorchWeightNorm | LegacyHook
-"""What computes a weight, of each kind."""
+"""The object that computes a weight: a parametrization or torch's legacy hook."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,29 @@ class NormedParameter:
     """A weight-normed parameter of a model."""
 
     path: str
-    """Its name in the model, such as ``decoder.conv.weight``."""
+    """The name of the parameter in the model, such as ``decoder.conv.weight``."""
     module: nn.Module
     name: str
-    """Its name in the module."""
+    """The name of the parameter in its module."""
     kind: str
-    """OURS, TORCH or TORCH_HOOK."""
+    """``OURS``, ``TORCH`` or ``TORCH_HOOK``."""
     norm: Norm
-    """The parametrization, or the hook."""
+    """The parametrization or the hook that computes the weight."""
 
     @property
     def weights(self) -> parametrize.ParametrizationList:
-        """The list of parametrizations; there is none of a hook."""
+        """The list of parametrizations of the parameter. A parameter with a legacy hook has no
+        list."""
         return parametrizations_of(self.module, self.name)
 
     @property
     def is_first(self) -> bool:
-        """Whether the weight norm is computed before whatever else is in the list."""
+        """Whether the weight norm is computed before all other parametrizations of the list."""
         return self.kind == TORCH_HOOK or stacked_in(self.weights)[0] is self.norm
 
     @property
     def is_alone(self) -> bool:
-        """Whether nothing else is computed on the way from g and v to the weight."""
+        """Whether the weight norm is the only computation between g and v and the weight."""
         return self.kind == TORCH_HOOK or is_alone(self.weights)
 
     @property
@@ -71,18 +72,18 @@ class NormedParameter:
 
     @property
     def eps(self) -> float:
-        """The lower bound of the norms; torch's kinds have none."""
+        """The lower bound of the norms; 0 for torch's kinds, which have no such bound."""
         return getattr(self.norm, "eps", 0.0)
 
     def originals(self) -> tuple[Tensor, Tensor]:
-        """``(g, v)``."""
+        """The tensors ``(g, v)``."""
         if self.kind == TORCH_HOOK:
             g, v = (getattr(self.module, key) for key in legacy_keys(self.name))
             return g, v
         return originals(self.weights)
 
     def source(self) -> Hashable:
-        """What the weight is computed from: the same for two that share g and v."""
+        """A key that is equal for two weights that are computed alike from the same g and v."""
         if not self.is_exact:
             return id(self.module), self.name
         g, v = self.originals()
@@ -93,7 +94,7 @@ def census(model: nn.Module, *, shared: bool = False) -> list[NormedParameter]:
     """Every weight-normed parameter of a model, in the order of ``named_modules``.
 
     Args:
-        model: any module; everything beneath it is looked at.
+        model: any module; it is searched with all modules inside it.
         shared: whether a module that the model has under several names counts under each of them.
     """
     return [
@@ -104,11 +105,11 @@ def census(model: nn.Module, *, shared: bool = False) -> list[NormedParameter]:
 
 
 def normed_in(module: nn.Module, path: str = "") -> dict[str, NormedParameter]:
-    """The weight-normed parameters of a module, and not of its children, by their names in it.
+    """The weight-normed parameters of a module itself, without its children, by their names.
 
     Args:
         module: any module.
-        path: its own name in the model.
+        path: the name of ``module`` in the model.
     """
     prefix = f"{path}." if path else ""
     found: dict[str, NormedParameter] = {}
@@ -143,13 +144,13 @@ def is_alone(weights: parametrize.ParametrizationList) -> bool:
 
 
 def originals(weights: parametrize.ParametrizationList) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` of a list."""
+    """The tensors ``(g, v)`` of a list of parametrizations."""
     return getattr(weights, G), getattr(weights, V)
 
 
 def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
-    """torch's legacy weight norms of a module: the names of the parameters, and for each the hook
-    after its key among the hooks."""
+    """The legacy hooks of a module, by the names of their parameters: for each name the key in
+    ``_forward_pre_hooks``, and the hook."""
     return {
         hook.name: (key, hook)
         for key, hook in module._forward_pre_hooks.items()
@@ -158,15 +159,15 @@ def legacy_hooks(module: nn.Module) -> dict[str, tuple[int, LegacyHook]]:
 
 
 def parametrizations_of(module: nn.Module, name: str) -> parametrize.ParametrizationList:
-    """``module.parametrizations[name]``, which is a tensor or any module to a type checker."""
+    """``module.parametrizations[name]`` with its type, which type checkers cannot infer."""
     lists: Any = module.parametrizations
     return lists[name]
 
 
 def own_parametrizations(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """The parametrizations of a module itself, by the names of the parameters. Wrappers (that of
-    ``torch.compile``, PEFT's, FSDP's) answer for the module that they hold when they are asked
-    for ``parametrizations``, and have none."""
+    """The lists of parametrizations of a module itself, by the names of the parameters. This does
+    not read the attribute ``parametrizations``, because wrappers (of ``torch.compile``, PEFT and
+    FSDP) pass that on to the module that they wrap."""
     lists = module._modules.get("parametrizations")
     if not isinstance(lists, nn.ModuleDict):
         return {}
@@ -176,5 +177,6 @@ def own_parametrizations(module: nn.Module) -> dict[str, parametrize.Parametriza
 
 def stacked_in(weights: parametrize.ParametrizationList) -> list[nn.Module]:
     """The parametrizations of a list, in the order in which they are computed. ``len`` and ``iter``
-    count ``weights.parametrizations`` too, which is there where g or v is parametrized itself."""
+    of the list also count ``weights.parametrizations``, which exists if g or v is parametrized
+    itself."""
     return [module for key, module in weights._modules.items() if key.isdigit()]

@@ -1,13 +1,13 @@
 """One launch for the weight norms of a graph that ``torch.compile`` makes.
 
-Dynamo and AOTAutograd see one operator for each weight. In the graphs that come to Inductor, one
-for the forward and one for the backward, a pass puts operators on lists in their place. No operator
-is moved past a write, and a weight that is read again after one is another node, so no weight can
-be out of date.
+Dynamo and AOTAutograd put one operator for each weight into their graphs. Inductor gets one graph
+for the forward and one for the backward, and there a pass replaces operators on single weights by
+operators on lists. The pass moves no operator past a write, and a weight that is read again after a
+write is another node, so no weight can be out of date.
 
-Weights of a fused model come with the number of their bucket, and all of a bucket are computed
+Weights of a fused model carry the number of their bucket, and all weights of a bucket are computed
 together. Other weights share launches of up to :data:`SHARED_BYTES`, in the order in which they are
-read. The bits are those of single weights.
+read. The results have the same bits as those of single weights.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from ._version import __version__
 SHARED_BYTES = 64 << 20
 """How many bytes of v may be in one launch of weights that are in no group.
 
-Sharing saves up to a tenth of a millisecond for each weight. It costs memory: w is there earlier,
-and grad_w waits for those of the others. docs/compile.md has what other sizes gave."""
+Sharing saves up to 0.1 ms per weight but needs memory: every w of a launch is computed with the
+first, and every grad_w is kept until the last is there. docs/compile.md compares other limits.
+"""
 
 SLOT = "post_grad_custom_pre_pass"
 """The setting of Inductor that holds a user's own pass over forward and backward graphs."""
@@ -36,9 +37,9 @@ INFERENCE_AWARE = "CustomInferenceAwareGraphPass"
 
 
 def install() -> None:
-    """Let Inductor run :func:`merge_weight_norms`, after the pass that somebody else has set.
+    """Make Inductor run :func:`merge_weight_norms` after the pass that others may have set.
 
-    This is called whenever an operator is traced, because settings come and go.
+    Every tracing of an operator calls this, because others may change the setting at any time.
     """
     config = sys.modules.get("torch._inductor.config")
     if config is None:
@@ -49,10 +50,10 @@ def install() -> None:
 
 
 class GraphPass:
-    """What Inductor calls.
+    """The pass that Inductor calls for every graph.
 
     Args:
-        before: what was set before: a pass, several, or None.
+        before: the earlier value of the setting: one pass, several passes or None.
     """
 
     def __init__(self, before: Any) -> None:
@@ -69,7 +70,7 @@ class GraphPass:
         merge_weight_norms(graph)
 
     def uuid(self) -> Any:
-        """What compiled graphs are cached by; None: they cannot be."""
+        """The key of this pass in Inductor's cache of graphs; None if graphs cannot be cached."""
         others = [other.uuid() if hasattr(other, "uuid") else None for other in self.before]
         types = _pass_types()
         if types is None or None in others:
@@ -82,8 +83,8 @@ class GraphPass:
 
 
 def _graph_pass(before: Any) -> GraphPass:
-    """Since torch 2.6 a pass has to be a CustomGraphPass, or graphs are not cached. One that is to
-    know whether a graph is for inference says so by its type."""
+    """Make the pass. Since torch 2.6 graphs are cached only if their pass is a CustomGraphPass. The
+    type of a pass tells Inductor whether to say if a graph is for inference."""
     types = _pass_types()
     if types is None:
         return GraphPass(before)
@@ -96,8 +97,8 @@ def _pass_types() -> Any:
 
 
 def merge_weight_norms(graph: fx.Graph) -> None:
-    """Replace the operators on single weights of a graph by operators on lists, where two or more
-    can be computed at the same time."""
+    """Replace operators on single weights by operators on lists, wherever two or more of them can
+    be computed at the same place of a graph."""
     ops = torch.ops.wnkernel
     while launch := _next_launch(graph, (ops.weight_norm.default, ops.forward_one.default)):
         _replace_forward(graph, launch)
@@ -111,16 +112,17 @@ class Launch:
     def __init__(self, writes: Sequence[int] = ()) -> None:
         self.nodes: list[fx.Node] = []
         self.ready = -1
-        """The place of the last of their inputs."""
+        """The place of the last input of these operators."""
         self.nbytes = 0
         self.later: dict[fx.Node, int] = {}
-        """Them and all that depends on them, with their places."""
+        """These operators and all nodes that depend on them, with their places."""
         self.bounds = list(writes)
-        """Places that none of these is moved past: every write, since views may share its memory,
-        and every dependent node that has to stay where it is."""
+        """Places that no node of ``later`` is moved past: every write, since views may share the
+        memory that it changes, and every dependent node that must stay at its place."""
 
     def add(self, node: fx.Node, place: dict[fx.Node, int], nbytes: int) -> bool:
-        """Take one more operator, if it can be computed with those that are there."""
+        """Add an operator if it can be computed together with the others; returns whether it was
+        added."""
         if any(x in self.later for x in node.all_input_nodes):
             return False
         ready = max(self.ready, *(place[x] for x in node.all_input_nodes))
@@ -134,7 +136,7 @@ class Launch:
         return True
 
     def pass_by(self, node: fx.Node, place: dict[fx.Node, int]) -> None:
-        """Look at what comes after the operators that are there."""
+        """Record a node that comes later in the graph, if it depends on one of these operators."""
         if any(x in self.later for x in node.all_input_nodes):
             self.later[node] = place[node]
             if not _can_be_moved(node):
@@ -142,7 +144,7 @@ class Launch:
 
 
 def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Launch | None:
-    """Two or more of some operators that can be computed at the same place."""
+    """Find two or more of the operators in ``singles`` that can be computed at the same place."""
     place = {node: k for k, node in enumerate(graph.nodes)}
     writes = [place[node] for node in graph.nodes if _writes(node)]
     launches: dict[Any, Launch] = {}
@@ -164,9 +166,9 @@ def _next_launch(graph: fx.Graph, singles: Sequence[Callable[..., Any]]) -> Laun
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a node is there for more than its results: it writes to a tensor, or returns nothing,
-    as what frees a tensor or waits for a stream. In graphs that come to Inductor few nodes are, but
-    for the writes to parameters at the end."""
+    """Whether a node does more than give results: it writes to a tensor, or it returns nothing, as
+    an operator that frees a tensor or waits for a stream. In graphs that Inductor gets, few nodes
+    do, apart from the writes to parameters at the end."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return "mutation" in node.target.name()
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -176,7 +178,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _can_be_moved(node: fx.Node) -> bool:
-    """Whether the result of a node is the same at a later place, and nobody waits for it there."""
+    """Whether a node gives the same result at a later place and has no other effect."""
     target = node.target
     if target is operator.getitem:
         return True
@@ -188,8 +190,8 @@ def _can_be_moved(node: fx.Node) -> bool:
 
 
 def _can_be_replaced(node: fx.Node) -> bool:
-    """Whether it is known what goes in and comes out, and no gradient is read that is not wanted: a
-    list gives nothing in its place."""
+    """Whether every input and result of a node has a known fake tensor, and no user reads a
+    gradient that is not needed: the operator on lists returns nothing for such a gradient."""
     is_single = node.target is torch.ops.wnkernel.weight_norm.default  # the others return pairs
     results = (node,) if is_single else (node, *node.users)
     if any("val" not in x.meta for x in (*node.all_input_nodes, *results)):
@@ -205,24 +207,25 @@ def _can_be_replaced(node: fx.Node) -> bool:
 
 
 def _index(item: fx.Node) -> Any:
-    """Which result of an operator an ``operator.getitem`` takes."""
+    """The index of the result that an ``operator.getitem`` takes."""
     return item.args[1]
 
 
 def _bytes(v: torch.Tensor) -> int:
-    """A size that is not known counts as a large one: to ask would make the graph depend on it."""
+    """The size of v in bytes. A symbolic size counts as a large one, because reading its value
+    would make the graph depend on it."""
     numel = v.numel()
     return numel * v.element_size() if isinstance(numel, int) else SHARED_BYTES
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by name, those that are not given included."""
+    """The arguments of an operator by name, including those that have their default value."""
     return _named(node.target, node.args, node.kwargs)
 
 
 def _fake_arguments(node: fx.Node) -> dict[str, Any]:
-    """The same with fake tensors. Inductor may choose other strides than these have; where it notes
-    the strides that a tensor has without a compiler, the operator is given those."""
+    """The arguments of an operator by name, as fake tensors. Inductor may choose other strides than
+    these tensors have. Where it records the strides of eager mode, those are used."""
     fakes = _named(node.target, *fx.map_arg((node.args, node.kwargs), _fake))
     noted = _named(node.target, *node.meta.get("eager_input_vals", ((), {})))
     return fakes | {name: x for name, x in noted.items() if isinstance(x, torch.Tensor)}
@@ -275,8 +278,8 @@ def _call(
     target: Callable[..., Any],
     arguments: Callable[[list[dict[str, Any]]], tuple[Any, ...]],
 ) -> fx.Node:
-    """Call an operator on lists as soon as all that it needs is there, and put what depends on it
-    behind it."""
+    """Call an operator on lists right after the last of its inputs, and move the nodes that depend
+    on it behind it."""
     nodes = list(graph.nodes)
     inputs = sum(node.op == "placeholder" for node in nodes)
     with graph.inserting_before(nodes[max(launch.ready + 1, inputs)]):
@@ -294,7 +297,7 @@ def _call(
 
 
 def _take_pair(graph: fx.Graph, results: fx.Node, places: tuple[int, int], node: fx.Node) -> None:
-    """Let results of a list stand for those of an operator on one weight."""
+    """Replace the results of an operator on one weight by those of the operator on lists."""
     for item in list(node.users):
         if item.users:
             _take(graph, results, places[_index(item)], item)
@@ -304,7 +307,7 @@ def _take_pair(graph: fx.Graph, results: fx.Node, places: tuple[int, int], node:
 
 
 def _take(graph: fx.Graph, results: fx.Node, place: int, old: fx.Node) -> None:
-    """Let a result of a list stand for a tensor."""
+    """Replace a node by one result of an operator on lists."""
     with graph.inserting_after(results):
         new = graph.call_function(operator.getitem, (results, place))
     new.meta = {"val": old.meta["val"]}

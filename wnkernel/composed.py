@@ -1,9 +1,10 @@
 """The weight norm written in ordinary torch operators.
 
-Right on every device, under every transform and to every order of derivative, and slow: several
-passes and temporaries. The eager backend uses it where ``torch._weight_norm`` is wrong or missing,
-function transforms and forward-mode AD go through it, and it holds the second derivative of every
-Python-only backend. csrc/composed.cpp is its twin for the compiled operators.
+These functions are right on every device, under every transform and to every order of derivative.
+They are slow, because they make several passes and temporary tensors. The eager backend uses them
+where ``torch._weight_norm`` is wrong or missing, function transforms and forward-mode AD always use
+them, and every Python-only backend takes its second derivative from here. csrc/composed.cpp is the
+twin for the compiled operators.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from .problem import WHOLE_TENSOR, Problem, norm_shape
 def norm_except_dim(v: Tensor, dim: int) -> Tensor:
     """Norms of ``v`` for a canonical ``dim``, in v's dtype and differentiable.
 
-    v is divided by its largest element first (a constant to the derivative: norms are homogeneous),
-    so that no square leaves the float range. The squares are added up by ``sum``, which adds in
-    pairs: ``vector_norm`` adds one after the other on the CPU, and is off by 6e-4 for 16 million of
-    them in float32. The root is taken of 1 in place of 0, so that zero rows have the gradient 0.
+    Each row is first divided by its largest absolute value, so that no square leaves the float
+    range. Derivatives treat this divisor as a constant, which is right because norms are
+    homogeneous. ``sum`` adds the squares in pairs; on the CPU ``vector_norm`` adds them one after
+    the other, and is off by 6e-4 for 16 million squares in float32. For rows of zeros the root is
+    taken of 1 instead of 0, so that their gradient is 0.
     """
     dims = tuple(k for k in range(v.ndim) if k != dim)
     if not dims:
@@ -40,22 +42,22 @@ def norm_except_dim(v: Tensor, dim: int) -> Tensor:
 
 
 def _largest(v: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The largest absolute values. ``amax`` is ten times as fast as the norm that is the same, and
-    DTensors have no rule for it in torch 2.6."""
+    """The largest absolute value of each row. ``amax`` is ten times as fast as the equal infinity
+    norm, but DTensors have no rule for ``amax`` in torch 2.6."""
     if type(v) in PLAIN:
         return v.abs().amax(dims, keepdim=True)
     return torch.linalg.vector_norm(v, torch.inf, dims, keepdim=True)
 
 
 def weight_norm(p: Problem) -> Tensor:
-    """``g * v / max(norm(v), eps)`` in differentiable operators; keeps v's memory format."""
+    """``g * v / max(norm(v), eps)`` in differentiable operators, in v's memory format."""
     v = p.v.to(p.acc_dtype)
     return (v * (p.g.to(p.acc_dtype) / _divisor(p, v))).to(p.out_dtype)
 
 
 def _divisor(p: Problem, v: Tensor) -> Tensor:
-    """``max(norm, eps)`` with norms as :attr:`Problem.divisor_dtype` holds them, clamped then. A
-    constant is added, so that derivatives are those of norms that are not rounded."""
+    """``max(norm, eps)``, where the norm is rounded to :attr:`Problem.divisor_dtype` before it is
+    clamped. The rounding is added as a constant, so derivatives are those of the exact norm."""
     norm, clamped = _clamped_norm(p, v)
     if clamped is None or p.divisor_dtype == p.acc_dtype:
         return norm_held(norm, p.divisor_dtype)
@@ -65,8 +67,8 @@ def _divisor(p: Problem, v: Tensor) -> Tensor:
 
 
 def norm_held(norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """``norm`` as values of :attr:`Problem.divisor_dtype` hold it; itself where that is no normal
-    number. A constant is added, so that derivatives are those of ``norm``."""
+    """``norm`` rounded to values of ``dtype``, but unrounded where the rounded value is no normal
+    number. The rounding is added as a constant, so derivatives are those of ``norm``."""
     if dtype == norm.dtype:
         return norm
     exact, info = norm.detach(), torch.finfo(dtype)
@@ -76,14 +78,16 @@ def norm_held(norm: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def plain_weight_norm(p: Problem, divisor_dtype: torch.dtype, *, reduce_l2: bool = False) -> Tensor:
-    """The formula as exporters are to see it: in few operators, which every one of them knows.
+    """The formula for exporters, in a few operators that every exporter knows.
 
-    Rows whose squares leave the range of :attr:`Problem.acc_dtype` are not rescued.
+    Rows whose squares leave the range of :attr:`Problem.acc_dtype` get wrong norms.
 
     Args:
         p: the weight norm.
-        divisor_dtype: that of ``p``, which asks for sizes, and these a tracer may record.
-        reduce_l2: whether norms are to be torch's ``vector_norm``, which becomes ONNX's ReduceL2.
+        divisor_dtype: ``p.divisor_dtype``. It is an argument because computing it reads sizes,
+            which a tracer may record.
+        reduce_l2: whether torch's ``vector_norm``, which becomes ONNX's ReduceL2, computes the
+            norms.
     """
     v, g = _cast(p.v, p.acc_dtype), _cast(p.g, p.acc_dtype)
     norm = norm_held(_plain_norm(p, v, reduce_l2), divisor_dtype)
@@ -93,8 +97,8 @@ def plain_weight_norm(p: Problem, divisor_dtype: torch.dtype, *, reduce_l2: bool
 
 
 def _plain_norm(p: Problem, v: Tensor, reduce_l2: bool) -> Tensor:
-    """Norms by ``vector_norm``, given a dimension at a time because it errs where sums are long
-    (see :func:`norm_except_dim`), or by pairwise sums."""
+    """Norms by pairwise sums, or by ``vector_norm`` over one dimension at a time, because
+    ``vector_norm`` is inaccurate for long sums (see :func:`norm_except_dim`)."""
     if not p.norm_dims:
         return v.abs()
     if reduce_l2:
@@ -108,15 +112,16 @@ def _plain_norm(p: Problem, v: Tensor, reduce_l2: bool) -> Tensor:
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A cast to the same dtype is traced too, as an operator that does nothing."""
+    """Cast ``t`` to a dtype. A cast to its own dtype is left out, because a tracer would record
+    it."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def backward(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
     """First derivative: ``(grad_v, grad_g)`` from the unclamped ``norm`` kept by the forward.
 
-    With u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s), grad_g = s.
-    Rows with norm < eps have a constant denominator: the projection is gone there.
+    With u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s), grad_g = s. Rows
+    with norm < eps have a constant denominator, so there grad_v has no term u s.
     """
     acc = p.acc_dtype
     v, g, grad_w, norm = (t.to(acc) for t in (p.v, p.g, grad_w, norm))
@@ -131,8 +136,8 @@ def backward(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
 def wanted(
     grads: Iterable[tuple[Tensor, Tensor]], need_v: Sequence[bool], need_g: Sequence[bool]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """``grad_v`` and ``grad_g`` of a list, None where not needed, from what :func:`backward`
-    returns."""
+    """Turn results of :func:`backward` into lists of ``grad_v`` and ``grad_g``, with None for each
+    gradient that is not needed."""
     grad_v, grad_g = zip(*grads, strict=True)
     return (
         [t if need else None for t, need in zip(grad_v, need_v, strict=True)],
@@ -144,17 +149,17 @@ def double_backward(
     p: Problem, grad_w: Tensor, gg_v: Tensor | None, gg_g: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Second derivative: gradients of ``<gg_v, grad_v> + <gg_g, grad_g>`` with respect to
-    ``(grad_w, v, g)``, where ``(grad_v, grad_g)`` is what :func:`backward` returns.
+    ``(grad_w, v, g)``, where ``(grad_v, grad_g)`` is the result of :func:`backward`.
 
-    The norm is differentiated in full. With c = g / n, a = <gg_v, u>, s = <grad_w, u> and
-    t = <gg_v, grad_w> - a s per row::
+    The norm is differentiated in full. With c = g / n, a = <gg_v, u>, s = <grad_w, u> and t =
+    <gg_v, grad_w> - a s per row::
 
         d grad_w = c (gg_v - u a) + gg_g u
         d g      = t / n
         d v      = (gg_g (grad_w - u s) - c (t u + s (gg_v - u a) + a (grad_w - u s))) / n
 
-    Where the norm is clamped, the terms through it vanish. Written in differentiable operators, so
-    that higher orders follow.
+    Where the norm is clamped, the terms through it vanish. All operators are differentiable, so
+    derivatives of higher order follow.
     """
     acc = p.acc_dtype
     v, g, dw = (t.to(acc) for t in (p.v, p.g, grad_w))
@@ -178,15 +183,15 @@ def double_backward(
 
 
 def _row_sum(p: Problem, x: Tensor) -> Tensor:
-    # An empty dim tuple would mean "all" to sum(): a vector normed per element has nothing to add.
+    # sum() takes an empty tuple for all dims, but a vector with a norm per element has no sum.
     return x.sum(p.norm_dims, keepdim=True).reshape(p.g.shape) if p.norm_dims else x
 
 
 def _clamped_norm(p: Problem, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``max(norm, eps)`` and the mask of clamped rows (None with eps 0).
+    """``max(norm, eps)`` and the mask of clamped rows, which is None if eps is 0.
 
-    Clamped rows are replaced before the norm, not after it: the derivative of a norm at a zero row
-    is 0/0, and a mask behind it would still multiply that NaN by zero.
+    Clamped rows are replaced before the norm is computed. The derivative of a norm at a row of
+    zeros is 0/0, and a mask after the norm would multiply this NaN by zero.
     """
     if p.eps == 0.0:
         return norm_except_dim(v, p.dim), None

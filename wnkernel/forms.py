@@ -1,8 +1,8 @@
-"""Weight norms that came before: what was checked once need not be checked again.
+"""A memory of checked weight norms, so that the same arguments are not checked again.
 
-A training step asks for the same weights as the one before it. Whatever the checks depend on is
-looked up here, by what the tensors say at this moment and in one pass over a list of them. So any
-change of them, however it was made, leads to another entry, or to the checks.
+A training step asks for the same weights as the step before it. The memory is looked up by all
+properties that the checks depend on, which are read from the tensors each time, in one pass over
+the lists. So any change of a tensor, however it was made, leads to another entry or to new checks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from .observers import are_plain
 from .problem import Problem, check, check_forward
 
 KEPT = 4096
-"""Forms that are remembered. Then all are forgotten."""
+"""How many keys the memory holds; when it is full, it is emptied."""
 
 Options = tuple[int, float, torch.dtype]
-"""dim, eps and out_dtype, as a :class:`Problem` has them."""
+"""dim, eps and out_dtype of a :class:`Problem`."""
 
 
 class Form:
-    """What a weight norm is but for numbers and addresses. Equal ones are the same object."""
+    """All properties of a weight norm except the values and addresses of its tensors. Weight norms
+    with equal properties share one object."""
 
     __slots__ = ("device", "options")
 
@@ -50,13 +51,13 @@ def forms_of(
     """The form of every weight of a list.
 
     Raises:
-        TypeError: an argument of the wrong type, layout or dtype.
-        ValueError: a wrong shape, device, dim or eps.
+        TypeError: if an argument has the wrong type, layout or dtype.
+        ValueError: if a shape, device, dim or eps is wrong.
     """
     weights = v, g, dim, eps, out_dtype
     try:
         forms: list[Any] = list(map(_known.get, _keys(*weights)))
-    except (RuntimeError, TypeError):  # no strides, or no hash: check() says what was expected
+    except (RuntimeError, TypeError):  # no strides or no hash; check() raises an error
         forms = [None] * len(v)
     if None in forms:
         known = zip(forms, *weights, strict=True)
@@ -71,8 +72,9 @@ def _keys(
     eps: Sequence[Any],
     out_dtype: Sequence[Any],
 ) -> Iterator[tuple[object, ...]]:
-    """What forms depend on, as it is at this moment. Layouts other than the strided one raise: they
-    have no strides. Types, because in a dict True is 1 and 1.0, which as a dim it is not."""
+    """The keys of the forms, from the current properties of the arguments. Tensors that are not
+    strided raise an error, because they have no strides. The types of dim and eps are part of a key
+    because True, 1 and 1.0 are equal keys of a dict, but only 1 is valid as a dim."""
     return zip(
         map(_size, v), map(_stride, v), map(_dtype, v), map(_device, v), map(_is_neg, v),
         map(_size, g), map(_stride, g), map(_dtype, g), map(_device, g), map(_is_neg, g),
@@ -81,7 +83,7 @@ def _keys(
 
 
 def _key(v: Tensor, g: Tensor, dim: Any, eps: Any, out_dtype: Any) -> tuple[object, ...]:
-    """The same for one weight, in half the time."""
+    """The key of one weight, as :func:`_keys` makes it, in half the time."""
     return (
         v.size(), v.stride(), v.dtype, v.device, v.is_neg(),
         g.size(), g.stride(), g.dtype, g.device, g.is_neg(),
@@ -102,12 +104,12 @@ def _checked(*weight: Any) -> Form:
 def known(
     v: Tensor, g: Tensor, dim: int | None, eps: float, out_dtype: torch.dtype | None
 ) -> Problems:
-    """:func:`~wnkernel.problem.check` with a memory."""
+    """Check a weight norm as :func:`~wnkernel.problem.check` does, unless its form is known."""
     if not are_plain((v, g)):
         return Problems.of([check(v, g, dim, eps, out_dtype)])
     try:
         form = _known.get(_key(v, g, dim, eps, out_dtype))
-    except (RuntimeError, TypeError):  # as above
+    except (RuntimeError, TypeError):  # no strides or no hash
         form = None
     return Problems([v], [g], forms=[form or _checked(v, g, dim, eps, out_dtype)])
 
@@ -119,7 +121,7 @@ def known_list(
     eps: Sequence[float],
     out_dtype: torch.dtype | None,
 ) -> Problems:
-    """:func:`~wnkernel.problem.check_forward` with a memory."""
+    """Check a list as :func:`~wnkernel.problem.check_forward` does, unless the forms are known."""
     if are_plain((*v, *g)):
         forms = forms_of(v, g, dim, eps, [out_dtype] * len(v))
         devices = [form.device for form in forms]
@@ -129,7 +131,8 @@ def known_list(
 
 
 class Problems(Sequence[Problem]):
-    """Checked weight norms as columns: nothing is made for each of them."""
+    """A list of checked weight norms, stored as columns, so that no object is made for each of
+    them."""
 
     __slots__ = ("_forms", "_options", "g", "v")
 
@@ -144,7 +147,7 @@ class Problems(Sequence[Problem]):
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Problems:
-        """The same as columns."""
+        """Turn a sequence of problems into columns."""
         if isinstance(problems, Problems):
             return problems
         options = [(p.dim, p.eps, p.out_dtype) for p in problems]
@@ -152,25 +155,26 @@ class Problems(Sequence[Problem]):
 
     @property
     def options(self) -> Sequence[Options]:
-        """dim, eps and out_dtype of each."""
+        """dim, eps and out_dtype of each weight norm."""
         if self._options is None:
             self._options = [form.options for form in self.forms]
         return self._options
 
     @property
     def forms(self) -> list[Form]:
-        """The form of each, as it was when it was asked for first."""
+        """The form of each weight norm, as it was when this property was first read."""
         if self._forms is None:
             self._forms = self.forms_now()
         return self._forms
 
     def forms_now(self, out_dtype: Sequence[torch.dtype] | None = None) -> list[Form]:
-        """The form of each as it is now, ``.data`` of a parameter having been replaced, say."""
+        """The form of each weight norm as it is now. It changes if ``.data`` of a parameter is
+        replaced, for example."""
         dim, eps, own = zip(*self.options, strict=True)
         return forms_of(self.v, self.g, dim, eps, own if out_dtype is None else out_dtype)
 
     def at(self, places: Sequence[int]) -> Problems:
-        """Those at some places."""
+        """The weight norms at the given places."""
         v, g, options = self.v, self.g, self.options
         return Problems(
             [v[k] for k in places], [g[k] for k in places], [options[k] for k in places]
@@ -192,7 +196,8 @@ class Problems(Sequence[Problem]):
 def spread(
     column: Sequence[Tensor | None], places: Sequence[int], length: int
 ) -> Sequence[Tensor | None]:
-    """A column with its entries at some places and None elsewhere."""
+    """A column of ``length`` entries: those of ``column`` at the given places, and None
+    elsewhere."""
     if len(places) == length:
         return column
     out: list[Tensor | None] = [None] * length

@@ -42,32 +42,33 @@ def weight_norm(
 
     .. math:: w = g \, \frac{v}{\max(\lVert v \rVert_2, \epsilon)}
 
-    with one norm for each index along ``dim``. Differentiable in ``v`` and ``g`` to any order; the
-    backward may run more than once. Where one norm spans the whole tensor and v and g have half
-    types, the norm is first rounded to g's (if that gives a normal number), as in torch, and
-    ``eps`` bounds what comes out; derivatives are those of the formula.
+    Each index along ``dim`` has a norm of its own. The result is differentiable in ``v`` and ``g``
+    to any order, and the backward may run more than once. If one norm spans the whole tensor and v
+    and g have half types, the norm is rounded to g's dtype, as in torch, and then bounded by
+    ``eps``; a norm that g's dtype cannot hold as a normal number is not rounded. Derivatives are
+    those of the formula.
 
     Args:
-        v: direction, any shape with at least one dimension; float16, bfloat16, float32 or float64,
-            in any memory order.
-        g: magnitude, of shape 1 everywhere but ``v.shape[dim]`` along ``dim``; 0-dimensional or of
-            shape (1,) when one norm spans the whole tensor; any of the four dtypes; on v's device.
-        dim: the dimension that keeps its norms apart. ``None`` and -1 mean the whole tensor, as in
-            torch; -2, -3, ... count from the end.
-        eps: lower bound of the norm, as in :func:`torch.nn.functional.normalize`. With 0 a zero
-            row gives NaN, as in torch; with a positive eps it gives zeros and finite gradients.
-        out_dtype: dtype of the result; v's by default. Norms are float32 for half types whatever
-            the dtype of the result.
+        v: direction, of any shape with at least one dimension and in any memory order; float16,
+            bfloat16, float32 or float64.
+        g: magnitude, of any of these dtypes and on v's device. Its shape is ``v.shape[dim]`` along
+            ``dim`` and 1 elsewhere, or () or (1,) if one norm spans the whole tensor.
+        dim: the dimension along which each index has a norm. ``None`` and -1 mean one norm over the
+            whole tensor, as in torch; -2, -3, ... count from the end.
+        eps: lower bound of the norm, as in :func:`torch.nn.functional.normalize`. With ``eps=0`` a
+            row of zeros gives NaN, as in torch; a positive eps gives zeros and finite gradients.
+        out_dtype: dtype of the result; v's dtype by default. Norms of half types are computed in
+            float32, whatever the dtype of the result is.
 
     Returns:
-        ``w``, of v's shape and memory format.
+        ``w``, with v's shape and memory format.
 
     Raises:
-        TypeError: an argument of the wrong type, layout or dtype.
-        ValueError: a wrong shape, device, dim or eps.
-        RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
+        TypeError: if an argument has the wrong type, layout or dtype.
+        ValueError: if a shape, device, ``dim`` or ``eps`` is wrong.
+        RuntimeError: if the backend chosen by :func:`wnkernel.use_backend` cannot run.
     """
-    # Whoever traces a program sees an operator, or what an exporter is to see.
+    # Traced code goes on below, where compilers get an operator and exporters the plain formula.
     if _native is not None and not is_compiling() and choice.forced is None:
         w = _native(v, g, dim, eps, out_dtype)
         if w is not NotImplemented:
@@ -111,24 +112,24 @@ def weight_norms(
 ) -> list[Tensor]:
     """:func:`weight_norm` of many weights: one launch forward, one backward, one autograd node.
 
-    The bits are those of :func:`weight_norm`. Weights of which neither ``v`` nor ``g`` requires
-    grad give results that do not; weights from which nothing was computed get no gradient.
+    The results have the same bits as those of :func:`weight_norm`. A result requires grad only if
+    its ``v`` or ``g`` does. A weight gets no gradient if nothing was computed from it.
 
     Args:
         v: directions, on one device, of any shapes and dtypes.
-        g: a magnitude for each of them.
-        dim: a dimension for each of them.
-        eps: a lower bound of the norm for each of them; 0 by default.
-        out_dtype: dtype of all results; by default each has that of its v.
+        g: one magnitude for each v.
+        dim: one dimension for each v.
+        eps: one lower bound of the norm for each v; 0 by default.
+        out_dtype: dtype of all results; by default each result has the dtype of its v.
 
     Returns:
-        ``w`` of every weight.
+        A list with ``w`` of every weight.
 
     Raises:
-        TypeError: an argument of the wrong type, layout or dtype.
-        ValueError: lists of different lengths, weights on different devices, or a wrong shape, dim
-            or eps.
-        RuntimeError: a backend was asked for (:func:`wnkernel.use_backend`) that cannot run.
+        TypeError: if an argument has the wrong type, layout or dtype.
+        ValueError: if the lists have different lengths, the weights are on different devices, or a
+            shape, ``dim`` or ``eps`` is wrong.
+        RuntimeError: if the backend chosen by :func:`wnkernel.use_backend` cannot run.
     """
     v, g, dim = list_of("v", v), list_of("g", g), list_of("dim", dim)
     eps = [0.0] * len(v) if eps is None else list_of("eps", eps)
@@ -149,7 +150,7 @@ def weight_norms(
         return _in_torchscript(v, g, dim, eps, out_dtype)
     if any(map(observers.is_distributed, (*v, *g))):
         return [composed.weight_norm(p) for p in check_forward(v, g, dim, eps, out_dtype)]
-    # copied: the backward needs them, and the caller's lists may have changed by then
+    # The lists are copied, because the caller may change them before the backward reads them.
     problems = forms.known_list([*v], [*g], dim, eps, out_dtype)
     backend = choose(v[0])
     if backend.is_compiled:
@@ -159,25 +160,25 @@ def weight_norms(
 
 
 def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
-    """The norms that ``weight_norm(v, g, dim)`` divides by: with them as g, w is v.
+    """The norms that ``weight_norm(v, g, dim)`` divides by: with these norms as g, w is v.
 
-    To the last bit, as far as v's dtype holds them. Where function transforms, forward-mode AD,
-    compilers or tracers are at work, on DTensors, and where the backend that was asked for cannot
-    take v, they come from another formula, whose last bits may differ.
+    This holds to the last bit, as far as v's dtype can hold the norms. Under function transforms,
+    forward-mode AD, compilers and tracers, for DTensors, and if the chosen backend cannot take v,
+    the norms come from another formula, whose last bits may differ.
 
-    Differentiable to any order; the gradient of a zero row is 0. Rows whose squares leave v's range
-    are right as long as their norm is in it.
+    The norms are differentiable to any order, and the gradient of a row of zeros is 0. A norm that
+    v's dtype can hold is right even if the squares of its row leave the range of that dtype.
 
     Args:
         v: as for :func:`weight_norm`.
         dim: as for :func:`weight_norm`.
 
     Returns:
-        The Euclidean norms, in v's dtype, of the shape that ``g`` has.
+        The Euclidean norms, in v's dtype and with the shape of ``g`` in :func:`weight_norm`.
 
     Raises:
-        TypeError: v is no dense floating-point tensor.
-        ValueError: v is 0-dimensional, or ``dim`` is out of range.
+        TypeError: if v is not a dense floating-point tensor.
+        ValueError: if v is 0-dimensional, or ``dim`` is out of range.
     """
     if has_torch_function((v,)):
         return handle_torch_function(norm_except_dim, (v,), v, dim=dim)
@@ -185,8 +186,8 @@ def norm_except_dim(v: Tensor, dim: int | None = 0) -> Tensor:
 
 
 def norms_for(v: Tensor, dim: int, eps: float) -> Tensor:
-    """What weight norms with a canonical ``dim`` and an ``eps`` divide by, ``max(norm, eps)``: as g
-    it gives w = v. Without ``eps`` that is :func:`norm_except_dim`."""
+    """``max(norm, eps)`` for a canonical ``dim``: weight norms divide by it, so as g it gives
+    ``w = v``. With ``eps=0`` this is :func:`norm_except_dim`."""
     if has_torch_function((v,)):
         return handle_torch_function(norms_for, (v,), v, dim, eps)
     if is_compiling() or not _has_kernels_norms(v):
@@ -202,8 +203,8 @@ def _clamped(norm: Tensor, eps: float) -> Tensor:
 
 
 def _has_kernels_norms(v: Tensor) -> bool:
-    """Whether there is a kernel to ask for norms. A layer may be built where the backend that was
-    asked for cannot run, and moved afterwards."""
+    """Whether a kernel can compute the norms of v. If the chosen backend cannot run, there is none,
+    but a layer may be built there and moved afterwards."""
     return (
         v.numel() > 0
         and not observers.is_distributed(v)
@@ -213,8 +214,8 @@ def _has_kernels_norms(v: Tensor) -> bool:
 
 
 def _norms(v: Tensor, dim: int, eps: float) -> Tensor:
-    """The norms that the kernels for v compute, in the dtype of norms and not clamped. On the eager
-    backend those with an ``eps`` come from other operators than those without."""
+    """The unclamped norms that the kernels for v compute, in the dtype of norms. The eager backend
+    computes them by other operators if there is an ``eps``."""
     g = v.new_ones(norm_shape(v.shape, dim), dtype=accumulation_dtype(v.dtype))
     return choose(v).norm(v, g, dim, eps)
 
@@ -233,8 +234,8 @@ def _on_python_backend(problems: Problems, chosen: Backend) -> list[Tensor]:
 
 
 def _traced(p: Problem, bucket: int | None = None) -> Tensor:
-    """What a compiler sees: one operator if there are kernels of ours behind it. What an exporter
-    sees: the plain formula."""
+    """The weight norm in code that is being traced: the plain formula for exporters, and for
+    compilers one operator if the kernels of this package can run it."""
     if observers.is_exporting():
         return composed.plain_weight_norm(p, p.divisor_dtype)
     if _have_operators((p,)):
@@ -243,7 +244,7 @@ def _traced(p: Problem, bucket: int | None = None) -> Tensor:
 
 
 def _traced_list(problems: Sequence[Problem], out_dtype: torch.dtype | None) -> list[Tensor]:
-    """The same for a list, which is one operator too."""
+    """The weight norms of a list in code that is being traced; the list is one operator too."""
     if observers.is_exporting():
         return [composed.plain_weight_norm(p, p.divisor_dtype) for p in problems]
     if not _have_operators(problems):
@@ -260,7 +261,8 @@ def _in_torchscript(
     eps: Sequence[float],
     out_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """What the TorchScript tracer sees: the plain formula, and nothing of what is asked before."""
+    """The weight norms as the TorchScript tracer records them: the plain formula without the
+    checks."""
     with observers.tracer_paused():
         problems = check_forward(v, g, dim, eps, out_dtype)
         dtypes = [p.divisor_dtype for p in problems]
@@ -272,8 +274,9 @@ def _in_torchscript(
 
 
 def _have_operators(problems: Sequence[Problem]) -> bool:
-    """Whether the kernels that weights on one device get are behind torch.ops.wnkernel, and take
-    their tensors. Outside of compilers those of Triton are called without it, which is shorter."""
+    """Whether torch.ops.wnkernel has the kernels for these weights, which are on one device, and
+    can take their tensors. Code that is not compiled calls the Triton kernels directly, which is
+    faster."""
     for p in problems:
         if observers.is_distributed(p.v) or observers.is_distributed(p.g):
             return False

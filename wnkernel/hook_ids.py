@@ -1,7 +1,7 @@
-"""The numbers of hooks, in modules that come from another process.
+"""The numbers of hooks in modules that were pickled by another process.
 
-A module keeps each of its hooks under a number, and every process counts from zero. A hook that is
-registered on an unpickled module could get the number of one that came with it, and take its place.
+A module keeps each of its hooks under a number, and every process counts from zero. So a hook that
+is registered on an unpickled module could get the number of a pickled hook and replace it.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ def last_hook_id(modules: Iterable[nn.Module]) -> int:
 
 
 def count_on_from(last: int) -> None:
-    """Let hooks that are registered from now on have higher numbers than ``last``."""
+    """Make all hooks that are registered from now on get higher numbers than ``last``."""
     RemovableHandle.next_id = max(RemovableHandle.next_id, last + 1)

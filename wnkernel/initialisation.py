@@ -27,7 +27,7 @@ NAME = "weight"
 
 
 def init_weight_(module: M, fn: Callable[[Tensor], Any], name: str = "weight") -> M:
-    """Initialise the weight of a weight-normed layer in place, as ``fn`` would a plain one.
+    """Initialise the weight of a weight-normed layer in place, with ``fn`` as for a plain layer.
 
     ::
 
@@ -39,23 +39,23 @@ def init_weight_(module: M, fn: Callable[[Tensor], Any], name: str = "weight") -
 
         model.apply(init)
 
-    ``nn.init.kaiming_normal_(layer.weight)`` would change a temporary. g and v stay the Parameters
-    that they are: g becomes the norms of what ``fn`` wrote, v becomes that itself. Where ``fn``
-    wrote a row of zeros, g is 0 and v becomes ones, since zeros have no direction: the weight is 0
-    and can be trained. (With an ``eps`` v may be 0, and g is ``eps``.)
+    ``nn.init.kaiming_normal_(layer.weight)`` would only change a temporary tensor. g and v stay the
+    same Parameters: v becomes the weight that ``fn`` wrote, and g becomes its norms. Where ``fn``
+    wrote a row of zeros, which has no direction, g becomes 0 and v becomes ones: the weight is 0
+    there and can be trained. If the layer has an ``eps``, v stays 0 there and g becomes ``eps``.
 
     Args:
         module: a layer with weight norm on ``name``, of any of the three kinds.
-        fn: gets the weight as a plain tensor without gradient and writes to it; what it returns is
-            not looked at.
-        name: which parameter of the layer.
+        fn: a function that gets the weight as a plain tensor without gradient and writes to it. Its
+            result is ignored.
+        name: the name of the parameter.
 
     Returns:
         ``module``.
 
     Raises:
-        TypeError: ``module`` is no module.
-        ValueError: ``name`` has no weight norm.
+        TypeError: if ``module`` is not a torch.nn.Module.
+        ValueError: if ``name`` has no weight norm.
     """
     check_module("module", module)
     normed = normed_in(module).get(name)
@@ -73,7 +73,7 @@ def init_weight_(module: M, fn: Callable[[Tensor], Any], name: str = "weight") -
         else:  # torch's own list would leave rows of zeros without a direction
             assign_weight(normed.weights, weight)
             update_flat_weights(module, name)
-    if isinstance(normed.norm, LegacyHook):  # else it is of the last forward until the next one
+    if isinstance(normed.norm, LegacyHook):  # w would be stale until the next forward
         setattr(module, name, normed.norm.compute_weight(module))
     return module
 
@@ -82,35 +82,38 @@ def data_dependent_init_(model: nn.Module, batch: Any) -> list[str]:
     r"""Initialise g and bias so that every channel of every weight-normed layer has mean 0 and
     variance 1 on a batch, before its nonlinearity.
 
-    As section 3 of Salimans & Kingma 2016 defines it. With the pre-activations
-    :math:`t = v \cdot x / \lVert v \rVert`, one mean and one standard deviation per output channel
-    over the batch (and over all positions of a convolution):
+    This is the initialisation of section 3 of Salimans & Kingma 2016. The pre-activations
+    :math:`t = v \cdot x / \lVert v \rVert` have one mean and one standard deviation per output
+    channel, over the batch and over all positions of a convolution:
 
     .. math:: g \leftarrow 1 / \sigma[t], \qquad b \leftarrow -\mu[t] / \sigma[t]
 
-    One forward of the model does it, under ``no_grad`` and in the mode (train or eval) that the
-    model is in; a layer that is called gets its values before the layers after it are called, and a
-    layer that is called twice gets them the first time. v stays as it is.
+    The model runs one forward, under ``no_grad`` and in its current mode (train or eval). Each
+    layer is initialised when it is called, so the layers after it see its new outputs. A layer that
+    is called twice is initialised the first time. v does not change.
 
-    Initialised are :class:`~torch.nn.Linear`, convolutions and transposed convolutions of 1 to 3
-    dimensions whose weight is normed by :func:`wnkernel.weight_norm` with one g per output channel:
-    ``dim=0``, for transposed convolutions ``dim=1`` and one group. Layers without a bias get g
-    only, so the variance is 1 and the mean is not 0. All others are left alone: other dims,
-    parametrizations on top of the weight norm, torch's two kinds (:func:`convert` them first), and
-    layers that the forward does not call.
+    The initialised layers are :class:`~torch.nn.Linear`, convolutions and transposed convolutions
+    of 1 to 3 dimensions whose weight is normed by :func:`wnkernel.weight_norm` with one g per
+    output channel: ``dim=0``, or for transposed convolutions ``dim=1`` and one group. A layer
+    without a bias gets only g, so its variance is 1 but its mean may not be 0. All other layers
+    stay as they are: those with other dims or with parametrizations on top of the weight norm,
+    those with torch's two kinds (:func:`convert` them first), and those that the forward does not
+    call.
 
     Args:
-        model: the model, not wrapped in DataParallel, DistributedDataParallel or FSDP yet.
-        batch: what the model is called with: a tuple is its arguments, a mapping its keyword
-            arguments, anything else its only argument.
+        model: the model, which must not be wrapped in DataParallel, DistributedDataParallel or FSDP
+            yet.
+        batch: the input of the model: a tuple of its arguments, a mapping of its keyword arguments,
+            or its only argument.
 
     Returns:
         The names of the weights whose layers were initialised, in the order of execution.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: no layer can be initialised, the model is wrapped or on the meta device, or a
-            channel is constant or not finite over the batch. All parameters are as they were then.
+        TypeError: if ``model`` is not a torch.nn.Module.
+        ValueError: if no layer can be initialised, if the model is wrapped or on the meta device,
+            or if a channel is constant or not finite over the batch. All parameters keep their
+            values then.
     """
     check_module("model", model)
     _check_unwrapped(model)
@@ -155,16 +158,16 @@ class _Layer:
     path: str
     module: nn.Module
     initialised: list[_Layer]
-    """The layers of the model that are, in the order of execution."""
+    """The layers of the model that have been initialised, in the order of execution."""
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Its g and bias, and their values."""
+    """g and bias of the layer, each with its earlier value."""
 
     @property
     def g(self) -> Tensor:
         return originals(parametrizations_of(self.module, NAME))[0]
 
     def after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        """The forward hook: initialise, and say what the layer gives now."""
+        """The forward hook: initialise the layer and return its new output."""
         if any(layer.g is self.g for layer in self.initialised):
             return None
         self.initialised.append(self)
@@ -176,7 +179,7 @@ class _Layer:
         return module.forward(*args, **kwargs)
 
     def _statistics(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and one by the standard deviation of every channel."""
+        """The mean and the reciprocal of the standard deviation of every channel."""
         ndim = originals(parametrizations_of(self.module, NAME))[1].ndim
         channels = t.movedim(1 - ndim, 0).flatten(1) if t.ndim > 1 else t.unsqueeze(1)
         channels = channels.to(accumulation_dtype(t.dtype))
@@ -196,12 +199,12 @@ class _Layer:
         for (parameter, _), value in zip(self.before, (g, bias), strict=False):
             new = torch.as_tensor(value, device=parameter.device, dtype=parameter.dtype)
             parameter.copy_(new.view_as(parameter) if new.ndim else new)
-        # What remembers values within a forward does not expect them to change there.
+        # These caches do not notice a change of g within a forward.
         forget_cached(self.module, NAME)
         torch.clear_autocast_cache()
 
     def restore(self) -> None:
-        """Put its parameters back."""
+        """Give g and bias their earlier values back."""
         with torch.no_grad():
             for parameter, value in self.before:
                 parameter.copy_(value)
@@ -237,6 +240,6 @@ def _check_unwrapped(model: nn.Module) -> None:
 
 
 def _eager() -> AbstractContextManager[object]:
-    """Compiled models run as they were written: hooks would be compiled in."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    """Make compiled models run in eager mode, because torch.compile would compile the hooks."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
     return nullcontext() if set_stance is None else set_stance("force_eager")

@@ -12,7 +12,7 @@ folded (plain)          none: ``<name>`` holds ``w``
 from __future__ import annotations
 
 G, V = "original0", "original1"
-"""Of g and v in a ``ParametrizationList``."""
+"""The names of g and v in a ``ParametrizationList``."""
 
 PARAMETRIZED, LEGACY, FOLDED = "parametrized", "legacy", "folded"
 LAYOUTS = (PARAMETRIZED, LEGACY, FOLDED)
@@ -29,12 +29,13 @@ def legacy_keys(name: str) -> tuple[str, str]:
 
 
 def weight_keys(key: str, layout: str) -> tuple[str, ...]:
-    """The keys in a layout (of g and v, if it has them) of the weight that is ``key`` if folded."""
+    """The keys of a weight in a layout: ``key`` itself if folded, the keys of g and v otherwise."""
     return (key,) if layout == FOLDED else pair_keys(key, layout)
 
 
 def pair_keys(key: str, layout: str) -> tuple[str, str]:
-    """The keys of g and v in one of the two layouts that have them."""
+    """The keys of g and v, in the parametrized or the legacy layout, of the weight with folded key
+    ``key``."""
     prefix, dot, name = key.rpartition(".")
     names = parametrized_keys(name) if layout == PARAMETRIZED else legacy_keys(name)
     return prefix + dot + names[0], prefix + dot + names[1]

@@ -30,27 +30,31 @@ M = TypeVar("M", bound=nn.Module)
 def weight_norm(module: M, name: str = "weight", dim: int | None = 0, *, eps: float = 0.0) -> M:
     """Weight-normalise a parameter of ``module``: ``w = g * v / ||v||``.
 
-    A drop-in for :func:`torch.nn.utils.parametrizations.weight_norm`: the same keys
-    (``parametrizations.<name>.original0`` for g, ``.original1`` for v) and the same tools
-    (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``). The weight stays
-    what it was: g is what the kernel divides by, ``max(norm, eps)``, so its last bits may not be
-    torch's. Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with a plain
-    ``<name>``, load too (docs/checkpoints.md).
+    This is a drop-in replacement for :func:`torch.nn.utils.parametrizations.weight_norm`. It has
+    the same keys (``parametrizations.<name>.original0`` for g, ``.original1`` for v) and works with
+    the same tools (``parametrize.cached``, ``is_parametrized``, ``remove_parametrizations``). The
+    weight keeps its value. g is the ``max(norm, eps)`` that the kernel divides by, so its last bits
+    may differ from torch's. Checkpoints with the legacy keys ``<name>_g`` and ``<name>_v``, or with
+    a plain ``<name>``, load too (docs/checkpoints.md). The formula is that of Salimans & Kingma
+    2016, see :func:`wnkernel.functional.weight_norm`.
 
     Args:
         module: the layer, changed in place.
-        name: which of its parameters.
-        dim: the dimension that keeps its norms apart (0: one per output channel of a convolution or
-            linear layer). ``None`` and -1 mean one norm over the whole tensor.
+        name: the name of the parameter.
+        dim: the dimension along which each index has a norm; 0 gives one norm per output channel of
+            a convolution or linear layer. ``None`` and -1 mean one norm over the whole tensor.
         eps: lower bound of the norm, as in :func:`torch.nn.functional.normalize`; 0 as in torch.
 
     Returns:
         ``module``.
 
     Raises:
-        TypeError: ``module`` is no module, or the parameter is not a dense floating-point tensor.
-        ValueError: no such parameter, an uninitialised one, or a wrong ``dim`` or ``eps``.
-        RuntimeError: the parameter is already weight-normed, by any of the three kinds.
+        TypeError: if ``module`` is not a torch.nn.Module, or the parameter is not a dense
+            floating-point tensor.
+        ValueError: if there is no such parameter, if it is uninitialised, or if ``dim`` or ``eps``
+            is wrong.
+        RuntimeError: if the parameter already has a weight norm, of any of the three kinds, or
+            another parametrization.
     """
     check_module("module", module)
     if kind := weight_norm_kind(module, name):
@@ -83,7 +87,7 @@ def weight_norm(module: M, name: str = "weight", dim: int | None = 0, *, eps: fl
 
 
 def _layers_instead(module: nn.Module, name: str) -> str:
-    """What to say of a container, whose layers have the parameter."""
+    """The part of an error message that names a layer inside ``module`` that has the parameter."""
     for path, layer in module.named_modules():
         if layer._parameters.get(name) is not None:
             return f"; apply it to the layers, for example to {path!r} ({type(layer).__name__})"
@@ -99,18 +103,18 @@ def register(module: nn.Module, name: str, norm: WeightNorm) -> None:
 
 
 def update_flat_weights(module: nn.Module, name: str) -> None:
-    """Let an RNN know its weight before the first forward, which would do the same. Parameters that
-    a subclass adds are none of its weights."""
+    """Put the current weight into the flat weights of an RNN, as its first forward would do.
+    Parameters that a subclass adds are not in the flat weights."""
     if not isinstance(module, nn.RNNBase) or name not in module._flat_weights_names:
         return
     with torch.no_grad():
         weights = parametrizations_of(module, name)
-        w = nn.Module.__call__(weights)  # a read would be watched for writes
+        w = nn.Module.__call__(weights)  # weights() would watch it for lost writes
     module._flat_weights[module._flat_weights_names.index(name)] = w
 
 
 def make_ours(module: nn.Module, name: str) -> None:
-    """What is ours in a parametrized module, besides the weight norm itself."""
+    """Give a parametrized module all parts of this package besides the weight norm itself."""
     weights: Any = parametrizations_of(module, name)
     of_torch, cls = (parametrize.ParametrizationList, WeightNormOriginals), type(weights)
     is_plain = cls in of_torch
@@ -128,22 +132,22 @@ def make_ours(module: nn.Module, name: str) -> None:
 
 @torch.inference_mode(False)
 def remove_weight_norm(module: M, name: str = "weight") -> M:
-    """Fold ``w`` back into a plain parameter ``module.<name>``; the way back from any of the three
-    kinds: this package's, torch's parametrization, torch's legacy hook.
+    """Replace a weight-normed parameter ``module.<name>`` by a plain parameter that holds ``w``.
+    This works for all three kinds: this package's, torch's parametrization and torch's legacy hook.
 
-    The new Parameter requires grad if g or v did. Optimizers that held g and v do not know it.
+    The new Parameter requires grad if g or v did. Optimizers that hold g and v do not get it.
 
     Args:
         module: a layer with weight norm on ``name``, changed in place.
-        name: which of its parameters.
+        name: the name of the parameter.
 
     Returns:
         ``module``.
 
     Raises:
-        TypeError: ``module`` is no module.
-        ValueError: ``name`` has no weight norm.
-        RuntimeError: other parametrizations are stacked on the weight norm, or g or v is pruned.
+        TypeError: if ``module`` is not a torch.nn.Module.
+        ValueError: if ``name`` has no weight norm.
+        RuntimeError: if other parametrizations are stacked on the weight norm, or g or v is pruned.
     """
     check_module("module", module)
     kind = weight_norm_kind(module, name)
@@ -166,8 +170,8 @@ def remove_weight_norm(module: M, name: str = "weight") -> M:
 
 
 def folded_weight(module: nn.Module, name: str) -> nn.Parameter:
-    """What a weight-normed parameter is when it is plain, with whatever else is stacked on the
-    weight norm. The module stays as it is."""
+    """The plain Parameter that would replace a weight-normed one, computed with all
+    parametrizations that are stacked on the weight norm. The module does not change."""
     if weight_norm_kind(module, name) == TORCH_HOOK:
         sources = [getattr(module, key) for key in legacy_keys(name)]
         with torch.no_grad():
@@ -175,8 +179,8 @@ def folded_weight(module: nn.Module, name: str) -> nn.Parameter:
     else:
         weights = parametrizations_of(module, name)
         sources = list(weights.parameters())
-        with torch.no_grad(), _eval_mode(weights):  # spectral norm would iterate
-            w = nn.Module.__call__(weights)  # what a group computes is the group's
+        with torch.no_grad(), _eval_mode(weights):  # else spectral norm would iterate
+            w = nn.Module.__call__(weights)  # weights() may give the tensor of a group
     return nn.Parameter(w, requires_grad=any(p.requires_grad for p in sources))
 
 
@@ -192,18 +196,18 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def make_plain(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    """Put a plain parameter in the place of a weight-normed one."""
+    """Replace a weight-normed parameter by a plain one."""
     if weight_norm_kind(module, name) == TORCH_HOOK:
         del module._forward_pre_hooks[legacy_hooks(module)[name][0]]
         for attribute in legacy_keys(name):
             delattr(module, attribute)
-        vars(module).pop(name, None)  # w of the last forward
+        vars(module).pop(name, None)  # it holds w of the last forward
     else:
         weights = parametrizations_of(module, name)
         stop_watching(weights)
         if isinstance(weights, WeightNormList):
             weights.owner = None
-        weights.eval()  # torch computes it once more
+        weights.eval()  # torch computes the weight once more
         own_class(module)
         forget_legacy_names(module, name)
         remove_parametrizations(module, name)

@@ -1,10 +1,10 @@
-"""Writes to ``layer.weight`` that go nowhere, and the line to write instead.
+"""Writes to ``layer.weight`` that are lost, and the warning that says what to write instead.
 
 ``nn.init.normal_(layer.weight)`` on a weight-normed layer fills a tensor that was computed for this
-read only. With torch's weight norm the layer keeps its old weight without a word
-(https://github.com/pytorch/pytorch/issues/180968); published vocoders have been initialised like
-that. Here it is noticed at the next read, as long as the layer is new: initialisation comes before
-the first forward, and a layer that has run is not watched.
+read only. With torch's weight norm the layer silently keeps its old weight
+(https://github.com/pytorch/pytorch/issues/180968), and published vocoders have been initialised
+like that. This package warns at the next read of the weight if the layer is new. Initialisation
+comes before the first forward, so a layer that has run is not watched.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from .parametrization import WeightNormList
 from .streams import is_capturing
 
 READS = 4
-"""How many reads outside of a forward are watched: code that computes with ``layer.weight`` without
-calling the layer is not to pay for the watch forever."""
+"""How many reads outside of a forward are watched. Code that computes with ``layer.weight`` and
+never calls the layer pays for no more than these."""
 
 
 class FirstReads:
-    """What a new ``WeightNormList`` asks when it is read, until its layer has run.
+    """The owner of a new ``WeightNormList``, which watches the reads of the weight until the layer
+    has run.
 
     Args:
         weights: the list.
-        place: which weight that is, for the warning.
+        place: the description of the weight in the warning.
     """
 
     is_group = False
@@ -44,23 +45,23 @@ class FirstReads:
         self._place = place
         self._reads = 0
         self._last: tuple[Tensor, Tensor] | None = None
-        """``w`` of the last read, without its history, and the sum of its bits."""
+        """The ``w`` of the last read, detached, and the sum of its bits."""
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
-        """``w``, with a warning if the one that was read before has been written to."""
+        """Compute ``w``, and warn if the ``w`` of the previous read has been written to."""
         w = functional.weight_norm(v, g, dim, eps=eps)
         self._check()
         self._reads += 1
         if self._reads > READS or _is_in_forward(sys._getframe(1)):
             self.end()
         elif type(w) is Tensor and _has_values_now(w):
-            # Not w itself: its history holds on to v and g, which others may want to swap.
+            # w itself would keep v and g alive, which others may want to swap.
             self._last = w.detach(), _sum_of_bits(w)
         return w
 
     def _check(self) -> None:
-        """Warn if the weight that was read last has been written to, and forget it."""
-        last, self._last = self._last, None  # at once: other threads may read too
+        """Warn if the ``w`` of the last read has been written to, and forget this tensor."""
+        last, self._last = self._last, None  # in one step, as other threads may read too
         if last is None:
             return
         w, before = last
@@ -74,11 +75,11 @@ class FirstReads:
             )
 
     def forget(self) -> None:
-        """Take what was read last for no lost write, whatever happens to it."""
+        """Forget the ``w`` of the last read, so that no write to it causes a warning."""
         self._last = None
 
     def end(self) -> None:
-        """Warn if there is a reason to, and watch no longer."""
+        """Warn if a write was lost, and stop watching."""
         self._check()
         weights = self._weights()
         if weights is not None and weights.owner is self:
@@ -101,8 +102,8 @@ def stop_watching(weights: nn.Module) -> None:
 def end_watches(lists: Iterable[WeightNormList]) -> None:
     """End the watches on lists of parametrizations, all or none of them.
 
-    A watch that ends may warn, and warnings may be errors. The first of these is raised when all
-    lost writes have been told, and everybody is watched as before.
+    A watch may warn when it ends, and the warning may be an error. The first such error is raised
+    after all lost writes have been reported, and then all watches go on.
     """
     watched = [(weights, owner) for weights in lists if (owner := weights.owner) is not None]
     error: Warning | None = None
@@ -119,7 +120,7 @@ def end_watches(lists: Iterable[WeightNormList]) -> None:
 
 
 def forget_writes(weights: nn.Module) -> None:
-    """Warn of no write to a weight that was read until now: another one is assigned."""
+    """Forget the ``w`` of the last read, because a new weight is being assigned."""
     if (watch := _watch_on(weights)) is not None:
         watch.forget()
 
@@ -130,7 +131,7 @@ def _watch_on(weights: nn.Module) -> FirstReads | None:
 
 
 def _nothing() -> None:
-    """What comes back of a watch from a pickle."""
+    """Unpickle a watch as None."""
 
 
 def _is_in_forward(frame: FrameType | None, depth: int = 6) -> bool:
@@ -145,8 +146,9 @@ def _is_in_forward(frame: FrameType | None, depth: int = 6) -> bool:
 
 
 def _has_values_now(w: Tensor) -> bool:
-    """Whether a tensor can be looked at: not while transforms run, or a CUDA graph is captured, and
-    not without memory, which some devices do not show and others may have taken away."""
+    """Whether the values of a tensor can be read now. They cannot while transforms run or a CUDA
+    graph is captured, nor if the tensor has no memory: some devices show none, and others may have
+    freed it."""
     return (
         not w.is_meta
         and not (is_followed() or are_calls_watched())

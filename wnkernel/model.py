@@ -38,32 +38,33 @@ from .problem import check, check_module
 
 @torch.inference_mode(False)
 def convert(model: nn.Module) -> list[str]:
-    """Make torch's weight norms ours, in place: those of :func:`torch.nn.utils.weight_norm` (the
-    legacy hook) and of :func:`torch.nn.utils.parametrizations.weight_norm`.
+    """Turn torch's weight norms into weight norms of this package, in place: those of
+    :func:`torch.nn.utils.weight_norm` (the legacy hook) and those of
+    :func:`torch.nn.utils.parametrizations.weight_norm`.
 
-    g and v stay the same Parameter objects, so optimizers, EMA and DistributedDataParallel go on as
-    they are. The names of a layer with the legacy hook change, from ``weight_g`` and ``weight_v``
-    to ``parametrizations.weight.original0`` and ``.original1``; ``layer.weight_g`` still works, and
+    g and v stay the same Parameter objects, so optimizers, EMA and DistributedDataParallel keep
+    working. The names of a layer with the legacy hook change, from ``weight_g`` and ``weight_v`` to
+    ``parametrizations.weight.original0`` and ``.original1``; ``layer.weight_g`` still works, and
     checkpoints load with both spellings. docs/convert.md has the details.
 
-    Subclasses of torch's two kinds are left alone. Layers of a model that was fused before join its
-    group when it is removed and made again.
+    Subclasses of torch's two kinds are not converted. If the model was fused before, the converted
+    layers join its group only if the group is removed and made again.
 
     Args:
-        model: any module; everything beneath it is looked at, shared layers once.
+        model: any module; it is searched with all modules inside it, shared layers once.
 
     Returns:
-        The names of the weights that were converted; none when called again.
+        The names of the converted weights; none if the model is converted already.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a weight norm cannot be converted. Nothing has been changed then.
+        TypeError: if ``model`` is not a torch.nn.Module.
+        ValueError: if a weight norm cannot be converted. The model is unchanged then.
     """
     check_module("model", model)
     found = [e for e in census(model) if e.kind != OURS and is_known(e.norm)]
     _check(model, found)
     with _all_or_nothing(e.module for e in found):
-        for e in reversed(found):  # each hook's list goes before those that are there
+        for e in reversed(found):  # each hook's list goes before the existing ones
             (_convert_hook if e.kind == TORCH_HOOK else _convert_parametrization)(e.module, e.name)
     for e in found:
         share_class(e.module)
@@ -76,24 +77,24 @@ def fold(model: nn.Module) -> list[str]:
     """Fold all weight norms of a model into plain parameters, in place: this package's, torch's
     parametrization and torch's legacy hook.
 
-    The outputs of the model in eval mode keep their bits. A weight keeps the dtype and memory
-    format that it had, and requires grad if g or v did; weights that shared their g and v are one
-    Parameter afterwards. What is stacked on a weight norm (spectral norm, say) is folded with it,
-    as it is in eval mode; parametrizations of other parameters stay. Groups of
-    :func:`wnkernel.fuse` are removed. As with torch, the new parameters come last in their layer,
-    and optimizers that held g and v do not know them.
+    The outputs of the model in eval mode keep their bits. A weight keeps its dtype and memory
+    format, and requires grad if g or v did. Weights that shared their g and v become one Parameter.
+    Parametrizations that are stacked on a weight norm, such as spectral norm, are folded with it,
+    as in eval mode; parametrizations of other parameters stay. Groups of :func:`wnkernel.fuse` are
+    removed. As with torch, the new parameters come last in their layer, and optimizers that hold g
+    and v do not get them.
 
     Args:
-        model: any module; everything beneath it is looked at, shared layers once.
+        model: any module; it is searched with all modules inside it, shared layers once.
 
     Returns:
-        The names of the weights that were folded; none when called again.
+        The names of the folded weights; none if the model has no weight norm.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a weight norm cannot be computed, or is part of a sharded module or of one in
-            DistributedDataParallel. Nothing has been changed then, nor where what is stacked on a
-            weight norm raises.
+        TypeError: if ``model`` is not a torch.nn.Module.
+        ValueError: if a weight norm cannot be computed, or is part of a sharded module or of a
+            module in DistributedDataParallel. The model is unchanged then, and also if a
+            parametrization that is stacked on a weight norm raises an error.
     """
     check_module("model", model)
     found = _outermost(census(model))
@@ -120,13 +121,14 @@ def fold(model: nn.Module) -> list[str]:
 
 
 def _outermost(found: list[NormedParameter]) -> list[NormedParameter]:
-    """Those without the weight norms of a g or a v, which go with that of the weight."""
+    """The weight norms in ``found`` without those that compute g or v of another weight norm, which
+    are folded together with that one."""
     lists = {id(e.weights) for e in found if e.kind != TORCH_HOOK}
     return [e for e in found if id(e.module) not in lists]
 
 
 def _check(model: nn.Module, found: Iterable[NormedParameter]) -> None:
-    """Refuse what can be neither converted nor folded."""
+    """Raise an error for a weight norm that can be neither converted nor folded."""
     _refuse_within(
         model,
         sharding_modules(),
@@ -200,13 +202,13 @@ def _parametrizations(module: nn.Module) -> Iterator[nn.Module]:
 def _convert_parametrization(module: nn.Module, name: str) -> None:
     own_class(module)
     norm: Any = parametrizations_of(module, name)[0]
-    norm.__class__ = WeightNorm  # in place: its hooks stay, and whoever holds it holds ours
+    norm.__class__ = WeightNorm  # in place, so that its hooks and all references to it stay
     norm.eps = 0.0
     make_ours(module, name)
 
 
 class _Adopting(WeightNorm):
-    """A weight norm that is about to get its originals, and need not compute any."""
+    """A weight norm that does not split a weight, because it gets existing g and v afterwards."""
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight, weight
@@ -215,7 +217,7 @@ class _Adopting(WeightNorm):
 def _convert_hook(module: nn.Module, name: str) -> None:
     number, hook = legacy_hooks(module)[name]
     del module._forward_pre_hooks[number]
-    vars(module).pop(name, None)  # w of the last forward
+    vars(module).pop(name, None)  # it holds w of the last forward
     had_parametrizations = parametrize.is_parametrized(module)
 
     _, v = (getattr(module, key) for key in legacy_keys(name))
@@ -230,7 +232,7 @@ def _convert_hook(module: nn.Module, name: str) -> None:
         _move(module, key, weights, original)
     answer_to_legacy_names(module, name)
 
-    # As far forward as can be: g and v were among the module's own parameters.
+    # The list comes as early as it can, because g and v were parameters of the module itself.
     if had_parametrizations:
         _to_front(lists._modules, name)
     else:
@@ -244,7 +246,7 @@ def _to_front(modules: dict[str, nn.Module | None], first: str) -> None:
 
 
 def _move(source: nn.Module, key: str, target: nn.Module, name: str) -> None:
-    """Hand a parameter or buffer over."""
+    """Move a parameter or buffer from one module to another."""
     if key in source._parameters:
         target.register_parameter(name, source._parameters.pop(key))
     else:
@@ -254,8 +256,9 @@ def _move(source: nn.Module, key: str, target: nn.Module, name: str) -> None:
 
 
 def _forget_stale_hooks(model: nn.Module) -> None:
-    """Drop load hooks of weight norms that are no more. ``remove_parametrizations`` leaves torch's
-    behind, which goes on to rename keys that a plain or legacy layer wants as they are."""
+    """Remove load hooks of weight norms that no longer exist. ``remove_parametrizations`` leaves
+    torch's load hook behind, which would rename keys that a plain or legacy layer needs
+    unchanged."""
     for module in model.modules():
         live = {name for name, e in normed_in(module).items() if e.kind != TORCH_HOOK}
         for hook in load_hooks(module).values():
@@ -265,7 +268,7 @@ def _forget_stale_hooks(model: nn.Module) -> None:
 
 
 def _ungroup(model: nn.Module) -> None:
-    """Remove the groups of a model, and what groups around it know of its inner modules."""
+    """Remove the groups of a model, and detach its modules from groups of modules around it."""
     for module in model.modules():
         container = scopes.container_of(module)
         if container is not None and container.is_root():

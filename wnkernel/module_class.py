@@ -1,17 +1,18 @@
 """The class of a module with a weight norm of this package.
 
 ``torch.nn.utils.parametrize`` gives a module a class of its own, which has a property for every
-parametrized tensor. This file changes what such a class does:
+parametrized tensor. This file changes such a class:
 
 - ``module.weight`` is read without the detours of ``nn.Module.__getattr__``;
-- ``module.weight = w`` sets g and v for a tensor and for a Parameter, and ``module.weight_v`` is
-  known where a layer answers to legacy names;
-- ``type(module)(...)`` makes a plain module, and shows the signature of one;
-- modules can be pickled, and RNNs copied after a forward.
+- ``module.weight = w`` sets g and v for a tensor and for a Parameter, and ``module.weight_v``
+  exists if the layer has legacy names;
+- ``type(module)(...)`` makes a plain module, and has the signature of the plain class;
+- modules can be pickled, and RNNs can be copied after a forward.
 
-Modules whose classes come out alike share one, and get their own before it is changed.
+Modules share one class if their classes would be equal. A module gets a class of its own before its
+class is changed.
 
-A class may stand on another of these: that of what ``type(module)(...)`` made and was normed again.
+Such a class may derive from another one, if a module of ``type(module)(...)`` is normed again.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from .write_guards import WRITE_GUARDS
 
 
 def own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own, before that is changed.
+    """Give a parametrized module a class of its own, so that the class can be changed.
 
-    Modules share classes, see :func:`share_class`, and so do copies made by deepcopy.
-    (Un)parametrizing one more parameter changes properties of the class: the others would lose
-    their weights. A class that nobody shares is left as it is: registries of subclasses see each
-    that is made.
+    Modules share classes (see :func:`share_class`), and so do copies made by deepcopy.
+    Parametrizing one more parameter, or removing a parametrization, changes properties of the
+    class, and the other modules would lose their weights. A class that only one module has is kept,
+    because registries of subclasses see every new class.
     """
     cls = type(module)
     if is_ours(cls) and _SHARED not in vars(cls):
@@ -63,10 +64,10 @@ def _members(cls: type[nn.Module]) -> dict[str, Any]:
 
 
 def share_class(module: nn.Module) -> None:
-    """Give a module with weight norms the class of another that differs in nothing.
+    """Give a module with weight norms the class of other modules whose classes would be equal.
 
-    A compiler compiles code again for each class that it meets, and gives up after a few: blocks
-    that are compiled one by one are one program only if their layers have the same classes.
+    A compiler compiles code again for each class that it meets, and gives up after a few. Blocks
+    that are compiled one by one become one program only if their layers have the same classes.
     """
     lists = own_parametrizations(module)
     if all(isinstance(weights, WeightNormOriginals) for weights in lists.values()):
@@ -80,7 +81,7 @@ def _share_class(module: nn.Module, normed: Iterable[str]) -> None:
     if not is_ours(cls) or not members <= expected or _is_registered(cls):
         return
     shared: Any = _shared_classes.get((cls.__bases__, members))
-    if shared is None or _members(shared) != vars(shared)[_SHARED]:  # changed by somebody else
+    if shared is None or _members(shared) != vars(shared)[_SHARED]:  # other code changed it
         made = _members(cls)
         shared = _Shared(cls.__name__, cls.__bases__, made | {_SHARED: made})
         _shared_classes[cls.__bases__, members] = shared
@@ -91,9 +92,10 @@ class _Shared(ABCMeta):
     """The type of a class that several modules share.
 
     torch's ``remove_parametrizations`` deletes the property of a weight from the class of a module,
-    while others use it. It stays, and the module gets a class of its own without it.
+    although other modules use it. A shared class keeps the property, and the module gets a class of
+    its own without it.
 
-    Whoever makes a class of such a one and an abstract one needs a type that is that of both.
+    It derives from ABCMeta, so that a class can inherit from a shared and from an abstract one.
     """
 
     def __delattr__(cls, name: str) -> None:
@@ -103,19 +105,20 @@ class _Shared(ABCMeta):
 
 
 def _is_registered(cls: type[nn.Module]) -> bool:
-    """Whether somebody sees each class that is made, and is not to see more than torch makes."""
+    """Whether other code sees every new class, by a metaclass or by ``__init_subclass__``. It must
+    not see more classes than torch makes."""
     return type(cls) is not type or any("__init_subclass__" in vars(c) for c in cls.__mro__[:-1])
 
 
 _SHARED = "_weight_norm_shared"
-"""Marks a class that may be that of several modules. Its value, where :func:`share_class` made the
-class, is what that had then."""
+"""The attribute that marks a class that several modules may have. If :func:`share_class` made the
+class, its value holds the members that the class was made with."""
 
 _shared_classes: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
 
 
 def is_ours(cls: type[nn.Module]) -> bool:
-    """Whether a class is one that :func:`adopt_class` has changed."""
+    """Whether :func:`adopt_class` has changed a class."""
     return vars(cls).get("register_parameter") is _register_parameter
 
 
@@ -144,7 +147,7 @@ _MEMBERS = frozenset(
         *("__doc__", "__dict__", "__weakref__", _SHARED),
     )
 )
-"""What every class has that :func:`adopt_class` changed."""
+"""The members of every class that :func:`adopt_class` has changed, besides its weights."""
 
 
 def _add_property(cls: type[nn.Module], name: str) -> None:
@@ -152,17 +155,17 @@ def _add_property(cls: type[nn.Module], name: str) -> None:
 
 
 def _reader(name: str) -> Callable[[nn.Module], Tensor]:
-    """How the weight is read. torch's property is let go of: it holds on to the module that it was
-    made for, which then waits for the garbage collector, and so does each of its copies."""
+    """The getter of a weight. torch's getter refers to the module that it was made for, so this
+    module and each of its copies would wait for the garbage collector."""
 
     def read(self: Any) -> Tensor:
         try:
             weights = self._modules["parametrizations"]._modules[name]
-        except KeyError:  # type(module)(...) is being made, or a removal is under way
+        except KeyError:  # the module is being made, or a removal is under way
             raise AttributeError(name) from None
         if parametrize._cache_enabled:
             return _read_cached(weights)
-        return weights.__call__()  # torch.compile of torch 2.5 takes `weights()` for its forward
+        return weights.__call__()  # torch 2.5 would compile `weights()` as its forward
 
     return read
 
@@ -175,8 +178,9 @@ def _writer(name: str) -> Callable[[nn.Module, Tensor], None]:
 
 
 def _deleter(name: str) -> Callable[[nn.Module], None]:
-    """What ``del module.weight`` does: nothing, as the weight is not kept. With torch's legacy hook
-    it deletes the one of the last forward, and code does that before it copies a layer."""
+    """The deleter of a weight, which does nothing, because no weight is stored. With torch's legacy
+    hook ``del module.weight`` deletes the weight of the last forward, as some code does before a
+    copy."""
 
     def delete(self: nn.Module) -> None:
         if not parametrize.is_parametrized(self, name):
@@ -186,9 +190,9 @@ def _deleter(name: str) -> Callable[[nn.Module], None]:
 
 
 def _read_cached(weights: parametrize.ParametrizationList) -> Tensor:
-    """Within ``parametrize.cached()``. torch's keys are made of the identities of modules, and a
-    copy that was deleted leaves its identity to the next one. Here they are the lists themselves;
-    modules will not do, which may have an equality of their own."""
+    """Read a weight within ``parametrize.cached()``. torch's keys contain the ``id`` of a module,
+    which another module can get once the first is deleted. Here the keys are the lists themselves.
+    Modules cannot be keys, because they may define their own equality."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")  # as torch does
     cache: dict[Any, Any] = parametrize._cache
@@ -198,7 +202,7 @@ def _read_cached(weights: parametrize.ParametrizationList) -> Tensor:
 
 
 def forget_cached(module: nn.Module, name: str) -> None:
-    """Let the next read within ``parametrize.cached()`` compute the weight anew."""
+    """Make the next read within ``parametrize.cached()`` compute the weight again."""
     cache: dict[Any, Any] = parametrize._cache
     cache.pop(parametrizations_of(module, name), None)
 
@@ -223,9 +227,9 @@ def _register_buffer(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> N
 
 
 def _forget(module: nn.Module, name: str) -> None:
-    """Take away what a weight norm leaves behind that torch's ``remove_parametrizations`` removed:
-    the last thing that this does is to register the plain weight. Before that it deleted the
-    property, but the class may be that of others too."""
+    """Remove what is left of a weight norm after torch's ``remove_parametrizations``, which
+    registers the plain weight as its last step. Before that it has deleted the property of the
+    weight, except from a class that several modules share."""
     if parametrize.is_parametrized(module, name):
         return
     cls = type(module)
@@ -236,7 +240,7 @@ def _forget(module: nn.Module, name: str) -> None:
     if any(loads_for(wrapped.hook) == name for wrapped in hooks.values()):
         cls = type(module)
         own_class(module)
-        if type(module) is not cls:  # of copies
+        if type(module) is not cls:  # copies share cls
             _add_property(cls, name)
         unregister_load_hook(module, name)
         take_removal_hook(module, name)
@@ -244,15 +248,15 @@ def _forget(module: nn.Module, name: str) -> None:
 
 
 def _delattr(self: nn.Module, name: str) -> None:
-    """Where a parameter is deleted, a parametrization may be about to take its place, which changes
-    the class."""
+    """Delete an attribute. A parametrization may be about to take the place of a parameter and to
+    change the class, so the module first gets a class of its own."""
     if name in self._parameters or name in self._buffers:
         own_class(self)
     _next(self, "__delattr__")(name)
 
 
 def _last_of_ours(cls: type[nn.Module]) -> type[nn.Module]:
-    """The last class in the order of resolution that :func:`adopt_class` changed."""
+    """The last class in the method resolution order that :func:`adopt_class` changed."""
     return [c for c in cls.__mro__ if is_ours(c)][-1]
 
 
@@ -262,14 +266,14 @@ def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _next(module: nn.Module, method: str) -> Callable[..., Any]:
-    """The method that ours stands before."""
+    """The method that the method of this file overrides."""
     return getattr(super(_last_of_ours(type(module)), module), method)
 
 
 def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """A plain module for ``type(module)(4, 2, 1)``. One of this class would have no weight norm
-    either, but a property in the place of its weight, which torch.compile stumbles over. Copies are
-    made of an empty one, for which there are no arguments."""
+    """Make a plain module for ``type(module)(4, 2, 1)``. A module of this class would have no
+    weight norm either, but a property instead of its weight, which torch.compile cannot handle.
+    Without arguments this makes the empty module that a copy begins with."""
     base = _plain_class(cls)
     if args or kwargs:
         return base(*args, **kwargs)
@@ -279,19 +283,19 @@ def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
 
 
 class _Signature:
-    """``inspect.signature(type(module))``: that of a plain module."""
+    """``inspect.signature(type(module))``, which is the signature of the plain class."""
 
     def __get__(self, module: nn.Module | None, cls: type[nn.Module]) -> inspect.Signature:
         if module is not None:
-            raise AttributeError("__signature__")  # that of calling a module is another
+            raise AttributeError("__signature__")  # calling a module has another signature
         return inspect.signature(_plain_class(cls))
 
 
 def _deepcopy_by(
     of_torch: Callable[[nn.Module, dict[int, Any]], nn.Module],
 ) -> Callable[[nn.Module, dict[int, Any]], nn.Module]:
-    """As parametrize's or the module's own, but an RNN may have run: it holds the weights of its
-    last forward, and deepcopy refuses tensors with a history."""
+    """Extend the ``__deepcopy__`` of parametrize or of the module for RNNs that have run. An RNN
+    holds the weights of its last forward, and deepcopy refuses tensors with a history."""
 
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for w in getattr(self, "_flat_weights", ()):
@@ -303,15 +307,15 @@ def _deepcopy_by(
 
 
 def _reduce(self: nn.Module, protocol: int) -> str | tuple[Any, ...]:
-    """How a module is pickled: its class, which nobody can import, as what it is made from."""
+    """Pickle a module. Nobody can import its class, so the parts of the class are pickled."""
     if vars(type(self)).get("__reduce_ex__") is not _reduce:  # others changed its class after us
         return object.__reduce_ex__(self, protocol)
     ours, base = _last_of_ours(type(self)), _plain_class(type(self))
     if (base.__reduce_ex__, base.__reduce__) != (object.__reduce_ex__, object.__reduce__):
-        return super(ours, self).__reduce_ex__(protocol)  # it has a way of its own
+        return super(ours, self).__reduce_ex__(protocol)  # the plain class pickles itself
     getstate = getattr(super(ours, self), "__getstate__", None)  # object has one since Python 3.11
     state = dict(vars(self)) if getstate is None else getstate()
-    if isinstance(self, nn.RNNBase):  # weights of its last forward, with their history
+    if isinstance(self, nn.RNNBase):  # it holds weights with their history
         state["_flat_weights"] = [
             w.detach() if isinstance(w, Tensor) and not w.is_leaf else w
             for w in state["_flat_weights"]
@@ -330,7 +334,7 @@ def _unpickled(
     legacy: Sequence[str],
     last_hook: int,
 ) -> nn.Module:
-    """A module without a state, of a class as that of the one that was pickled."""
+    """Make a module without state, whose class is like the class of the pickled module."""
     count_on_from(last_hook)
     module = base.__new__(base)
     if names:

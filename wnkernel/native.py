@@ -1,7 +1,8 @@
 """The only loader of the compiled module ``wnkernel._C``, and the fakes of its operators.
 
-Only nonsense in an environment variable makes loading fail. Without the module, or with one built
-for another torch, the package runs on its other backends and :func:`load_error` says why.
+Loading raises an error only for an invalid environment variable. Without the module, or with a
+module built for another torch, the package runs on its other backends, and :func:`load_error` gives
+the reason.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .problem import Problem, check, check_backward, check_forward, is_dense
 
 
 def _load() -> tuple[Any, dict[str, Any], str]:
-    """The compiled module and what it was built with, or None and one line on why it is not
-    there."""
+    """Load the compiled module. Returns the module (or None), what it was built with, and one line
+    on why it is not loaded."""
     if reason := _versions.untried():
         return None, {}, reason
     try:
@@ -35,7 +36,7 @@ def _load() -> tuple[Any, dict[str, Any], str]:
     except ImportError as error:
         return None, {}, f"wnkernel._C cannot be loaded: {error}"
     info = _C.build_info()
-    _C.cpu_buffers()  # which reads its setting: what is wrong with that is an error now, not later
+    _C.cpu_buffers()  # it reads an environment variable; an invalid one raises here
     if CUDA_VERSION:
         info |= {"cuda": CUDA_VERSION, "cuda_architectures": CUDA_ARCHITECTURES}
     return _C, info, ""
@@ -45,37 +46,41 @@ _C, BUILD_INFO, _LOAD_ERROR = _load()
 """BUILD_INFO: what ``wnkernel._C`` was built with; empty without it."""
 
 MACHINE: dict[str, Any] = {} if _C is None else _C.machine()
-"""Bytes of this machine's caches and pages, as the CPU kernels see them, and where each fact is
-from; empty without ``wnkernel._C``."""
+"""The sizes in bytes of this machine's caches and pages, as the CPU kernels see them, and the
+source of each; empty without ``wnkernel._C``."""
 
 
 def loaded() -> bool:
-    """Whether ``wnkernel._C`` is there and was loaded."""
+    """Whether ``wnkernel._C`` is loaded."""
     return _C is not None
 
 
 def has_no_kernels_on(device: str) -> bool:
-    """Whether operators are there for a type of devices that ``wnkernel._C`` has no kernels for."""
+    """Whether ``wnkernel._C`` is loaded but has no kernels for a type of device."""
     return loaded() and device not in BUILD_INFO["devices"]
 
 
 weight_norm = None if _C is None else _C.weight_norm
 """``weight_norm(v, g, dim, eps, out_dtype)`` in C++: checks, autograd and kernel behind one call.
-The shortest way to torch.ops.wnkernel.weight_norm, for code that is not being traced."""
+It is the fastest way to torch.ops.wnkernel.weight_norm for code that is not being traced."""
 
 weight_norms = None if _C is None else _C.weight_norms
-"""``weight_norms(vs, gs, dims, eps, out_dtype)``, the way to torch.ops.wnkernel.forward."""
+"""``weight_norms(vs, gs, dims, eps, out_dtype)`` in C++, the same for
+torch.ops.wnkernel.forward."""
 
 slots = None if _C is None else _C.slots
 launch_mode = None if _C is None else _C.launch_mode
-"""What wnkernel/grouping/slots.py asks on every read."""
+"""The versions in C++ of what wnkernel/grouping/slots.py defines under these names."""
 
 
 def cpu_buffers() -> dict[str, int]:
-    """Memory of results on the CPU: ``used_bytes`` in tensors, ``held_bytes`` idle; docs/memory.md.
+    """The memory of results on the CPU, in bytes (docs/memory.md).
 
-    Results of 64 KiB and more live in buffers that serve the next result of the same size as soon
-    as no tensor holds them any more. Empty without ``wnkernel._C``.
+    Results of 64 KiB and more live in buffers. A buffer serves the next result of the same size as
+    soon as no tensor uses it.
+
+    Returns:
+        ``used_bytes`` in tensors and idle ``held_bytes``; an empty dict without ``wnkernel._C``.
     """
     return {} if _C is None else _C.cpu_buffers()
 
@@ -87,8 +92,8 @@ def release_cpu_buffers() -> None:
 
 
 def cuda_reason(device: torch.device) -> str:
-    """Why ``wnkernel._C`` has no code for a CUDA device; empty if it has. Not to be asked without
-    the module."""
+    """Why ``wnkernel._C`` has no code for a CUDA device; empty if it has. Call this only if the
+    module is :func:`loaded`."""
     return _C.cuda_reason(device.index)
 
 
@@ -103,7 +108,8 @@ def can_be_built() -> bool:
 
 
 def _fake_like(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a kernel allocates for v: its memory order if it is dense, contiguous if it has gaps."""
+    """An empty tensor like the one that a kernel allocates for v: in v's memory order if v is
+    dense, contiguous if v has gaps."""
     order = torch.preserve_format if is_dense(v) else torch.contiguous_format
     return torch.empty_like(v, dtype=dtype, memory_format=order)
 

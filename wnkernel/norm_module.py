@@ -12,8 +12,9 @@ from .splitting import split_weight
 
 
 class KnowsSubclasses:
-    """A class whose subclasses know that they are subclasses. A compiled graph guards what it asks
-    of a module, and takes several times as long for its type as for an attribute."""
+    """A base whose indirect subclasses have ``is_subclass`` set. A compiled graph guards everything
+    that it reads of a module, and a guard of the type takes several times as long as a guard of an
+    attribute."""
 
     __slots__ = ()
 
@@ -25,10 +26,10 @@ class KnowsSubclasses:
 
 
 class WeightNorm(nn.Module, KnowsSubclasses):
-    """The parametrization ``(g, v) -> w``: what ``module.parametrizations[name][0]`` is.
+    """The parametrization ``(g, v) -> w``, which is ``module.parametrizations[name][0]``.
 
     Args:
-        dim: the dimension that keeps its norms apart; ``None`` and -1 mean the whole tensor.
+        dim: the dimension along which each index has a norm; ``None`` and -1 mean the whole tensor.
         eps: lower bound of the norm, see :func:`wnkernel.functional.weight_norm`.
     """
 
@@ -38,8 +39,9 @@ class WeightNorm(nn.Module, KnowsSubclasses):
         self.eps = eps
 
     has_eps = True
-    """Whether ``eps`` is not 0. With ``dynamic=True`` torch.compile makes every float that it reads
-    an input of the graph, finds that nobody needs it, and compiles once more."""
+    """Whether ``eps`` is not 0. Compiled code reads this before ``eps``: with ``dynamic=True``
+    torch.compile makes every float that it reads an input of the graph, finds the input unused, and
+    compiles again."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -50,9 +52,9 @@ class WeightNorm(nn.Module, KnowsSubclasses):
         return functional.weight_norm(weight_v, weight_g, self.dim, eps=self.eps)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``(g, v)`` that give ``weight``."""
+        """Split ``weight`` into the ``(g, v)`` that give it."""
         if weight.is_inference() and not is_inference_mode_enabled():
-            weight = weight.clone()  # what an inference tensor is shared with cannot be trained
+            weight = weight.clone()  # what shares memory with inference tensors cannot train
         return split_weight(weight, self.dim, self.eps)
 
     def extra_repr(self) -> str:

@@ -1,8 +1,9 @@
-"""Who else looks at tensors: compilers, exporters, tracers, function transforms, dispatch modes,
+"""Observers of tensors: compilers, exporters, tracers, function transforms, dispatch modes,
 DTensors and sharded modules.
 
-Every other file asks here. What somebody follows must be made of operators that he can see, and
-must not be kept for a later call; kernels that are given addresses come after all of these.
+Every other file asks here whether an observer is at work. Code that is observed must consist of
+operators that the observer can see, and its results must not be kept for a later call. Kernels that
+take addresses run only where no observer is left.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 PLAIN = (Tensor, Parameter)
-"""Types without ``__torch_function__`` and ``__torch_dispatch__``. (A tuple: torch 2.6 and 2.7
-cannot trace ``in`` of a frozenset.)"""
+"""Types without ``__torch_function__`` and ``__torch_dispatch__``. This is a tuple because torch
+2.6 and 2.7 cannot trace ``in`` of a frozenset."""
 
 _PLAIN = frozenset(PLAIN)
 
 
-# Who follows the operators of this thread.
+# These functions tell who follows the operators of this thread.
 
 
 def is_followed() -> bool:
@@ -41,37 +42,38 @@ def is_followed() -> bool:
 
 
 def are_calls_watched() -> bool:
-    """Whether a ``__torch_function__`` mode wants to see every call. The one of
-    ``torch.set_default_device`` does not: it looks at functions that make tensors."""
+    """Whether a ``__torch_function__`` mode wants to see every call. The mode of
+    ``torch.set_default_device`` does not count, because it changes only functions that make
+    tensors."""
     return torch._C._len_torch_function_stack() > 0 and any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     )
 
 
 def is_forward_ad() -> bool:
-    """Whether the block of forward-mode AD is open, in any thread."""
+    """Whether a block of forward-mode AD is open, in any thread."""
     return forward_ad._current_level >= 0
 
 
 def is_transformed(tensors: Iterable[Tensor]) -> bool:
-    """Whether a function transform is at work, or forward-mode AD on one of the tensors. No custom
-    autograd node survives these."""
+    """Whether a function transform is at work, or one of the tensors has a tangent of forward-mode
+    AD. Custom autograd nodes work with neither."""
     return torch._C._are_functorch_transforms_active() or (
         is_forward_ad() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     )
 
 
-# What tensors are.
+# These functions tell what tensors are.
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors are what they seem, and nobody follows what is done with them."""
+    """Whether all tensors are of plain types and nobody follows the operators of this thread."""
     return not is_followed() and _PLAIN.issuperset(map(type, tensors))
 
 
 def have_addresses(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels may be given addresses: the tensors have memory, and no mode and no subclass
-    (make_fx, fake tensors) wants to see operators."""
+    """Whether kernels may use the addresses of tensors: the tensors have memory, and no mode and no
+    tensor subclass (make_fx, fake tensors) needs to see operators."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and all(map(torch._C._has_storage, tensors))
@@ -84,17 +86,17 @@ def _dispatches(t: Tensor) -> bool:
 
 
 def are_untouched(tensors: Sequence[Tensor]) -> bool:
-    """Whether a custom autograd node and kernels may be given tensors as they are."""
+    """Whether a custom autograd node and kernels can take tensors as they are."""
     return have_addresses(tensors) and not is_torchscript_trace() and not is_transformed(tensors)
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether there is anything to compare: not on the meta device, nor in a fake tensor."""
+    """Whether a tensor has values, which meta tensors and fake tensors do not have."""
     return not (t.is_meta or isinstance(t, FakeTensor))
 
 
 def has_memory(t: Tensor) -> bool:
-    """Whether nobody has taken a tensor's memory away, as sharded modules do between forwards."""
+    """Whether a tensor has its memory. Sharded modules free it between forwards."""
     return t.numel() == 0 or t.untyped_storage().nbytes() > 0
 
 
@@ -103,14 +105,15 @@ def is_distributed(t: Tensor) -> bool:
     if type(t) in PLAIN:
         return False
     for name in ("torch.distributed.tensor", "torch.distributed._tensor"):  # before torch 2.5
-        kind = getattr(sys.modules.get(name), "DTensor", None)  # there if anybody made a DTensor
+        kind = getattr(sys.modules.get(name), "DTensor", None)  # imported if a DTensor exists
         if kind is not None:
             return isinstance(t, kind)
     return False
 
 
 def sharding_modules() -> tuple[type[nn.Module], ...]:
-    """The classes of modules that shard their parameters, if any can be in use."""
+    """The classes of modules that shard their parameters; none if torch.distributed is not
+    running."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ()
     found = (
@@ -124,18 +127,19 @@ def sharding_modules() -> tuple[type[nn.Module], ...]:
     return tuple(kind for kind in found if kind is not None)
 
 
-# Exporters. Their programs leave this process for others, which have no operators of ours, so the
-# plain formula is traced then. torch.compile stays in the process and keeps the operators.
+# Exported programs run in processes without the operators of this package, so exporters trace the
+# plain formula. Programs of torch.compile stay in this process and keep the operators.
 
 _export_flag = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-"""Before torch 2.7 nothing but torch.export sets the flag behind ``is_compiling``. Until torch 2.11
-Dynamo takes ``torch.compiler.is_exporting()`` for true in every program that it traces: it is not
-asked there."""
+"""The function that tells whether torch.export is at work. Before torch 2.7 this is
+``is_compiling``, whose flag only torch.export sets there. Until torch 2.11 Dynamo takes a traced
+call of ``torch.compiler.is_exporting()`` for true in every program, so traced code does not call
+this."""
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces this call, with Dynamo (``strict=True``) or without. The flag is
-    the process's: on other threads nothing is being traced."""
+    """Whether torch.export traces this call, with Dynamo (``strict=True``) or without. The flag
+    holds for the whole process, so this also looks whether anything is traced on this thread."""
     if is_dynamo_compiling():
         return _dynamo_exports()
     return _export_flag() and torch._C._len_torch_dispatch_stack() > 0
@@ -143,7 +147,8 @@ def is_exporting() -> bool:
 
 @assume_constant_result
 def _dynamo_exports() -> bool:
-    """Before torch 2.8 the flag is down while Dynamo traces."""
+    """Whether Dynamo traces for torch.export. Before torch 2.8 the flag is not set while it
+    traces."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return _export_flag() or InstructionTranslator.current_tx().export
@@ -156,16 +161,16 @@ def is_torchscript_trace() -> bool:
 
 
 def is_torchscript_onnx() -> bool:
-    """Whether the tracer follows this call for ``torch.onnx.export(dynamo=False)``. What that can
-    compute beforehand, up to opset 17, has ReduceL2 in it and not ReduceSum."""
+    """Whether the tracer follows this call for ``torch.onnx.export(dynamo=False)``. Up to opset 17
+    that exporter can compute ReduceL2 of constants beforehand, but not ReduceSum."""
     onnx = sys.modules.get("torch.onnx")
     return onnx is not None and onnx.is_in_onnx_export()
 
 
 @contextmanager
 def tracer_paused() -> Iterator[None]:
-    """In the block the TorchScript tracer sees nothing. It would record the shapes that arguments
-    are checked by, and warn of every comparison."""
+    """Hide the block from the TorchScript tracer, which would record the shapes that the checks
+    read and warn of every comparison."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # no stub has it
     try:

@@ -1,4 +1,4 @@
-"""The list of parametrizations of a weight-normed layer, and the short way through it."""
+"""The list of parametrizations of a weight-normed layer, and its fast path."""
 
 from __future__ import annotations
 
@@ -21,37 +21,39 @@ from .norm_module import KnowsSubclasses, WeightNorm
 
 
 class Owner(Protocol):
-    """What a weight is asked of: a group (wnkernel/grouping) or, while a layer is new,
-    wnkernel/lost_writes.py."""
+    """An object that computes the weight for a list: a member of a group (wnkernel/grouping) or,
+    while a layer is new, its watch (wnkernel/lost_writes.py)."""
 
     is_group: bool
-    """Whether it computes the weight with those of other layers."""
+    """Whether the owner computes the weight together with those of other layers."""
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
-        """``w``, as fresh as :func:`wnkernel.functional.weight_norm` would give it."""
+        """Return ``w``, equal to what :func:`wnkernel.functional.weight_norm` would compute now."""
 
 
 _MODULE_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 
 
 class WeightNormList(WeightNormOriginals, KnowsSubclasses):
-    """torch's ``ParametrizationList`` with a short way through when it holds one weight norm.
+    """torch's ``ParametrizationList`` with a fast path for a list that holds one weight norm.
 
-    ``nn.Module.__call__`` and the generic loop over parametrizations cost several times the
-    operator itself. The short way is taken only where it cannot be told from torch's: not with
-    hooks (on the list, on the weight norm or on all modules), further or other parametrizations,
-    parameters that are not plain entries (DataParallel replicas, FSDP views), or anything replaced:
-    ``forward`` on an instance (offloading) or on a class, what tracers replace in ``nn.Module``.
+    ``nn.Module.__call__`` and the generic loop over parametrizations take several times as long as
+    the operator itself. The fast path is taken only if it has the same effect as torch's code. So
+    it is not taken if there are hooks (on the list, on the weight norm or on all modules), other
+    parametrizations, or parameters that are not plain entries (DataParallel replicas, FSDP views),
+    or if a method has been replaced: ``forward`` of an instance (offloading) or of a class, or the
+    methods of ``nn.Module`` that tracers replace.
     """
 
     owner: Owner | None = None
-    """Whom to ask for the weight; None: it is computed here. Compiled graphs ask nobody."""
+    """The object that computes the weight. If this is None, the list computes it. Compiled graphs
+    never call the owner."""
 
     bucket: int | None = None
-    """In a group: which launch of a compiled graph the weight joins."""
+    """The launch of a compiled graph that the weight joins; None outside of groups."""
 
     casts: bool = False
-    """In a group: whether compiled graphs compute the weight in the dtype of autocast."""
+    """Whether compiled graphs compute the weight in the dtype of autocast; used only in groups."""
 
     def __call__(self) -> Tensor:
         parameters: dict[str, Any] = self._parameters
@@ -61,15 +63,16 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
         if has_both and self.is_as_made():
             v, g = parameters[V], parameters[G]
             norm: Any = self._modules["0"]
-            owner = self.owner  # read once: a first forward in another thread may take it away
+            owner = self.owner  # read once, since another thread's first forward may reset it
             if owner is not None:
                 return owner.read(v, g, norm.dim, norm.eps)
             return functional.weight_norm(v, g, norm.dim, eps=norm.eps)
         return super().__call__()
 
     def _in_graph(self) -> Tensor:
-        """The same where Dynamo traces it. A graph guards all that is asked here, and takes several
-        times as long for the type of a module as for an attribute."""
+        """Compute the weight in code that Dynamo traces. A graph guards everything that is read
+        here, and a guard of the type of a module takes several times as long as a guard of an
+        attribute."""
         v: Any
         g: Any
         v, g = self._parameters[V], self._parameters[G]
@@ -83,18 +86,19 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
         ):
             return super().__call__()
         eps = norm.eps if norm.has_eps else 0.0
-        # A copy of a part of a fused model has no owner. Others are not asked: theirs may change.
+        # A copy of a part of a fused model has a bucket but no owner. Lists without a bucket do
+        # not read their owner, because the graph would guard it and it may change.
         in_group = self.bucket is not None and self.owner is not None
         out_dtype = autocast_dtype(v) if in_group and self.casts else None
         bucket = self.bucket if in_group else None
         return functional.weight_norm_in_graph(v, g, norm.dim, eps, out_dtype, bucket)
 
     def is_as_made(self) -> bool:
-        """Whether calling it computes one weight norm and does nothing else."""
+        """Whether a call of the list computes one weight norm and does nothing else."""
         return self.is_untouched() and classes_are_as_made()
 
     def is_untouched(self) -> bool:
-        """The same where :func:`classes_are_as_made`."""
+        """Whether :meth:`is_as_made` holds if :func:`classes_are_as_made` does."""
         modules = self._modules
         norm = modules.get("0")
         return (
@@ -106,7 +110,7 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
         )
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What ``torch.jit.script`` asks of every module."""
+        """Refuse ``torch.jit.script``, which calls this on every module."""
         raise RuntimeError(
             "torch.jit.script: expected a model with plain weights, got a weight norm, which "
             "TorchScript cannot compile: call wnkernel.fold(model) first, on a copy if the model "
@@ -115,9 +119,10 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
 
 
 def autocast_dtype(v: Tensor) -> torch.dtype | None:
-    """The dtype that autocast casts ``w`` to; None: it leaves it in v's.
+    """The dtype that autocast casts ``w`` to; None if ``w`` keeps v's dtype.
 
-    Autocast does not touch float64, and half types would be rounded once instead of twice.
+    Autocast does not cast float64. A half ``w`` is cast afterwards, because a direct result would
+    be rounded once instead of twice.
     """
     kind = v.device.type
     if v.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
@@ -129,7 +134,7 @@ _NORM_FORWARD, _LIST_FORWARD = WeightNorm.forward, WeightNormList.forward
 
 
 def classes_are_as_made() -> bool:
-    """Whether nobody has replaced what the classes do, or hooks into all modules."""
+    """Whether nobody has replaced methods of the classes or registered hooks on all modules."""
     return (
         WeightNorm.forward is _NORM_FORWARD
         and WeightNormList.forward is _LIST_FORWARD
@@ -147,8 +152,9 @@ def classes_are_as_made() -> bool:
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether a module has neither hooks nor a forward of its own. Every read of a weight asks it
-    twice. (The hooks would be found faster in the dictionary, but there Dynamo guards them.)"""
+    """Whether a module has neither hooks nor a forward of its own. Every read of a weight calls
+    this twice. Reading the hooks from ``__dict__`` would be faster, but Dynamo would guard them
+    there."""
     state = module.__dict__
     return not (
         module._forward_hooks
@@ -162,8 +168,8 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def _has_that_of_its_class(module: nn.Module) -> bool:
-    """Whether the forward of an instance is its own method, which is what remains of Accelerate's
-    hooks when they are removed."""
+    """Whether the ``forward`` in the dict of an instance is the method of its class. Accelerate
+    leaves it there when its hooks are removed."""
     forward = module.__dict__["forward"]
     own = getattr(forward, "__func__", None) is type(module).forward
     return own and forward.__self__ is module

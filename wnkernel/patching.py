@@ -1,4 +1,4 @@
-"""``patch_torch()``: code that calls torch's weight norm builds ours."""
+"""``patch_torch()``: code that calls torch's weight norm builds layers of this package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ torchs_remove = parametrize.remove_parametrizations
 
 
 def _legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
-    """:func:`torch.nn.utils.weight_norm`; the layer answers to ``weight_g`` and ``weight_v``."""
+    """The replacement of :func:`torch.nn.utils.weight_norm`. The layer has ``weight_g`` and
+    ``weight_v``."""
     layers.weight_norm(module, name, dim)
     own_class(module)
     answer_to_legacy_names(module, name)
@@ -34,21 +35,21 @@ def _legacy(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.
 
 
 def _weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
-    """:func:`torch.nn.utils.parametrizations.weight_norm`."""
+    """The replacement of :func:`torch.nn.utils.parametrizations.weight_norm`."""
     return layers.weight_norm(module, name, dim)
 
 
 def _remove_legacy(module: nn.Module, name: str = "weight") -> nn.Module:
-    """:func:`torch.nn.utils.remove_weight_norm`, for all three kinds."""
+    """The replacement of :func:`torch.nn.utils.remove_weight_norm`, for all three kinds."""
     return layers.remove_weight_norm(module, name)
 
 
 def _remove(
     module: nn.Module, tensor_name: str = "weight", leave_parametrized: bool = True
 ) -> nn.Module:
-    """:func:`torch.nn.utils.parametrize.remove_parametrizations`, without leftovers where it
-    removes a weight norm, and with a default: packages call it in the place of the legacy remover,
-    which has one."""
+    """The replacement of :func:`torch.nn.utils.parametrize.remove_parametrizations`. It removes a
+    weight norm without leftovers. ``tensor_name`` has a default, because packages call this instead
+    of the legacy remover, which has one."""
     normed = isinstance(module, nn.Module) and weight_norm_kind(module, tensor_name)
     if not normed or normed == TORCH_HOOK or not leave_parametrized:
         return torchs_remove(module, tensor_name, leave_parametrized)
@@ -61,7 +62,7 @@ def _remove(
 
 
 class _Patch:
-    """The one patch of this process, and how many contexts want it."""
+    """The one patch of this process, with the number of contexts that need it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -98,14 +99,14 @@ class _Patch:
 
     def _restore(self) -> None:
         replacements = {id(ours): of_torch for of_torch, ours in self._pairs}
-        while self._namespaces:  # modules may have left sys.modules
+        while self._namespaces:  # some may have left sys.modules
             _replace(self._namespaces.pop(), replacements)
-        for namespace in _namespaces():  # and others come
+        for namespace in _namespaces():  # others are new
             _replace(namespace, replacements)
 
 
 def _namespaces() -> Iterator[dict[str, Any]]:
-    """The globals of all modules but ours, which mean torch's functions where they name them."""
+    """The globals of all modules except those of this package, which need torch's own functions."""
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and name.partition(".")[0] != __package__:
             yield vars(module)
@@ -132,19 +133,20 @@ def patch_torch() -> Iterator[None]:
     Four functions are replaced: :func:`torch.nn.utils.weight_norm`,
     :func:`torch.nn.utils.parametrizations.weight_norm`, :func:`torch.nn.utils.remove_weight_norm`
     (which then removes any kind) and :func:`torch.nn.utils.parametrize.remove_parametrizations`
-    (which does as before where no weight norm is concerned). Layers built through the first answer
-    to ``weight_g`` and ``weight_v``; their checkpoint keys are ours.
+    (which changes only for weight norms). Layers built by the first function also have ``weight_g``
+    and ``weight_v``; their checkpoint keys are those of this package.
 
-    Every global of every imported module that is one of these functions is replaced, so
-    ``from torch.nn.utils import weight_norm`` at the top of a file is found under any name, and
-    imports in the block get ours. **Not found** are references that are no module globals: class
-    attributes (``norm = staticmethod(weight_norm)``), local variables and closures, default
-    arguments, ``functools.partial``, entries of dicts and lists; and the classes behind the
-    functions, ``torch.nn.utils.weight_norm.WeightNorm`` and ``parametrizations._WeightNorm``.
-    For what they build there is :func:`convert`.
+    Every global of every imported module that is one of these functions is replaced, whatever its
+    name, so a ``from torch.nn.utils import weight_norm`` at the top of a file is covered. Imports
+    in the block get the replacements. References that are not module globals are **not replaced**:
+    class attributes (``norm = staticmethod(weight_norm)``), local variables and closures, default
+    arguments, ``functools.partial``, and entries of dicts and lists. Neither are the classes behind
+    the functions, ``torch.nn.utils.weight_norm.WeightNorm`` and ``parametrizations._WeightNorm``.
+    Use :func:`convert` for the layers that these build.
 
-    The end of the block, also by an exception, restores torch's functions in all modules. The patch
-    holds for the whole process, all threads; blocks may nest and overlap, the last one restores.
+    The end of the block restores torch's functions in all modules, also after an exception. The
+    patch holds for all threads of the process. Blocks may nest and overlap; the last one to end
+    restores the functions.
     """
     _patch.enter()
     try:

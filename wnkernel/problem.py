@@ -1,7 +1,8 @@
-"""What a weight norm is asked to do: dim rules, memory-order rules and argument checks.
+"""The description of a weight norm: dim rules, memory-order rules and argument checks.
 
-Whatever computes is given a canonical ``dim``, which is made here. csrc/problem.cpp is the twin for
-the compiled operators, and tests/core/test_problem.py holds the two together.
+This file makes every ``dim`` canonical, and all code that computes takes a canonical ``dim``.
+csrc/problem.cpp is the twin for the compiled operators, and tests/core/test_problem.py checks that
+the two agree.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Problem:
     v: Tensor
     g: Tensor
     dim: int
-    """Canonical: :data:`WHOLE_TENSOR` or ``0 <= dim < v.ndim``."""
+    """The canonical dim: :data:`WHOLE_TENSOR` or ``0 <= dim < v.ndim``."""
     eps: float
     out_dtype: torch.dtype
 
@@ -54,15 +55,15 @@ class Problem:
 
     @property
     def divisor_dtype(self) -> torch.dtype:
-        """The dtype whose values w divides by: that of norms, but for one norm over all of v where
-        v and g have half dtypes. There it is that of g, as in torch, so that the norm of v as g
-        gives w = v."""
+        """The dtype that norms are rounded to before w divides by them. It is :attr:`acc_dtype`,
+        except for one norm over all of v where v and g have half dtypes. There it is g's dtype, as
+        in torch, so that the norm of v as g gives w = v."""
         are_half = self.v.dtype in HALF_DTYPES and self.g.dtype in HALF_DTYPES
         return self.g.dtype if are_half and self.g.numel() == 1 else self.acc_dtype
 
     @property
     def bound(self) -> float:
-        """eps, see :func:`bound_of`."""
+        """``eps`` as computations use it, see :func:`bound_of`."""
         return bound_of(self.eps, self.acc_dtype)
 
 
@@ -72,8 +73,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def bound_of(eps: float, acc_dtype: torch.dtype) -> float:
-    """``eps`` for computations in ``acc_dtype``: at least its smallest normal number, or 0. Numbers
-    below it have few digits or none there, and 1 over them is infinite."""
+    """``eps`` for computations in ``acc_dtype``: 0, or at least the smallest normal number of that
+    dtype. Smaller numbers have few digits or none there, and their reciprocals are infinite."""
     smallest = torch.finfo(acc_dtype).smallest_normal
     return smallest if 0.0 < eps < smallest else eps
 
@@ -84,8 +85,8 @@ def canonical_dim(dim: int | None, ndim: int) -> int:
     ``None`` and -1 mean the whole tensor; -2, -3, ... count from the end.
 
     Raises:
-        TypeError: ``dim`` is neither an int nor None.
-        ValueError: ``dim`` is out of range for a tensor with ``ndim`` dimensions.
+        TypeError: if ``dim`` is neither an int nor None.
+        ValueError: if ``dim`` is out of range for a tensor with ``ndim`` dimensions.
     """
     if dim is None:
         return WHOLE_TENSOR
@@ -97,10 +98,10 @@ def canonical_dim(dim: int | None, ndim: int) -> int:
 
 
 def int_of(dim: SupportsIndex) -> int:
-    """A ``dim`` as an int: numpy's integers are taken too.
+    """Convert a ``dim`` to an int; integers of numpy are accepted too.
 
     Raises:
-        TypeError: it is no integer.
+        TypeError: if ``dim`` is not an integer.
     """
     if isinstance(dim, bool) or not hasattr(dim, "__index__"):
         raise TypeError(f"dim: expected an int or None, got {type(dim).__name__}")
@@ -108,9 +109,9 @@ def int_of(dim: SupportsIndex) -> int:
 
 
 def norm_shape(shape: torch.Size, dim: int) -> tuple[int, ...]:
-    """Shape of ``norm`` and ``g`` for a canonical ``dim``: () or ones around ``shape[dim]``.
+    """The shape of ``norm`` and ``g`` for a canonical ``dim``: () or ones around ``shape[dim]``.
 
-    In the place of () there may be (1,), see :func:`is_norm_shape`.
+    A ``g`` may have shape (1,) instead of (), see :func:`is_norm_shape`.
     """
     if dim == WHOLE_TENSOR:
         return ()
@@ -118,9 +119,9 @@ def norm_shape(shape: torch.Size, dim: int) -> tuple[int, ...]:
 
 
 def is_norm_shape(got: torch.Size, shape: torch.Size, dim: int) -> bool:
-    """Whether a ``g`` may have a shape, for ``v`` of ``shape`` and a canonical ``dim``: that of
-    :func:`norm_shape`, or (1,) for the whole tensor, because fully_shard refuses 0-dimensional
-    parameters. Norms and gradients have the shape that g has."""
+    """Whether a ``g`` of shape ``got`` fits a ``v`` of shape ``shape`` and a canonical ``dim``: it
+    has the shape of :func:`norm_shape`, or (1,) for the whole tensor, because fully_shard refuses
+    0-dimensional parameters. Norms and gradients have the shape of g."""
     return got == norm_shape(shape, dim) or (dim == WHOLE_TENSOR and got == (1,))
 
 
@@ -146,22 +147,23 @@ def row_view(v: Tensor, dim: int) -> RowView:
 
 
 def version_of(t: Tensor) -> int:
-    """Writes so far, as autograd counts them; inference tensors have no counter."""
+    """How many writes to ``t`` autograd has counted; 0 for inference tensors, which have no
+    counter."""
     return 0 if t.is_inference() else t._version
 
 
 def check_module(argument: str, module: Any) -> None:
-    """Refuse what is no module."""
+    """Raise an error if ``module`` is not a torch.nn.Module."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
 def check_v(v: Tensor, dim: int | None) -> int:
-    """Check the two arguments that every function here takes; returns the canonical dim.
+    """Check the two arguments that every function takes, and return the canonical dim.
 
     Raises:
-        TypeError: v is no dense floating-point tensor.
-        ValueError: v is 0-dimensional, or ``dim`` is out of range.
+        TypeError: if v is not a dense floating-point tensor.
+        ValueError: if v is 0-dimensional, or ``dim`` is out of range.
     """
     _check_tensor("v", v)
     if v.ndim == 0:
@@ -173,8 +175,8 @@ def check_eps(eps: float) -> float:
     """Check the lower bound of a norm.
 
     Raises:
-        TypeError: eps is no number.
-        ValueError: eps is negative, infinite or NaN.
+        TypeError: if eps is not a number.
+        ValueError: if eps is negative, infinite or NaN.
     """
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
@@ -193,8 +195,8 @@ def check(
     """Check the arguments of a weight norm.
 
     Raises:
-        TypeError: an argument of the wrong type, layout or dtype.
-        ValueError: a wrong shape, device, dim or eps.
+        TypeError: if an argument has the wrong type, layout or dtype.
+        ValueError: if a shape, device, dim or eps is wrong.
     """
     dim = check_v(v, dim)
     _check_g(g, v, dim)
@@ -207,10 +209,12 @@ def check(
 
 
 def list_of(name: str, entries: object) -> list[Any]:
-    """An argument with an entry for each weight, as a list, which is not to be changed.
+    """An argument that has an entry for each weight, as a list. The list may be the argument
+    itself, so it must not be changed.
 
     Raises:
-        TypeError: it is one value, or a tensor, which would be taken apart into its rows.
+        TypeError: if the argument is a single value, or a tensor, which would be split into its
+            rows.
     """
     if type(entries) is list:
         return entries
@@ -226,7 +230,7 @@ def check_lengths(count: int, **lists: Sequence[object]) -> None:
     """Check that lists have an entry for each of ``count`` weights.
 
     Raises:
-        ValueError: one has not.
+        ValueError: if a list has another length.
     """
     for name, entries in lists.items():
         if len(entries) != count:
@@ -243,8 +247,9 @@ def check_forward(
     """Check the arguments of a list of weight norms.
 
     Raises:
-        TypeError: as :func:`check`.
-        ValueError: as :func:`check`; lists of different lengths; weights on different devices.
+        TypeError: as for :func:`check`.
+        ValueError: as for :func:`check`, or if lists have different lengths or weights are on
+            different devices.
     """
     check_lengths(len(v), g=g, dim=dim, eps=eps)
     problems = [check(*weight, out_dtype) for weight in zip(v, g, dim, eps, strict=True)]
@@ -267,8 +272,9 @@ def check_backward(
     """Check the arguments of the first derivatives of a list.
 
     Raises:
-        TypeError: a tensor of the wrong kind or dtype.
-        ValueError: as :func:`check_forward`; a gradient or norms of the wrong shape or device.
+        TypeError: if a tensor has the wrong kind or dtype.
+        ValueError: as for :func:`check_forward`, or if a gradient or norm has the wrong shape or
+            device.
     """
     check_lengths(len(v), g=g, dim=dim, eps=eps, grad_w=grad_w, norm=norm)
     check_lengths(len(v), need_v=need_v, need_g=need_g)

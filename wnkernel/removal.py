@@ -1,9 +1,9 @@
-"""What torch's removers find on a layer of this package.
+"""The hook by which torch's removers find a weight norm of this package.
 
 Packages ship their own ``remove_weight_norm()``. It calls :func:`torch.nn.utils.remove_weight_norm`
-on every layer, or looks through ``layer._forward_pre_hooks`` for torch's ``WeightNorm`` itself.
-Such code works on our layers too, because each of them carries a hook of that type. The hook does
-nothing in a forward, and a module does not even notice it: see :class:`HiddenHooks`.
+on every layer, or searches ``layer._forward_pre_hooks`` for torch's ``WeightNorm`` itself. Such
+code works on layers of this package too, because each layer carries a hook of that type. The hook
+does nothing in a forward, and :class:`HiddenHooks` hides it from its module.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch.utils.hooks import RemovableHandle
 
 
 class RemovalHook(LegacyHook):
-    """A weight norm of torch's legacy kind by type and name, whose ``remove`` removes ours.
+    """A hook with the type and the name of torch's legacy weight norm. Its ``remove`` removes the
+    weight norm of this package.
 
     Args:
-        name: which parameter of the module.
-        dim: that of the weight norm.
-        remove: ``remove(module, name)`` removes the weight norm, and this hook with it.
+        name: the name of the parameter.
+        dim: the dim of the weight norm.
+        remove: ``remove(module, name)`` removes the weight norm together with this hook.
     """
 
     def __init__(self, name: str, dim: int, remove: Callable[[nn.Module, str], Any]) -> None:
@@ -33,11 +34,12 @@ class RemovalHook(LegacyHook):
         self._remove = remove
 
     def compute_weight(self, module: nn.Module) -> Tensor:
-        """``w``, as of torch's hook."""
+        """Return ``w``, as torch's hook does."""
         return getattr(module, self.name)
 
     def remove(self, module: nn.Module) -> None:
-        """Remove the weight norm. Whoever calls this takes the hook away afterwards."""
+        """Remove the weight norm, but leave the hook in place, because callers remove it
+        afterwards."""
         if not parametrize.is_parametrized(module, self.name):
             raise ValueError(f"weight_norm of '{self.name}' not found in {module}")
         keys = [k for k, hook in module._forward_pre_hooks.items() if hook is self]
@@ -45,7 +47,7 @@ class RemovalHook(LegacyHook):
         module._forward_pre_hooks.update(dict.fromkeys(keys, self))
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        """Nothing: ``module.weight`` is computed when it is read."""
+        """Do nothing, because ``module.weight`` is computed when it is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self.name, self.dim, self._remove)
@@ -61,14 +63,14 @@ def _unpickled(name: str, dim: int, remove: Callable[[nn.Module, str], Any]) -> 
 
 
 class HiddenHooks(OrderedDict[int, Callable[..., Any]]):
-    """Hooks of a module, and its removal hooks, which do not count.
+    """The forward pre-hooks of a module, of which removal hooks do not count.
 
-    It is false and has no length where there are no others: for ``nn.Module.__call__``, which takes
-    a shorter way then, and for CUDA graphs and fast paths of torch that do not take modules with
-    hooks. Whoever goes through the hooks finds all of them.
+    The dict is false and has length 0 if it holds removal hooks only. So ``nn.Module.__call__``
+    takes its short path, and CUDA graphs and fast paths of torch accept the module, although they
+    refuse modules with hooks. Iteration gives all hooks.
     """
 
-    @assume_constant_result  # before torch 2.7 Dynamo cannot go through a subclass of dict
+    @assume_constant_result  # before torch 2.7 Dynamo cannot iterate over a subclass of dict
     def __bool__(self) -> bool:
         for hook in self.values():  # noqa: SIM110, any() takes twice as long
             if type(hook) is not RemovalHook:
@@ -83,13 +85,13 @@ def add_removal_hook(module: nn.Module, hook: RemovalHook) -> None:
     """Let torch's removers find a weight norm of this package."""
     take_removal_hook(module, hook.name)
     hooks = module._forward_pre_hooks
-    if len(hooks) == 0 and type(hooks) is not HiddenHooks:  # handles of hooks hold on to theirs
+    if len(hooks) == 0 and type(hooks) is not HiddenHooks:  # handles refer to their dict
         hooks = module._forward_pre_hooks = HiddenHooks()
     hooks[RemovableHandle(hooks).id] = hook
 
 
 def take_removal_hook(module: nn.Module, name: str) -> None:
-    """Undo :func:`add_removal_hook`, if it was done."""
+    """Undo :func:`add_removal_hook` if it was called."""
     hooks = module._forward_pre_hooks
     for key in [k for k, h in hooks.items() if type(h) is RemovalHook and h.name == name]:
         del hooks[key]

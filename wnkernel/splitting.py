@@ -1,4 +1,4 @@
-"""g and v of a plain weight."""
+"""How a plain weight is split into g and v."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .problem import check_v
 
 
 def split_weight(weight: Tensor, dim: int, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` that give ``weight``: g is what our kernels divide by, so that w is v. Of a row
-    shorter than ``eps`` that is ``eps``. A row of zeros without ``eps``, which has no direction,
-    gets one: v is 1 there, so that w is 0 and not NaN, and can be trained."""
+    """Split ``weight`` into ``(g, v)``: v is the weight, and g is the ``max(norm, eps)`` that the
+    kernels divide by, so that w is v. Without ``eps`` a row of zeros has no direction, so its v
+    becomes 1: then w is 0 instead of NaN, and can be trained."""
     return _with_directions(functional.norms_for(weight, check_v(weight, dim), eps), weight)
 
 
@@ -25,14 +25,14 @@ def _with_directions(g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_for_torch(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``(g, v)`` from which torch's own weight norm computes ``weight``.
+    """Split ``weight`` into ``(g, v)`` from which torch's own weight norm computes it.
 
-    Its norms are off by up to 1e-3 where rows are long, and on the first and the last dim its
-    kernel divides by others than those of ``torch.norm_except_dim``. g is what it divides by, but
-    for rows that it cannot compute: there g is right.
+    torch's norms are off by up to 1e-3 for long rows, and on the first and the last dim its kernel
+    divides by other norms than those of ``torch.norm_except_dim``. g is the norm that torch divides
+    by. For rows whose norm torch cannot compute, g is the right norm.
     """
     g, v = split_weight(weight, dim)
-    if weight.numel() == 0:  # torch cannot: one of its views would have any number of columns
+    if weight.numel() == 0:  # torch fails, because it cannot infer the columns of a view
         return g, v
     if torch_has_kernel(weight, dim):
         ones = torch.ones_like(g)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 GPUS = {"cuda": "CUDA", "xpu": "XPU"}
-"""Types of devices with streams, and their dispatch keys. AMD's are cuda, to torch."""
+"""The types of devices with streams, and their dispatch keys. torch calls AMD's devices cuda
+too."""
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one."""
+    """A context that makes a GPU the current device."""
     if device.type not in GPUS:
         return nullcontext()
     module = getattr(torch, device.type)
@@ -20,8 +21,8 @@ def guard(device: torch.device) -> AbstractContextManager[object]:
 
 
 def current_stream(device: torch.device) -> int | None:
-    """The stream that work on a device is queued on now; 0 where there is only one, None where they
-    cannot be told apart."""
+    """The current stream of a device, where its work is queued now. It is 0 if the device has only
+    one stream, and None if its streams cannot be told apart."""
     if device.type == "cuda":
         return torch.cuda.current_stream(device).cuda_stream
     if device.type == "xpu":
@@ -34,7 +35,7 @@ def is_capturing(device: torch.device) -> bool:
     module = _WITH_GRAPHS.get(device.type)
     if module is None or not module.is_initialized():
         return False
-    with guard(device):  # torch asks the current device
+    with guard(device):  # torch answers for the current device
         return module.is_current_stream_capturing()
 
 

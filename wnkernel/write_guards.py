@@ -1,12 +1,12 @@
-"""Guards against writes to the weight of a weight-normed layer that other libraries make.
+"""Guards against other libraries that write to the weight of a weight-normed layer.
 
-The weight is computed from g and v whenever it is read. Adapters that are merged into it (PEFT)
-write to ``base_layer.weight.data``: with torch's weight norm the write is lost without a word.
-Tensor parallelism replaces some parameters of a layer and then fails on the others. Both first look
-for an attribute of the layer: PEFT for ``base_layer``, tensor parallelism for
-``_distribute_module_applied``. Weight-normed layers have neither; their classes get a guard under
-each of these names. It looks at who asks, and where the weight is about to be written raises an
-error that says what to do. Nothing is added to reading a weight.
+The weight is computed from g and v whenever it is read. PEFT merges an adapter by a write to
+``base_layer.weight.data``, which is silently lost with torch's weight norm. Tensor parallelism
+replaces some parameters of a layer and then fails on the others. Both first look for an attribute
+of the layer: PEFT for ``base_layer``, tensor parallelism for ``_distribute_module_applied``.
+Weight-normed layers have neither, so their classes get a guard under each of these names. The guard
+looks at its caller. If the caller is about to write to the weight, the guard raises an error that
+says what to do. Reading a weight takes no longer than without guards.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ WRITERS = frozenset(
         "_truncate_base_weight",
     )
 )
-"""Methods of PEFT's adapters that write to the weight beneath them, or, with ``target_parameters``,
-expect a parameter where g and v are. Others may have methods of these names that assign the weight,
-which is right: PEFT's are told by the name of their module."""
+"""Methods of PEFT's adapters that write to the weight of their layer or, with
+``target_parameters``, expect a parameter instead of g and v. Methods of these names in other
+libraries may assign the weight, which is right, so only those in modules of PEFT count."""
 
 DEPTH = 3
-"""Calls from such a method to ``get_base_layer``, at most."""
+"""The largest number of calls from such a method to ``get_base_layer``."""
 
 
 class WriteGuard:
-    """Stands for an attribute that weight-normed layers do not have, and looks at who asks for it.
+    """A descriptor for an attribute that weight-normed layers do not have. It looks at the code
+    that reads the attribute.
 
     Args:
-        name: what it is called.
-        writer: who is about to write to the weight, given the frame that asks for it; None where
-            it is just a question.
+        name: the name of the attribute.
+        writer: a function that takes the frame of this code, and returns the name of the method or
+            class that is about to write to the weight, or None.
     """
 
     def __init__(self, name: str, writer: Callable[[FrameType], str | None]) -> None:
@@ -62,7 +63,7 @@ class WriteGuard:
                 "norm, whose weight is computed from g and v, so that what is written to it would "
                 "be lost: call wnkernel.fold(model) before"
             )
-        raise AttributeError(self._name)  # nn.Module.__getattr__ is asked next
+        raise AttributeError(self._name)  # Python calls nn.Module.__getattr__ next
 
 
 def _merging(frame: FrameType) -> str | None:
@@ -95,4 +96,4 @@ WRITE_GUARDS = {
     "base_layer": WriteGuard("base_layer", _merging),
     "_distribute_module_applied": WriteGuard("_distribute_module_applied", _parallelizing),
 }
-"""By name, for the classes of weight-normed modules."""
+"""The guards of weight-normed classes, by the names of the attributes."""

@@ -1,9 +1,9 @@
 """Checkpoints: loading from every key layout of weight norm, and conversions between them.
 
-From the bottom up: ``agreement`` (whether what a dict says of a weight fits together), ``pairs``
-(g and v of one layer: found, checked, loaded), ``legacy`` and ``loading`` (what runs in modules),
-``accept`` (the same for models that keep torch's weight norm), ``normed`` (the census of a dict),
-``convert`` (dicts alone).
+Each file builds on those named before it. ``agreement`` compares the entries of a dict for one
+weight, and ``pairs`` finds, checks and loads g and v of one layer. ``legacy`` and ``loading`` run
+when modules load, ``accept`` when models that keep torch's weight norm load. ``normed`` finds the
+weight norms of a dict, and ``convert`` converts dicts alone.
 """
 
 from .accept import LayoutHandle, accept_any_layout

@@ -21,14 +21,15 @@ from .loading import WeightNormOriginals, register_load_hook, unregister_load_ho
 
 
 class LayoutHandle:
-    """The way back from :func:`accept_any_layout`; a context manager too."""
+    """A handle that undoes :func:`accept_any_layout`; it is a context manager too."""
 
     def __init__(self, undo: Mapping[str, Callable[[], None]]) -> None:
         self._undo = dict(undo)
 
     @property
     def weights(self) -> list[str]:
-        """The weights that load from any layout by this handle, as a folded model names them."""
+        """The weights that load from any layout because of this handle, as a folded model names
+        them."""
         return list(self._undo)
 
     def remove(self) -> None:
@@ -44,24 +45,24 @@ class LayoutHandle:
 
 
 def accept_any_layout(model: nn.Module) -> LayoutHandle:
-    """Let torch's own weight-normed layers load what :func:`wnkernel.weight_norm`'s do.
+    """Let torch's own weight-normed layers load every key layout, as layers of this package do.
 
-    ``model.load_state_dict`` then takes parametrized, legacy and plain keys alike, and checks them
-    alike, in layers of :func:`torch.nn.utils.weight_norm` (which by themselves refuse the first
-    and the last) and of :func:`torch.nn.utils.parametrizations.weight_norm`. Parameters, their
-    names and ``model.state_dict()`` stay as they are. Layers of this package need none of this.
-    Subclasses of torch's legacy hook may compute another weight: they refuse plain keys. A deep
-    copy of the model accepts all layouts for good: the handle does not know it.
+    ``model.load_state_dict`` then takes parametrized, legacy and plain keys, with the same checks,
+    in layers of :func:`torch.nn.utils.weight_norm` (which otherwise take legacy keys only) and of
+    :func:`torch.nn.utils.parametrizations.weight_norm`. Parameters, their names and
+    ``model.state_dict()`` do not change. Layers of this package take all layouts anyway. Subclasses
+    of torch's legacy hook refuse plain keys, because they may compute another weight. A deep copy
+    of the model takes all layouts for good, because the handle does not know the copy.
 
     Args:
         model: any module; weight norms that it gets later are not covered.
 
     Returns:
-        A handle with ``remove()``, ``weights`` and use as a context manager. A weight that loads
-        from any layout already belongs to the handle that it has.
+        A handle with ``remove()`` and ``weights``, which is also a context manager. A weight that
+        takes any layout already stays with its earlier handle.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: if ``model`` is not a torch.nn.Module.
     """
     check_module("model", model)
     undo: dict[str, Callable[[], None]] = {}
@@ -77,16 +78,16 @@ def accept_any_layout(model: nn.Module) -> LayoutHandle:
 
 
 def _is_of_torch(weight: NormedParameter) -> bool:
-    """Whether torch loads it, with its weight norm first."""
+    """Whether torch's own list loads the weight, and the weight norm comes first in this list."""
     return weight.is_first and type(weight.weights) is parametrize.ParametrizationList
 
 
 def _accept_legacy(module: nn.Module, name: str) -> Callable[[], None]:
-    stale = unregister_load_hook(module, name)  # of a parametrization that the layer had before
+    stale = unregister_load_hook(module, name)  # an earlier parametrization left it
 
     def undo() -> None:
         restore_loading(module)
-        if name in legacy_hooks(module):  # neither removed nor made ours since
+        if name in legacy_hooks(module):  # it was neither removed nor converted
             module._load_state_dict_pre_hooks.update(stale)
 
     return undo
@@ -99,7 +100,7 @@ def _accept_parametrized(module: nn.Module, name: str) -> Callable[[], None]:
 
     def undo() -> None:
         kind = type(weights)
-        if kind is WeightNormOriginals:  # not made ours since
+        if kind is WeightNormOriginals:  # it was not converted
             weights.__class__ = parametrize.ParametrizationList
             unregister_load_hook(module, name)
             module._load_state_dict_pre_hooks.update(of_torch)

@@ -1,4 +1,4 @@
-"""Whether what a state dict says of one weight fits together: shapes, pairs, plain weights."""
+"""Checks that the entries of a state dict for one weight agree: shapes, pairs, plain weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pair = tuple[str, str]
 
 
 def half(pair: Pair, keys: Container[str]) -> str | None:
-    """What is wrong where a dict has one key of a pair without the other."""
+    """The error if a dict has one key of a pair without the other, else None."""
     missing = [key for key in pair if key not in keys]
     if len(missing) != 1:
         return None
@@ -25,7 +25,7 @@ def half(pair: Pair, keys: Container[str]) -> str | None:
 
 
 def difference(pair: Pair, other: Pair, state_dict: Mapping[str, Any]) -> str | None:
-    """What is wrong where two pairs of one weight are not the same to the last bit."""
+    """The error if two pairs of one weight differ in any bit, else None."""
     for key, other_key in zip(pair, other, strict=True):
         if not same_bits(state_dict[key], state_dict[other_key]):
             return f'expected one g and one v, got "{key}" and "{other_key}", which differ'
@@ -33,8 +33,8 @@ def difference(pair: Pair, other: Pair, state_dict: Mapping[str, Any]) -> str | 
 
 
 def contradiction(key: str, plain: Tensor, w: Tensor | None, pair: Pair) -> str | None:
-    """What is wrong where a plain weight is not the ``w`` of the pair beside it. A ``w`` that
-    nobody can compute (None) is another one."""
+    """The error if a plain weight is not the ``w`` of the pair beside it, else None. A plain weight
+    contradicts a ``w`` that cannot be computed (None)."""
     if w is not None and same_up_to_rounding(plain, w):
         return None
     return f'expected one weight, got "{key}", which is not that of "{pair[0]}" and "{pair[1]}"'
@@ -44,8 +44,8 @@ def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
     """The canonical dim of a weight norm with a g and a v of these shapes; None if no dim fits.
 
     A g with more than one element fits one dim at most. A g with one element means one norm over
-    all of v: where v has dims of size 1 the first of them that fits is taken, and any other (or
-    the whole tensor) would give the same w.
+    all of v. If v has dims of size 1, the first of them that fits is taken; all others and the
+    whole tensor would give the same w.
     """
     if len(g) == len(v):
         for dim in range(len(v)):
@@ -58,7 +58,7 @@ def infer_dim(g: torch.Size, v: torch.Size) -> int | None:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same to the last bit, NaN included.
 
-    Tensors without values have no bits: there the shape and the dtype decide.
+    For tensors without values the shape and the dtype decide.
     """
     if a is b:
         return True
@@ -71,13 +71,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights could be one, computed by two kernels, or rounded to a narrower dtype."""
+    """Whether two tensors may be the same weight, computed by two kernels or rounded to a narrower
+    dtype."""
     if a.shape != b.shape:
         return False
     if not (has_values(a) and has_values(b)):
         return True
     rtol = max(_rounding(a.dtype), _rounding(b.dtype))
-    # float8 has no promotion
+    # torch cannot promote float8
     wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     a, b = a.detach().to(wide), b.detach().to(a.device, wide)
     near = b.isfinite() & ((a - b).abs() <= rtol * b.abs())
@@ -86,12 +87,14 @@ def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """Kernels sum in float32 at least: the order of a sum does not show in half types."""
+    """The relative error of a weight that a dtype allows. Kernels sum in float32 at least, so the
+    order of a sum does not show in half types."""
     return torch.finfo(dtype).eps * (2 if dtype.itemsize <= 2 else 16)
 
 
 def identity(t: Tensor) -> Hashable:
-    """The same for tensors that are one in memory: ``state_dict`` detaches tied ones apart. On the
-    meta device all storages are told apart too, though none has an address."""
+    """A key that is equal for tensors that are one in memory, because ``state_dict`` makes
+    separate tensors of tied ones. It tells storages apart on the meta device too, where none has
+    an address."""
     storage = t.untyped_storage()._cdata
     return storage, t.storage_offset(), t.shape, t.stride(), t.dtype

@@ -1,4 +1,4 @@
-"""From one key layout to another, on a dict alone."""
+"""Conversion from one key layout to another, of a dict without a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def convert_state_dict(
     like: nn.Module | Mapping[str, Any] | None = None,
     eps: float = 0.0,
 ) -> dict[str, Any]:
-    """A state dict with its weight norms in another key layout.
+    """Convert the weight norms of a state dict to another key layout.
 
     ========================  ============================================================
     ``to``                    keys of a weight
@@ -38,44 +38,48 @@ def convert_state_dict(
     ``"folded"``              ``weight``, computed as the layers compute it
     ========================  ============================================================
 
-    No model is needed: a weight norm is a pair of keys with floating-point tensors of shapes that
-    g and v have for some dim. All else stays as it is: other entries, the order of keys,
-    ``_metadata``, and the tensors themselves, which are passed on, not copied (tied ones stay
-    tied). The argument is not changed. Left alone, because a dict does not tell:
+    No model is needed: a weight norm is a pair of keys with floating-point tensors whose shapes fit
+    g and v for some dim. Everything else stays unchanged: other entries, the order of keys,
+    ``_metadata``, and the tensors themselves, which are not copied (tied tensors stay tied). The
+    argument does not change. These entries are not converted, because a dict does not show what
+    they are:
 
-    - parametrized pairs with other parametrizations stacked on them, as far as those have keys,
-      or whose g or v is parametrized itself;
+    - parametrized pairs with other parametrizations stacked on them, if those have keys, or whose g
+      or v is parametrized itself;
     - ``x_g`` and ``x_v`` where g, or each row of v, has one element, unless "weight" is in the
       name: many models have unrelated parameters of such names and shapes;
-    - a lone ``x_g`` or ``x_v``, as in one shard of a checkpoint, and what is in nested dicts.
+    - an ``x_g`` or ``x_v`` without the other, as in one shard of a checkpoint, and entries of
+      nested dicts.
 
-    Layers of this package load all layouts by themselves. Where no load hooks run, as in
-    ``from_pretrained`` of transformers 5, convert before::
+    Layers of this package load all layouts by themselves. Convert the dict first where no load
+    hooks run, as in ``from_pretrained`` of transformers 5::
 
         state_dict = convert_state_dict(load_file(path), like=Model(config))
         model = Model.from_pretrained(None, config=config, state_dict=state_dict)
 
     Args:
-        state_dict: keys to tensors, in any mixture of layouts, and anything else.
+        state_dict: a dict of tensors, in any mixture of layouts, and of any other entries.
         to: the layout of the result.
         like: a module with weight norm, or its state dict. A folded weight does not show that it
-            was normed, and stays folded; but those that are weight-normed in ``like`` are split,
-            into their norms and themselves. Pairs that are left alone above are converted if
-            ``like`` has them. A module also tells what it does not compute from g and v alone (by
-            a subclass of torch's weight norm, or with others stacked on it, or on its g or v): that
-            is left alone. A dict that has only some of the layers of ``like``, normed or not, is
-            none the worse; one that has no key of it is refused, since its prefixes are others.
-        eps: that of the layers; only folded weights depend on it. 0 means that of the layers of
-            ``like`` if it is a module, else none.
+            was normed, and stays folded unless it is weight-normed in ``like``: then it becomes v,
+            and its norms become g. Pairs that are otherwise not converted are converted if ``like``
+            has them. A weight that a module ``like`` does not compute from g and v alone is not
+            converted: one with a subclass of torch's weight norm, or with other parametrizations on
+            the weight norm, on g or on v. The dict may have only some of the layers of ``like``,
+            normed or not. A dict that has no key of ``like`` is refused, because its keys must have
+            other prefixes.
+        eps: the lower bound of the norms in the layers; only folded weights depend on it. 0 means
+            the bounds of the layers of ``like`` if that is a module, else no bound.
 
     Returns:
-        A new dict; an OrderedDict for an OrderedDict.
+        A new dict; an OrderedDict if ``state_dict`` is one.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an unknown layout; half of a parametrized pair; a weight in two layouts that
-            disagree; an entry in the way of a new one; a plain weight of another shape than in
-            ``like``; a ``like`` with weight norms and no key, in any layout, that is in the dict.
+        TypeError: if an argument has the wrong type.
+        ValueError: if the layout is unknown, a parametrized pair is incomplete, two layouts of a
+            weight disagree, an entry is in the way of a new one, a plain weight has another shape
+            than in ``like``, or ``like`` has weight norms but no key, in any layout, that is in the
+            dict.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
@@ -99,7 +103,8 @@ def convert_state_dict(
 def convert_found(
     state_dict: Mapping[str, Any], found: Iterable[NormedWeight], to: str, eps: float = 0.0
 ) -> dict[str, Any]:
-    """:func:`convert_state_dict` of the weights that :func:`find_normed_weights` has found."""
+    """Convert the weights that :func:`find_normed_weights` has found, as :func:`convert_state_dict`
+    does."""
     conversion = _Conversion(state_dict, to, eps, Like())
     for weight in found:
         conversion.convert_pair(weight)
@@ -113,9 +118,10 @@ class _Conversion:
     eps: float
     like: Like
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What takes the place of an entry."""
+    """For the key of an entry: the new entries that replace it."""
     computed: dict[Any, Any] = field(default_factory=dict)
-    """By what it was computed from: tied tensors stay tied."""
+    """Computed tensors, by a key of the tensors that they come from, so that tied tensors stay
+    tied."""
 
     def __post_init__(self) -> None:
         self.position = {key: k for k, key in enumerate(self.state_dict)}
@@ -187,7 +193,7 @@ class _Conversion:
 
         def compute() -> Tensor:
             norms = g.detach().to(v.device)
-            if weight.dim == WHOLE_TENSOR:  # (1, 1, ...) too
+            if weight.dim == WHOLE_TENSOR:  # g may have shape (1, 1, ...)
                 norms = norms.reshape(())
             w = functional.weight_norm(v.detach(), norms, weight.dim, eps=eps)
             return _as_in(v, w, g.requires_grad or v.requires_grad)
@@ -195,8 +201,8 @@ class _Conversion:
         return self._once((identity(g), identity(v), eps), compute)
 
     def _shaped(self, g: Tensor, key: str) -> Tensor:
-        """A g of one norm over the whole tensor, which may be 0-dimensional or of shape (1,), as it
-        is in ``like``."""
+        """g, in the shape that it has in ``like``: g may be 0-dimensional or of shape (1,) if it
+        has the one norm of a whole tensor."""
         known = self.like.weights.get(key)
         either = ((), (1,))
         if known is None or g.shape not in either or known.g_shape not in either:
@@ -220,5 +226,5 @@ def _refuse(wrong: str | None) -> None:
 
 
 def _as_in(source: Tensor, t: Tensor, requires_grad: bool) -> Tensor:
-    """A Parameter where the source was one, as in ``state_dict(keep_vars=True)``."""
+    """``t``, as a Parameter if ``source`` is one, as in ``state_dict(keep_vars=True)``."""
     return nn.Parameter(t, requires_grad) if isinstance(source, nn.Parameter) else t

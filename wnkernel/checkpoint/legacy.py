@@ -18,14 +18,19 @@ from ..splitting import split_for_torch
 from .pairs import Place, Target, forget, load_weight, source
 
 _LOAD, _BEFORE = "_load_from_state_dict", "_load_before_any_layout"
-"""A module's way of loading, and its own one that :func:`replace_loading` replaced."""
+"""The method by which a module loads, and the attribute that keeps the module's own method while
+:func:`replace_loading` has replaced it."""
 
 
 def replace_loading(module: nn.Module) -> bool:
-    """Give a module with legacy weight norms a way of loading of its own; False if it has none, or
-    has that already.
+    """Replace the loading method of a module with legacy weight norms.
 
-    A hook would not do: torch goes on to load half of a pair, and reports keys of other layouts.
+    A load hook is not enough: torch would go on to load half of a pair, and report keys of other
+    layouts.
+
+    Returns:
+        Whether it was replaced; False if there are no legacy weight norms, or it is replaced
+        already.
     """
     if _is_replaced(module) or not legacy_hooks(module):
         return False
@@ -36,7 +41,7 @@ def replace_loading(module: nn.Module) -> bool:
 
 
 def restore_loading(module: nn.Module) -> None:
-    """Undo :func:`replace_loading`, if it was done."""
+    """Undo :func:`replace_loading` if it was called."""
     if _is_replaced(module):
         delattr(module, _LOAD)
         if _BEFORE in vars(module):
@@ -48,7 +53,8 @@ def _is_replaced(module: nn.Module) -> bool:
     return getattr(method, "__func__", None) is _load_from_state_dict
 
 
-# Copies of a module get a method of their own; an unpickled one that of its class, by this name.
+# A copy of a module binds this function again. An unpickled module gets its class's method, which
+# pickle finds by this name.
 def _load_from_state_dict(
     self: nn.Module,
     state_dict: dict[str, Any],
@@ -74,7 +80,7 @@ def _load_from_state_dict(
     with _holding(state_dict, current):
         load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
     forget(used, unexpected_keys)
-    # What could not be swapped cannot be swapped with itself either.
+    # A tensor that could not be swapped before gives the same error again, which is dropped.
     error_msgs[errors:] = [text for text in error_msgs[errors:] if text not in error_msgs[:errors]]
 
 
@@ -99,7 +105,7 @@ def _refuse(hook: LegacyHook, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _holding(state_dict: dict[str, Any], entries: dict[str, Tensor]) -> Iterator[None]:
-    """Entries that a dict has for a while, without a change of its order."""
+    """Put entries into a dict for the block, without changing its order."""
     before = {key: state_dict[key] for key in entries if key in state_dict}
     state_dict.update(entries)
     try:

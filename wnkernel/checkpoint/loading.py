@@ -1,10 +1,10 @@
-"""What runs when ``load_state_dict`` reaches a weight-normed layer.
+"""Loading of a weight-normed layer, when ``load_state_dict`` reaches it.
 
-torch loads a tree of modules from its root, each with the part of the dict below its prefix, and
-others walk the tree with one dict for all, which may be the caller's. So nothing is renamed in it:
-a hook on the layer, which sees the keys of all layouts, loads g and v into the list of
-parametrizations below the layer; the list, when its turn comes, leaves them as they are. Where
-hooks of others come between the two, which may change the dict, the list loads instead.
+torch loads a tree of modules from its root, each module with the part of the dict below its prefix.
+Other libraries give all modules of a tree one dict, which may be the caller's. So no key of a dict
+is renamed. Instead, a hook on the layer, which sees the keys of all layouts, loads g and v into the
+list of parametrizations below the layer, and the list keeps them when its turn comes. If hooks of
+others, which may change the dict, run between the two, the list loads g and v instead.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ from .pairs import Source, Target, forget, load_weight, source
 
 @dataclass(frozen=True)
 class _Visit:
-    """What a list of parametrizations is told before its turn in a call of ``load_state_dict``."""
+    """A message that a list of parametrizations gets before its turn in a call of
+    ``load_state_dict``."""
 
     error_msgs: list[str]
-    """The list that such a call passes to all modules: it tells calls apart."""
+    """The list that the call passes to all modules; its identity tells calls apart."""
     where: Source | None
-    """What there is to load; None: g and v have been loaded."""
+    """Where g and v are to be loaded from; None if they have been loaded."""
     keys: Collection[str] = ()
-    """From which keys they have been loaded."""
+    """The keys from which g and v have been loaded."""
 
     def is_loaded_in(self, error_msgs: list[str]) -> bool:
         return self.where is None and self.error_msgs is error_msgs
 
 
 class WeightNormOriginals(parametrize.ParametrizationList):
-    """A ``ParametrizationList`` of which g and v are loaded both or not at all."""
+    """A ``ParametrizationList`` that loads both g and v or neither."""
 
     _visit: _Visit | None = None
 
@@ -70,7 +71,7 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, *lists)
         visit: _Visit | None = self.__dict__.pop("_visit", None)
-        if visit is not None and visit.error_msgs is not error_msgs:  # of a call that failed
+        if visit is not None and visit.error_msgs is not error_msgs:  # from a failed call
             visit = None
         is_loaded = visit is not None and visit.where is None
         keys = () if visit is None else visit.keys
@@ -85,21 +86,21 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         if is_loaded:
             forget(keys, unexpected_keys)
             lists = [], unexpected_keys, error_msgs
-        with _without_load_hooks(self):  # they have been called
+        with _without_load_hooks(self):  # these hooks have run already
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The g and v of a weight, through all that is stacked on the weight norm."""
+        """Split a weight into g and v, through all parametrizations stacked on the weight norm."""
         return _split(self, weight)
 
     def right_inverse(self, value: Tensor) -> None:
-        """What assigning a weight to the layer means; see :func:`assign_weight`."""
+        """Assign a weight to the layer; see :func:`assign_weight`."""
         assign_weight(self, value)
 
     def takes_both(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
-        """Whether g and v are to be loaded together from a dict. What to do is left to torch where
-        they are not there to be loaded, as in the views of FSDP's first version, and where the dict
-        has keys of what one of them is computed from."""
+        """Whether this list loads g and v together from a dict. torch loads them if the list does
+        not have both, as in the views of FSDP's first version, or if the dict has keys of
+        parametrizations of g or v."""
         within = prefix + "parametrizations."
         return self._has_both() and not (
             own_parametrizations(self) and any(key.startswith(within) for key in state_dict)
@@ -117,12 +118,12 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         return True
 
     def tell(self, error_msgs: list[str], where: Source) -> None:
-        """Say, before its turn, what there is to load."""
+        """Tell the list, before its turn, where to load g and v from."""
         if self._visit is None or not self._visit.is_loaded_in(error_msgs):
             self._visit = _Visit(error_msgs, where)
 
     def tell_loaded(self, error_msgs: list[str], keys: Collection[str] = ()) -> None:
-        """Say, before its turn, that g and v have been loaded."""
+        """Tell the list, before its turn, that g and v have been loaded."""
         self._visit = _Visit(error_msgs, None, keys)
 
     def load(
@@ -132,7 +133,8 @@ class WeightNormOriginals(parametrize.ParametrizationList):
         local_metadata: dict[str, Any],
         error_msgs: list[str],
     ) -> None:
-        """Load g and v, and say so to the lists that compute them, if there are any."""
+        """Load g and v. If lists of parametrizations compute g or v, tell them that these are
+        loaded."""
         compose = self[0].forward if len(stacked_in(self)) == 1 else None
         target = Target(*originals(self), self.split, compose)
         load_weight(where, target, partial(_places, self), prefix, local_metadata, error_msgs)
@@ -156,10 +158,10 @@ def _without_load_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def _where(told: Source | None, state_dict: Mapping[str, Any], prefix: str) -> Source:
-    """Where g and v of a list are to be found. The dict that the list sees knows best about the
-    keys below ``prefix``, and what it was told about those in other layouts."""
+    """Where a list finds g and v: keys below ``prefix`` are taken from the dict that the list gets,
+    and keys of other layouts from the source that its layer's hook told it."""
     pair = (prefix + G, prefix + V)
-    if told is None:  # loaded without the layer above
+    if told is None:  # the list is loaded without its layer
         return Source(state_dict, prefix.removesuffix(".") or "weight", (pair,))
     keys = told.keys()
     entries = {key: told.state_dict[key] for key in keys if key not in pair}
@@ -168,10 +170,10 @@ def _where(told: Source | None, state_dict: Mapping[str, Any], prefix: str) -> S
 
 
 class LoadHook:
-    """Has a layer's g and v loaded from whichever layout its keys are in.
+    """A load hook that loads g and v of a layer from any layout.
 
-    It asks the module whether the weight norm is still there: ``parametrize`` can remove that
-    without knowing of this hook, and a layer that is plain again must see the keys as they are.
+    It does nothing if the weight norm is gone: ``parametrize`` can remove the weight norm without
+    this hook, and a plain layer must see the keys as they are.
     """
 
     def __init__(self, name: str) -> None:
@@ -204,7 +206,7 @@ class LoadHook:
             weights.tell_loaded(error_msgs, keys)
 
     def _is_followed(self, module: nn.Module, weights: nn.Module) -> bool:
-        """Whether a hook of others is called after this one and before the list loads."""
+        """Whether a hook of another library runs after this hook and before the list loads."""
         modules = module, module.get_submodule("parametrizations"), weights
         hooks, *later = (list(load_hooks(m).values()) for m in modules)
         after = chain(hooks[hooks.index(self) :], *later)
@@ -224,15 +226,15 @@ def _split(weights: parametrize.ParametrizationList, weight: Tensor) -> tuple[Te
 
 @torch.no_grad()
 def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> None:
-    """Write the g and v of a weight into the memory that they have: CUDA graphs, flat buffers and
-    other processes may know it. A g or v that has a weight norm itself is assigned to in turn.
+    """Write the g and v of a weight into their existing memory, to which CUDA graphs, flat buffers
+    and other processes may refer. If g or v has a weight norm itself, its own g and v are written.
 
-    A weight of another shape goes torch's way: v takes over the memory of what was given,
-    and g has new memory.
+    A weight of another shape is assigned as torch does it: v takes over the memory of ``value``,
+    and g gets new memory.
 
     Args:
         weights: the parametrizations of one parameter, a weight norm first.
-        value: what the parameter is to be.
+        value: the new value of the parameter.
     """
     for parametrization in stacked_in(weights):
         if not hasattr(parametrization, "right_inverse"):
@@ -246,9 +248,9 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
             raise ValueError(f"v: expected shape {tuple(expected)}, got {tuple(got)}")
         parametrize.ParametrizationList.right_inverse(weights, value)
         return
-    # v first, which may refuse: then nothing has been written.
+    # v is written first, because it may raise an error: then g has not been written either.
     for owner, name, t in reversed([*_places(weights, (g, v))]):
-        if name in own_parametrizations(owner):  # not of ours
+        if name in own_parametrizations(owner):  # by a parametrization of others
             setattr(owner, name, t)
         else:
             getattr(owner, name).copy_(t)
@@ -257,8 +259,8 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
 def _places(
     weights: parametrize.ParametrizationList, pair: tuple[Tensor, Tensor]
 ) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Where a g and a v are kept: the module, the name there, and what belongs there. One that has
-    a weight norm of ours is kept as a g and a v itself."""
+    """The places of g and v: for each the module, the name in it, and the tensor to write. A g or v
+    with a weight norm of this package gives the places of its own g and v instead."""
     for name, t in zip((G, V), pair, strict=True):
         inner = own_parametrizations(weights).get(name)
         if isinstance(inner, WeightNormOriginals):
@@ -270,10 +272,11 @@ def _places(
 def register_load_hook(module: nn.Module, name: str) -> dict[int, Any]:
     """Let ``module`` load checkpoints of all layouts into parameter ``name``.
 
-    A hook that an earlier weight norm left behind (``remove_parametrizations`` does) is replaced.
+    This replaces a hook that an earlier weight norm left behind, as after
+    ``remove_parametrizations``.
 
     Returns:
-        What was replaced, as :func:`unregister_load_hook` returns it.
+        The replaced hooks, as :func:`unregister_load_hook` returns them.
     """
     replaced = unregister_load_hook(module, name)
     module._register_load_state_dict_pre_hook(LoadHook(name), with_module=True)
@@ -295,13 +298,15 @@ def unregister_load_hook(module: nn.Module, name: str) -> dict[int, Any]:
 
 
 def load_hooks(module: nn.Module) -> dict[int, Callable[..., None]]:
-    """The load hooks of a module, which torch keeps wrapped, by their keys."""
+    """The load hooks of a module by their keys, without the wrappers that torch puts around
+    them."""
     wrapped: dict[int, Any] = module._load_state_dict_pre_hooks
     return {key: entry.hook for key, entry in wrapped.items()}
 
 
 def loads_for(hook: Callable[..., None]) -> str | None:
-    """The parameter that a load hook belongs to, if it is ours or that of torch's weight norm."""
+    """The parameter that a load hook belongs to, if the hook is ours or that of torch's weight
+    norm."""
     if isinstance(hook, LoadHook):
         return hook.name
     if getattr(hook, "__name__", "") == "_weight_norm_compat_hook":

@@ -1,4 +1,4 @@
-"""Which parameters are under weight norm: what a dict shows, and what a module knows."""
+"""The weights under weight norm, as a state dict shows or a module knows them."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ class NormedWeight:
     """A weight-normed parameter of a state dict."""
 
     key: str
-    """That of the folded weight."""
+    """The key of the folded weight."""
     dim: int
     shape: torch.Size
     g_shape: torch.Size
     pairs: tuple[tuple[str, str], ...] = ()
     """The keys of g and v in the layouts that the dict has, parametrized first."""
     by_torch: bool = False
-    """Whether it is known that torch's own weight norm computes it."""
+    """Whether torch's own weight norm is known to compute the weight."""
 
 
 def find_normed_weights(
     state_dict: Mapping[str, Any], known: Container[str] = ()
 ) -> list[NormedWeight]:
-    """The weights that a dict has g and v of.
+    """Find the weights whose g and v are in a dict.
 
     Args:
         state_dict: keys to tensors, which may be on the meta device.
-        known: keys of folded weights that are normed for certain.
+        known: keys of folded weights that are known to be normed.
 
     Raises:
-        ValueError: half of a parametrized pair.
+        ValueError: if a parametrized pair is incomplete.
     """
     pairs: dict[str, list[tuple[str, str]]] = {}
     for key, pair in (*_parametrized_pairs(state_dict), *_legacy_pairs(state_dict, known)):
@@ -63,7 +63,7 @@ def _parametrized_pairs(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, tu
     for key in state_dict:
         if isinstance(key, str) and (match := _PARAMETRIZED_KEY.fullmatch(key)):
             below.setdefault((match[1], match[2]), set()).add(match[3])
-    # each g and v that is parametrized itself
+    # These are the keys of each g and v that is parametrized itself.
     nested = {key for key in map("".join, below) if ORIGINAL_KEY.fullmatch(key)}
     for (prefix, name), found in below.items():
         if prefix + name in nested:
@@ -101,28 +101,30 @@ def is_float(t: Any) -> bool:
     return (
         isinstance(t, Tensor)
         and t.layout == torch.strided
-        and t.dtype in FLOAT_DTYPES  # quantized ones are of other dtypes
+        and t.dtype in FLOAT_DTYPES  # quantized tensors have other dtypes
     )
 
 
 @dataclass(frozen=True)
 class Like:
-    """What the ``like`` of :func:`convert_state_dict` tells of the layers."""
+    """The facts that ``like`` of :func:`convert_state_dict` tells about layers."""
 
     keys: Container[str] = ()
-    """All that its state dict has."""
+    """All keys of the state dict of ``like``."""
     weights: Mapping[str, NormedWeight] = field(default_factory=dict)
-    """Its weight norms, by the keys of the folded weights."""
+    """The weight norms of ``like``, by the keys of the folded weights."""
     eps: Mapping[str, float] = field(default_factory=dict)
-    """Of those that a module has."""
+    """The eps of the weight norms of a module, by the same keys."""
     others: Collection[str] = ()
-    """What a module computes otherwise, or from more than a g and a v."""
+    """The keys of the weights that a module computes in another way, or from more than a g and a
+    v."""
 
     def check_related(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse a dict of another model, or of the same below another prefix.
+        """Refuse a dict of another model, or of the same model below another prefix.
 
         Raises:
-            ValueError: there are weight norms, and no key of either is known to the other.
+            ValueError: if there are weight norms, and the dict has no key of ``like`` in any
+                layout.
         """
         if not (self.weights and state_dict):
             return
@@ -138,7 +140,7 @@ class Like:
 
 
 def weights_of(like: nn.Module | Mapping[str, Any] | None) -> Like:
-    """The normed weights of ``like``. Of a module they are known, whatever their names."""
+    """The normed weights of ``like``. A module knows them, whatever their names are."""
     if like is None:
         return Like()
     if isinstance(like, Mapping):

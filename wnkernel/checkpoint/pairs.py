@@ -1,5 +1,5 @@
-"""The g and v that a state dict holds for one layer, in whichever layout: found, checked, loaded
-both or not at all."""
+"""The g and v that a state dict holds for one layer, in any layout: they are found, checked, and
+loaded both or not at all."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .agreement import Pair, contradiction, difference, half
 
 
 class LayoutError(ValueError):
-    """A state dict that does not say what g and v of one layer are."""
+    """The error for a state dict from which g and v of a layer cannot be told."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"{message}; the layer is unchanged")
 
 
 Place = tuple[nn.Module, str, Tensor]
-"""A module, the name of a parameter or buffer of it, and what is to be loaded there."""
+"""A module, the name of one of its parameters or buffers, and the tensor to load there."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Target:
     g: Tensor
     v: Tensor
     split: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """The g and v of a plain weight."""
+    """A function that splits a plain weight into g and v."""
     compose: Callable[[Tensor, Tensor], Tensor] | None
-    """The plain weight of a g and a v; None where others are stacked on the weight norm."""
+    """A function that computes the plain weight from g and v. It is None if it is not known how the
+    layer does this."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,31 @@ class Source:
 
     state_dict: Mapping[str, Any]
     layer: str
-    """How errors call the weight."""
+    """The name of the weight in error messages."""
     pairs: tuple[Pair, ...]
-    """Those of each layout."""
+    """The keys of g and v in each layout."""
     plain: str | None = None
-    """The key of w."""
+    """The key of the plain weight."""
 
     def keys(self) -> list[str]:
-        """Those that the dict has."""
+        """All of these keys that the dict has."""
         keys = (*sum(self.pairs, ()), self.plain)
         return [key for key in keys if key is not None and key in self.state_dict]
 
 
 def source(state_dict: Mapping[str, Any], prefix: str, name: str, *, legacy: bool = True) -> Source:
-    """All layouts of parameter ``name`` below ``prefix``; the legacy one if it is wanted."""
+    """The keys of parameter ``name`` below ``prefix`` in all layouts; ``legacy=False`` leaves out
+    the legacy layout."""
     key, layouts = prefix + name, (PARAMETRIZED, LEGACY) if legacy else (PARAMETRIZED,)
     return Source(state_dict, key, tuple(pair_keys(key, layout) for layout in layouts), key)
 
 
 def g_and_v(source: Source, target: Target, *, assign: bool) -> tuple[Tensor, Tensor]:
-    """The g and v to load, of a dict that has any of the keys.
+    """The g and v to load, from a dict that has at least one of the keys.
 
     Raises:
-        LayoutError: half a pair, wrong shapes or kinds of tensors, spellings that disagree.
+        LayoutError: if half of a pair is missing, a tensor has the wrong shape or kind, or two
+            layouts disagree.
     """
     layer, sd = source.layer, source.state_dict
     plain = source.plain if source.plain in sd else None
@@ -110,7 +113,7 @@ def _check_pair(
         _check_kind(layer, key, state_dict[key])
     g, v = (list(state_dict[key].shape) for key in pair)
     expected_g, expected_v = list(target.g.shape), list(target.v.shape)
-    either: tuple[list[int], list[int]] = ([], [1])  # of one norm over the whole tensor
+    either: tuple[list[int], list[int]] = ([], [1])  # for one norm over all of v
     if v != expected_v or not (g == expected_g or (g in either and expected_g in either)):
         raise LayoutError(
             f"size mismatch for {layer}: expected g of shape {expected_g} and v of shape "
@@ -149,12 +152,12 @@ def _check_kind(layer: str, key: str, t: Any) -> None:
         )
 
 
-@torch.inference_mode(False)  # what it returns may become a parameter
+@torch.inference_mode(False)  # the results may become parameters
 @torch.no_grad()
 def _split(
     layer: str, key: str, weight: Tensor, target: Target, assign: bool
 ) -> tuple[Tensor, Tensor]:
-    if not assign:  # the norms of what v will be
+    if not assign:  # g holds the norms of v after its cast
         weight = weight.to(target.v.dtype)
     try:
         g, v = target.split(weight)
@@ -171,7 +174,7 @@ def _split(
 
 @torch.no_grad()
 def _composed(g: Tensor, v: Tensor, target: Target) -> Tensor | None:
-    """The plain weight of a g and a v; None where it is not known how it is computed."""
+    """The plain weight of a g and a v; None if it is not known how the layer computes it."""
     if target.compose is None:
         return None
     return target.compose(g.to(v.device).reshape(target.g.shape), v)
@@ -185,15 +188,15 @@ def load_weight(
     local_metadata: dict[str, Any],
     error_msgs: list[str],
 ) -> None:
-    """Load g and v from the dict into their ``places``, whose keys begin with ``prefix``; what is
-    wrong goes into ``error_msgs``, as with torch."""
+    """Load g and v from the dict into their ``places``, whose keys begin with ``prefix``. Errors
+    are appended to ``error_msgs``, as in torch."""
     assign = local_metadata.get("assign_to_params_buffers", False)
     try:
         pair = g_and_v(where, target, assign=assign)
     except LayoutError as error:
         error_msgs.append(str(error))
     else:
-        with torch.inference_mode(False), torch.no_grad():  # parts of them may be split in turn
+        with torch.inference_mode(False), torch.no_grad():  # places() may split g or v again
             found = list(places(pair))
         _load_all(found, prefix, local_metadata, error_msgs)
 
@@ -204,12 +207,12 @@ def _load_all(
     local_metadata: dict[str, Any],
     error_msgs: list[str],
 ) -> None:
-    """Load g and v, or, if torch cannot load one of them, neither."""
+    """Load both g and v, or neither if torch cannot load one of them."""
     before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     for owner, name, t in places:
         own = getattr(owner, name)
         content = own if len(before) == len(places) - 1 else own.detach().clone()
-        if own.shape == (1,) and t.numel() == 1:  # torch only loads [1] into a scalar
+        if own.shape == (1,) and t.numel() == 1:  # torch cannot load a scalar into [1]
             t = t.detach().reshape(1)
         if not _load(owner, name, t, prefix, local_metadata, error_msgs):
             break
@@ -231,7 +234,8 @@ def _load(
     local_metadata: dict[str, Any],
     error_msgs: list[str],
 ) -> bool:
-    """Load one parameter as torch does, whatever hooks ``owner`` has; returns whether it could."""
+    """Load one parameter as torch does, but without the hooks of ``owner``; returns whether it was
+    loaded."""
     errors = len(error_msgs)
     holder = nn.Module()
     if name in owner._buffers:
@@ -247,5 +251,5 @@ def _load(
 
 
 def forget(keys: Iterable[str], unexpected_keys: list[str]) -> None:
-    """Take back that keys were unexpected, in the caller's list."""
+    """Remove keys from the caller's list of unexpected keys."""
     unexpected_keys[:] = [key for key in unexpected_keys if key not in keys]

@@ -27,20 +27,21 @@ NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 
 
 class WeightNormGroup:
-    """The weight norms of one model; made by :func:`fuse`."""
+    """The group of the weight norms of one model, which :func:`fuse` makes."""
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
         self._root: Container | None = None
-        """The scope of :meth:`scope`."""
+        """The container of the model, which :meth:`scope` opens; None after :meth:`remove`."""
 
     @classmethod
     def of(cls, model: nn.Module) -> WeightNormGroup:
-        """The group that a model was fused into; how to get that of a copy.
+        """Return the group of a model that was passed to :func:`fuse`, or of a copy of such a
+        model, which has a group of its own.
 
         Raises:
-            TypeError: ``model`` is no module.
-            ValueError: it was not passed to :func:`fuse`, and is no copy of such a model.
+            TypeError: if ``model`` is not a torch.nn.Module.
+            ValueError: if the model was not passed to :func:`fuse`, and is no copy of such a model.
         """
         check_module("model", model)
         container = scopes.container_of(model)
@@ -54,24 +55,26 @@ class WeightNormGroup:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the weights in the group that still exist, as they were when it was made."""
+        """The names of the weights in the group that still exist, as they were when the group was
+        made."""
         return [m.name for ref in self._roster.members if (m := ref()) is not None]
 
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Within the block, weights are computed together and may be read any number of times.
 
-        A forward of the model, or of a part of it with two or more of the weights, is a scope by
-        itself. This one is for code that reads weights outside any forward, or that wants several
-        forwards to share them. It belongs to the thread: no ``yield`` and no ``await`` in the
-        block, or code that runs meanwhile is served from it.
+        Each forward of the model, or of a part of it with two or more of the weights, is a scope by
+        itself. This method is for code that reads weights outside of any forward, or that shares
+        the weights among several forwards. The scope belongs to the thread, so the block must
+        contain no ``yield`` and no ``await``: other code that runs meanwhile would read weights
+        from the scope.
         """
         container, state = self._root, threads_of(self._roster).current
-        if container is None or is_dynamo_compiling():  # removed; graphs have their own launches
+        if container is None or is_dynamo_compiling():  # removed, or a graph has its own launches
             yield
             return
         call = threading.Lock()
-        with call:  # let go also if an interrupt comes within close()
+        with call:  # it is released even if an interrupt comes within close()
             try:
                 state.enter(container, call)
                 yield
@@ -79,17 +82,17 @@ class WeightNormGroup:
                 state.close(self._roster, call)
 
     def refresh(self) -> None:
-        """Compute every weight anew at its next read, in all threads."""
+        """Make all threads compute every weight again at its next read."""
         self._roster.latest_refresh = object()
         threads_of(self._roster).current.drop()
 
     def memory(self) -> dict[str, int]:
-        """What the group holds at this moment.
+        """The memory that the group holds at this moment.
 
         Returns:
-            ``slots``: weights that are computed and can be read again, in all threads;
-            ``slot_bytes``: their memory; ``idle_bytes``: memory on the CPU that served results of
-            this process before and waits for the next ones (:func:`wnkernel.cpu_buffers`).
+            ``slots``: the number of computed weights that can be read again, in all threads;
+            ``slot_bytes``: their bytes; ``idle_bytes``: bytes on the CPU that served earlier
+            results of this process and wait for the next ones (:func:`wnkernel.cpu_buffers`).
         """
         states = threads_of(self._roster).registry.states()
         held = [slot for state in states for slot in state.slots()]
@@ -100,14 +103,15 @@ class WeightNormGroup:
         }
 
     def remove(self) -> None:
-        """Give the plain weight-normed layers back, each computed on its own. Safe to repeat,
-        and while other threads are in a forward, which read their next weights one by one."""
+        """Remove the group. The layers stay weight-normed, and each weight is computed alone again.
+        This may be called repeatedly, and while other threads run a forward, which then compute
+        their next weights one by one."""
         self._roster.remove()
         for member in (ref() for ref in self._roster.members):
             weights = None if member is None else member.weights()
             if weights is not None and weights.owner is member:
                 weights.bucket, weights.casts = None, False
-                weights.owner = None  # last: by it the next call knows what is left to do
+                weights.owner = None  # last, so that an interrupted call can be repeated
         for container in reversed([ref() for ref in self._roster.containers]):  # the root last
             module = None if container is None else container.module()
             if module is not None and scopes.container_of(module) is container:
@@ -123,7 +127,7 @@ class WeightNormGroup:
         )
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
-        """Say that a group is no model.
+        """Raise an error, because a group is not a model.
 
         Raises:
             TypeError: always.
@@ -134,7 +138,7 @@ class WeightNormGroup:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # The model comes first: pickling a container (see pickling.py) expects it to be begun.
+        # The model comes first, because a container (see pickling.py) is pickled within its model.
         model = None if self._root is None else self._root.module()
         return {"model": model, "root": self._root}
 
@@ -156,33 +160,34 @@ def fuse(
 ) -> WeightNormGroup:
     """Compute all weight norms of a model in one launch, forward and backward.
 
-    The first weight that a forward reads computes all that it will read (those that its previous
-    forward read; all, the first time), and one autograd node gives all their gradients. Values and
-    gradients have the bits of the single weights. Everything else stays as it is: parameters,
-    keys, hooks, layers called on their own.
+    When a forward reads its first weight, this computes all weights that it is likely to read:
+    those of the previous forward, or all weights the first time. One autograd node gives all their
+    gradients. Values and gradients have the same bits as those of single weights. Parameters, keys,
+    hooks and layers that are called alone stay as they are.
 
     Args:
-        model: a module with layers normed by :func:`wnkernel.weight_norm`. Layers added later are
-            not in the group: ``remove()`` it and fuse again.
-        reuse: how long computed weights serve. ``"forward"``: until the outermost forward ends, so
-            that every change of a parameter between two of them counts, however it was made.
-            ``"version"``: until a parameter changes visibly or a torch optimizer steps, for
+        model: a module with layers normed by :func:`wnkernel.weight_norm`. Layers that are added
+            later are not in the group until it is removed by ``remove()`` and made again.
+        reuse: how long computed weights are used. ``"forward"``: until the outermost forward ends,
+            so that every change of a parameter between two forwards counts, however it was made.
+            ``"version"``: until a parameter changes visibly or a torch optimizer steps. This is for
             discriminators that run twice per step, gradient accumulation and frozen models.
             docs/fuse.md lists the changes that this mode cannot see.
-        bucket_cap_mb: at most this many MiB of v in one launch, so that gradients of the last
-            layers are there before the backward is done (DistributedDataParallel sends them
-            meanwhile). None: one launch for each device and autocast dtype.
-        autocast: under autocast, write weights directly in its dtype, which saves the cast. The
-            bits are those of the cast; gradients of a weight that is used twice add up in that
-            dtype.
+        bucket_cap_mb: the most MiB of v in one launch. With several launches, gradients of the last
+            layers are there before the backward is done, and DistributedDataParallel sends them
+            meanwhile. None means one launch for each device and autocast dtype.
+        autocast: whether to write weights directly in the dtype of autocast, which saves the cast.
+            The weights have the bits of the cast; gradients of a weight that is used twice are
+            added in that dtype.
 
     Returns:
-        The group. It need not be kept; the model holds what it needs.
+        The group. It need not be kept, because the model refers to all that it needs.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: no weight-normed layers, or a wrong ``reuse`` or ``bucket_cap_mb``.
-        RuntimeError: a layer is in a group already.
+        TypeError: if an argument has the wrong type.
+        ValueError: if there are no weight-normed layers, or ``reuse`` or ``bucket_cap_mb`` is
+            wrong.
+        RuntimeError: if a layer is in a group already.
     """
     _check(model, reuse, bucket_cap_mb, autocast)
     found = _weights(model)
@@ -226,12 +231,12 @@ def _check(model: object, reuse: object, bucket_cap_mb: object, autocast: object
 
 
 def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module]]]:
-    """Every weight of this package beneath a module: its name, its parametrization list and the
-    modules around it, innermost first.
+    """Every weight of this package in a model: its name, its parametrization list and the modules
+    around it, innermost first.
 
     Raises:
-        ValueError: there is none.
-        RuntimeError: one of them is in a group already.
+        ValueError: if there is no such weight.
+        RuntimeError: if a weight is in a group already.
     """
     found = []
     others = set()
@@ -263,7 +268,7 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
 
 
 def _why_not(normed: NormedParameter) -> str | None:
-    """Which parametrizations keep a weight norm of this package from a group; None: none do."""
+    """Why a weight norm of this package cannot be in a group; None if it can."""
     if len(stacked_in(normed.weights)) > 1:
         return "under other parametrizations"
     if not normed.is_alone:
@@ -272,7 +277,8 @@ def _why_not(normed: NormedParameter) -> str | None:
 
 
 def _buckets(weights: list[WeightNormList], cap_mb: float | None) -> list[int]:
-    """The bucket of every weight, filled from the last one up: gradients come in that order."""
+    """The bucket of every weight. Buckets are filled from the last weight to the first, because
+    gradients come in that order."""
     bucket, filled = 0, 0
     buckets = []
     for entry in reversed(weights):

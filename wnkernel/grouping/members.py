@@ -1,8 +1,8 @@
-"""Who is in a group: its weights, the modules around them, and what all of these share.
+"""The members of a group: its weights, the modules around them, and what all of these share.
 
-References go one way: modules hold their member or container, which hold the roster, which knows
-everybody weakly. So a group keeps no module alive and makes no reference cycle. Copies follow their
-root: deep-copying it copies the group, deep-copying a part of it leaves the part without one.
+References go one way: a module holds its member or container, which holds the roster, which refers
+to all members and containers weakly. So a group keeps no module alive and makes no reference cycle.
+A deep copy of the root copies the group, and a deep copy of a part of the root has no group.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from .slots import Mode
 
 
 class ThreadState(Protocol):
-    """What a member asks of the state of its thread (threads.py)."""
+    """The part of a thread's state (threads.py) that a member uses."""
 
     def take(self, member: Member, v: Tensor, g: Tensor) -> Tensor | None:
-        """``w`` of a member, if the thread has it or can compute it with others."""
+        """Return ``w`` of a member if the thread has it or can compute it with others, else
+        None."""
 
 
 class Registry(Protocol):
-    """What a roster asks of the states of all threads."""
+    """The part of the states of all threads that a roster uses."""
 
     def forget(self) -> None:
-        """Let go of all that was computed, in every thread."""
+        """Drop all computed weights, in every thread."""
 
 
 class Threads(Protocol):
-    """What a roster gets from :func:`wnkernel.fuse`."""
+    """The thread states that :func:`wnkernel.fuse` gives to a roster."""
 
     @property
     def current(self) -> ThreadState:
-        """The state of the thread that asks."""
+        """The state of the current thread."""
 
     @property
     def registry(self) -> Registry:
@@ -47,7 +48,7 @@ class Threads(Protocol):
 
 
 class Roster:
-    """What the members and containers of one group share."""
+    """The state that the members and containers of one group share."""
 
     def __init__(
         self,
@@ -61,25 +62,25 @@ class Roster:
         self.members: list[Callable[[], Member | None]] = []
         self.containers: list[Callable[[], Container | None]] = []
         self.latest_refresh = object()
-        """Another one whenever all that was computed has to be thrown away."""
+        """An object that is replaced whenever all computed weights must be dropped."""
         self.removed = False
         self._new_threads = new_threads
         self.threads = new_threads()
-        registry = self.threads.registry  # not self: no cycle
+        registry = self.threads.registry  # self would make a cycle
         self.root = _nobody if root is None else weakref.ref(root, lambda _: registry.forget())
 
     def remove(self) -> None:
-        """Let nobody open a scope any more, then let go of the slots and scopes of all threads."""
+        """Keep new scopes from being opened, then drop the slots and scopes of all threads."""
         self.removed = True
         self.threads.registry.forget()
 
     def out_dtype(self, v: Tensor) -> torch.dtype | None:
-        """The dtype that ``w`` is computed in; None: v's own."""
+        """The dtype that ``w`` is computed in; None means v's own."""
         return autocast_dtype(v) if self.autocast else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Roster:
         root = self.root()
-        new_root = copy.deepcopy(root, memo)  # copied already, unless the copy begins here
+        new_root = copy.deepcopy(root, memo)  # it is copied already, unless the copy begins here
         if (done := memo.get(id(self))) is not None:
             return done
         new = memo[id(self)] = Roster(new_root, self.reuse, self.autocast, self._new_threads)
@@ -92,12 +93,12 @@ class Roster:
         self.containers = [_nobody] * containers
 
     def copy_with_root(self, memo: dict[int, Any]) -> Roster | None:
-        """The roster of a copy that is being made, or None if the root is not part of it."""
+        """The roster of the copy that is being made; None if the copy does not include the root."""
         return copy.deepcopy(self, memo) if id(self.root()) in memo else None
 
 
 class Member:
-    """One weight of a group; what its ``WeightNormList`` asks when it is read."""
+    """One weight of a group, as the owner of its ``WeightNormList``."""
 
     is_group = True
 
@@ -115,19 +116,21 @@ class Member:
         self.name = name
         self.bucket = bucket
         self._around = [weakref.ref(module) for module in around]
-        self.index = _enroll(roster.members, self, index)  # last: others find it there
+        self.index = _enroll(roster.members, self, index)  # last, as other threads find it there
 
     def read(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
-        """``w``: from the group if it has it or can compute it now, else computed alone."""
+        """Return ``w`` from the group if the group has it or can compute it now, else compute it
+        alone."""
         w = self.roster.threads.current.take(self, v, g)
         return self.alone(v, g, dim, eps) if w is None else w
 
     def alone(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
-        """``w``, computed now and for nobody else."""
+        """Compute ``w`` of this weight alone."""
         return functional.weight_norm(v, g, dim, eps=eps, out_dtype=self.roster.out_dtype(v))
 
     def innermost(self, kinds: tuple[type[nn.Module], ...]) -> int | None:
-        """Identity of the innermost module of some kinds around the weight."""
+        """The ``id`` of the innermost module around the weight that is of one of some classes, or
+        None."""
         return next((id(m) for m in self.modules_around() if isinstance(m, kinds)), None)
 
     def modules_around(self) -> list[nn.Module]:
@@ -157,11 +160,11 @@ class Container:
         self.module = weakref.ref(module)
         self.members = frozenset(members)
         self.previous: dict[Mode, list[int]] = {}
-        """The members that its previous forward read."""
+        """The members that the previous forward of the module read, for each mode."""
         self.index = _enroll(roster.containers, self, index)
 
     def is_root(self) -> bool:
-        """Whether its module is the one that :func:`wnkernel.fuse` was called with."""
+        """Whether the module is the one that :func:`wnkernel.fuse` was called with."""
         module = self.module()
         return module is not None and self.roster.root() is module
 
@@ -179,7 +182,8 @@ class Container:
 
 
 def _enroll(registry: list[Callable[[], Any]], entry: object, index: int | None) -> int:
-    """Put an entry into a roster: at the end, or, in a copy, where its original stands."""
+    """Put an entry into a list of a roster: at the end, or, in a copy, at the index of its
+    original."""
     if index is None:
         registry.append(_nobody)
         index = len(registry) - 1
@@ -188,4 +192,4 @@ def _enroll(registry: list[Callable[[], Any]], entry: object, index: int | None)
 
 
 def _nobody() -> None:
-    """A reference to what is not there."""
+    """Stand for a weak reference whose object is gone."""

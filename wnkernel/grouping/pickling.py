@@ -1,8 +1,9 @@
 """Groups in pickles of whole models: ``torch.save(model)``, multiprocessing, joblib.
 
-The container of a group's root is pickled as the whole group. All else that modules hold of a group
-is pickled as nothing, and is made anew where the root comes back; a part that is pickled alone
-comes back without a group, as with deepcopy. Importing this file registers that with ``copyreg``.
+The container of a group's root is pickled as the whole group. Members and other containers are
+pickled as None, and are made again when the root is unpickled. A part that is pickled alone has no
+group when it is unpickled, as with deepcopy. An import of this file registers that with
+``copyreg``.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ class _PickledGroup(NamedTuple):
     reuse: str
     autocast: bool
     root: int
-    """The index of its container."""
+    """The index of the root's container."""
     counts: tuple[int, int]
-    """How many members and containers there were, with those that are no more."""
+    """How many members and containers there were, including those that no longer exist."""
     members: list[_PickledMember]
     containers: list[tuple[int, nn.Module, list[int]]]
     last_hook: int
-    """See wnkernel/hook_ids.py."""
+    """The highest number of a hook, see wnkernel/hook_ids.py."""
 
 
 def _reduce_member(member: Member) -> tuple[Any, ...]:
@@ -69,12 +70,12 @@ def _reduce_container(container: Container) -> tuple[Any, ...]:
         containers,
         last_hook_id(module for _, module, _ in containers),
     )
-    # The state comes after the object: by then whoever refers to the root finds it begun.
+    # The state comes after the object, so that references to the root in it find this object.
     return Container.__new__, (Container,), group, None, None, _restore
 
 
 def _restore(container: Container, group: _PickledGroup) -> None:
-    """Make a group anew, around the container of its root."""
+    """Make a group again, around the container of its root."""
     count_on_from(group.last_hook)
     modules = {index: module for index, module, _ in group.containers}
     roster = Roster(modules[group.root], group.reuse, group.autocast, new_threads)
@@ -91,7 +92,7 @@ def _restore(container: Container, group: _PickledGroup) -> None:
 
 
 def _nothing() -> None:
-    """What a part of a group is without its root."""
+    """Unpickle a part of a group without its root as None."""
 
 
 copyreg.pickle(Member, _reduce_member)

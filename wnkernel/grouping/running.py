@@ -1,8 +1,8 @@
-"""What is running: calls that opened something, and steps of torch's optimizers.
+"""Which calls and which steps of torch's optimizers are running.
 
-torch's fused Adam, SGD and Adagrad write to parameters without a trace in their version counters,
-and so does any optimizer that writes through ``.data``. What they have in common are the hooks
-that ``torch.optim.Optimizer`` runs around every step of every subclass.
+torch's fused Adam, SGD and Adagrad write to parameters without a change of their version counters,
+and so does any optimizer that writes through ``.data``. But every step of every subclass runs the
+hooks of ``torch.optim.Optimizer``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from torch.utils.hooks import RemovableHandle
 def has_ended(call: FrameType | threading.Lock) -> bool:
     """Whether the call of a frame has returned or raised, or the ``with`` of a lock is over.
 
-    Neither torch's modules nor its optimizers run their hooks after every exception, so what a
-    hook began has to look for itself. A frame that has ended loses its local variables here.
+    Neither torch's modules nor its optimizers run their hooks after every exception, so this shows
+    whether a call is over for which a hook has opened something. A frame that has ended loses its
+    local variables here.
     """
     if not isinstance(call, FrameType):
         return not call.locked()
     try:
         call.clear()
-    except RuntimeError:  # refused, as it is being executed
+    except RuntimeError:  # Python refuses this for a running frame
         return False
     return True
 
@@ -39,16 +40,17 @@ def has_ended(call: FrameType | threading.Lock) -> bool:
 class _Steps:
     def __init__(self) -> None:
         self.latest = object()
-        """Another one after every beginning and end of a step of any optimizer, in any thread,
-        since :meth:`watch` was called first. (Counts of two threads can come to the same.)"""
+        """An object that is replaced at every beginning and end of a step of any optimizer, in
+        any thread, since the first call of :meth:`watch`. (Two threads could count to the same
+        number.)"""
         self._running: dict[FrameType, None] = {}
-        """Calls of ``step``, of all threads."""
+        """The frames of calls of ``step`` that are running, in all threads."""
         self._hooks: list[RemovableHandle] = []
         self._lock = threading.Lock()
         """Held while hooks are registered."""
 
     def watch(self) -> None:
-        """Begin to look."""
+        """Register the hooks, if they are not registered yet."""
         with self._lock:
             if not self._hooks:
                 self._hooks = [
@@ -57,7 +59,7 @@ class _Steps:
                 ]
 
     def running(self) -> bool:
-        """Whether an optimizer is within a step: it may write, and run the model, repeatedly."""
+        """Whether an optimizer step is running, which may write and run the model repeatedly."""
         for frame in list(self._running):
             if has_ended(frame):
                 self._running.pop(frame, None)
@@ -81,8 +83,9 @@ class _Steps:
 
 
 def _is_noted(optimizer: Optimizer) -> bool:
-    """A note within a compiled step would compile it again and again, and is not needed: it leaves
-    a trace in the version counters. Fused kernels do not, and are no part of a graph."""
+    """Whether a step of an optimizer replaces ``latest``. In a compiled step that would cause a
+    compilation every time. It is not needed there, because compiled code changes version counters.
+    Fused kernels do not, but they are not part of a graph."""
     fused = any(group.get("fused") for group in optimizer.param_groups)
     return fused or not is_dynamo_compiling()
 

@@ -1,9 +1,9 @@
 """The hooks that make a module's forward a scope.
 
-They find the group through the module that they receive, so a copy of a module, with its copied
-hooks, finds the copy of the group, or none.
+The hooks find the group through the module that they receive, so the copied hooks of a copied
+module find the copy of the group, or none.
 
-While Dynamo traces them they do nothing: what it traces is the plain operator. The question is
+The hooks do nothing while Dynamo traces them, because graphs contain the plain operator. They ask
 ``is_dynamo_compiling``, since ``is_compiling`` is true on all threads while one compiles.
 """
 
@@ -21,13 +21,13 @@ from .threads import threads_of
 ATTRIBUTE = "_weight_norm_container"
 
 HOOK_ID = -17
-"""The number of our hooks in every module. With the numbers that torch gives, all different, a
-compiler would compile the code of a module again for each module that has it."""
+"""The number of our hooks in every module. torch would number the hooks of every module
+differently, and a compiler would then compile the code of a class again for each of its modules."""
 
 
 def attach(module: nn.Module, container: Container) -> None:
     """Make the forward of ``module`` a scope."""
-    detach(module)  # hooks that a copy of a part brought along
+    detach(module)  # a copy of a part may have brought hooks along
     setattr(module, ATTRIBUTE, container)
     before: Any = module._forward_pre_hooks  # an OrderedDict
     after = module._forward_hooks
@@ -37,7 +37,7 @@ def attach(module: nn.Module, container: Container) -> None:
 
 
 def detach(module: nn.Module) -> None:
-    """Undo :func:`attach`, also on a copy of the module. What is interrupted can be repeated."""
+    """Undo :func:`attach`, also on a copy of the module. An interrupted call can be repeated."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         hooks.pop(HOOK_ID, None)
     module._forward_hooks_always_called.pop(HOOK_ID, None)
@@ -45,7 +45,7 @@ def detach(module: nn.Module) -> None:
 
 
 def container_of(module: nn.Module) -> Container | None:
-    """What a group knows of a module, if one does."""
+    """The container that a group has for a module, or None."""
     return module.__dict__.get(ATTRIBUTE)
 
 

@@ -1,11 +1,11 @@
-"""A slot: ``w`` of one weight, and what ``v`` and ``g`` were when it was computed.
+"""A slot: ``w`` of one weight, and the state of ``v`` and ``g`` when it was computed.
 
-A slot serves ``w`` as long as nothing shows that it would come out differently today: ``v``, ``g``
-and ``w`` itself are the same objects with the same storage, sizes, strides, dtype,
-``requires_grad`` and version counter. The check is a handful of comparisons, whatever
-the size. csrc/slot.cpp is the twin for installations with ``wnkernel._C``.
+A slot gives ``w`` as long as ``v``, ``g`` and ``w`` are the same objects with the same storage,
+sizes, strides, dtype, ``requires_grad`` and version counter. The check takes a handful of
+comparisons, whatever the size. csrc/slot.cpp is the twin for installations with ``wnkernel._C``.
 
-What a weight depends on besides its parameters is the mode: each mode has slots of its own.
+The mode is everything that a weight depends on besides its parameters, and each mode has slots of
+its own.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from ..problem import version_of
 from ..streams import current_stream, is_capturing
 
 ALONE = -1
-"""The launch mode in which every weight is to be computed on its own."""
+"""The launch mode in which every weight is computed alone."""
 
 
 class _Seen:
-    """A tensor as it was at one moment. Holding the storage keeps another from its address."""
+    """A tensor with its state at one moment. It holds the storage, so that no other storage gets
+    its address."""
 
     __slots__ = ("_facts", "_storage", "tensor")
 
@@ -64,7 +65,7 @@ class PythonSlot:
         )
 
     def take(self, v: Tensor, g: Tensor) -> Tensor | None:
-        """``w``, or None if it is out of date."""
+        """Return ``w``, or None if it is out of date."""
         if not self.is_current(v, g):
             return None
         self.taken = True
@@ -96,27 +97,27 @@ def _python_launch_mode() -> int:
 
 
 slots = _python_slots if native.slots is None else native.slots
-"""``slots(ws, vs, gs)``: a slot for each weight of a launch."""
+"""``slots(ws, vs, gs)`` makes a slot for each weight of a launch."""
 
 launch_mode = _python_launch_mode if native.launch_mode is None else native.launch_mode
-"""What a weight depends on besides its parameters, as one number: grad mode, inference mode, the
-deterministic setting. :data:`ALONE` under function transforms, ``__torch_dispatch__`` modes and
-tracers, whose tensors must not outlive them, and under ``__torch_function__`` modes, which are to
-see every call."""
+"""``launch_mode()`` gives grad mode, inference mode and the deterministic setting as one number. It
+gives :data:`ALONE` under function transforms, ``__torch_dispatch__`` modes and tracers, whose
+tensors must not outlive them, and under ``__torch_function__`` modes, which must see every call."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mode:
-    """Equal modes are the same object."""
+    """Everything that a weight depends on besides its parameters. Equal modes are the same
+    object."""
 
     flags: int
-    """See :data:`launch_mode`."""
+    """The result of :data:`launch_mode`."""
     backend: str | None
-    """The one that was asked for."""
+    """The backend that was chosen by name, or None."""
     out_dtype: torch.dtype | None
-    """None: that of v."""
+    """The dtype of ``w``; None means that of v."""
     stream: int
-    """Results are ready in the order of a stream only."""
+    """The current stream, because results are ready only for later work on the same stream."""
     capturing: bool
     """Whether the stream is being captured into a graph."""
 
@@ -133,7 +134,7 @@ def _mode(
 
 
 def current_mode(v: Tensor, out_dtype: torch.dtype | None) -> Mode | None:
-    """The mode for v's device; None: results may not outlive what runs now, or cannot be told
+    """The current mode for v's device. It is None if results may not be kept, or cannot be told
     apart from those of another stream."""
     flags = launch_mode()
     if flags == ALONE:

@@ -1,11 +1,12 @@
-"""What one thread has computed of one group, how it computes it, and how long that may serve.
+"""The weights of one group that one thread has computed: how it computes them and when it drops
+them.
 
 A launch computes many members at once and puts each into a slot. With ``reuse="forward"`` slots
-live until the outermost scope ends; with ``reuse="version"`` until one shows a change, an optimizer
-steps, or someone asks.
+live until the outermost scope ends; with ``reuse="version"`` until a slot shows a change, an
+optimizer steps, or :meth:`WeightNormGroup.refresh` is called.
 
-Only its own thread changes what is in a :class:`ThreadState`, at any bytecode of which an interrupt
-may come. Other threads replace its stack and its records by empty ones
+Only the thread itself changes the contents of its :class:`ThreadState`, and an interrupt may come
+at any bytecode. Other threads replace the stack and the records by empty ones
 (:meth:`ThreadState.forget`), so a method reads each of these once.
 """
 
@@ -32,14 +33,14 @@ from .slots import Mode, PythonSlot, current_mode, slots
 
 
 class Bucket(NamedTuple):
-    """What members of one launch have in common."""
+    """The properties that all members of one launch share."""
 
     number: int
-    """Its place among those that ``bucket_cap_mb`` makes."""
+    """The number of the bucket among those that ``bucket_cap_mb`` makes."""
     device: torch.device
     out_dtype: torch.dtype | None
     unit: int | None
-    """The module that gathers and frees their parameters as one (FSDP)."""
+    """The ``id`` of the module that gathers and frees their parameters together (FSDP), or None."""
 
 
 class Scope(NamedTuple):
@@ -49,21 +50,22 @@ class Scope(NamedTuple):
     call: FrameType | threading.Lock
     """The frame that runs the container's hooks, or a lock that is held within the ``with``."""
     captured: torch.device | None
-    """The device that was being captured into a graph when it was opened."""
+    """The device that was being captured into a graph when the scope was opened."""
 
 
 class _Record:
-    """What was launched in one mode."""
+    """The launches that were made in one mode."""
 
     __slots__ = ("buckets", "launchers", "missed", "slots")
 
     def __init__(self, members: int) -> None:
         self.slots: list[PythonSlot | None] = [None] * members
-        """One for each member that was launched, by the member's index."""
+        """The slot of each member that was launched, by the member's index."""
         self.buckets: set[Bucket] = set()
-        """Those that had their launch in the scope that is running."""
+        """The buckets that had their launch in the outermost scope that is open."""
         self.missed: set[int] = set()
-        """Members that were read in a scope and have no slot, or none any more."""
+        """The indices of members that were read in a scope and have no slot, or no longer have
+        one."""
         self.launchers: set[Container] = set()
 
 
@@ -75,12 +77,14 @@ class ThreadState:
         self.records: dict[Mode, _Record] = {}
         self._refresh: object = None
         self._step: object = None
-        """The latest ones when what is in the slots was computed."""
+        """``_refresh`` and ``_step`` hold ``latest_refresh`` of the group and ``latest`` of the
+        steps, as they were when the slots were computed."""
         self._units: set[int] = set()
-        """Modules that shard their parameters and whose members were launched."""
+        """The ``id`` of each module that shards its parameters and whose members were launched."""
 
     def take(self, member: Member, v: Tensor, g: Tensor) -> Tensor | None:
-        """``w`` of a member from its slot or from a launch made now; None: compute it alone."""
+        """Return ``w`` of a member from its slot or from a new launch; None if it must be computed
+        alone."""
         stack = self.stack
         if not stack:
             return None
@@ -105,36 +109,36 @@ class ThreadState:
         return None
 
     def enter(self, container: Container, call: FrameType | threading.Lock) -> None:
-        """Open a scope, unless the group is no more."""
+        """Open a scope, unless the group has been removed."""
         stack = self._close_ended(container.roster)
-        if not container.roster.removed:  # asked when the stack was read
+        if not container.roster.removed:  # checked after the stack was read
             captured = stack[0].captured if stack else captured_device()
             stack.append(Scope(container, call, captured))
 
     def leave(self, roster: Roster, frame: FrameType) -> None:
-        """Close the scope that a frame opened, if it did."""
+        """Close the scope that a frame opened, if it opened one."""
         stack = self._close_ended(roster)
         if stack and stack[-1].call is frame:
             self._close_last(stack, roster)
 
     def close(self, roster: Roster, call: FrameType | threading.Lock) -> None:
-        """Close the scope of a call, if it is open, and all within it."""
+        """Close the scope of a call, if it is open, and all scopes inside it."""
         stack = self.stack
         while any(scope.call is call for scope in stack):
             self._close_last(stack, roster)
 
     def forget(self) -> None:
-        """Close every scope and let go of every slot, from any thread."""
+        """Close every scope and drop every slot. Any thread may call this."""
         self.stack = []
         self.records = {}
 
     def slots(self) -> list[PythonSlot]:
-        """The slots that are filled, from any thread."""
+        """The slots that are filled. Any thread may call this."""
         records = list(self.records.values())
         return [slot for record in records for slot in record.slots if slot is not None]
 
     def drop(self) -> None:
-        """Let go of every slot."""
+        """Drop every slot."""
         for mode, record in self.records.items():
             _tell_launchers(mode, record)
         self.records = {}
@@ -142,7 +146,8 @@ class ThreadState:
     def _launch(
         self, container: Container, member: Member, mode: Mode, v: Tensor, g: Tensor
     ) -> Tensor | None:
-        """Compute a member and all else in its bucket that the container is likely to read."""
+        """Compute a member together with all others of its bucket that the container is likely to
+        read."""
         if not _can_be_launched(v, g) or is_forward_ad():
             return None
         bucket = _bucket_of(member, v, sharding_modules())
@@ -156,26 +161,27 @@ class ThreadState:
             return None
         record.buckets.add(bucket)
         slots = record.slots
-        if slots[member.index] is not None:  # out of date: a change that no optimizer made
+        if slots[member.index] is not None:  # it is out of date, but no optimizer has stepped
             _tell_launchers(mode, record)
         if bucket.unit is not None:
             self._units.add(bucket.unit)
         likely = container.likely(mode, member.index)
         for index, slot in launch(member.roster, likely, bucket, slots):
             slots[index] = slot
-        record.launchers.add(container)  # not if it raised: what was read then says nothing
+        record.launchers.add(container)  # not after an error, when the reads tell nothing
         own = slots[member.index]
         return None if own is None else own.take(v, g)
 
     def _close_ended(self, roster: Roster) -> list[Scope]:
-        """Close the innermost scopes that are over; returns those that are open."""
+        """Close the innermost scopes that have ended, and return the scopes that are open."""
         stack = self.stack
         while stack and has_ended(stack[-1].call):
             self._close_last(stack, roster)
         return stack
 
     def _close_last(self, stack: list[Scope], roster: Roster) -> None:
-        """Close the innermost scope. It goes last, so that an interrupt leaves one to be closed."""
+        """Close the innermost scope. It leaves the stack last, so that it is closed again after an
+        interrupt."""
         scope = stack[-1]
         if self._units:
             self._close_unit(scope.container)
@@ -187,14 +193,16 @@ class ThreadState:
         stack.pop()
 
     def _is_running(self, module: int) -> bool:
-        """Whether the forward of a module is one of the scopes (an explicit one is no forward)."""
+        """Whether a scope is the forward of the module with this ``id``; ``with group.scope()`` is
+        none."""
         return any(
             isinstance(s.call, FrameType) and id(s.container.module()) == module for s in self.stack
         )
 
     def _close_unit(self, container: Container) -> None:
-        """If a container shards its parameters, its slots end with its forward: they are gathered
-        anew for the next one, without a trace, and autograd nodes may not outlive that."""
+        """Drop the slots of a container that shards its parameters, at the end of its forward. The
+        parameters are gathered again for the next forward, but they do not show this, and autograd
+        nodes may not be used after that."""
         unit = id(container.module())
         if unit not in self._units:
             return
@@ -208,7 +216,7 @@ class ThreadState:
 
 
 def _tell_launchers(mode: Mode, record: _Record) -> None:
-    """Tell the containers which members were read: the next launch covers those."""
+    """Tell the containers which members were read, so that the next launch computes those."""
     read = {i for i, slot in enumerate(record.slots) if slot is not None and slot.taken}
     read |= record.missed
     record.missed = set()
@@ -222,7 +230,7 @@ def _can_be_launched(v: Any, g: Any) -> bool:
 
 
 def _bucket_of(member: Member, v: Tensor, sharding: tuple[type[nn.Module], ...]) -> Bucket:
-    """Where a member belongs at this moment, given :func:`~wnkernel.observers.sharding_modules`."""
+    """The bucket of a member now, given :func:`~wnkernel.observers.sharding_modules`."""
     unit = member.innermost(sharding) if sharding else None
     return Bucket(member.bucket, v.device, member.roster.out_dtype(v), unit)
 
@@ -231,10 +239,11 @@ def launch(
     roster: Roster, indices: Iterable[int], bucket: Bucket, present: list[PythonSlot | None]
 ) -> list[tuple[int, PythonSlot]]:
     """Compute the members among ``indices`` that belong to a bucket and have no slot that is up to
-    date: one forward launch, one autograd node.
+    date, with one forward launch and one autograd node.
 
     Returns:
-        Their slots. None at all if a weight has something wrong with it: read alone, it says what.
+        The slots by index. There are none if a weight is wrong; a read of it alone raises the
+        error.
     """
     if not classes_are_as_made():
         return []
@@ -269,15 +278,15 @@ def launch(
     except (TypeError, ValueError):
         return []
     except RuntimeError:
-        if all(map(has_memory, (*vs, *gs))):  # no weight's fault: out of memory, say
+        if all(map(has_memory, (*vs, *gs))):  # not the weights' fault, e.g. no memory
             raise
         return []
     return list(zip(chosen, slots(list(ws), vs, gs), strict=True))
 
 
 def _version_counters() -> AbstractContextManager[object]:
-    """Results without gradients in inference mode too, but with a version counter: a write to one
-    of them must not go unseen."""
+    """A context that leaves inference mode and disables gradients, if inference mode is on. Results
+    have a version counter there, so that no write to them goes unseen."""
     if not torch.is_inference_mode_enabled():
         return nullcontext()
     stack = ExitStack()
@@ -287,27 +296,28 @@ def _version_counters() -> AbstractContextManager[object]:
 
 
 class Registry:
-    """The states that threads have of one group. It keeps none of them alive."""
+    """The states of all threads for one group. The registry keeps no state alive."""
 
     def __init__(self) -> None:
         self._states: weakref.WeakValueDictionary[int, ThreadState] = weakref.WeakValueDictionary()
 
     def add(self, state: ThreadState) -> None:
-        """Take in the state of a new thread."""
+        """Add the state of a new thread."""
         self._states[id(state)] = state
 
     def states(self) -> list[ThreadState]:
-        """Those of all threads. They are read in one step, since other threads may come."""
+        """The states of all threads. They are read in one step, since other threads may add
+        theirs."""
         return [state for ref in self._states.valuerefs() if (state := ref()) is not None]
 
     def forget(self) -> None:
-        """Close every scope and let go of every slot, in all threads."""
+        """Close every scope and drop every slot, in all threads."""
         for state in self.states():
             state.forget()
 
 
 class Threads(threading.local):
-    """The state of the thread that asks, and the registry of all of them."""
+    """The state of the current thread, and the registry of the states of all threads."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
@@ -316,10 +326,10 @@ class Threads(threading.local):
 
 
 def new_threads() -> Threads:
-    """What a roster is made with."""
+    """Make the thread states for a new roster."""
     return Threads(Registry())
 
 
 def threads_of(roster: Roster) -> Threads:
-    """What a roster was made with."""
+    """The thread states of a roster, as :func:`new_threads` made them."""
     return cast(Threads, roster.threads)
