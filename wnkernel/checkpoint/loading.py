@@ -249,11 +249,11 @@ def assign_weight(weights: parametrize.ParametrizationList, value: Tensor) -> No
         parametrize.ParametrizationList.right_inverse(weights, value)
         return
     # v is written first, because it may raise an error: then g has not been written either.
-    for owner, name, t in reversed([*_places(weights, (g, v))]):
-        if name in own_parametrizations(owner):  # by a parametrization of others
-            setattr(owner, name, t)
+    for module, name, t in reversed([*_places(weights, (g, v))]):
+        if name in own_parametrizations(module):  # by a parametrization of others
+            setattr(module, name, t)
         else:
-            getattr(owner, name).copy_(t)
+            getattr(module, name).copy_(t)
 
 
 def _places(

@@ -209,44 +209,44 @@ def _load_all(
 ) -> None:
     """Load both g and v, or neither if torch cannot load one of them."""
     before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-    for owner, name, t in places:
-        own = getattr(owner, name)
+    for module, name, t in places:
+        own = getattr(module, name)
         content = own if len(before) == len(places) - 1 else own.detach().clone()
         if own.shape == (1,) and t.numel() == 1:  # torch cannot load a scalar into [1]
             t = t.detach().reshape(1)
-        if not _load(owner, name, t, prefix, local_metadata, error_msgs):
+        if not _load(module, name, t, prefix, local_metadata, error_msgs):
             break
-        before.append((owner, name, own, content))
+        before.append((module, name, own, content))
     else:
         return
-    for owner, name, own, content in before:
-        if getattr(owner, name) is not own:
-            setattr(owner, name, own)
+    for module, name, own, content in before:
+        if getattr(module, name) is not own:
+            setattr(module, name, own)
         with torch.no_grad():
             own.copy_(content)
 
 
 def _load(
-    owner: nn.Module,
+    module: nn.Module,
     name: str,
     t: Tensor,
     prefix: str,
     local_metadata: dict[str, Any],
     error_msgs: list[str],
 ) -> bool:
-    """Load one parameter as torch does, but without the hooks of ``owner``; returns whether it was
+    """Load one parameter as torch does, but without the hooks of ``module``; returns whether it was
     loaded."""
     errors = len(error_msgs)
     holder = nn.Module()
-    if name in owner._buffers:
-        holder.register_buffer(name, getattr(owner, name))
+    if name in module._buffers:
+        holder.register_buffer(name, getattr(module, name))
     else:
-        holder.register_parameter(name, getattr(owner, name))
+        holder.register_parameter(name, getattr(module, name))
     holder._load_from_state_dict(
         {prefix + name: t}, prefix, local_metadata, False, [], [], error_msgs
     )
-    if getattr(holder, name) is not getattr(owner, name):
-        setattr(owner, name, getattr(holder, name))
+    if getattr(holder, name) is not getattr(module, name):
+        setattr(module, name, getattr(holder, name))
     return len(error_msgs) == errors
 
 
