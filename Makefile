@@ -1,19 +1,22 @@
-# make bench, make test: everything from a fresh clone, in a virtual environment of their own.
-# make bench VENV= : the same in the environment that is active, with the torch that it has.
-# make cuda-build-check : builds against a CUDA torch (several GB) where nvcc is; needs no GPU.
-# make test-matrix ARGS="--session torch-2.6.0-py3.12 -- --discard" : one of the versions of
-#   docs/versions.md, in an environment of its own (5 GB); without ARGS all of them, --list shows which.
-# make test-oldest : the command line with the lower bounds of its packages (5 GB, deleted afterwards).
-# make sanitize : the compiled module under sanitizers; ARGS=--quick the CPU kernels alone.
-# make coverage ARGS="-k gradients" : lines and branches that tests run, of Python and of C++.
-# make mutants : faults that are put into sources one by one, and whether tests find them.
-# make fuzz CASES=10000 : random cases, as many for each property.
-# make audit : known weaknesses of what the package and its extras take, in this environment; fails
-#   where they cannot be looked up.
-# make wheel : builds one and tries it in a fresh environment.
-# make docs : builds the site of the documentation into build/site, and takes no warning.
-# make wheels : an sdist, a pure wheel and one for each of TORCHES, into dist/; docs/install.md.
-# make gpu-check VENV= OUT=folder : all checks of a machine with a GPU; installs nothing.
+# make bench, make test : install everything into the virtual environment .venv, then run.
+# make bench VENV= : runs in the active environment, with its torch.
+# make cuda-build-check : builds against a CUDA torch (several GB); needs nvcc, but no GPU.
+# make test-matrix ARGS="--session torch-2.6.0-py3.12 -- --discard" : runs the tests with one of the
+#   versions of docs/versions.md, in its own environment (5 GB), and deletes that; without ARGS it
+#   runs all versions; ARGS=--list shows them.
+# make test-oldest : tests the command line with the lower bounds of its packages, in an environment
+#   of 5 GB that is deleted afterwards.
+# make sanitize : tests the compiled module under sanitizers; ARGS=--quick: only the CPU kernels.
+# make coverage ARGS="-k gradients" : shows which lines and branches of Python and C++ tests run.
+# make mutants : puts faults into the sources one by one, and shows whether the tests find them.
+# make fuzz CASES=10000 : tests each property with 10000 random cases.
+# make audit : lists known weaknesses of the packages that this package and its extras need, as they
+#   are installed here; fails if the weaknesses cannot be looked up.
+# make wheel : builds a wheel, and tests it in a fresh environment.
+# make docs : builds the site of the documentation into build/site; any warning is an error.
+# make wheels : builds an sdist, a pure wheel and a wheel for each of TORCHES into dist/; see
+#   docs/install.md.
+# make gpu-check VENV= OUT=folder : runs all checks on a machine with a GPU; installs nothing.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 triton==3.7.1
@@ -38,8 +41,8 @@ CPP := $(shell find csrc tests/simt tests/cpu -name '*.cpp' -o -name '*.h' -o -n
 .PHONY: build bench test test-matrix test-oldest sanitize coverage mutants fuzz audit wheel wheels \
   gpu-check cuda-build-check docs lint format clean
 
-# torch first: the compiled module is built against the one that is there. Of the models that tests
-# build, two come from packages whose dependencies they do not need, torchaudio among them.
+# torch comes first, because the compiled module is built against the installed torch. Tests build
+# models of encodec and ChatTTS, which work without torchaudio and other dependencies of these two.
 $(STAMP): pyproject.toml
 	@mkdir -p $(@D)
 	$(if $(BIN),$(PYTHON) -m venv $(VENV))
@@ -50,18 +53,18 @@ $(STAMP): pyproject.toml
 	$(PIP) install -q --no-deps encodec einops ChatTTS
 	@touch $@
 
-# Incremental: compiles what changed, or everything when torch did.
+# The build is incremental: it compiles changed files only, or everything if torch has changed.
 build: $(STAMP)
 	$(PY) setup.py -q build_ext --inplace
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)
 
-# Threads that spin while they wait for each other keep the other processes from running.
+# With the passive policy, threads that wait for each other do not spin and block other processes.
 test: build
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) $(ARGS)
 
-# Each builds the module in a copy of this folder, below build/.
+# sanitize and coverage build the module in a copy of this folder, below build/.
 sanitize: $(STAMP)
 	$(PY) -m tests.instrumented $(ARGS)
 
@@ -87,14 +90,14 @@ wheels: $(STAMP)
 	rm -rf dist
 	$(PY) -m buildtools.wheels dist --torch $(TORCHES)
 
-# A leg whose Python is not there is skipped. The table is of all legs that were ever run.
+# A leg is skipped if its Python is missing. The table shows all legs that were ever run.
 test-matrix: $(STAMP)
 	$(PY) -m nox $(ARGS); status=$$?; $(PY) -m tests.matrix table; exit $$status
 
 test-oldest: $(STAMP)
 	$(PY) -m nox --error-on-missing-interpreters --session oldest -- --discard
 
-# Builds by itself, so that a failed build does not stop the rest.
+# gpu_check builds the module itself, so that a failed build does not stop the other checks.
 gpu-check: $(if $(BIN),$(STAMP))
 	$(PY) -m tools.gpu_check --out '$(OUT)' $(ARGS)
 

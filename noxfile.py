@@ -1,8 +1,8 @@
-"""The legs of tests/matrix.py, each in an environment of its own: ``make test-matrix``; and the
-command line with the lower bounds of its packages: ``make test-oldest``.
+"""Sessions of nox, each in its own environment of about 5 GB.
 
-What is tested is what is committed. ``-- --discard`` deletes an environment, of about 5 GB,
-afterwards.
+``make test-matrix`` runs the legs of tests/matrix.py. ``make test-oldest`` tests the command line
+with the lower bounds of its packages. A session tests the commit at HEAD, not the working tree.
+With ``-- --discard`` it deletes its environment at the end.
 """
 
 import shutil
@@ -15,21 +15,21 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "tests"))  # importing the package `tests` takes torch
+sys.path.insert(0, str(ROOT / "tests"))  # an import of the package `tests` would import torch
 
 from matrix import LEGS, PACKAGES, RESULTS, TIMEOUT_S, Leg  # noqa: E402
 
-nox.options.error_on_missing_interpreters = False  # such legs are reported as skipped
+nox.options.error_on_missing_interpreters = False  # legs without their Python are skipped
 
 
 def define(leg: Leg) -> None:
-    """Makes a session of a leg."""
+    """Define the session of a leg."""
 
     @nox.session(name=leg.name, python=leg.python)
     def session(session: nox.Session) -> None:
-        """Runs the tests, writes docs/versions/*.json."""
+        """Run the tests of a leg, and write its file in docs/versions/."""
         out = RESULTS / f"{leg.name}.json"
-        out.unlink(missing_ok=True)  # what another commit gave
+        out.unlink(missing_ok=True)  # the file may be of another commit
         with built(session, *leg.requirements) as commit:
             session.run("python", "-m", "tests.matrix", "run", str(out), commit)
 
@@ -39,11 +39,11 @@ CLI_LEG = next(leg for leg in LEGS if leg.name == "torch-2.13.0-py3.11")
 
 @nox.session(name="oldest", python=CLI_LEG.python, default=False)
 def oldest(session: nox.Session) -> None:
-    """Runs the tests of the command line with the lower bounds of its packages."""
+    """Run the tests of the command line with the lower bounds of its packages."""
     extras = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
     bounds = [requirement.replace(">=", "==") for requirement in extras["cli"]]
     with built(session, *CLI_LEG.requirements):
-        session.install(*bounds, "click<8.2")  # typer 0.18 takes it; 8.2 changed what commands do
+        session.install(*bounds, "click<8.2")  # typer 0.18 allows 8.2, where commands changed
         pytest = "python", "-m", "pytest", "-n", "2", f"--timeout={TIMEOUT_S}"
         passive = {"OMP_WAIT_POLICY": "passive"}
         session.run(*pytest, *sorted(glob("tests/cli/test_*.py")), env=passive)
@@ -51,10 +51,10 @@ def oldest(session: nox.Session) -> None:
 
 @contextmanager
 def built(session: nox.Session, *requirements: str) -> Iterator[str]:
-    """A checkout with the compiled module in the session's environment; yields the commit.
+    """Check out HEAD in the environment of a session, build the compiled module, yield the commit.
 
-    The checkout is the session's own, for compiled modules of two versions have one name. At the
-    end ``--discard`` deletes the environment.
+    Each session has its own checkout, because compiled modules for two versions of torch have the
+    same name. At the end ``--discard`` deletes the environment.
     """
     environment = Path(session.virtualenv.location).resolve()
     try:

@@ -3,12 +3,12 @@
     pip install '.[examples]'
     python examples/long_run.py --out long      # hours; --short takes half a minute
 
-Five runs with the same initial weights and the same batches, each in a process of its own: torch's
-weight norm; torch's with g moved up, and down, to the next float32 number at the start, which shows
-how far training parts from itself after one rounding; wnkernel's fused; and wnkernel's fused in
-processes that are killed (SIGKILL) at moments of no choice and go on from their last checkpoint.
-The fused curve should be as far from torch's three as those are from each other. The killed one has
-to be the same as the fused one to the last bit.
+There are five runs with the same initial weights and batches, each in its own process. One uses
+torch's weight norm. Two use torch's with every g moved up, or down, to the next float32 number at
+the start, to show how far one rounding drives training apart. One uses wnkernel's fused. The last
+one uses wnkernel's fused too, but its process is killed (SIGKILL) at random moments, and the next
+process goes on from the last checkpoint. The fused curve should be as far from torch's three curves
+as these are from each other. The killed run must equal the fused run to the last bit.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from train_vocoder import (
 
 KILLED = "wnkernel, fused, killed"
 OF_TORCH = {TORCH: 0.0, "torch, g one up": math.inf, "torch, g one down": -math.inf}
-"""A run, and where g is moved to at the start."""
+"""The runs with torch's weight norm, and the number towards which each one moves g at the start."""
 RUNS = (*OF_TORCH, FUSED, KILLED)
 SEGMENT = 16
-"""Spectrogram frames of a training example: a quarter of a second."""
+"""The spectrogram frames of a training example: a quarter of a second."""
 SAVED_EVERY = 250
-"""Steps between two checkpoints."""
+"""The steps between two checkpoints."""
 BLOCK = 500
-"""Steps whose losses are averaged: single steps differ by their batches."""
+"""The steps whose losses are averaged, because single steps differ by their batches."""
 SEED = 0
 
 
 def batch(audio: Tensor, mel: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """The training examples of a step, whatever was done before it."""
+    """Return the training examples of a step. They depend on nothing but the number of the step."""
     chosen = torch.Generator().manual_seed(step)
     starts = torch.randint(len(audio) // HOP - SEGMENT, (2,), generator=chosen).tolist()
     return cut(audio, mel, starts, SEGMENT)
 
 
 def train(name: str, path: Path, steps: int, saved_every: int) -> None:
-    """Train the vocoder of a run from its last checkpoint on, if there is one, to the last step."""
+    """Train the vocoder of a run up to the last step, from its last checkpoint if there is one."""
     torch.set_num_threads(1)
     audio = load(ARCTIC)
     mel = log_mel(audio)
@@ -93,8 +93,8 @@ def train(name: str, path: Path, steps: int, saved_every: int) -> None:
 
 
 def killed(arguments: tuple[str, Path, int, int], kills: int, short: bool) -> int:
-    """Call :func:`train` in other processes, and kill that many of them; how many were killed
-    before they were done. The short form kills at the first checkpoint."""
+    """Call :func:`train` in other processes, and kill the first ``kills`` of them. Return how many
+    were killed before they were done. The short form kills a process at the first checkpoint."""
     moments, done = random.Random(SEED), 0
     while True:
         child = multiprocessing.get_context("spawn").Process(target=train, args=arguments)
@@ -114,8 +114,8 @@ def killed(arguments: tuple[str, Path, int, int], kills: int, short: bool) -> in
 
 
 def run(name: str, path: Path, steps: int, kills: int, short: bool) -> tuple[pd.DataFrame, int]:
-    """Train one of the runs; the losses, and how many processes were killed on the way. In the
-    short form only the run that is killed has processes of its own, which take seconds to start."""
+    """Train one of the runs. Return the losses, and how many processes were killed. Processes take
+    seconds to start, so in the short form only the killed run has its own."""
     arguments = name, path, steps, 4 if short else SAVED_EVERY
     count = 0
     if short and name != KILLED:

@@ -3,13 +3,13 @@
     pip install '.[examples]'
     python examples/train_vocoder.py --out curves       # --short takes seconds
 
-A HiFi-GAN generator (transformers' SpeechT5HifiGan, 80 channels of log-mel spectrogram to 16 kHz
-audio) learns one sentence of CMU ARCTIC, or any recording given with --audio, by the distance of
-log spectra at three resolutions. Each seed is trained four times: with torch's weight norm, with
-wnkernel's, with wnkernel's fused, and, as a yardstick, with torch's again but g moved to the next
-float32 number at the start. Training is chaotic, and roundings grow from step to step: weight norms
-that are the same up to rounding part from torch's like the yardstick does. The curves in results/
-are those of --seeds 3.
+A HiFi-GAN generator (transformers' SpeechT5HifiGan) turns a log-mel spectrogram with 80 channels
+into 16 kHz audio. It learns one sentence of CMU ARCTIC, or a recording given with --audio. The loss
+is the distance of log spectra at three resolutions. Each seed is trained four times: with torch's
+weight norm, with wnkernel's, with wnkernel's fused, and, as a yardstick, with torch's again but
+with every g moved to the next float32 number at the start. Training is chaotic, and rounding errors
+grow from step to step. So a weight norm that equals torch's up to rounding drifts away from torch's
+curve as the yardstick does. The curves in results/ were made with --seeds 3.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ RATE = 16_000
 HOP = 256
 MELS = 80
 SEGMENT = 32
-"""Spectrogram frames of a training example: half a second."""
+"""The spectrogram frames of a training example: half a second."""
 BATCH = 4
 LEARNING_RATE = 2e-4
 RESOLUTIONS = (256, 512, 1024)
-"""Window lengths of the loss, in samples."""
+"""The window lengths of the spectra in the loss, in samples."""
 
 TORCH, OURS, FUSED, YARDSTICK = "torch", "wnkernel", "wnkernel, fused", "torch, one rounding apart"
 
 
 def plain(seed: int) -> SpeechT5HifiGan:
-    """The vocoder without weight norm."""
+    """Make the vocoder without weight norm."""
     torch.manual_seed(seed)
     config = SpeechT5HifiGanConfig(
         model_in_dim=MELS,
@@ -64,7 +64,7 @@ def plain(seed: int) -> SpeechT5HifiGan:
 
 
 def normed(model: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """The model, with a weight norm on every convolution."""
+    """Put a weight norm on every convolution of a model, and return the model."""
     for module in list(model.modules()):
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
             norm(module)
@@ -72,7 +72,7 @@ def normed(model: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> nn.Modul
 
 
 def generator(kind: str, seed: int) -> nn.Module:
-    """The vocoder with one kind of weight norm."""
+    """Make the vocoder with one kind of weight norm."""
     of_torch = kind in (TORCH, YARDSTICK)
     norm = nn.utils.parametrizations.weight_norm if of_torch else wnkernel.weight_norm
     model = normed(plain(seed), norm)
@@ -84,17 +84,17 @@ def generator(kind: str, seed: int) -> nn.Module:
 
 
 def move_g(model: nn.Module, towards: float) -> None:
-    """Moves every g of a model to the next float32 number in one direction."""
+    """Move every g of a model to the next float32 number in one direction."""
     for key, parameter in model.named_parameters():
         if key.endswith("original0"):
             parameter.data.copy_(torch.nextafter(parameter.data, torch.tensor(towards)))
 
 
 def load(path: Path) -> Tensor:
-    """A recording as one channel of float32 samples.
+    """Read a recording as one channel of float32 samples.
 
     Raises:
-        typer.BadParameter: it has another sampling rate, or is too short.
+        typer.BadParameter: if the recording has another sampling rate or is too short.
     """
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     if rate != RATE:
@@ -105,27 +105,36 @@ def load(path: Path) -> Tensor:
 
 
 def spectrum(audio: Tensor, window: int, hop: int) -> Tensor:
-    """Log magnitudes ``[..., frequency, frame]``."""
+    """Return the log magnitudes ``[..., frequency, frame]`` of the spectrum."""
     frames = torch.stft(audio, window, hop, window=torch.hann_window(window), return_complex=True)
     return frames.abs().clamp_min(1e-5).log()
 
 
 def log_mel(audio: Tensor) -> Tensor:
-    """``[frame, mel]`` log-mel spectrogram, one frame for every HOP samples."""
+    """Return the log-mel spectrogram ``[frame, mel]``, with one frame for every HOP samples."""
     filters = mel_filter_bank(513, MELS, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
     mel = torch.from_numpy(filters).float().T @ spectrum(audio, 1024, HOP).exp()
     return mel.clamp_min(1e-5).log().T
 
 
 def cut(audio: Tensor, mel: Tensor, starts: Sequence[int], frames: int) -> tuple[Tensor, Tensor]:
-    """Training examples ``[len(starts), frames, mel]`` and ``[len(starts), sample]`` from a
-    recording and its :func:`log_mel`, each from a frame in ``starts`` on."""
+    """Cut training examples from a recording and its :func:`log_mel`.
+
+    Args:
+        audio: the recording.
+        mel: the log-mel spectrogram of the recording.
+        starts: the first frame of each example.
+        frames: the frames of each example.
+
+    Returns:
+        Spectrograms ``[len(starts), frames, mel]`` and audio ``[len(starts), sample]``.
+    """
     mels = torch.stack([mel[k : k + frames] for k in starts])
     return mels, torch.stack([audio[k * HOP : (k + frames) * HOP] for k in starts])
 
 
 def batches(audio: Tensor, seed: int, steps: int, size: int = BATCH) -> list[tuple[Tensor, Tensor]]:
-    """``(spectrogram, audio)`` of random segments."""
+    """Return ``(spectrogram, audio)`` of random segments for every step."""
     mel = log_mel(audio)
     random = torch.Generator().manual_seed(seed)
     last = len(audio) // HOP - SEGMENT
@@ -134,7 +143,7 @@ def batches(audio: Tensor, seed: int, steps: int, size: int = BATCH) -> list[tup
 
 
 def distance(made: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute difference of log spectra over the resolutions."""
+    """Return the mean absolute difference of the log spectra at all resolutions."""
     return torch.stack(
         [(spectrum(made, n, n // 4) - spectrum(real, n, n // 4)).abs().mean() for n in RESOLUTIONS]
     ).mean()
@@ -143,7 +152,7 @@ def distance(made: Tensor, real: Tensor) -> Tensor:
 def train(
     model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], rate: float = LEARNING_RATE
 ) -> list[float]:
-    """Take a step for each batch; the losses."""
+    """Take a training step for each batch, and return the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.8, 0.99))
     losses = []
     for mel, audio in data:
@@ -156,7 +165,7 @@ def train(
 
 
 def plot(curves: pd.DataFrame, path: Path) -> None:
-    """Loss curves above, their relative distance to torch's below."""
+    """Plot the loss curves, and below them their relative distance to torch's curve."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 

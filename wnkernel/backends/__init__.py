@@ -1,4 +1,4 @@
-"""Which backend runs: the first that can, or the one that was asked for."""
+"""Chooses the backend: the one that was asked for, or else the first one that can run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _known(name: str, source: str) -> str | None:
 
 
 class _Choice(threading.local):
-    """The backend asked for on this thread; None lets :func:`choose` look for one."""
+    """The backend that this thread asked for; if it is None, :func:`choose` looks for one."""
 
     def __init__(self) -> None:
         self.forced: str | None = _ENVIRONMENT
@@ -62,9 +62,10 @@ def use_backend(name: str) -> Iterator[None]:
             process.
 
     Raises:
-        ValueError: there is no backend of that name.
-        RuntimeError: the backend cannot run on this machine; the message says why. A problem that
-            it cannot take (a tensor on another device, say) raises when it comes.
+        ValueError: if there is no backend of that name.
+        RuntimeError: if the backend cannot run on this machine; the message says why. A weight that
+            the backend cannot take, for example one on another device, raises only when it is
+            computed.
     """
     forced = _known(name, "backend")
     if forced is not None and (why := BACKENDS[forced].missing()):
@@ -82,16 +83,17 @@ def _forced() -> str | None:
 
 
 def has_choice(v: Tensor) -> bool:
-    """Whether :func:`choose` has a backend for ``v``: none was asked for that cannot take it."""
+    """Return whether :func:`choose` finds a backend for ``v``. It does not if the thread asked for
+    a backend that cannot take ``v``."""
     forced = _forced()
     return forced is None or BACKENDS[forced].takes(v)
 
 
 def choose(v: Tensor) -> Backend:
-    """The backend for one checked problem.
+    """Return the backend for a weight norm of ``v`` whose arguments were checked.
 
     Raises:
-        RuntimeError: a backend was asked for that cannot take it.
+        RuntimeError: if the thread asked for a backend that cannot take ``v``.
     """
     if (forced := _forced()) is not None:
         backend = BACKENDS[forced]
@@ -105,9 +107,9 @@ def choose(v: Tensor) -> Backend:
     return backend
 
 
-@assume_constant_result  # a compiler that traces this has it done while it traces
+@assume_constant_result  # a compiler that traces the caller runs this while it traces
 def _tell_of_kernels(device: str) -> None:
-    """Say once how kernels for a device can be had, where the eager backend does without."""
+    """Tell the user once how to get compiled kernels for a device that runs the eager backend."""
     has_kernels = device == "cpu" or (device == "cuda" and torch.version.hip is None)
     if has_kernels and native.can_be_built():
         installation.tell(native.load_error())

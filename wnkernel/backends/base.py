@@ -1,4 +1,4 @@
-"""The contracts that backends keep."""
+"""The interfaces of backends."""
 
 from __future__ import annotations
 
@@ -11,46 +11,50 @@ from ..problem import Problem
 
 
 class Backend(Protocol):
-    """Something that can run weight norms, and says why when it cannot."""
+    """Computes weight norms, and gives the reasons where it cannot."""
 
     name: str
 
     is_compiled: bool
-    """Whether ``torch.ops.wnkernel`` is all there is to call: checks, kernels and autograd. All
-    others are :class:`PythonBackend`."""
+    """Whether checks, kernels and autograd are all in ``torch.ops.wnkernel``. Every other backend
+    is a :class:`PythonBackend`."""
 
     def missing(self) -> list[str]:
-        """Why this backend cannot run on this machine at all; empty when it can."""
+        """Return why this backend cannot run on this machine at all; empty if it can."""
 
     def takes(self, v: Tensor) -> bool:
-        """Whether it can take a (checked) weight norm of ``v``."""
+        """Return whether this backend can compute a (checked) weight norm of ``v``."""
 
     def reasons(self, v: Tensor) -> list[str]:
-        """Why it cannot take it; empty when it can. For messages: :meth:`takes` is quicker."""
+        """Return why this backend cannot take ``v``; empty if it can. Use this for messages only:
+        :meth:`takes` is quicker."""
 
     def is_automatic(self, v: Tensor) -> bool:
-        """Whether nobody has to ask for it by name to have it take ``v``."""
+        """Return whether the automatic choice may choose this backend for ``v``."""
 
     def has_operators(self, v: Tensor) -> bool:
-        """Whether ``torch.ops.wnkernel`` runs its kernels where ``v`` is."""
+        """Return whether ``torch.ops.wnkernel`` runs this backend's kernels on the device of
+        ``v``."""
 
     def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
-        """The norm that its kernels compute for these arguments of a weight norm, right wherever
-        its dtype holds it, in memory of its own."""
+        """Return the norm that this backend's kernels compute for a weight norm, as a new tensor.
+        The norm is right wherever its dtype can hold it."""
 
 
 class PythonBackend(Backend, Protocol):
-    """A backend called from Python: weight norms and first derivatives of a list, no autograd.
+    """A backend that is called from Python. It computes weight norms of a list of weights and their
+    first derivatives, and leaves autograd to the caller.
 
-    Norms travel from :meth:`forward` to :meth:`backward` of the same backend and are its own
-    business, but for their number: one tensor per problem.
+    The norms that :meth:`forward` returns are passed only to :meth:`backward` of the same backend.
+    There is one tensor for each weight; the rest is up to the backend.
     """
 
     is_traceable: bool
-    """Whether it is made of torch's operators, which dispatch modes and fake tensors see."""
+    """Whether this backend calls torch's operators only, which dispatch modes and fake tensors can
+    follow."""
 
     def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """``w`` and ``norm`` of every problem."""
+        """Return ``w`` and ``norm`` of every problem."""
 
     def backward(
         self,
@@ -60,4 +64,4 @@ class PythonBackend(Backend, Protocol):
         need_v: Sequence[bool],
         need_g: Sequence[bool],
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """``grad_v`` and ``grad_g`` of every problem, None where not needed."""
+        """Return ``grad_v`` and ``grad_g`` of every problem, with None for those not needed."""

@@ -1,7 +1,7 @@
-"""The backends behind ``wnkernel._C``: one instance per device type that it can be built for.
+"""The backends behind ``wnkernel._C``, one for each device type that it can be built for.
 
-They compute nothing by themselves: their kernels, checks and autograd are ``torch.ops.wnkernel``
-(csrc/), below the dispatcher.
+This file computes nothing. The kernels, checks and autograd of these backends are in csrc/, and are
+called through ``torch.ops.wnkernel``.
 """
 
 from __future__ import annotations
@@ -56,6 +56,6 @@ class CompiledBackend:
         return torch.ops.wnkernel.forward_one(v, g, dim, eps)[1]
 
 
-@assume_constant_result  # torch.compile need not know how this is found out
+@assume_constant_result  # torch.compile takes the result as a constant and traces nothing
 def _cuda_reason(device: torch.device) -> str:
     return native.cuda_reason(device)

@@ -1,9 +1,9 @@
-"""The backend that is always there: ``torch._weight_norm`` where it is right, composed operators
-elsewhere. Any device, no kernel of ours.
+"""The backend that always runs, on any device. It has no kernels of its own: it calls torch's fused
+kernels where they are right, and composes torch's operators elsewhere.
 
-On the first and the last dim torch has a fused kernel whose first derivative is right; its second
-derivative is not, so only the two raw kernels are used and never torch's autograd around them. As
-with torch, a float32 row whose sum of squares leaves the float range comes out as 0 or inf here.
+torch has fused kernels for the first and the last dim. Their first derivative is right, but their
+second derivative is not. So this backend calls the two raw kernels, and never torch's autograd
+around them. As with torch, float32 rows whose sum of squares leaves the float range give 0 or inf.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..problem import Problem, check
 
 
 class EagerBackend:
-    """torch's own operators, outside torch's own autograd."""
+    """Computes weight norms with torch's own operators, but without torch's autograd."""
 
     name = "eager"
     is_compiled = False
@@ -43,7 +43,7 @@ class EagerBackend:
     def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         p = check(v, g, dim, eps)
         norm = _forward_one(p)[1]
-        # torch's kernels lose rows whose squares leave the float range
+        # torch's kernels give 0 or inf for rows whose squares leave the float range.
         is_right = (norm > 0) & norm.isfinite()
         return torch.where(is_right, norm, composed.norm_except_dim(v.to(p.acc_dtype), p.dim))
 
@@ -63,12 +63,12 @@ class EagerBackend:
         return composed.wanted(grads, need_v, need_g)
 
 
-# torch's CPU kernel takes float16 since 2.8.
+# torch's CPU kernel takes float16 since torch 2.8.
 _CPU_HAS_HALF = release(torch.__version__) >= (2, 8)
 
 
 def torch_has_kernel(v: Tensor, dim: int) -> bool:
-    """Whether torch has a fused kernel for a canonical ``dim`` of ``v``, or composes it."""
+    """Return whether torch has a fused kernel for a canonical ``dim`` of ``v``."""
     return (
         v.device.type in ("cpu", "cuda")
         and (_CPU_HAS_HALF or v.dtype != torch.float16 or v.device.type != "cpu")
@@ -78,13 +78,13 @@ def torch_has_kernel(v: Tensor, dim: int) -> bool:
 
 
 def _torch_is_right(p: Problem) -> bool:
-    """Whether torch's fused kernels give the contract's result for ``p``."""
+    """Return whether torch's fused kernels give the result that we promise for ``p``."""
     return (
         torch_has_kernel(p.v, p.dim)
         and p.divisor_dtype == p.acc_dtype
         and p.eps == 0.0
         and p.v.dtype == p.g.dtype
-        and (p.out_dtype == p.v.dtype or p.v.dtype == p.acc_dtype)  # else rounded twice
+        and (p.out_dtype == p.v.dtype or p.v.dtype == p.acc_dtype)  # else w is rounded twice
         and p.v.is_contiguous()
         and p.g.is_contiguous()
     )

@@ -1,5 +1,8 @@
-"""``torch.ops.wnkernel`` on GPUs that ``wnkernel._C`` has no kernels for: Triton's, behind the same
-schemas and the same autograd in C++. That is what torch.compile puts into its graphs there."""
+"""Registers Triton kernels for ``torch.ops.wnkernel`` on GPUs for which ``wnkernel._C`` has none.
+
+The operators have the same schemas and the same autograd in C++ there. torch.compile puts them into
+its graphs.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ OPERATORS = ("weight_norm", "forward_one", "backward_one", "forward", "backward"
 
 
 class Operators:
-    """Kernels of the operators, for as long as this lives."""
+    """The kernels of the operators. They are registered as long as this object exists."""
 
     def __init__(self, triton: TritonBackend, eager: EagerBackend) -> None:
         self._triton, self._eager = triton, eager
@@ -106,5 +109,6 @@ class Operators:
 
 
 def _without_gaps(p: Problem) -> Problem:
-    """With v in an order that results can have, as the fakes promise."""
+    """Make v dense, because results get the strides of v, and the fake kernels promise dense
+    ones."""
     return replace(p, v=dense("v", p.v))

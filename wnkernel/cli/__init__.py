@@ -1,5 +1,5 @@
-"""The command line. Nothing else in ``wnkernel`` imports it. Where the packages that it needs are
-missing, only this file runs, and what the benchmarks use of it: exact, load and timing."""
+"""The command line. Nothing else in ``wnkernel`` imports it. This file runs even if packages of the
+command line are missing. So do exact.py, load.py and timing.py, which the benchmarks use."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import sys
 from collections.abc import Sequence
 
 MISSING_PACKAGE = 2
-"""An exit code; the others are in errors.py."""
+"""The exit code if a package is missing. errors.py has the other exit codes."""
 
 NEEDED = ("typer", "rich", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, or say what to install; ends the process.
+    """Run the command line, or say which packages to install, and then exit the process.
 
     Args:
-        arguments: those of the process if not given.
+        arguments: the arguments of the command line; by default those of the process.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""The commands: their options, what they print, and how errors end them."""
+"""The commands of the command line and their options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace files that are the
 
 
 class Layout(str, enum.Enum):
-    """Key layouts, by the names of ``wnkernel.convert_state_dict``."""
+    """The key layouts, under their names in ``wnkernel.convert_state_dict``."""
 
     LEGACY = LEGACY
     PARAMETRIZED = PARAMETRIZED
@@ -69,7 +69,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Only ``--version``; the help is that of the app, and is shown where no command is named."""
+    """Handle ``--version``, and print the help of the app if no command is named."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(WrongUsage.exit_code)
@@ -217,19 +217,19 @@ def bench(
 def _bar(
     columns: tuple[ProgressColumn, ...], total: int, shown: bool, *, auto_refresh: bool = True
 ) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar on standard error, if there is somebody to see it."""
+    """Make a progress bar, and show it on standard error if that is a terminal and ``shown``."""
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, auto_refresh=auto_refresh)
     task = bar.add_task("", total=total)
-    # Never started where nobody sees it: rich before 14.3 ends even a disabled bar with an empty
-    # line where the console is not interactive.
+    # A bar that nobody sees is never started: on a console that is not interactive, rich before
+    # 14.3 prints an empty line at the end even if the bar is disabled.
     with bar if shown and console.is_interactive else nullcontext():
         yield bar, task
 
 
 @contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Advance]:
-    """Shows bytes that are written."""
+    """Show how many bytes are written."""
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with _bar(columns, total, shown) as (bar, task):
         yield lambda count: bar.advance(task, count)
@@ -240,7 +240,7 @@ def _run(
 ) -> list[benchmark.Result]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     results = []
-    # refreshed between cases only: a refreshing thread would take its share of what is timed
+    # The bar is refreshed between cases only, because a refreshing thread would disturb the timing.
     with _bar(columns, len(asked), shown, auto_refresh=False) as (bar, task):
         for case in asked:
             bar.update(task, description=str(case))

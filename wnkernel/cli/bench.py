@@ -1,4 +1,4 @@
-"""What ``wnkernel bench`` measures: single weights on this machine, ours beside torch's."""
+"""``wnkernel bench`` measures single weights on this machine, with our backends and with torch."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ Operator = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one phase of one case."""
+    """The times and the error of one contender in one phase of one case."""
 
     case: Case
     phase: str
     contender: str
-    """``torch``, or the name of a backend."""
+    """The name of the contender: ``torch``, or the name of a backend."""
     automatic: bool
-    """Whether this is the backend that runs when none is asked for."""
+    """Whether the contender is the backend that runs when the user asks for none."""
     times: Times
     error: float
-    """Relative to float64, of w and both gradients; the largest of them."""
+    """The largest relative error of w, grad_v and grad_g against float64."""
     times_torch: float | None
-    """torch's median divided by this one; None where torch does not run, or is wrong."""
+    """torch's median time divided by this median; None if torch does not run or is wrong."""
 
 
 def run(case: Case, device: torch.device, seconds: float) -> list[Result]:
-    """Verify every contender, then time them in turns, a phase after the other.
+    """Verify every contender, then time all contenders in turns, one phase after the other.
 
     Raises:
-        WrongResult: a backend of ours gives wrong numbers; nothing was timed.
-        OutOfMemory: the case does not fit into memory.
-        WrongUsage: no memory could hold it.
+        WrongResult: if one of our backends gives wrong numbers. Nothing was timed then.
+        OutOfMemory: if the case does not fit into memory.
+        WrongUsage: if torch cannot make tensors of that size at all.
     """
     inputs = _inputs(case, device)
-    on_cpu = (t.cpu() for t in (inputs.v, inputs.g))  # not every device has float64
+    on_cpu = (t.cpu() for t in (inputs.v, inputs.g))  # some devices have no float64
     want = exact(*on_cpu, case.dim, inputs.grad_w.cpu())
     contenders = dict(_contenders(inputs.v, case.dim))
     errors = {}
@@ -61,11 +61,11 @@ def run(case: Case, device: torch.device, seconds: float) -> list[Result]:
         except RuntimeError:
             if ours:
                 raise
-            del contenders[name]  # not every dtype runs everywhere
+            del contenders[name]  # torch has no kernel for some dtypes on some devices
             continue
         errors[name] = _error(got, want)
-        allowed = _bound(case, long_sums=name in (TORCH, "eager"))  # eager is torch's operators
-        if not errors[name] <= allowed:  # NaN too
+        allowed = _bound(case, long_sums=name in (TORCH, "eager"))  # eager calls torch's operators
+        if not errors[name] <= allowed:  # this form refuses NaN too
             if ours:
                 raise WrongResult(
                     f"{case}: backend {name!r} is off by {errors[name]:.2g} against float64, "
@@ -98,7 +98,8 @@ def run(case: Case, device: torch.device, seconds: float) -> list[Result]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """g is no norm of v: an operator that returns v must not pass."""
+    """The inputs of a case. g differs from the norm of v, so that w differs from v: an operator
+    that just returns v fails."""
 
     v: Tensor
     g: Tensor
@@ -126,9 +127,9 @@ def _inputs(case: Case, device: torch.device) -> _Inputs:
 
 
 def _contenders(v: Tensor, dim: int) -> Iterator[tuple[str, _Operator]]:
-    """torch's weight norm, and ours on every backend that takes v.
+    """Yield torch's weight norm, and ours on every backend that takes v.
 
-    The one that is chosen automatically is not asked for by name, which takes a longer way.
+    The automatic backend runs without :func:`use_backend`, which would make its calls slower.
     """
     yield TORCH, _Operator(contextlib.nullcontext, lambda v, g: torch._weight_norm(v, g, dim))
     automatic = choose(v).name
@@ -157,7 +158,7 @@ def _both(operator: Operator, t: _Inputs) -> tuple[Tensor, ...]:
 
 
 def _error(got: tuple[Tensor, ...], want: Exact) -> float:
-    """The largest relative error; NaN if one of them is."""
+    """Return the largest relative error of w, grad_v and grad_g; NaN if one error is NaN."""
     w, grad_v, grad_g = (
         have.cpu().double() - should
         for have, should in zip(got, (want.w, want.grad_v, want.grad_g), strict=True)

@@ -1,4 +1,4 @@
-"""What ``wnkernel bench`` is asked to time."""
+"""The weights that ``wnkernel bench`` times."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from . import sources
 from .errors import NothingToConvert, WrongUsage, one_line
 
 DEFAULT_SHAPES, DEFAULT_DIMS = ("64x64x3", "512x512x3", "768x48x128"), ("0", "0", "2")
-"""What is timed if nothing is asked for."""
+"""The shapes and dims of the weights that are timed by default."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A weight to time, and how many layers have one like it."""
+    """A weight to time, and the number of layers that have such a weight."""
 
     shape: tuple[int, ...]
     dim: int
-    """Canonical."""
+    """The canonical dim, as in :class:`~wnkernel.problem.Problem`."""
     dtype: torch.dtype
     layers: int = 1
 
@@ -32,10 +32,15 @@ class Case:
 
 
 def of_shapes(shapes: Sequence[str], dims: Sequence[str], dtype: str | None) -> list[Case]:
-    """Weights as the command line names them: a dim for each, or one for all.
+    """Return the weights that the options --shape, --dim and --dtype name.
+
+    Args:
+        shapes: texts such as ``512x512x3``.
+        dims: one text for all shapes, or one for each shape: ``none`` or a number.
+        dtype: the name of a dtype; float32 if None.
 
     Raises:
-        WrongUsage: they make no sense.
+        WrongUsage: if an option is malformed or does not fit the others.
     """
     if len(dims) == 1:
         dims = [dims[0]] * len(shapes)
@@ -47,12 +52,13 @@ def of_shapes(shapes: Sequence[str], dims: Sequence[str], dtype: str | None) -> 
 
 
 def of_checkpoint(path: Path, dtype: str | None) -> list[Case]:
-    """The weight norms of a checkpoint, each kind once.
+    """Return the weight norms of a checkpoint, with one case for all of the same shape, dim and
+    dtype.
 
     Raises:
-        WrongUsage: there is no such dtype.
-        BadInput: the file cannot be read.
-        NothingToConvert: it has none.
+        WrongUsage: if the dtype is unknown.
+        BadInput: if the file cannot be read.
+        NothingToConvert: if the checkpoint has no weight norm.
     """
     chosen = _dtype(dtype)
     counts = Counter(
@@ -89,10 +95,10 @@ def _dtype(text: str | None) -> torch.dtype | None:
 
 
 def device_of(text: str) -> torch.device:
-    """A device that torch can use here, as the current one of its kind.
+    """Return a device that torch can use; a CUDA device becomes the current one.
 
     Raises:
-        WrongUsage: it cannot.
+        WrongUsage: if torch cannot compute on the device.
     """
     try:
         device = torch.empty(1, device=text).device
@@ -106,15 +112,15 @@ def device_of(text: str) -> torch.device:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """(512, 512, 3) as ``512x512x3``."""
+    """Write a shape such as (512, 512, 3) as ``512x512x3``."""
     return "x".join(map(str, shape))
 
 
 def dim_text(dim: int | None) -> str:
-    """A dim as the command line takes it."""
+    """Write a dim as the option --dim takes it."""
     return "none" if dim in (None, WHOLE_TENSOR) else str(dim)
 
 
 def dtype_text(dtype: torch.dtype) -> str:
-    """torch.float32 as ``float32``."""
+    """Write a dtype such as torch.float32 as ``float32``."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What a conversion does to the keys of state dicts, kept for the report."""
+"""Converts state dicts, and keeps a list of the changed weights for the report."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ _G_OR_V = re.compile(f"{_HALF.pattern}|{ORIGINAL_KEY.pattern}", re.DOTALL)
 
 @dataclass(frozen=True)
 class Change:
-    """A weight whose layout is another one afterwards."""
+    """A weight whose layout the conversion changes."""
 
     where: str
-    """The part of the file, such as ``generator``; empty for the file itself."""
+    """The part of the file that holds the weight, such as ``generator``; empty if the whole file is
+    the state dict."""
     weight: str
-    """The key that it has when it is folded."""
+    """The key of the folded weight."""
     source: str
-    """Its layouts before, joined by ``+``."""
+    """The layouts that the weight had before, joined by ``+``."""
     target: str
     shape: tuple[int, ...]
     dim: int | None
-    """None: one norm over the whole tensor."""
+    """The dim of the weight norm; None if there is one norm over the whole tensor."""
 
 
 class Conversion:
-    """Converts state dicts, and keeps what has changed.
+    """Converts state dicts, and keeps a list of the changed weights.
 
     Args:
-        to: the layout wanted.
-        eps: of the layers, for folding.
-        file: for messages.
-        aliases: whether weights that had g and v in common, in whatever parts of a file, share
-            their folded weight; all folded weights stay in memory for that.
+        to: the layout to convert to.
+        eps: the eps of the layers; only folding needs it.
+        file: the path that messages name.
+        aliases: whether weights with the same g and v, in any parts of a file, share one folded
+            weight. If so, all folded weights stay in memory.
     """
 
     def __init__(self, to: str, eps: float, file: Path, *, aliases: bool) -> None:
@@ -55,22 +56,22 @@ class Conversion:
         self.file = file
         self.changes: list[Change] = []
         self.already = 0
-        """Weight norms that had the layout before."""
+        """The number of weight norms that have the layout already."""
         self.halves: list[str] = []
-        """Keys that may be one half of a legacy pair, without the other."""
+        """Keys that may be a legacy g without its v, or a legacy v without its g."""
         self._eps = eps
         self._aliases = aliases
         self._folded: dict[Hashable, Tensor] = {}
 
     def again(self) -> Conversion:
-        """The same anew."""
+        """Return a new conversion with the same settings and no changes yet."""
         return Conversion(self.to, self._eps, self.file, aliases=self._aliases)
 
     def find(self, state_dict: Mapping[str, Any], where: str = "") -> list[NormedWeight]:
-        """The weight norms in a state dict.
+        """Find the weight norms in a state dict.
 
         Raises:
-            BadInput: half of one is missing.
+            BadInput: if a g or a v is missing.
         """
         try:
             return find_normed_weights(state_dict)
@@ -84,15 +85,15 @@ class Conversion:
         *,
         found: Sequence[NormedWeight] | None = None,
     ) -> dict[str, Any]:
-        """The same in the other layout.
+        """Return a state dict with its weight norms in the layout ``to``.
 
         Args:
-            state_dict: what may have weight norms, beside anything else.
-            where: the part of the file that it is.
-            found: its weight norms, if :meth:`find` has found them already.
+            state_dict: keys to tensors or anything else; only weight norms are converted.
+            where: the part of the file that holds the state dict.
+            found: the weight norms of the state dict, if :meth:`find` was called before.
 
         Raises:
-            BadInput: it contradicts itself.
+            BadInput: if the state dict contradicts itself.
         """
         weights = self.find(state_dict, where) if found is None else found
         self.halves += _halves(state_dict)
@@ -115,10 +116,11 @@ class Conversion:
         return converted
 
     def check_kinds(self, state_dict: Mapping[str, Any], where: str = "") -> Sequence[NormedWeight]:
-        """The same as :meth:`find`, where all g and v are dense tensors with values.
+        """Find the weight norms like :meth:`find`, and demand dense g and v with values.
 
         Raises:
-            BadInput: one of them is on the meta device, sparse, quantized or of a subclass.
+            BadInput: if a g or a v is missing, on the meta device, sparse, quantized or of a
+                subclass of Tensor.
         """
         weights = self.find(state_dict, where)
         found = [key for weight in weights for key in keys_of(weight, state_dict)]
@@ -145,7 +147,7 @@ def _other_kind(t: Tensor) -> str | None:
 
 
 def keys_of(weight: NormedWeight, state_dict: Mapping[str, Any]) -> list[str]:
-    """Every key of a weight norm, in whichever layout."""
+    """Return every key of a weight norm, of all layouts that the state dict has."""
     keys = [key for pair in weight.pairs for key in pair]
     return [*keys, weight.key] if weight.key in state_dict else keys
 
@@ -165,7 +167,7 @@ def _halves(state_dict: Mapping[str, Any]) -> list[str]:
 
 
 def aliases(state_dict: Mapping[str, Tensor]) -> list[list[str]]:
-    """Keys that hold one tensor."""
+    """Return the lists of keys that hold the same tensor."""
     same: dict[Hashable, list[str]] = {}
     for key, t in state_dict.items():
         if t.numel():

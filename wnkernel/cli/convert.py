@@ -1,4 +1,4 @@
-"""``wnkernel convert``: read, convert, write, or say why not."""
+"""``wnkernel convert`` reads a checkpoint, converts it, and writes it or says why it cannot."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .safetensors_files import Spec
 from .tree import Tree
 
 Progress = Callable[[int], AbstractContextManager[Advance]]
-"""Shows how much of so many bytes is written."""
+"""Takes the number of bytes to write, and shows in a ``with`` block how many are written."""
 
 METADATA = {"format": "pt"}
-"""What a safetensors file says that comes from torch; transformers asks for it."""
+"""The metadata of safetensors files that hold torch tensors; transformers reads this entry."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Request:
 
     source: Path
     target: Path | None
-    """None in a dry run that shall not look at it."""
+    """The output; None in a dry run without an output."""
     to: str
     eps: float
     force: bool
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done, or would be."""
+    """What a conversion did, or would do in a dry run."""
 
     changes: list[Change]
     warnings: list[str]
@@ -51,14 +51,15 @@ def convert(request: Request, progress: Progress) -> Report:
     """Convert a checkpoint.
 
     Raises:
-        CliError: it cannot be done. Nothing was written then.
+        CliError: if the checkpoint cannot be converted or written. No file was written then.
     """
     kind = format_of(request.source)
     return (_convert_tree if kind == Format.TORCH else _convert_flat)(request, kind, progress)
 
 
 def _convert_tree(request: Request, kind: Format, progress: Progress) -> Report:
-    """A file of torch.save, whatever is in it: in memory, but for what is mapped."""
+    """Convert a file of torch.save with any contents. Tensors stay mapped where torch can map the
+    file; everything else is in memory."""
     source, target = request.source, request.target
     form = output_format(target, source, kind) if target else kind
     conversion = Conversion(request.to, request.eps, source, aliases=True)
@@ -83,7 +84,7 @@ def _convert_tree(request: Request, kind: Format, progress: Progress) -> Report:
 
 
 def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
-    """A safetensors file, or several files with an index: a weight norm at a time."""
+    """Convert a safetensors file, or several files with an index, one weight norm at a time."""
     source, target = request.source, request.target
     form = output_format(target, source, kind) if target else kind
     index = shards.read_index(source) if kind == Format.INDEX else None
@@ -135,7 +136,7 @@ def _convert_flat(request: Request, kind: Format, progress: Progress) -> Report:
 
 
 def _write_flat(writer: Writer, form: Format, flat: Flat, number: int | None, source: Path) -> None:
-    """One of the files, or all in one."""
+    """Write one file of several, or everything into one file if ``number`` is None."""
     if form == Format.SAFETENSORS:
         metadata = flat.metadata(number) or METADATA
         safetensors_files.write(writer, flat.specs(number), metadata, flat.tensors(number))
@@ -157,10 +158,11 @@ def _demand_changes(conversion: Conversion) -> None:
 def _as_safetensors(
     source: Path, content: object
 ) -> tuple[dict[str, Tensor], dict[str, Spec], list[str]]:
-    """What a file with ``content`` holds, its header, and what this cannot say.
+    """Return the tensors of a safetensors file with ``content``, the specs for its header, and
+    warnings about ties that the file cannot express.
 
     Raises:
-        CannotWrite: it is more than a dict of tensors.
+        CannotWrite: if ``content`` is anything else than a dict of tensors.
     """
     if not shards.is_flat(content):
         other = "other things"

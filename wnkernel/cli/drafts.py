@@ -1,4 +1,4 @@
-"""Files that are written before they have their names."""
+"""Drafts: files that get their final name only after they are complete."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import BinaryIO
 
 
 class Draft:
-    """A file that will be ``target``. It has no name until then where the system has such files
-    (Linux, on most file systems), and is gone with the process, however that ends; elsewhere it has
-    a hidden name, which stays behind if the process is killed. To take the place of another file it
-    needs a hidden name for a moment everywhere.
+    """A file that will become ``target``.
+
+    On Linux and most file systems the draft has no name, so the system deletes it when the process
+    ends in any way. Elsewhere the draft has a hidden name, and stays behind if the process is
+    killed. To replace another file, every draft has a hidden name for a moment.
 
     Args:
-        target: what :meth:`place` makes of it. If it is there, the draft gets its permissions.
-        named: a hidden name in any case. Files without one stay open, which only so many can.
+        target: the final name. If that file exists, the draft gets its permissions.
+        named: whether to use a hidden name in any case. A draft without a name stays open, and the
+            system limits the number of open files.
     """
 
     def __init__(self, target: Path, *, named: bool = False) -> None:
@@ -28,7 +30,7 @@ class Draft:
         self.raw: BinaryIO | None = None
 
     def open(self) -> BinaryIO:
-        """Make the file, empty. Whatever happens meanwhile, :meth:`discard` takes it away."""
+        """Make the empty file. Even if this fails half-way, :meth:`discard` deletes the file."""
         descriptor = None if self._named else _nameless(self.target.parent)
         if descriptor is None:
             self._name = hidden(self.target)
@@ -41,24 +43,27 @@ class Draft:
         return self.raw
 
     def finish(self) -> None:
-        """Nothing more will be written: it is on the disk after this."""
+        """End the writing, and wait until the contents are on the disk."""
         assert self.raw is not None, "not open"
         self.raw.flush()
         os.fsync(self.raw.fileno())
         if self._name:
-            self.raw.close()  # for systems that do not rename what is open
+            self.raw.close()  # some systems cannot rename an open file
 
     def place(self, *, replace: bool) -> None:
-        """Give it its name.
+        """Give the draft its final name.
+
+        Args:
+            replace: whether an existing file of that name may be replaced.
 
         Raises:
-            FileExistsError: there is a file of that name, and it is not to be replaced.
-            OSError: it cannot be done.
+            FileExistsError: if a file of that name exists and ``replace`` is false.
+            OSError: if the system cannot give the name.
         """
         if self._name is None:
             assert self.raw is not None, "not open"
             name = hidden(self.target) if replace else self.target
-            # with a descriptor, of whatever: Python follows the link to the file only then
+            # the path is a symbolic link, which os.link follows only if it gets a src_dir_fd
             os.link(_path(self.raw.fileno()), name, src_dir_fd=self.raw.fileno())
             if not replace:
                 return
@@ -70,15 +75,15 @@ class Draft:
                 return
             except FileExistsError:
                 raise
-            except OSError:  # not every file system has hard links
+            except OSError:  # some file systems have no hard links
                 if self.target.exists():
                     raise
         os.replace(self._name, self.target)
 
     def discard(self) -> None:
-        """Take it away, if it has not been placed."""
+        """Delete the draft, unless :meth:`place` has given it its name."""
         if self.raw:
-            with suppress(OSError):  # a full disk, for what was still to be written
+            with suppress(OSError):  # close() writes the rest, for which the disk may be too full
                 self.raw.close()
         if self._name:
             with suppress(OSError):
@@ -86,7 +91,7 @@ class Draft:
 
 
 def hidden(target: Path) -> Path:
-    """A name beside ``target`` that nothing has."""
+    """Return an unused hidden name in the folder of ``target``."""
     return target.with_name(f".wnkernel-{secrets.token_hex(8)}.tmp")
 
 
@@ -95,11 +100,11 @@ def _nameless(folder: Path) -> int | None:
         return None
     try:
         descriptor = os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
-    except OSError:  # whatever is wrong, a file with a name shows it too
+    except OSError:  # a draft with a name will raise the same error, unless it works
         return None
     if os.path.exists(_path(descriptor)):
         return descriptor
-    os.close(descriptor)  # /proc is not there: it could never get a name
+    os.close(descriptor)  # without /proc the file could never get a name
     return None
 
 

@@ -1,4 +1,4 @@
-"""Weight norm and its gradients in float64, and how far from them others may be."""
+"""Weight norm and its gradients in float64, and bounds on the errors of other results."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Exact:
-    """The results, and what errors of the gradients are proportional to: in both, terms cancel, and
-    in ``grad_v`` all of them where rows have one element."""
+    """The results in float64, and the sizes to which errors of the gradients are proportional. They
+    are not proportional to the gradients themselves, because terms cancel: if rows have one
+    element, ``grad_v`` is 0."""
 
     w: Tensor
     grad_v: Tensor
     grad_g: Tensor
     grad_v_terms: Tensor
-    """The larger of the two whose difference is ``grad_v``."""
+    """``grad_w * g / norm``, the larger of the two terms whose difference is ``grad_v``."""
     grad_w_norm: Tensor
-    """Of each row, in the shape of ``grad_g``."""
+    """The norm of each row of ``grad_w``, in the shape of ``grad_g``."""
 
 
 def exact(v: Tensor, g: Tensor, dim: int | None, grad_w: Tensor) -> Exact:
-    """Composed of plain operators and differentiated by autograd, in float64, from the same inputs:
-    it shares no formula with what is compared.
+    """Compute w and its gradients in float64 with torch's operators and their autograd. This shares
+    no formula with the backends.
 
     Args:
-        v: on a device that has float64.
-        g: the norms wanted.
-        dim: None, or one that ``v`` has not: one norm over the whole tensor.
-        grad_w: the gradient of the output.
+        v: the direction, on a device that has float64.
+        g: the magnitude.
+        dim: the dim of the weight norm; None or -1 for one norm over the whole tensor.
+        grad_w: the gradient of w.
     """
     v, g = (t.detach().double().requires_grad_() for t in (v, g))
     grad_w = grad_w.detach().double()
@@ -47,19 +48,21 @@ def exact(v: Tensor, g: Tensor, dim: int | None, grad_w: Tensor) -> Exact:
 
 
 def bound(dtype: torch.dtype, row_length: int, *, long_sums: bool) -> float:
-    """Of the relative L2 error: half a rounding of the result, and what the sums over a row lose.
+    """Return the bound on a relative L2 error: half a rounding of the result plus the error of the
+    sums over a row.
 
     Args:
-        dtype: of the tensors.
-        row_length: elements per norm.
-        long_sums: whether a row may be summed in long runs, as torch's operators do: their error
-            grows with the root of the length (6e-4 was seen in float32 for one norm over 17 M
-            elements). Without it, sums have to be cut into chunks, and a row's length is no excuse.
+        dtype: the dtype of the tensors.
+        row_length: the number of elements of a row.
+        long_sums: whether a row may be summed in long runs, as torch's operators do. Their error
+            grows with the square root of the length: 6e-4 was seen in float32 for one norm over
+            17 M elements. If false, the bound does not grow with the length, which only sums in
+            chunks achieve.
     """
     return torch.finfo(dtype).eps / 2 + of_sums(dtype, row_length, long_sums=long_sums)
 
 
 def of_sums(dtype: torch.dtype, row_length: int, *, long_sums: bool) -> float:
-    """The part of :func:`bound` that sums lose."""
+    """Return the part of :func:`bound` for the error of the sums."""
     accumulation = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     return accumulation * (64 + (2 * row_length**0.5 if long_sums else 0))

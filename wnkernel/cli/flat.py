@@ -1,4 +1,4 @@
-"""Flat checkpoints, a weight at a time: no more than one weight norm is in memory."""
+"""Converts flat checkpoints one weight norm at a time, with no more than that in memory."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .shards import Shard
 
 @dataclass(frozen=True)
 class _Part:
-    """Keys that become other keys together."""
+    """Old keys that are converted together into new keys."""
 
     keys: list[str]
     homes: dict[str, int]
-    """The new keys, and in which file each will be, by its number among those that are there."""
+    """Each new key with the number of the input file whose successor will hold it."""
     is_converted: bool
 
 
 class Flat:
-    """A checkpoint in one or several open files, and what it will be.
+    """A checkpoint in one or several open files, and its converted form.
 
     Args:
-        shards: the files.
-        conversion: gets to know what changes.
+        shards: the open files.
+        conversion: converts the weights, and keeps the list of changes.
 
     Raises:
-        BadInput: it contradicts itself.
+        BadInput: if the checkpoint contradicts itself.
     """
 
     def __init__(self, shards: Sequence[Shard], conversion: Conversion) -> None:
@@ -56,26 +56,27 @@ class Flat:
 
     @property
     def added_numel(self) -> int:
-        """By how many elements it grows, or shrinks."""
+        """The number of elements that the conversion adds; negative if it removes some."""
         new = sum(spec.shape.numel() for spec in self._new.values())
         return new - sum(self._shape(key).numel() for key in self._homes)
 
     def shards(self) -> list[int]:
-        """The files that will still have something in them, by their numbers."""
+        """Return the numbers of the input files whose successors will hold any tensor."""
         return sorted({home for part in self._parts for home in part.homes.values()})
 
     def metadata(self, shard: int | None = None) -> dict[str, str]:
-        """That of one file, or of all of them."""
+        """Return the metadata of one file, or of all files together if ``shard`` is None."""
         chosen = self._shards if shard is None else [self._shards[shard]]
         return {key: text for s in chosen for key, text in (s.metadata or {}).items()}
 
     def specs(self, shard: int | None = None) -> dict[str, Spec]:
-        """What will be in one file, or in all of them."""
+        """Return the new specs of one file, or of all files together if ``shard`` is None."""
         homes = {key: home for part in self._parts for key, home in part.homes.items()}
         return {k: spec for k, spec in self._new.items() if shard in (None, homes[k])}
 
     def tensors(self, shard: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The same in any order, each made when its turn comes."""
+        """Yield the tensors of :meth:`specs` in any order. Each one is made only when it is asked
+        for."""
         again = self._conversion.again()
         for part in self._parts:
             wanted = [key for key, home in part.homes.items() if shard in (None, home)]
@@ -85,14 +86,14 @@ class Flat:
                 yield from ((key, tensors[key]) for key in wanted)
 
     def _part(self, keys: list[str], new: Iterable[str]) -> _Part:
-        if len(keys) > 2:  # spellings that have to agree: before anything is written
+        if len(keys) > 2:  # one weight in several layouts: errors must come before any writing
             self._conversion.again().convert(self._load(keys))
-        # New keys go where v was, which may be another file than that of g.
+        # New keys go into the file of v. The file of g may be another one.
         largest = self._homes[max(keys, key=lambda key: self._shape(key).numel())]
         return _Part(keys, {k: self._homes.get(k, largest) for k in new}, is_converted=True)
 
     def _shape(self, key: str) -> Tensor:
-        """A tensor without data: one for all that are alike, and what is computed from it too."""
+        """Return a meta tensor with the shape and dtype of a key; equal specs share one tensor."""
         spec = self._shards[self._homes[key]].specs[key]
         if spec not in self._empty:
             self._empty[spec] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")

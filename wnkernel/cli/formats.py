@@ -1,4 +1,4 @@
-"""Which format a file has."""
+"""Tells the format of a file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .errors import BadInput, WrongUsage, cannot_read
 from .torch_files import ZIP
 
 INDEX = ".index.json"
-"""How the name of an index of shards ends."""
+"""The ending of the name of an index of shards."""
 
 
 class Format(enum.Enum):
-    """What this program reads and writes."""
+    """The formats that the command line reads and writes."""
 
     TORCH = "torch"
     SAFETENSORS = "safetensors"
@@ -33,15 +33,16 @@ _PICKLE = b"\x80"
 
 
 def format_of(path: Path) -> Format:
-    """The format of an input: by its name, or else by its first bytes.
+    """Tell the format of an input by its name, or else by its first bytes.
 
     Raises:
-        BadInput: neither tells, or they contradict each other, or it cannot be read.
+        BadInput: if the file cannot be read, or if the name and the first bytes tell nothing or
+            contradict each other.
     """
     named = _by_name(path)
     try:
         str(path).encode()
-        if stat.S_ISFIFO(path.stat().st_mode):  # opening it would wait for somebody who writes
+        if stat.S_ISFIFO(path.stat().st_mode):  # open() would wait until a process writes to it
             raise BadInput(f"{path}: is no ordinary file")
         with path.open("rb") as file:
             head = file.read(9)
@@ -50,7 +51,7 @@ def format_of(path: Path) -> Format:
     except UnicodeEncodeError:
         raise BadInput(f"{path}: a name that is not UTF-8, which torch cannot open") from None
     found = None
-    if head[4:] == b"\0\0\0\0{":  # a length of 8 bytes, and JSON
+    if head[4:] == b"\0\0\0\0{":  # the length of the header in 8 bytes, then JSON
         found = Format.SAFETENSORS
     elif head.startswith((ZIP, _PICKLE)):
         found = Format.TORCH
@@ -62,15 +63,16 @@ def format_of(path: Path) -> Format:
 
 
 def output_format(path: Path, source: Path, kind: Format) -> Format:
-    """The format of an output: by its name, or that of the input if the name says nothing.
+    """Tell the format of an output by its name, or else take the format of the input.
 
     Args:
         path: the output.
         source: the input.
-        kind: its format.
+        kind: the format of the input.
 
     Raises:
-        WrongUsage: its name is that of something else, or of an index where the input has none.
+        WrongUsage: if the name has an unknown ending, does not tell whether to write an index or
+            one file, or is that of an index where the input has none.
     """
     named = _by_name(path)
     if named is None and path.suffix not in ("", source.suffix):

@@ -1,4 +1,4 @@
-"""A limit on the memory that reading a file may take, whatever the file asks for."""
+"""Limits the memory of the process while a file is read that may ask for too much."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STATM = Path("/proc/self/statm")
-"""The size of the process, on Linux."""
+"""The file in which Linux tells the size of the process."""
 
 
 @contextmanager
 def memory_limit(more: int) -> Iterator[None]:
-    """Refuse the process memory beyond what it has and ``more`` bytes, files that it maps
-    included, on Linux; other systems have no such limit.
+    """Limit the address space of the process in a ``with`` block. Only Linux has such a limit;
+    elsewhere nothing happens.
 
     Args:
-        more: bytes.
+        more: the bytes that the process may take beyond its present size. Mapped files count too.
     """
     if not STATM.exists():
         yield

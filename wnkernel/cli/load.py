@@ -1,8 +1,8 @@
-"""How much of the machine other processes took while something was timed.
+"""Measures how many cores other processes used while something was timed.
 
-Operators that split their work over threads wait at the end for the slowest one. When another
-process holds a core, that wait is some milliseconds, and a contender that happens to use one thread
-looks hundreds of times faster.
+An operator that splits its work over threads waits for the slowest thread. If another process holds
+a core, the operator waits for milliseconds, and a contender with a single thread looks hundreds of
+times faster than it is.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pathlib import Path
 
 _STAT = Path("/proc/stat")
 _FORGIVEN_CORES = 0.3
-"""CPU time is counted in ticks of 10 ms, and the shortest cases last under a tenth of a second."""
+"""The cores that other processes may use unnoticed. The system counts CPU time in ticks of 10 ms,
+which is coarse: the shortest cases take less than a tenth of a second."""
 
 
 class OtherLoad:
-    """Watches from when it is made.
+    """Measures the load by other processes, from its construction on.
 
     Args:
-        own_cpu_s: CPU seconds of the processes that do not count as others.
+        own_cpu_s: returns the CPU seconds of the processes that do not count as others.
     """
 
     def __init__(self, own_cpu_s: Callable[[], float] = time.process_time) -> None:
@@ -30,19 +31,20 @@ class OtherLoad:
         self._start = _now(own_cpu_s)
 
     def cores(self) -> float:
-        """Cores that other processes used on average; NaN where the system does not tell."""
+        """Return how many cores other processes used on average; NaN if the system has no
+        /proc/stat."""
         now = _now(self._own_cpu_s)
         wall, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
-        return max((busy - own) / wall, 0.0) if wall > 0 else math.nan  # the first, if it is NaN
+        return max((busy - own) / wall, 0.0) if wall > 0 else math.nan  # max(nan, 0.0) is NaN
 
 
 def disturbed(other_cores: float, threads: int) -> bool:
-    """Whether others were in the way of so many threads."""
+    """Return whether other processes took cores that ``threads`` threads needed."""
     return other_cores + threads > (os.cpu_count() or threads) + _FORGIVEN_CORES
 
 
 def _now(own_cpu_s: Callable[[], float]) -> tuple[float, float, float]:
-    """Seconds: on the clock, of all CPUs at work, of our own CPU time."""
+    """Return three times in seconds: of the clock, the busy time of all CPUs, our own CPU time."""
     own = own_cpu_s()
     try:
         user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = (

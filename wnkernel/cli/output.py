@@ -1,4 +1,4 @@
-"""Files that appear whole and together, or not at all."""
+"""Writes files so that either all of them appear complete, or none of them appears."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from .errors import CannotWrite, CliError, WrongUsage, out_of_memory
 from .signals import Signals
 
 STDOUT = 1
-"""The file descriptor. A name such as /dev/stdout leads to the file that it is redirected to."""
+"""The file descriptor of standard output. If standard output is redirected to a file, the name
+/dev/stdout leads to that file."""
 
 CHUNK = 16 << 20
-"""Bytes written at once: how often progress is told and signals are heard."""
+"""The bytes that are written at once. After each such chunk progress is shown, and signals can
+interrupt the writing."""
 
 MOST_OPEN = 100
-"""Files that are kept open until all are written: systems allow some hundreds."""
+"""The number of files that may stay open until all are written. Systems allow some hundreds."""
 
 Advance = Callable[[int], None]
-"""Is told how many bytes were written."""
+"""Takes the number of bytes that were written since the last call."""
 
 
 class Outputs:
-    """The files that a command writes, without their names until :meth:`commit`.
+    """The files that a command writes. They get their names only in :meth:`commit`.
 
-    Used in a ``with`` block, which takes what was not committed away, also when the process is
-    told to end.
+    Use this class in a ``with`` block. At its end the block deletes all files that were not
+    committed, even if a signal ends the process.
 
     Args:
-        inputs: files that must not be written to, by whatever name.
-        force: whether files that are there may be replaced.
+        inputs: files that must not be overwritten, not even through another name or a link.
+        force: whether existing files may be replaced.
     """
 
     def __init__(self, inputs: Iterable[Path], *, force: bool) -> None:
@@ -53,11 +55,12 @@ class Outputs:
         self._signals.__exit__(*exception)
 
     def check(self, path: Path) -> Path:
-        """The file that ``path`` leads to, if it may be written.
+        """Return the file that ``path`` leads to, if it may be written.
 
         Raises:
-            WrongUsage: it is one of the inputs.
-            CannotWrite: it is there and may not be replaced, or its folder is not there.
+            WrongUsage: if the file is one of the inputs.
+            CannotWrite: if the file exists and may not be replaced, is no ordinary file or is
+                standard output, or if its folder does not exist.
         """
         try:
             target = path.resolve()
@@ -74,17 +77,17 @@ class Outputs:
                 raise CannotWrite(f"{path}: is standard output; name another file")
             if target.exists() and not self._force:
                 raise CannotWrite(f"{path}: exists already; --force replaces it")
-        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        except (OSError, RuntimeError) as error:  # Python raises RuntimeError for a loop of links
             raise _cannot_write(path, error) from None
         return target
 
     @contextmanager
     def file(self, path: Path, advance: Advance) -> Iterator[Writer]:
-        """A file that will be ``path``.
+        """Write a file in a ``with`` block. :meth:`commit` will name it ``path``.
 
         Raises:
-            CannotWrite: the system does not let us, or the disk is full.
-            OutOfMemory: there is no memory for what is to be written.
+            CannotWrite: if the system refuses to write, for example because the disk is full.
+            OutOfMemory: if writing needs more memory than there is.
         """
         target = self.check(path)
         writer: Writer | None = None
@@ -101,7 +104,7 @@ class Outputs:
             raise
 
     def commit(self) -> list[Path]:
-        """Give every file its name; returns the names."""
+        """Give every file its name, and return the names."""
         self._signals.ignore()
         self._signals.check()
         made: list[Path] = []
@@ -117,9 +120,9 @@ class Outputs:
                 for path in made:
                     path.unlink(missing_ok=True)
                 for old, path in aside:
-                    with suppress(OSError):  # then it stays where it is
+                    with suppress(OSError):  # on an error the old file keeps its hidden name
                         os.replace(old, path)
-                        old.unlink(missing_ok=True)  # two names of one file do not become one
+                        old.unlink(missing_ok=True)  # replace() does nothing for links to one file
                 raise _cannot_write(target, error) from None
             if not existed:
                 made.append(target)
@@ -132,24 +135,24 @@ class Outputs:
 
 
 def _set_aside(target: Path) -> Path:
-    """Keep a file that is about to be replaced, under another name too."""
+    """Give a file that is about to be replaced a hidden name, and return that name."""
     old = hidden(target)
     try:
         os.link(target, old)
-    except OSError:  # not every file system has hard links
+    except OSError:  # some file systems have no hard links
         os.rename(target, old)
     return old
 
 
 def _is_one_file(target: Path, other: Path | int) -> bool:
-    with suppress(OSError):  # one of them is not there
+    with suppress(OSError):  # one of the two does not exist
         return os.path.samestat(target.stat(), os.stat(other))
     return False
 
 
 class Writer:
-    """As much of a file as :func:`torch.save` asks for, and where it went wrong: the error that
-    comes out of ``torch.save`` does not say."""
+    """A file with the methods that :func:`torch.save` needs. It keeps the error of a failed write,
+    because the error that ``torch.save`` raises then does not tell the reason."""
 
     def __init__(self, raw: BinaryIO, advance: Advance) -> None:
         self._raw = raw
@@ -181,7 +184,7 @@ def _cannot_write(path: Path, error: Exception) -> CliError:
 
 
 def _sync(folder: Path) -> None:
-    """Make names last, where the system can."""
+    """Write the names in a folder to the disk, if the system can do this."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,10 +1,10 @@
-"""What goes by the order of parameters: the state of optimizers, and lists of tensors as some EMAs
-have them.
+"""Reorders data that depends on the order of parameters: the state of optimizers, and the lists of
+tensors in which some EMAs keep their averages.
 
-torch counts a module's own parameters first, then those of the modules inside. A legacy weight norm
-puts g and v behind the own parameters that are there when it is applied, a parametrized one into a
-module inside. Where a layer got a parameter after its weight norm, or has modules inside, the order
-is another one in the other layout.
+torch lists a module's own parameters first, and then those of its submodules. A legacy weight norm
+adds g and v after the own parameters that the module has at that time; a parametrized one puts them
+into a submodule. So the two layouts have different orders if a layer got a parameter after its
+weight norm, or has submodules.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from ..checkpoint.agreement import identity
 from ..keys import PARAMETRIZED, weight_keys
 
 STATISTICS = ("running_mean", "running_var")
-"""Buffers of torch's norms."""
+"""The names of floating-point buffers of torch's batch and instance norms."""
 
 MOST_NAMES = 8
-"""So many names of entries that may be buffers are tried, with and without."""
+"""The largest number of names that may be buffers for which all combinations are tried."""
 
 MOST_DOTS = 1000
-"""In a key: torch cannot walk through modules that are nested deeper."""
+"""The largest number of dots in a key. torch cannot walk through modules that are nested deeper."""
 
 Shapes = Sequence[Sequence[torch.Size]]
-"""Of the tensors that belong to each parameter."""
+"""The shapes of all tensors that belong to a parameter, for each parameter."""
 
 Names = tuple[str, ...]
-"""The last parts of keys."""
+"""The last parts of keys, such as ``weight``."""
 
 
 class Doubt(Exception):
-    """A file does not tell in which order parameters are in the other layout."""
+    """The file does not tell the order of the parameters in the other layout."""
 
 
 class Order:
-    """The order of the parameters of a state dict, before it is converted and after.
+    """The order of the parameters of a state dict before and after its conversion.
 
     Args:
-        converted: the state dict in the new layout, with its entries where they were.
-        weights: the weights that are converted, by the keys that they have when they are folded.
-        to: the layout.
+        converted: the state dict in the new layout, with its entries still in the old order.
+        weights: the keys that the converted weights have when they are folded.
+        to: the new layout.
     """
 
     def __init__(self, converted: Mapping[Any, Any], weights: Sequence[str], to: str) -> None:
@@ -64,7 +64,7 @@ class Order:
         self._moves: dict[Names, list[int]] = {}
 
     def is_kept(self) -> bool:
-        """Whether all parameters stay where they are, whichever entries are parameters."""
+        """Return whether no parameter changes its place, no matter which entries are buffers."""
         if not self._homes:
             return True
         keys = list(self._tensors)
@@ -74,11 +74,19 @@ class Order:
             return False
 
     def moves(self, shapes: Shapes) -> list[list[int]]:
-        """For all that could be of these parameters: which of them comes first, second, ... after
-        the conversion, in every way that is possible.
+        """Return every possible new order of tensors, if they could belong to these parameters.
+
+        Several orders are possible because a state dict does not tell which entries are buffers.
+
+        Args:
+            shapes: the shapes of the tensors that belong to each parameter, in the old order.
+
+        Returns:
+            For each possible order, the old places in the new order: ``[2, 0, 1]`` if the third
+            parameter comes first. Empty if the tensors cannot belong to these parameters.
 
         Raises:
-            Doubt: they could be of these parameters, and their new order is not known.
+            Doubt: if the tensors could belong to these parameters, but their new order is unknown.
         """
         found: list[list[int]] = []
         for without, parameters in self._possible.get(len(shapes), ()):
@@ -96,8 +104,8 @@ class Order:
 
     @cached_property
     def _possible(self) -> dict[int, list[tuple[Names, list[torch.Size]]]]:
-        """Names that may be those of buffers, which a state dict does not tell, and the shapes of
-        the parameters that are left then; by the number of those."""
+        """The possible choices of buffers, by the number of parameters that each one leaves: the
+        names of the buffers, and the shapes of the parameters."""
         names = {
             name
             for key in self._tensors
@@ -116,22 +124,22 @@ class Order:
         return [key for key in self._tensors if _name(key) not in without]
 
     def _parameters(self, keys: Sequence[str]) -> list[str]:
-        """Without those that are tied to earlier ones."""
+        """Return the keys without those whose tensors are tied to earlier ones."""
         first = {self._same(key): key for key in reversed(keys)}
         return [key for key in keys if first[self._same(key)] == key]
 
     def _same(self, key: str) -> object:
-        """Equal for keys of tied tensors."""
+        """Return a value that is equal for the keys of tied tensors, and for no others."""
         t = self._tensors[key]
         has_memory = t.layout == torch.strided and t.numel()
         return identity(t) if has_memory else key
 
     def _after(self, keys: Sequence[str]) -> list[str]:
-        """The keys in the order that a model in the new layout has: g and v come behind the last
-        of the own parameters."""
+        """Return the keys in the order of a model in the new layout, where g and v follow the last
+        own parameter of their layer."""
         begin: dict[str, int] = {}
         last: dict[str, int] = {}
-        outer: set[str] = set()  # those that have weight norms: all together may be long
+        outer: set[str] = set()  # modules with a weight norm that have submodules
         for position, key in enumerate(keys):
             if key.count(".") > MOST_DOTS:
                 raise Doubt(f"a key has more than {MOST_DOTS} dots")
@@ -173,13 +181,14 @@ def _name(key: str) -> str:
 
 
 def _is_common(name: str) -> bool:
-    """Whether torch's own layers have parameters of such names, which are there before a weight
-    norm is applied."""
+    """Return whether torch's own layers have parameters of such names. A layer has these before a
+    weight norm is applied to it."""
     return "weight" in name or "bias" in name
 
 
 def _fit(shapes: Shapes, parameters: Sequence[torch.Size]) -> bool:
-    """Whether tensors could belong to parameters: they have their shapes, or count steps."""
+    """Return whether tensors could belong to parameters: each tensor either has the shape of its
+    parameter or is a scalar, such as a count of steps."""
     return len(shapes) == len(parameters) and all(
         shape in (parameter, ())
         for of_one, parameter in zip(shapes, parameters, strict=True)
@@ -188,22 +197,22 @@ def _fit(shapes: Shapes, parameters: Sequence[torch.Size]) -> bool:
 
 
 def is_optimizer(node: dict[Any, Any]) -> bool:
-    """Whether this is the state of an optimizer."""
+    """Return whether a dict is the state of an optimizer."""
     return "state" in node and isinstance(node.get("param_groups"), list)
 
 
 def numbered(optimizer: dict[str, Any]) -> list[Any]:
-    """How it calls its parameters, in their order: numbers or names."""
+    """Return the numbers or names by which an optimizer refers to its parameters, in order."""
     groups = (group for group in optimizer["param_groups"] if isinstance(group, dict))
     lists = (group.get("params") for group in groups)
     return [p for params in lists if isinstance(params, (list, tuple)) for p in params]
 
 
 def reordered_optimizer(state: dict[str, Any], orders: Sequence[Order]) -> dict[str, Any]:
-    """The state of an optimizer by the new order of parameters; its entries are shared.
+    """Return the state of an optimizer in the new order of parameters, with the same entries.
 
     Raises:
-        Doubt: its order changes, and it does not tell how.
+        Doubt: if the order changes in a way that the file does not tell.
     """
     numbers, of_each, groups = numbered(state), state["state"], state["param_groups"]
     if not isinstance(of_each, dict) or not (of_each or len(groups) > 1):
@@ -229,10 +238,11 @@ def reordered_optimizer(state: dict[str, Any], orders: Sequence[Order]) -> dict[
 
 
 def reordered_tensors(tensors: list[Tensor], orders: Sequence[Order]) -> list[Tensor]:
-    """A list of tensors by the new order of parameters, if it is one by the old order.
+    """Return a list of tensors in the new order of parameters, or unchanged if the tensors do not
+    belong to parameters.
 
     Raises:
-        Doubt: its order changes, and it does not tell how.
+        Doubt: if the order changes in a way that the file does not tell.
     """
     shapes = [[t.shape] for t in tensors]
     try:
@@ -242,7 +252,7 @@ def reordered_tensors(tensors: list[Tensor], orders: Sequence[Order]) -> list[Te
 
 
 class NoParameters(Doubt):
-    """What belongs to no parameters of a file."""
+    """The tensors do not belong to the parameters of any model in the file."""
 
 
 def _move(shapes: Shapes, orders: Sequence[Order]) -> list[int]:

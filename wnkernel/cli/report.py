@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, JSON for programs."""
+"""Prints the results of the commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .errors import printable
 from .load import disturbed
 
 PIPE_WIDTH = 150
-"""Columns of a table when there is no terminal to ask."""
+"""The width of tables in characters if the output is no terminal."""
 
 
 def console() -> Console:
-    """Standard output."""
+    """Return a console on standard output, with a fixed width if that is no terminal."""
     out = Console()
     return out if out.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def as_json(content: Any) -> str:
-    """One JSON object."""
+    """Write content as one JSON object."""
     return json.dumps(content, indent=2)
 
 
 def conversion_as_json(request: Request, report: Report) -> dict[str, Any]:
-    """A conversion for programs."""
+    """Return a conversion as a dict for programs."""
     return {
         "input": str(request.source),
         "output": None if request.target is None else str(request.target),
@@ -58,7 +58,7 @@ def conversion_as_json(request: Request, report: Report) -> dict[str, Any]:
 
 
 def print_conversion(request: Request, report: Report) -> None:
-    """A conversion for people: all of it in a dry run, or else how much was done."""
+    """Print a conversion for people: counts and written files, in a dry run every change too."""
     out = console()
     if request.dry_run:
         out.print(_changes(report))
@@ -91,7 +91,7 @@ def _changes(report: Report) -> Table:
 
 
 def print_info(content: Info) -> None:
-    """:func:`wnkernel.info` as a table."""
+    """Print the facts of :func:`wnkernel.info` as a table."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
@@ -124,7 +124,7 @@ def _plain(value: Any) -> str:
 
 
 def result_as_dict(r: Result) -> dict[str, Any]:
-    """One measurement, flat."""
+    """Return one measurement as a dict without nesting."""
     return {
         "shape": shape_text(r.case.shape),
         "dim": dim_text(r.case.dim),
@@ -144,7 +144,7 @@ def result_as_dict(r: Result) -> dict[str, Any]:
 
 
 def print_bench(results: list[Result], where: str) -> None:
-    """A row for each case and phase, a column for each contender."""
+    """Print a table with a row for each case and phase, and a column for each contender."""
     out = console()
     out.print(where, markup=False, soft_wrap=True)
     names = list(dict.fromkeys([TORCH, *(r.contender for r in results)]))
@@ -176,7 +176,7 @@ def print_bench(results: list[Result], where: str) -> None:
 
 
 def _total(phase: str, rows: list[dict[str, Result]]) -> str:
-    """All layers, one by one."""
+    """Write the time of all layers of a phase, each one run alone."""
     ours = [next(r for r in row.values() if r.automatic) for row in rows]
     text = f"all layers, {phase}: {_ms(sum(r.case.layers * r.times.median_ms for r in ours))} ms"
     if all(TORCH in row for row in rows):

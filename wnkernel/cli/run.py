@@ -1,5 +1,5 @@
-"""One run of the command line, and how it ends: errors are a line on standard error, and an object
-on standard output for ``--json``."""
+"""Runs the command line once. An error ends it with a line on standard error; with ``--json`` there
+is also an object on standard output."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from .errors import (
 from .signals import Signals
 
 UsageError: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
-"""The base of what is wrong with options. Some versions of typer keep it under a private name."""
+"""The base class of typer's errors about options. Some versions of typer have it only under a
+private name, so it is looked up here."""
 
 
 class StreamFailed(BaseException):
-    """A standard stream cannot be written. No ``OSError``, for which rich and typer end the process
-    with an exit code that means something else here."""
+    """A standard stream cannot be written. This is no ``OSError``, because rich and typer catch
+    those, and end the process with an exit code that has another meaning here."""
 
 
 class _Stream:
-    """A standard stream that raises :class:`StreamFailed`."""
+    """A standard stream that raises :class:`StreamFailed` instead of ``OSError``."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -58,18 +59,18 @@ class _Stream:
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> StreamFailed:
-        with suppress(OSError):  # Python would write the rest, and fail, when it exits
+        with suppress(OSError):  # at its exit Python would try to write the rest, and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         return StreamFailed(f"{self._stream.name}: {error.strerror}")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; returns its exit code."""
+    """Run a command, and return its exit code."""
     streams = sys.stdout, sys.stderr
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
-    # where a stream was closed, Python has None
+            stream.reconfigure(errors="backslashreplace")  # some terminals cannot show all names
+    # Python has None in the place of a stream that was closed.
     sys.stdout, sys.stderr = (_Stream(stream or io.StringIO()) for stream in streams)
     try:
         code = _run(arguments)

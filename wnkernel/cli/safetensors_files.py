@@ -1,7 +1,7 @@
-"""Files of safetensors, a tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-The format: the length of the header as 8 bytes, little-endian; the header, JSON, padded with spaces
-to a multiple of 8; the tensors, without gaps.
+A file has three parts: the length of the header in 8 bytes, little-endian; the header, which is
+JSON padded with spaces to a multiple of 8 bytes; and the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""In the order of the library's files, in which every tensor lies at a multiple of its size."""
+"""The dtypes by their names in headers, in the order in which the library writes tensors. In this
+order every tensor starts at a multiple of its element size."""
 METADATA = "__metadata__"
-"""What is no tensor in a header."""
+"""The only key of a header that names no tensor."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What the header says of a tensor."""
+    """The dtype and the shape that a header states for a tensor."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -60,10 +61,10 @@ class Spec:
 
 
 def spec(key: str, tensor: Tensor) -> Spec:
-    """What a header would say of ``tensor``.
+    """Return the dtype and the shape that a header would state for ``tensor``.
 
     Raises:
-        CannotWrite: the format does not have what it is, or such a key.
+        CannotWrite: if the format cannot hold such a tensor or such a key.
     """
     _check_key(key)
     if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -73,14 +74,14 @@ def spec(key: str, tensor: Tensor) -> Spec:
 
 
 def _check_key(key: str) -> None:
-    """A key that is one of the header, or that JSON in UTF-8 cannot have."""
+    """Refuse the key of the metadata, and keys that UTF-8 cannot encode."""
     if key == METADATA or any("\ud800" <= c <= "\udfff" for c in key):
         raise CannotWrite(f"{key}: a safetensors file cannot have such a key")
 
 
 @dataclass(frozen=True)
 class OpenFile:
-    """An open file; tensors are mapped into memory when they are asked for."""
+    """An open file. A tensor is mapped into memory only when it is asked for."""
 
     specs: dict[str, Spec]
     metadata: dict[str, str] | None
@@ -92,10 +93,11 @@ def reading(path: Path) -> Iterator[OpenFile]:
     """Open a file.
 
     Raises:
-        BadInput: no such file, truncated or corrupt, or with tensors that torch does not know.
+        BadInput: if the file does not exist, is truncated or corrupt, or has a dtype that is not
+            supported.
     """
     try:
-        path.open("rb").close()  # for an error with a reason
+        path.open("rb").close()  # Python's own error tells the reason
         opened = safe_open(str(path), framework="pt", device="cpu")
     except OSError as error:
         raise cannot_read(path, error) from None
@@ -117,16 +119,17 @@ def write(
     metadata: Mapping[str, str] | None,
     tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """Write a file, as :func:`safetensors.torch.save_file` would.
+    """Write the file that :func:`safetensors.torch.save_file` would write.
 
     Args:
-        writer: where to.
-        specs: all tensors.
-        metadata: the file's.
-        tensors: the same tensors in any order, made when their turn comes.
+        writer: the output.
+        specs: the keys of all tensors with their dtypes and shapes.
+        metadata: the metadata of the file.
+        tensors: yields the keys of ``specs`` with their tensors, in any order. Only one tensor has
+            to be in memory at a time.
 
     Raises:
-        CannotWrite: the format does not have such a key.
+        CannotWrite: if the format cannot hold such a key.
     """
     header: dict[str, object] = {METADATA: dict(metadata)} if metadata is not None else {}
     starts, end = {}, 0
@@ -147,7 +150,7 @@ def write(
         assert spec(key, tensor) == specs[key], f"{key}: not what the header says"
         writer.seek(8 + len(text) + starts.pop(key))
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        if plain.numel():  # without numpy; `plain` keeps the memory alive meanwhile
+        if plain.numel():  # ctypes needs no numpy; `plain` keeps the memory alive meanwhile
             memory = ctypes.c_ubyte * (plain.numel() * plain.element_size())
             writer.write(memoryview(memory.from_address(plain.data_ptr())))
     assert not starts, f"not written: {list(starts)}"

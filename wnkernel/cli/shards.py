@@ -1,7 +1,7 @@
-"""Checkpoints in several files, with an index that says which key is where.
+"""Checkpoints in several files (shards), with an index that tells the file of each key.
 
-In ``model.safetensors.index.json`` and ``pytorch_model.bin.index.json``, ``weight_map`` has a file
-name for each key, and ``metadata`` has ``total_size`` in bytes.
+An index such as ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json`` has two parts:
+``weight_map`` maps each key to a file name, and ``metadata`` has the ``total_size`` in bytes.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ class Shard:
     metadata: Mapping[str, str] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them: mapped, where they are in a safetensors file."""
+        """Return all tensors of the file. Those of a safetensors file are mapped, not read."""
         return {key: self.tensor(key) for key in self.specs}
 
 
 @dataclass(frozen=True)
 class Index:
-    """What an index says."""
+    """The contents of an index."""
 
     files: list[Path]
-    """All that it names, in its order."""
+    """All files that the index names, in the order of the index."""
     weight_map: dict[str, str]
     rest: dict[str, Any]
-    """What else it holds: ``metadata``, most often."""
+    """All other entries of the index: most often only ``metadata``."""
 
 
 @contextmanager
 def reading(files: list[Path]) -> Iterator[list[Shard]]:
-    """Open all files of a flat checkpoint at once; tensors are mapped, not read.
+    """Open all files of a flat checkpoint at once. Tensors are mapped, not read.
 
     Raises:
-        BadInput: one of them cannot be read, holds other things than tensors, or a key that another
-            holds too.
+        BadInput: if a file cannot be read or holds other things than tensors, or if two files hold
+            the same key.
     """
     with ExitStack() as stack:
         shards = [stack.enter_context(_reading(path)) for path in files]
@@ -78,7 +78,7 @@ def _reading(path: Path) -> Iterator[Shard]:
 
 
 def is_flat(content: object) -> TypeGuard[dict[str, Tensor]]:
-    """Whether it is a dict of tensors and nothing else."""
+    """Return whether ``content`` is a dict that maps strings to tensors, and nothing else."""
     return isinstance(content, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     )
@@ -88,7 +88,8 @@ def read_index(path: Path) -> Index:
     """Read an index.
 
     Raises:
-        BadInput: it is no index, or names something else than files beside it.
+        BadInput: if the file is no index, or if the index names anything else than files of one
+            format in its own folder.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -110,15 +111,15 @@ def read_index(path: Path) -> Index:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether it names something in a folder and nothing elsewhere, on any system."""
+    """Return whether ``name`` names a file in the same folder, on every system."""
     return Path(name).name == name not in ("", "..") and not any(c in name for c in "\\\0")
 
 
 def check_index(path: Path, index: Index, shards: list[Shard]) -> None:
-    """Compare an index with what its files hold.
+    """Compare an index with its files.
 
     Raises:
-        BadInput: it lists a key that is not where it should be.
+        BadInput: if the index names a file for a key, and that file does not hold the key.
     """
     held = {file.name: shard.specs for file, shard in zip(index.files, shards, strict=True)}
     for key, name in index.weight_map.items():
@@ -127,20 +128,20 @@ def check_index(path: Path, index: Index, shards: list[Shard]) -> None:
 
 
 def shard_paths(index: Path, count: int) -> list[Path]:
-    """Names for the files of a new index, as transformers chooses them."""
+    """Return names for the ``count`` files of a new index, as transformers chooses them."""
     base = index.name.removesuffix(INDEX)
     stem, _, suffix = base.rpartition(".")
     return [index.with_name(f"{stem}-{i:05d}-of-{count:05d}.{suffix}") for i in range(1, count + 1)]
 
 
 def index_text(rest: Mapping[str, Any], files: Mapping[str, str], total: int, numel: int) -> bytes:
-    """A new index.
+    """Return the text of a new index.
 
     Args:
-        rest: what the old one held besides its ``weight_map``.
+        rest: the entries of the old index without its ``weight_map``.
         files: the new ``weight_map``.
-        total: bytes of all tensors.
-        numel: by how many the number of their elements has changed.
+        total: the bytes of all tensors together.
+        numel: the number of elements that the conversion adds; negative if it removes some.
     """
     metadata = rest.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}

@@ -1,4 +1,4 @@
-"""Signals that end the process, as exceptions: what is half-written can then be taken away."""
+"""Turns signals that end the process into exceptions, so that half-written files can be deleted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ ENDING = tuple(
 
 
 class Signals:
-    """Raises :class:`Interrupted` in a ``with`` block, once: a second signal must not stop the
-    cleaning up. It is raised again at the end of the block, for libraries that call back into
-    Python may turn the first into an error of theirs. One that comes while the handlers are set or
-    restored waits until all of them are.
+    """Raises :class:`Interrupted` for the first signal in a ``with`` block.
+
+    Later signals are ignored, so that they cannot stop the cleaning up. :class:`Interrupted` is
+    raised a second time at the end of the block, because libraries that call back into Python may
+    replace the first one by an error of their own. A signal that comes while the handlers are set
+    or restored takes effect after the last of them.
 
     Args:
-        note: what to tell besides.
+        note: a text that the message of the exception ends with.
     """
 
     def __init__(self, note: str = "") -> None:
@@ -34,7 +36,8 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in ENDING:
-                # nohup has some ignored; a handler that is not Python's could not be restored
+                # A signal that is ignored, as under nohup, stays so. None stands for a handler that
+                # Python did not set and so could not restore.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._previous[number] = signal.signal(number, self._handle)
         self._inside = True
@@ -49,11 +52,11 @@ class Signals:
         self.check()
 
     def ignore(self) -> None:
-        """From now on a signal is too late."""
+        """Ignore all signals from now on."""
         self._ignored = True
 
     def check(self) -> None:
-        """Raise if a signal came and was swallowed."""
+        """Raise :class:`Interrupted` if a signal came before."""
         if self._received is not None:
             raise Interrupted(self._received, self._note)
 

@@ -1,4 +1,4 @@
-"""The weight norms that a checkpoint holds, whatever its format."""
+"""Finds the weight norms in a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .tree import state_dicts
 
 
 def normed_weights(path: Path) -> list[tuple[NormedWeight, torch.dtype]]:
-    """All of them, each with the dtype of its v.
+    """Return all weight norms of a checkpoint, each with the dtype of its v.
 
     Raises:
-        BadInput: the file cannot be read, or half of a weight norm is missing.
+        BadInput: if the file cannot be read, or if a g or a v is missing.
     """
     with _content(path) as dicts:
         try:

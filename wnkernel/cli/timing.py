@@ -1,5 +1,5 @@
-"""Contenders timed in turns: clock speed, neighbours and malloc drift, and in rounds all of them
-meet the same machine."""
+"""Times contenders in turns. The speed of a machine drifts with its clock, its other processes and
+malloc; in rounds the drift affects all contenders alike."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import torch
 from .load import OtherLoad
 
 MIN_SAMPLE_S = 200e-6
-"""Shorter samples measure the clock and the interrupts more than the work."""
+"""The shortest sample. A shorter one measures the clock and interrupts more than the work."""
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 300
 
 
 Sample = Callable[[int], float]
-"""Runs a contender so many times in a row, and gives the seconds that all of them took."""
+"""Runs a contender a given number of times, and returns the seconds for all calls together."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time, and what has to be set while it runs; setting it is not timed."""
+    """A function to time, and the context in which it runs. Entering the context is not timed."""
 
     context: Callable[[], contextlib.AbstractContextManager[object]]
     run: Callable[[], object]
@@ -38,25 +38,25 @@ class Contender:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one call, over all rounds."""
+    """The statistics of all rounds, in milliseconds for one call."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     rounds: int
     other_cores: float
-    """Cores that other processes used meanwhile; NaN where the system does not tell."""
+    """The cores that other processes used meanwhile; NaN if the system does not tell."""
     faults: float = math.nan
-    """Page faults of one call, the median as well; NaN where they were not counted."""
+    """The median of the page faults of one call; NaN if page faults were not counted."""
 
 
 def measure(
     contenders: Mapping[str, Contender], device: torch.device, seconds: float
 ) -> dict[str, Times]:
-    """Time all of them round by round, in shuffled order, for some seconds.
+    """Time all contenders round by round, in shuffled order, for some seconds.
 
-    On a GPU a sample ends when the device is done, so that it is the longer of the device's time
-    and the host's.
+    On a GPU a sample ends when the device is done. So its time is the larger one of the device's
+    time and the host's time.
     """
     samples = {name: functools.partial(_sample, c, device) for name, c in contenders.items()}
     return in_rounds(samples, seconds)
@@ -70,14 +70,14 @@ def in_rounds(
     own_cpu_s: Callable[[], float] = time.process_time,
     faults_of: Callable[[str], float] = lambda name: math.nan,
 ) -> dict[str, Times]:
-    """Take samples in turns, in shuffled order; :data:`MIN_ROUNDS` rounds whatever they take.
+    """Take samples in rounds, each in shuffled order, at least :data:`MIN_ROUNDS` of them.
 
     Args:
-        samples: how a turn of each contender is timed.
-        seconds: after these no further round is begun.
-        least_s: how long a turn lasts at least; by default :data:`MIN_SAMPLE_S`.
+        samples: for each contender, the function that times it.
+        seconds: no further round begins after this time.
+        least_s: the shortest duration of a sample; by default :data:`MIN_SAMPLE_S`.
         own_cpu_s: see :class:`~wnkernel.cli.load.OtherLoad`.
-        faults_of: the page faults of a contender so far.
+        faults_of: returns the number of page faults of a contender so far.
     """
     least_s = MIN_SAMPLE_S if least_s is None else least_s
     counts = {name: _calls(sample, least_s) for name, sample in samples.items()}
@@ -100,7 +100,7 @@ def in_rounds(
 
 
 def _sample(contender: Contender, device: torch.device, times: int) -> float:
-    """Seconds that so many calls take."""
+    """Return the seconds that ``times`` calls take."""
     with contender.context():
         run = contender.run
         _synchronize(device)
@@ -117,7 +117,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _calls(sample: Sample, least_s: float) -> int:
-    """How many calls fill a sample; calls until that is known, which warms caches and malloc."""
+    """Return how many calls fill a sample. Trying this out also warms up caches and malloc."""
     times = 1
     sample(times)
     while (seconds := sample(times)) < least_s:
@@ -133,9 +133,10 @@ def _times(seconds: list[float], other_cores: float, faults: list[float]) -> Tim
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collect what is young before the rounds, and nothing during them.
+    """Collect the young generations of garbage before the rounds, and none during the rounds.
 
-    A full collection here would take longer than most cases; models are collected where they end.
+    A full collection here would take longer than most cases. The benchmarks collect a model where
+    they drop it.
     """
     gc.collect(1)
     was_enabled = gc.isenabled()

@@ -1,4 +1,4 @@
-"""Files of ``torch.save``."""
+"""Reads and writes files of ``torch.save``."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from .output import Writer
 ZIP = b"PK\x03\x04"
 
 PICKLED = 100
-"""Bytes that the objects of a pickle take, for each byte of it: an empty dict is one of it."""
+"""The bytes of memory that are allowed for each byte of a pickle. One byte can make a large object:
+an empty dict."""
 OLD_PICKLE = 64 << 20
-"""Bytes of a pickle that is among the tensors of a file, where it cannot be measured."""
+"""The bytes that are assumed for the pickle of a file in the old format, where the pickle and the
+tensors are not in separate parts."""
 SPARE = 1 << 30
-"""Bytes that reading the smallest file may take."""
+"""The bytes of memory that reading the smallest file may take."""
 
 _STORAGE = re.compile(r".*/data/\d+")
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-"""How torch names what a pickle wants to import."""
+"""Matches torch's name for a function or class that a pickle wants to import."""
 
 
 def read(path: Path) -> object:
-    """What was saved, on the CPU, mapped into memory rather than read where that is possible.
+    """Return the saved object with its tensors on the CPU, mapped into memory if possible.
 
-    Nothing that the file wants to run is run, and memory is limited to what a file of its size
-    can need: twice its size, a hundred times that of its pickle, and 1 GiB.
+    No code from the file is run. Memory is limited to the most that a file of its size can need:
+    twice the size of the file, a hundred times the size of its pickle, and 1 GiB.
 
     Raises:
-        BadInput: no such file, truncated, corrupt, or with contents that need code to be run.
-        OutOfMemory: it asks for more than the limit, or than there is.
+        BadInput: if the file does not exist, is truncated or corrupt, or needs code to be run.
+        OutOfMemory: if reading needs more memory than the limit or than there is.
     """
     try:
         with path.open("rb") as file:
-            mapped = file.read(len(ZIP)) == ZIP  # as torch saves since 1.6
+            mapped = file.read(len(ZIP)) == ZIP  # torch saves zip archives since 1.6
         size = path.stat().st_size
         with memory_limit(2 * size + SPARE):
             pickled = _check_parts(path, size) if mapped else min(size, OLD_PICKLE)
         with memory_limit(2 * size + PICKLED * pickled + SPARE), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong comes as an error too
+            warnings.simplefilter("ignore")  # all that matters comes as an error too
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
         _check_attributes(path, content)
         return content
@@ -57,13 +59,14 @@ def read(path: Path) -> object:
         raise cannot_read(path, error) from None
     except zipfile.BadZipFile as error:
         raise BadInput(f"{path}: damaged or cut off: {one_line(error)}") from None
-    except Exception as error:  # of any type, where the bytes are no pickle
+    except Exception as error:  # bytes that are no pickle can raise any type
         raise (out_of_memory(error, path) or BadInput(f"{path}: {_why(error)}")) from None
 
 
 def _check_parts(path: Path, size: int) -> int:
-    """Compare the checksums of all parts, which torch does not; returns how many bytes of them are
-    no storages of tensors. None of them may come to more than it takes in the file."""
+    """Verify the checksums of all parts of the archive, which torch does not do, and refuse parts
+    that are larger than their bytes in the file. Return how many bytes are no storages of tensors.
+    """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         if any(part.filename.endswith("/constants.pkl") for part in parts):
@@ -78,7 +81,7 @@ def _check_parts(path: Path, size: int) -> int:
         if sum(part.file_size for part in parts) > size:
             raise BadInput(f"{path}: damaged: its parts are longer together than the file")
         for part in parts:
-            if part.CRC == 0:  # torch.serialization.set_crc32_options(False)
+            if part.CRC == 0:  # torch.serialization.set_crc32_options(False) leaves checksums out
                 continue
             with archive.open(part) as content:
                 while content.read(1 << 20):
@@ -87,8 +90,8 @@ def _check_parts(path: Path, size: int) -> int:
 
 
 def _check_attributes(path: Path, content: object) -> None:
-    """Refuse objects with attributes that hide those of their classes: ``items`` of a dict, which
-    would not be called then."""
+    """Refuse dicts and tensors with attributes that hide those of their classes. With an attribute
+    ``items``, for example, ``items()`` of a dict would call that attribute."""
     nodes, seen = [content], set()
     while nodes:
         node = nodes.pop()
@@ -111,12 +114,12 @@ def write(writer: Writer, content: object, source: Path) -> None:
     """Write a file of ``torch.save``.
 
     Args:
-        writer: where to.
-        content: what to save.
-        source: the input that it comes from.
+        writer: the output.
+        content: the object to save.
+        source: the input that the object comes from, for the message.
 
     Raises:
-        BadInput: torch cannot save it, though it could be loaded.
+        BadInput: if torch cannot save the object, although it could load it.
     """
     try:
         torch.save(content, writer)  # type: ignore[arg-type]  # it needs write() and flush() only
@@ -127,7 +130,7 @@ def write(writer: Writer, content: object, source: Path) -> None:
 
 
 def _why(error: Exception) -> str:
-    """Without torch's advice, which is to run the code here."""
+    """Tell why a file was not loaded. torch's own message advises to run the code of the file."""
     text = str(error)
     wanted = _GLOBAL.search(text)
     if wanted or (

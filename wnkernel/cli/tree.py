@@ -1,4 +1,4 @@
-"""Training checkpoints: state dicts somewhere in dicts and lists, beside anything else."""
+"""Converts training checkpoints: nested dicts and lists with state dicts anywhere inside."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from .parameter_order import (
 T = TypeVar("T")
 
 MOST_SHOWN = 400
-"""Characters of a path."""
+"""The largest number of characters of a path in messages."""
 
 
 class Tree:
-    """A checkpoint as it was loaded, to be converted in place as far as that is possible."""
+    """Converts a loaded checkpoint. Dicts and lists are changed in place. State dicts with weight
+    norms, and tuples with changed items, are replaced by new ones."""
 
     def __init__(self, conversion: Conversion) -> None:
         self._conversion = conversion
@@ -36,11 +37,11 @@ class Tree:
         self._orders: list[Order] = []
 
     def convert(self, root: object) -> object:
-        """Convert every state dict in ``root``, and bring what goes by the order of parameters
-        into the order of the new layout.
+        """Convert every state dict in ``root``, and reorder optimizer states and lists of tensors
+        to match the new order of parameters.
 
         Raises:
-            BadInput: one of them contradicts itself, or does not tell that order.
+            BadInput: if a state dict contradicts itself, or if the new order is unknown.
         """
         try:
             converted = self._visit(root, "")
@@ -51,7 +52,7 @@ class Tree:
         return converted
 
     def warnings(self) -> list[str]:
-        """What was kept as it is and may not fit any more."""
+        """Return a warning for each optimizer state that was kept and may no longer fit."""
         if not self._conversion.changes:
             return []
         return [
@@ -92,14 +93,14 @@ class Tree:
     def _visit(self, node: object, where: str) -> object:
         if not isinstance(node, (dict, list, tuple)):
             return node
-        if id(node) in self._seen:  # in several places, or inside itself
+        if id(node) in self._seen:  # the node is in several places, or inside itself
             return self._seen[id(node)][1]
         self._seen[id(node)] = (node, node)
         if isinstance(node, dict):
             new: object = self._visit_dict(node, where)
         else:
             new = self._visit_items(node, where)
-        self._seen[id(node)] = (node, new)  # with the node, so that nothing else gets its id
+        self._seen[id(node)] = (node, new)  # keeps the node alive, so that no other gets its id
         return new
 
     def _visit_dict(self, node: dict[Any, Any], where: str) -> dict[Any, Any]:
@@ -130,13 +131,14 @@ class Tree:
 
 
 def _short(where: str) -> str:
-    """A path as messages show it. Every level keeps its own: long keys below each other add up."""
+    """Shorten a path for messages. Every level of a tree keeps its own path, so nested long keys
+    would take much memory."""
     half = MOST_SHOWN // 2
     return where if len(where) <= MOST_SHOWN else f"{where[:half]}…{where[1 - half :]}"
 
 
 def state_dicts(root: object) -> Iterator[dict[str, Any]]:
-    """What :class:`Tree` would convert, as it is."""
+    """Yield the state dicts that :class:`Tree` would convert, without changing them."""
     nodes, seen = [root], set()
     while nodes:
         node = nodes.pop()

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run here, and on which tensors."""
+"""Tells whether Triton kernels can run on this machine, and on which devices."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ..._versions import untried
 from ...streams import GPUS
 
 OLDEST = (3, 4)
-"""The tiles of a list are a compile-time tuple of tuples, which came with this one (torch 2.8)."""
+"""The oldest Triton version (of torch 2.8) that takes a tuple of tuples at compile time. The tiles
+of a list are passed like this."""
 
 OLDEST_CUDA = (8, 0)
-"""Compute capability that Triton supports."""
+"""The lowest compute capability that Triton supports."""
 
 
 @cache
 def missing() -> str:
-    """Why there are no kernels at all; empty when there are."""
+    """Return why no Triton kernel can run on this machine; empty if kernels can run."""
     if reason := untried():
         return reason
     try:
         triton = importlib.import_module("triton")
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation can raise any type
         return f"triton cannot be imported: {error}"
     version = getattr(triton, "__version__", "0")
     if tuple(int(n) for n in version.split(".")[:2] if n.isdigit()) < OLDEST:
@@ -38,7 +39,8 @@ def missing() -> str:
         return "there is no GPU that torch can use"
     try:
         _ = triton.runtime.driver.active.utils
-    except Exception as error:  # no compiler, no Python.h, no libcuda.so, two kinds of GPUs
+    # There may be no compiler, no Python.h or no libcuda.so, or two kinds of GPUs.
+    except Exception as error:
         return (
             "triton cannot build its driver, for which it needs a C compiler and Python's headers: "
             f"{error}"
@@ -47,15 +49,15 @@ def missing() -> str:
 
 
 def is_interpreted() -> bool:
-    """Whether TRITON_INTERPRET runs kernels on the CPU, for tests."""
+    """Return whether kernels run in the interpreter on the CPU, for tests (TRITON_INTERPRET)."""
     from .tile import INTERPRETED
 
     return INTERPRETED.value
 
 
-@assume_constant_result  # torch.compile need not know how this is found out
+@assume_constant_result  # torch.compile takes the result as a constant and traces nothing
 def takes(device: torch.device) -> bool:
-    """Whether the kernels can take tensors on ``device``."""
+    """Return whether the kernels can run on tensors on ``device``."""
     if _is_elsewhere(device) or missing():
         return False
     if is_interpreted():
@@ -65,7 +67,7 @@ def takes(device: torch.device) -> bool:
 
 @assume_constant_result
 def reason(device: torch.device) -> str:
-    """Why they cannot."""
+    """Return why the kernels cannot run on tensors on ``device``."""
     if not _is_elsewhere(device):
         if found := missing():
             return found
@@ -79,7 +81,8 @@ def reason(device: torch.device) -> str:
 
 
 def _is_elsewhere(device: torch.device) -> bool:
-    """Whether kernels cannot run there, as far as that is known without importing Triton."""
+    """Return whether it is certain, without an import of Triton, that kernels cannot run on
+    ``device``."""
     return device.type not in GPUS and os.environ.get("TRITON_INTERPRET", "0") in ("", "0")
 
 

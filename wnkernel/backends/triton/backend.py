@@ -1,5 +1,5 @@
-"""The Triton kernels as a backend: from tensors to addresses. Triton is imported when they run
-first."""
+"""The backend of the Triton kernels, which turns tensors into addresses. Triton is imported only
+when a kernel runs for the first time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from .launch import Launcher, Prepared
 
 Column = list[int]
-"""Addresses of an array of all weights of a list."""
+"""The addresses of one array, such as v, for all weights of a list."""
 
 _address, _stride, _is_neg = Tensor.data_ptr, Tensor.stride, Tensor.is_neg
 
 
 class Norms(Sequence[Tensor]):
-    """The norms of a list in one piece of memory, and where v and g were when they were computed.
-    A backward needs the addresses only."""
+    """The norms of a list in one piece of memory, and the addresses that v and g had when the norms
+    were computed. A backward needs only the addresses of the norms, so tensors are made on demand.
+    """
 
     __slots__ = ("_memory", "_prepared", "addresses", "g", "v")
 
@@ -42,8 +43,9 @@ class Norms(Sequence[Tensor]):
         self.v, self.g = v, g
 
     def are_of(self, many: Problems, v: Column, g: Column, w_dtypes: list[torch.dtype]) -> bool:
-        """Whether v and g are where they were, and as they were. Versions do not tell: ``.data``
-        of a parameter may have been replaced by other strides of the same memory."""
+        """Return whether v and g still have the addresses, sizes, strides and dtypes that they had
+        when the norms were computed. Versions do not tell this: an assignment to ``.data`` can give
+        a parameter other strides over the same memory."""
         return (
             self.v == v
             and self.g == g
@@ -59,10 +61,10 @@ class Norms(Sequence[Tensor]):
 
 
 class TritonBackend:
-    """GPU kernels in Triton, compiled at first use: NVIDIA, AMD, Intel.
+    """GPU kernels in Triton for NVIDIA, AMD and Intel, compiled at first use.
 
-    On the CPU they run in Triton's interpreter if TRITON_INTERPRET=1 was set before Triton was
-    imported: slow, and for tests, so the automatic choice leaves it alone.
+    If TRITON_INTERPRET=1 was set before Triton was imported, the kernels run on the CPU in Triton's
+    interpreter. That is slow and meant for tests, so the automatic choice never uses it.
     """
 
     name = "triton"
@@ -70,15 +72,15 @@ class TritonBackend:
 
     def __init__(self) -> None:
         self.operator_devices = [d for d in GPUS if native.has_no_kernels_on(d)]
-        """Types of devices on which ``torch.ops.wnkernel`` runs these kernels."""
+        """The device types on which ``torch.ops.wnkernel`` runs these kernels."""
         self._used: set[torch.device] = set()
-        """Devices that kernels ran on, so that nobody need ask again whether they can."""
+        """The devices on which kernels have run, so that :meth:`takes` need not check them."""
 
     def missing(self) -> list[str]:
         return [reason] if (reason := availability.missing()) else []
 
     def takes(self, v: Tensor) -> bool:
-        # A graph would be compiled again as soon as the kernels have run.
+        # Dynamo must not read _used: it would compile the graph again when _used changes.
         is_known = not is_dynamo_compiling() and v.device in self._used
         return is_known or availability.takes(v.device)
 
@@ -97,8 +99,14 @@ class TritonBackend:
     def forward(
         self, problems: Sequence[Problem], *, apart: bool = False
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """``apart``: for an operator, which a compiler may run in memory that it manages. Norms
-        leave the package, so each has memory of its own, and nothing that is allocated is kept."""
+        """Return w and norm of every problem.
+
+        Args:
+            problems: the checked weight norms.
+            apart: whether an operator calls, which a compiler may run in memory that it manages.
+                Then each norm has its own memory, because norms leave the package, and no
+                allocated memory is kept after the call.
+        """
         if not problems:
             return [], []
         many, prepared = self._ready(Problems.of(problems))
@@ -132,7 +140,7 @@ class TritonBackend:
         *,
         apart: bool = False,
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """``apart``: as in :meth:`forward`."""
+        """Return grad_v and grad_g of every problem, with ``apart`` as in :meth:`forward`."""
         many = Problems.of(problems)
         live = [k for k, needs in enumerate(map(or_, need_v, need_g)) if needs]
         if not live:
@@ -155,7 +163,7 @@ class TritonBackend:
         *,
         apart: bool,
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """The same, where at least one of the two is needed of each of one weight or more."""
+        """Compute gradients of at least one weight, of which each needs grad_v, grad_g or both."""
         v, g = list(map(_address, many.v)), list(map(_address, many.g))
         dtypes = [t.dtype for t in grad_ws]
         if not (isinstance(norms, Norms) and norms.are_of(many, v, g, dtypes)):
@@ -181,21 +189,22 @@ class TritonBackend:
                 batch = group.batch(BACKWARD, addresses[0], addresses[1], addresses[4])
                 inputs = {"v": many.v, "g": many.g, "grad_w": grad_ws}
                 self._launcher.launch(batch, addresses, inputs, keep=not apart)
-        for k in prepared.empty:  # a norm of no elements does not depend on anything
+        for k in prepared.empty:  # the norm of no elements is constant
             if (t := grad_g[k]) is not None:
                 t.zero_()
         return grad_v, grad_g
 
     def fits_on_chip(self, p: Problem) -> bool:
-        """Whether v (and grad_w) are read once only; for counting bytes."""
+        """Return whether kernels read v (and grad_w) only once, so that callers can count bytes."""
         view = row_view(dense("v", p.v), p.dim)
         vector = VECTOR_BYTES // p.v.element_size()
         cut = plan(view.outer, view.rows, view.inner, p.v.element_size(), vector)
         return tiles(p.v.element_size())[cut.tile].kind is Kind.ROWS
 
     def variants(self) -> dict[str, int] | None:
-        """How many variants of the kernels this process has launched, each compiled at first use or
-        taken from Triton's cache on disk, and how many one combination of dtypes can come to."""
+        """Return how many variants of the kernels this process has launched, and how many there can
+        be for one combination of dtypes. A variant is compiled at its first launch, or taken from
+        Triton's cache on disk. Return None if Triton cannot run."""
         if self.missing():
             return None
         from . import variants
@@ -203,7 +212,7 @@ class TritonBackend:
         return {"launched": variants.launched(), "at_most_per_dtypes": variants.most()}
 
     def _ready(self, many: Problems) -> tuple[Problems, Prepared]:
-        """The weights, with copies of what kernels cannot read where it is."""
+        """Return the weights, with copies of any v and g that kernels cannot read in place."""
         prepared = self._launcher.prepared(many)
         if prepared.is_ready:
             return many, prepared
@@ -216,21 +225,22 @@ class TritonBackend:
     def _launcher(self) -> Launcher:
         from .launch import Launcher
 
-        # Two threads may get here at once, and what one of them captures belongs to its launcher.
+        # If two threads get here at once, both must take the same launcher: captured graphs use its
+        # memory, so no launcher may be dropped.
         return vars(self).setdefault("_launcher", Launcher())
 
 
 def _ordered(
     grad_ws: Sequence[Tensor], v: Sequence[Tensor], strides: Sequence[tuple[int, ...]]
 ) -> Sequence[Tensor]:
-    """Gradients in the memory order of v, whose strides these are."""
+    """Return gradients in the memory order of v; ``strides`` are those of v."""
     if list(map(_stride, grad_ws)) == strides and not any(map(_is_neg, grad_ws)):
         return grad_ws
     return [ordered_like("grad_w", *each) for each in zip(grad_ws, v, strict=True)]
 
 
 def _addresses(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> Column:
-    """0 for none."""
+    """Return the addresses of tensors, with 0 for None."""
     if all(needed):
         return list(map(_address, cast(Sequence[Tensor], tensors)))
     return [0 if t is None else t.data_ptr() for t in tensors]

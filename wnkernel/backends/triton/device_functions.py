@@ -1,14 +1,14 @@
-"""What the programs of the Triton kernels do: w = g * v / max(norm, eps) and its first derivative.
+"""The work of one program of the Triton kernels: w = g * v / max(norm, eps) and its derivative.
 
-Forward: reads v, writes w. Backward: reads v and grad_w, writes grad_v. Where rows are not lines of
-one tile, the inputs are read twice, which is 1.5 times the traffic forward and 1.67 times backward
-as far as no cache helps. Lines that are no multiples of 16 bytes are slow too: an access of one
-element for each thread.
+The forward reads v and writes w. The backward reads v and grad_w, and writes grad_v. If a row does
+not fit into a line of one tile, the inputs are read twice. Without the help of a cache that is 1.5
+times the traffic in the forward and 1.67 times in the backward. Lines whose size is no multiple of
+16 bytes are slow too, because a thread accesses one element at a time.
 
-Range: where the sum of squares leaves the safe range of floats, rows are multiplied by a power of
-two, ``unit``, before they are squared. The backward divides by the stored norm, so there norms have
-to be normal numbers with a normal reciprocal (1.2e-38 to 8.5e37 in float32). Sums are float32,
-float64 for float64. No atomics.
+If a sum of squares leaves the safe range of floats, the rows are multiplied by a power of two,
+``unit``, before they are squared. The backward divides by the stored norm, so a norm must be a
+normal number with a normal reciprocal there (1.2e-38 to 8.5e37 in float32). Sums are float64 for
+float64 and float32 otherwise. There are no atomic operations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .tile import (
 
 @triton.jit
 def _unit(squares):
-    """The power of two for rows with this sum of squares: 1 but for extreme rows."""
+    """Return the power of two for rows with this sum of squares; 1 except for extreme rows."""
     if squares.dtype == tl.float64:
         return tl.where(squares > 2.0**900, 2.0**-600, tl.where(squares < 2.0**-800, 2.0**700, 1.0))
     else:
@@ -64,7 +64,7 @@ def _squares(
     v, unit, start, end, strip, plan, ACC: tl.constexpr,
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Squares of ``unit * v`` added up over tiles, in each place of a tile."""
+    """Return the sum of the squares of ``unit * v`` over all tiles, for each place of a tile."""
     sums = tl.zeros([LINES, COLUMNS], ACC)
     for tile in range(start, end):
         origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
@@ -75,8 +75,9 @@ def _squares(
 
 @triton.jit
 def _divisor(norm, rows, V: tl.constexpr, G: tl.constexpr):
-    """What divides v: norms, but for one norm over all of v, where v and g have half types. There
-    it is the norm as g's type holds it, if that is a normal number."""
+    """Return the divisors of v. These are the norms, with one exception: if there is one norm over
+    all of v, and v and g have half types, v is divided by the norm rounded to the type of g, if
+    that is a normal number."""
     if V.primitive_bitwidth == 16 and G.primitive_bitwidth == 16:
         held = widen(narrow(norm, G), norm.dtype)
         SMALLEST: tl.constexpr = 2.0**-14 if G == tl.float16 else 2.0**-126
@@ -88,9 +89,11 @@ def _divisor(norm, rows, V: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr, G: tl.constexpr):
-    """Stores norms, from their squares times ``unit`` squared. Returns two factors of g / n, with n
-    being max(norm, eps), to multiply v with one after the other: the ratio and 1; where that leaves
-    the range, 1 / n and g; where n does, the unit and what is left."""
+    """Compute norms from ``squares``, which are multiplied by ``unit`` squared, and store them.
+
+    Return two factors whose product is g / n, where n is max(norm, eps), to multiply v with one
+    after the other. They are g / n and 1 if g / n is a normal number, else 1 / n and g if 1 / n is
+    one, and else the unit and the rest of g / n."""
     norm = tl.sqrt(squares)
     true_norm = tl.where(unit == 1.0, norm, norm / unit)
     tl.store(p, true_norm, mask=mask)
@@ -98,7 +101,8 @@ def _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr,
     clamped = true_norm < eps
     held = _divisor(true_norm, rows, V, G)
     n = tl.where(held < eps, eps, held)
-    # Divisions on GPUs need not be rounded to the nearest, and w has to be v if g is the norm.
+    # GPUs may round a quotient of equal numbers to something else than 1, but w must be v if g is
+    # the norm.
     ratio, inverse = tl.where(scale == n, 1.0, scale / n), 1.0 / n
     has_ratio = _is_normal(n) & _is_normal(ratio)
     has_inverse = _is_normal(n) & _is_normal(inverse)
@@ -109,8 +113,8 @@ def _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr,
 
 @triton.jit
 def _finish_ratio(scale, inverse):
-    """Two factors of g / n, to multiply with one after the other: the ratio and 1; where that
-    leaves the range, 1 / n and g."""
+    """Return two factors whose product is g / n, to multiply with one after the other. They are
+    g / n and 1 if g / n is a normal number or 0, and else 1 / n and g."""
     ratio = scale * inverse
     has_ratio = _is_normal(ratio) | (scale == 0.0)
     return tl.where(has_ratio, ratio, inverse), tl.where(has_ratio, 1.0, scale)
@@ -121,7 +125,7 @@ def forward_rows(
     v, g, w, norm, eps_bits, strip, plan,
     LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A forward of rows that are lines of one tile, which stays on chip."""
+    """Run a forward where each row is a line of one tile, which stays on chip."""
     ACC: tl.constexpr = norm.dtype.element_ty
     row, valid, _ = rows_of(strip, plan, ROWS, LINES, COLUMNS)
     origin, offsets, mask = tile_of(0, strip, plan, ROWS, LINES, COLUMNS, VECTOR)
@@ -144,8 +148,9 @@ def forward_tiles(
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A forward of rows over many tiles. 1: sums of squares, tile by tile. 2: where a row is split,
-    they are left behind, and the second launch (FINISH) adds them up. 3: norms, and w."""
+    """Run a forward where rows extend over many tiles, in three steps. Step 1 sums up squares tile
+    by tile. Step 2 is for split rows only: each program stores its sums, and the second launch
+    (FINISH) adds them up. Step 3 computes norms and w."""
     ACC: tl.constexpr = norm.dtype.element_ty
     rows, inner, _lines, _pitch, _strip_rows, _width, _numel, per_chunk, tiles, split = plan
     strip, chunk, start, end = chunk_of(program, per_chunk, tiles, split)
@@ -185,9 +190,9 @@ def backward_rows(
     grad_w, v, g, norm, grad_v, grad_g, eps_bits, strip, want_v, want_g, plan,
     LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A backward of rows that are lines of one tile. With n = max(norm, eps) and u = v / n:
-    grad_g = s = <grad_w, u>, grad_v = (g / n) (grad_w - u s), without the projection where it is
-    eps that counts."""
+    """Run a backward where each row is a line of one tile. With n = max(norm, eps) and u = v / n:
+    grad_g = s = <grad_w, u> and grad_v = (g / n) (grad_w - u s). The term u s is absent where the
+    norm is below eps."""
     ACC: tl.constexpr = norm.dtype.element_ty
     row, valid, _ = rows_of(strip, plan, ROWS, LINES, COLUMNS)
     origin, offsets, mask = tile_of(0, strip, plan, ROWS, LINES, COLUMNS, VECTOR)
@@ -214,11 +219,11 @@ def backward_tiles(
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A backward of rows over many tiles, in the three steps of forward_tiles."""
+    """Run a backward where rows extend over many tiles, in the three steps of forward_tiles."""
     ACC: tl.constexpr = norm.dtype.element_ty
     rows, inner, _lines, _pitch, _strip_rows, _width, _numel, per_chunk, tiles, split = plan
     strip, chunk, start, end = chunk_of(program, per_chunk, tiles, split)
-    if FINISH:  # before everything else, so that nothing takes registers while they are added up
+    if FINISH:  # sums are added up first, while no other values take registers
         p, there = partial_sums(partials, strip, split, 0, 1, KIND, COLUMNS)
         s = tl.sum(tl.load(p, mask=there, other=0.0), 1)
     row, valid, first = rows_of(strip, plan, KIND, LINES, COLUMNS)
@@ -256,7 +261,7 @@ def forward_program(
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """What one program of a forward does, for a single weight and for one of a list alike."""
+    """Run one program of a forward, for a single weight as well as for a weight of a list."""
     if KIND == ROWS:
         forward_rows(v, g, w, norm, eps_bits, program, plan, LINES, COLUMNS, VECTOR)
     else:
@@ -271,7 +276,7 @@ def backward_program(
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """What one program of a backward does."""
+    """Run one program of a backward, for a single weight as well as for a weight of a list."""
     if KIND == ROWS:
         backward_rows(
             grad_w, v, g, norm, grad_v, grad_g, eps_bits, program, want_v, want_g, plan,

@@ -1,7 +1,7 @@
-"""The kernels that are launched: one weight by its addresses, or a list by a table of them.
+"""The kernels that are launched, for one weight with its addresses or for a list with a table.
 
-Their arguments are 64-bit integers, on which Triton is told not to specialise, and compile-time
-choices. So it compiles no more variants than there are combinations of those.
+Their arguments are compile-time choices and 64-bit integers. Triton does not specialise on these
+integers, so it compiles one variant for each combination of the choices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from .tables import BACKWARD, FORWARD, HEADER
 from .tile import ROWS
 
 SIZES = Plan._fields[1:-1]
-"""What of a plan the kernels read: all but the tile, which is compiled in, and the total."""
+"""The fields of a plan that kernels read: all except the tile, which is a compile-time choice, and
+the number of programs."""
 
 _FORWARD_LINE = tl.constexpr(len(FORWARD.columns))
 _BACKWARD_LINE = tl.constexpr(len(BACKWARD.columns))
@@ -32,7 +33,7 @@ def _pointer(address, TYPE: tl.constexpr):
 
 @triton.jit
 def _long(rows, inner, lines, pitch, strip_rows, width, numel, per_chunk, tiles, split):
-    """A plan's sizes; the interpreter hands small integers over as 32 bits."""
+    """Return the sizes of a plan in 64 bits: the interpreter passes small integers in 32 bits."""
     return (
         rows.to(tl.int64), inner.to(tl.int64), lines.to(tl.int64), pitch.to(tl.int64),
         strip_rows.to(tl.int64), width.to(tl.int64), numel.to(tl.int64), per_chunk.to(tl.int64),
@@ -42,7 +43,7 @@ def _long(rows, inner, lines, pitch, strip_rows, width, numel, per_chunk, tiles,
 
 @triton.jit
 def _sizes(line):
-    """A plan's sizes from a line of a table, where they come in the order of SIZES."""
+    """Load the sizes of a plan from a line of a table, where they have the order of SIZES."""
     return (
         tl.load(line + 1), tl.load(line + 2), tl.load(line + 3), tl.load(line + 4),
         tl.load(line + 5), tl.load(line + 6), tl.load(line + 7), tl.load(line + 8),
@@ -52,8 +53,8 @@ def _sizes(line):
 
 @triton.jit
 def _line(table, owners, LINE: tl.constexpr, FINISH: tl.constexpr):
-    """The line of the weight that this program works on, its tile, and the program's number among
-    those of the weight."""
+    """Return the line of the weight that this program works on, the tile of the weight, and the
+    number of this program among all programs of the weight."""
     program = tl.program_id(0).to(tl.int64)
     owner = tl.load(_pointer(owners, tl.int64) + program)
     line = _pointer(table, tl.int64) + owner * LINE
@@ -69,7 +70,8 @@ def forward_one(
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A forward of one weight: FINISH 0, and 1 after it if its rows are split."""
+    """Run a forward of one weight. If its rows are split, a launch with FINISH 1 follows the launch
+    with FINISH 0."""
     forward_program(
         _pointer(v, V), _pointer(g, G), _pointer(w, W), _pointer(norm, ACC),
         _pointer(partials, ACC), eps_bits.to(tl.int64), tl.program_id(0).to(tl.int64),
@@ -92,7 +94,7 @@ def backward_one(
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A backward of one weight; a gradient at address 0 is not wanted."""
+    """Run a backward of one weight. A gradient with address 0 is not computed."""
     backward_program(
         _pointer(grad_w, W), _pointer(v, V), _pointer(g, G), _pointer(norm, ACC),
         _pointer(grad_v, V), _pointer(grad_g, G), _pointer(partials, ACC),
@@ -108,7 +110,7 @@ def forward_list(
     V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
     TILES: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A forward of all weights of a table: a branch for each tile."""
+    """Run a forward of all weights of a table. The kernel has a branch for each tile."""
     line, tile, program = _line(table, owners, _FORWARD_LINE, FINISH)
     for k in tl.static_range(COUNT):
         if not (FINISH and TILES[k][0] == ROWS):
@@ -131,7 +133,7 @@ def backward_list(
     V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
     TILES: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """A backward of all weights of a table."""
+    """Run a backward of all weights of a table. The kernel has a branch for each tile."""
     line, tile, program = _line(table, owners, _BACKWARD_LINE, FINISH)
     grad_v, grad_g = tl.load(line + _ADDRESSES + 4), tl.load(line + _ADDRESSES + 5)
     for k in tl.static_range(COUNT):

@@ -1,6 +1,7 @@
-"""From weights to launches: what a list comes to, whatever its addresses, and its launch with them.
+"""Launches lists of weights.
 
-A step asks for the same weights as the one before it, so a list is prepared once.
+A training step asks for the same weights as the step before. So everything that does not depend on
+addresses is prepared once for a list.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from .tables import Direction, Kept, Table, Uploads, Weight, bits_of, build, wor
 from .variants import Types
 
 PREPARED = 1024
-"""Lists that a thread remembers, whatever their addresses. Weights alone count too: a model has up
-to a hundred of different shapes."""
+"""The number of prepared lists that a thread keeps. A single weight is a list too, and a model has
+up to a hundred weights of different shapes."""
 
 BATCHES = 8
-"""Patterns of odd addresses that are remembered of a list: gradients that lie in flat buffers have
-many. Then all are forgotten."""
+"""The number of batches that a group keeps; then it forgets all of them. There is a batch for each
+direction and each pattern of addresses that are no multiples of 16 bytes. Gradients in flat buffers
+have many patterns."""
 
 _is_neg, _dtype = Tensor.is_neg, attrgetter("dtype")
 
 
 class Batch:
-    """What is launched together, but for addresses: weights of the same dtypes on one device, in
-    one direction. Tables on the device are kept for this object."""
+    """The launches for weights of the same dtypes on one device, in one direction. A batch holds no
+    addresses. The tables on the device are kept for each batch."""
 
     def __init__(
         self, direction: Direction, t: Types, weights: Sequence[Weight], device: torch.device
@@ -42,9 +44,9 @@ class Batch:
         self.weights, self.device, self.acc_dtype = weights, device, accumulation_dtype(t.v)
         itemsize = t.v.itemsize
         self.table: Table | None = None
-        """Of a list."""
+        """The table of a list; None for a single weight."""
         self.sizes: tuple[int, ...] = ()
-        """Of a weight alone: what kernels are told after all addresses."""
+        """The arguments of a single weight's kernel after the addresses; empty for a list."""
         if len(weights) > 1:
             self.table = table = build(weights, itemsize, direction)
             self.workspace = table.workspace
@@ -78,17 +80,16 @@ class Group:
         self._batches: dict[tuple[object, ...], Batch] = {}
 
     def of(self, columns: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """The entries of this group."""
+        """Return the entries of this group's weights from each column."""
         if self._is_all:
             return columns
         return [[column[k] for k in self.places] for column in columns]
 
     def batch(self, direction: Direction, *like_v: Sequence[int]) -> Batch:
-        """What to launch, given the addresses of the arrays that are laid out like v: accesses are
-        as wide as all of them allow at the same offsets.
+        """Return the launches for the addresses ``like_v`` of all arrays that are laid out like v.
 
-        Other dtypes of the others change nothing: a gradient in the dtype of autocast gives the
-        bits that it gives after a cast.
+        Accesses are as wide as all these addresses allow. The dtypes of the arrays other than v do
+        not matter: a gradient in the dtype of autocast gives the same bits as after a cast.
         """
         bits = 0
         for column in like_v:
@@ -113,12 +114,13 @@ class Group:
 
 
 class Prepared:
-    """What there is to know of a list of forms: results to allocate, and groups."""
+    """Everything about a list that does not depend on addresses: the results to allocate, and the
+    groups of weights with the same dtypes."""
 
     def __init__(self, many: Problems) -> None:
         self.device = many.v[0].device
         self.is_ready = all(map(_is_ready, many.v, many.g))
-        """Whether kernels can read v and g where they are."""
+        """Whether kernels can read v and g in place, without copies."""
         self.allocate = allocator(self.device)
         self.like_v, self.like_g = Results(many.v), Results(many.g)
         self.v_dtypes = [v.dtype for v in many.v]
@@ -127,7 +129,7 @@ class Prepared:
         self.norm_dtypes = [accumulation_dtype(v.dtype) for v in many.v]
         self.norms = Packed(many.g, self.norm_dtypes)
         self.empty: list[int] = []
-        """Weights without elements."""
+        """The places of the weights without elements."""
         places: dict[Types, list[int]] = {}
         for k, types in enumerate(zip(self.v_dtypes, self.g_dtypes, self.w_dtypes, strict=True)):
             if many.v[k].numel():
@@ -137,7 +139,8 @@ class Prepared:
         self.groups = [Group(*group, many) for group in places.items()] if self.is_ready else []
 
     def is_of(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> bool:
-        """Whether v and g, which kernels can read where they are, are of these forms now."""
+        """Return whether kernels can read v and g in place, and v and g have the sizes, strides and
+        dtypes of this list now."""
         return (
             self.is_ready
             and self.like_v.are_like(v)
@@ -155,7 +158,7 @@ def _is_ready(v: Tensor, g: Tensor) -> bool:
 
 
 class Launcher:
-    """Launches, and what has to outlive them."""
+    """Launches batches, and keeps what is used again: prepared lists, tables, pinned memory."""
 
     def __init__(self) -> None:
         self._prepared = Kept(PREPARED)
@@ -164,7 +167,7 @@ class Launcher:
         self._uploads = Uploads()
 
     def prepared(self, many: Problems) -> Prepared:
-        """What a list comes to."""
+        """Return the prepared list, which is kept for the next call."""
         return self._prepared.get(tuple(many.forms), lambda: Prepared(many))
 
     def launch(
@@ -175,17 +178,18 @@ class Launcher:
         *,
         keep: bool = True,
     ) -> None:
-        """Run one direction for the weights of a batch, whose device is the current one.
+        """Run one direction for the weights of a batch, whose device must be the current one.
 
         Args:
-            batch: what to run.
-            addresses: those of all weights, for each array that the kernels take.
-            inputs: tensors by name. They are checked for memory unless all addresses are those of a
-                table that is kept: where memory was freed, the address is another.
+            batch: the launches to run.
+            addresses: for each array that the kernels take, the addresses of all weights.
+            inputs: the input tensors by name, to check that they have memory. A kept table with the
+                same addresses needs no check, because a tensor has another address when its memory
+                is freed.
             keep: whether tables on the device may be kept.
 
         Raises:
-            RuntimeError: a tensor has no memory.
+            RuntimeError: if a tensor has elements but no memory.
         """
         if batch.table is None:
             check_memory(inputs)
@@ -209,7 +213,7 @@ class Launcher:
         inputs: Mapping[str, Sequence[Tensor]],
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The table of a list on its device: lines with addresses, and owners."""
+        """Return the table of a list on its device: the lines with addresses, and the owners."""
         device = batch.device
 
         def lines() -> Tensor:
@@ -223,7 +227,7 @@ class Launcher:
         capturing = is_capturing(device)
         if not capturing:
             self._uploads.refill(device)
-        if capturing or not keep:  # a table from outside may be gone when a graph runs
+        if capturing or not keep:  # a kept table may be dropped before a captured graph runs
             return lines(), self._uploads.copy(table.owners, device)
         place = batch, current_stream(device)
         found = self._tables.get((*place, *map(tuple, addresses)), lines)

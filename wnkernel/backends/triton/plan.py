@@ -1,22 +1,22 @@
-"""How a weight norm is cut into programs: every launch number of the Triton kernels is here.
+"""Cuts a weight into programs. All numbers that shape the launches of Triton kernels are here.
 
-A program works on tiles of ``lines x columns`` elements; memory is contiguous along columns. There
-are three ways to lay rows (the elements of one norm) over tiles:
+A program works on tiles of ``lines x columns`` elements, which are contiguous along columns. Rows
+(the elements of one norm) lie over tiles in one of three ways:
 
-- ``ROWS``: a line of the tile is a whole row. Read once.
-- ``RUNS``: one row per program, run by run, over as many tiles as it takes: long rows, and rows
-  that come in runs of ``inner`` elements.
-- ``STRIPS``: a strip of adjacent columns of the matrix ``[outer, rows * inner]``, over as many
-  tiles as it takes; the sums of columns are added up to rows at the end. Columns of a narrow matrix
-  are folded: several of its lines make one line of the tile.
+- ``ROWS``: each line of a tile is a whole row. The inputs are read once.
+- ``RUNS``: a program works on one row, over as many tiles as the row takes. This is for long rows,
+  and for rows that consist of separate runs of ``inner`` elements.
+- ``STRIPS``: a program works on a strip of adjacent columns of a matrix ``[outer, rows * inner]``,
+  over as many tiles as the strip takes. At the end the sums of columns are added up to rows. A
+  narrow matrix is folded: several of its lines make one line of a tile.
 
-The last two read v (and grad_w) twice, the second time from a cache, mostly. Where there are too
-few programs to fill a card, a row or a strip is split over several, which leave partial sums
-behind; a second launch adds them up, in the same order in every program, and scales. Everything
-here depends on the shape, the element size and the alignment of one weight, so its bits do not
-depend on its neighbours, nor on the card's number of processors.
+RUNS and STRIPS read v (and grad_w) twice, the second time mostly from a cache. If there are too few
+programs to fill a card, a row or a strip is split over several programs, each of which stores
+partial sums. A second launch adds these up, in the same order in every program, and scales.
+Everything here depends only on the shape, the element size and the alignment of one weight. So the
+bits of a weight depend neither on its neighbours nor on the card's number of processors.
 
-None of these numbers was measured on a GPU yet; the reasons are arithmetic.
+None of these numbers was measured on a GPU yet; they follow from arithmetic.
 """
 
 from __future__ import annotations
@@ -26,47 +26,48 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 THREADS = 256
-"""Of a program."""
+"""The threads of a program."""
 
 VECTOR_BYTES = 16
 """The widest access of a thread. Tiles marked ``aligned`` use it."""
 
 TILE = 4096
-"""Elements of most tiles: 16 a thread, in flight as 4 loads of 16 bytes for float32. Twice that is
-the longest row that stays on chip: with its gradient it takes 64 registers of a thread. float64 has
-a quarter, for its numbers and addresses take twice the registers, and nobody trains in it.
+"""The elements of most tiles. Each thread has 16 of them: 4 loads of 16 bytes in float32. The
+longest row that stays on chip has twice as many: with its gradient it takes 64 registers of a
+thread. Tiles of float64 have a quarter, because their numbers and addresses take twice the
+registers, and nobody trains in float64.
 
-With these sizes no variant takes more than 128 registers with Triton 3.6.0 and 3.7.1, so that two
-programs and more share a processor. Some put up to 16 bytes aside to stay at 80 registers or 64,
-and so make room for one program more (docs/gpu.md, tests/triton/offline_checks.py)."""
+With these sizes no variant takes more than 128 registers with Triton 3.6.0 and 3.7.1, so at least
+two programs share a processor. Some variants spill up to 16 bytes to stay at 80 or 64 registers,
+which makes room for one more program (docs/gpu.md, tests/triton/offline_checks.py)."""
 
 STRIP = 32
-"""Columns of a strip: a cache line of float32, two sectors of halves. Narrower than a cache line
-would be wasteful, and wider strips are fewer, while the sums of columns are added up to rows by
-comparing all columns of a strip with all."""
+"""The columns of a strip: a cache line of float32, or two sectors of a half type. Narrower strips
+would waste parts of cache lines. Wider strips would give fewer programs and slower sums of rows,
+for which each column of a strip is compared with all others."""
 
 OFFSET_LIMIT = (1 << 31) - VECTOR_BYTES
-"""Elements that a tile may span: kernels count them, and whole vectors of them, in 32 bits."""
+"""The most elements that a tile may span, because kernels compute offsets in 32 bits."""
 
 FILL = 512
-"""Programs that fill a large card: four for each of about 130 processors, in two waves where the
-registers let two share one."""
+"""The programs that fill a large card of about 130 processors: four for each. They run in two waves
+if registers let only two programs share a processor."""
 
 SPLIT_TILES = 4
-"""Tiles that a program of a split row has at least: more programs mean more partial sums to add.
-And fewer would not pay for the second launch, about 3 us. One after the other, tiles take about
-0.7 us each, the latency of memory, and twice that, for they are summed and then scaled. So 8 tiles
-take a program 11 us, and two programs 6 and a launch; 7 and less are left to one."""
+"""The fewest tiles of a program that shares a row. With fewer there would be more partial sums, and
+the split would not pay for the second launch, which takes about 3 us. A program takes about 0.7 us,
+the latency of memory, to sum a tile, and as long to scale it. So one program takes 11 us for 8
+tiles; two programs take 6 us and a launch. A row of 7 tiles or fewer is not split."""
 
 MAX_SPLIT = 512
-"""Programs that share a row at most: each of them reads the partial sums of all."""
+"""The most programs that may share a row, because each of them reads the partial sums of all."""
 
 MAX_PARTIALS = 2048
-"""Partial sums of a strip at most, one for each column and program: they are read as one tile."""
+"""The most partial sums of a strip, one for each column and program. They are read as one tile."""
 
 
 class Kind(enum.IntEnum):
-    """How rows lie over tiles."""
+    """The ways in which rows lie over tiles."""
 
     ROWS = 0
     RUNS = 1
@@ -74,28 +75,29 @@ class Kind(enum.IntEnum):
 
 
 class Tile(NamedTuple):
-    """A compile-time choice: one branch of the kernels for lists, one variant of the others."""
+    """A compile-time choice. Kernels for lists have a branch for each tile; kernels for one weight
+    have a variant for each tile."""
 
     kind: Kind
     lines: int
     columns: int
     aligned: bool
-    """Lines start at 16-byte addresses and hold whole vectors."""
+    """Whether lines start at multiples of 16 bytes and hold whole vectors."""
 
 
 @cache
 def tiles(itemsize: int) -> tuple[Tile, ...]:
-    """Every tile for an element size in bytes. Their places in this tuple name them in tables."""
+    """Return all tiles for an element size in bytes. Tables name a tile by its place here."""
     full = TILE if itemsize <= 4 else TILE // 4
-    # Triton lays out tensors of one shape alike if it can, and so a weight in a list could be added
-    # up in another order than alone: no tile that is aligned may have the shape of one that is not.
+    # Triton gives tensors of the same shape the same layout, if it can. So no aligned tile may have
+    # the shape of another tile: a list might be summed in another order than its weights alone.
     loose = full // 4
     strip = STRIP if itemsize <= 4 else STRIP // 2
     return (
         # Rows of real convolutions are multiples of 16 bytes. At most half of a tile is empty.
         *(Tile(Kind.ROWS, max(full // n, 1), n, True) for n in _powers(64, 2 * full)),
-        # Depthwise kernels and odd sizes: little memory, so that empty lanes do not matter, and
-        # every element takes an address of its own.
+        # Depthwise kernels and odd sizes take little memory, so empty lanes do not matter. Here
+        # each element has its own address.
         *(Tile(Kind.ROWS, loose // n, n, False) for n in (16, 64, loose // 2)),
         Tile(Kind.ROWS, 1, 2 * loose, False),
         *(Tile(Kind.RUNS, lines, full // lines, True) for lines in (1, 32)),
@@ -106,38 +108,39 @@ def tiles(itemsize: int) -> tuple[Tile, ...]:
 
 
 class Plan(NamedTuple):
-    """One weight norm over one kind of tile. Sizes are in elements."""
+    """How one weight is cut into programs. Sizes are in elements."""
 
     tile: int
-    """Its place in :func:`tiles`."""
+    """The place of the tile in :func:`tiles`."""
     rows: int
     inner: int
     lines: int
-    """Of the matrix that tiles cover."""
+    """The lines of the matrix that tiles cover."""
     pitch: int
-    """From one line of it to the next."""
+    """The distance of two lines of that matrix."""
     strip_rows: int
-    """Rows of a program."""
+    """The rows of a program."""
     width: int
-    """Columns of a program."""
+    """The columns of a program."""
     numel: int
     per_chunk: int
-    """Tiles of a program."""
+    """The tiles of a program."""
     tiles: int
-    """Tiles of all programs that share a row or a strip."""
+    """The tiles of all programs that share a row or a strip."""
     split: int
-    """Programs that share a row or a strip."""
+    """The number of programs that share a row or a strip; 1 if it is not split."""
     programs: int
 
 
 @lru_cache(maxsize=4096)
 def plan(outer: int, rows: int, inner: int, itemsize: int, vector: int) -> Plan:
-    """How to cut a non-empty ``[outer, rows, inner]``.
+    """Return how to cut a weight ``[outer, rows, inner]``, which must not be empty.
 
     Args:
         outer, rows, inner: the view of the weight, in memory order.
-        itemsize: bytes of an element of v.
-        vector: elements of the widest access that the addresses of all arrays allow; 1 for none.
+        itemsize: the bytes of an element of v.
+        vector: the number of elements in the widest access that the addresses of all arrays allow;
+            1 if they allow none that is wider than an element.
     """
     choices = tiles(itemsize)
     strip = next(t for t in choices if t.kind is Kind.STRIPS).columns
@@ -176,7 +179,7 @@ def _strips(
     choices: tuple[Tile, ...], outer: int, rows: int, inner: int, vector: int, strip: int
 ) -> Plan:
     numel, pitch = outer * rows * inner, rows * inner
-    if pitch <= strip:  # all columns, and several lines of the matrix side by side
+    if pitch <= strip:  # one strip has all columns, with several lines of the matrix side by side
         fold = min(strip // pitch, outer)
         if vector > 1:
             fold = _multiple(fold, pitch, vector)
@@ -189,7 +192,7 @@ def _strips(
         strips, width, lines = _ceil(rows, strip_rows), strip_rows * inner, outer
     aligned = vector > 1 and all(n % vector == 0 for n in (pitch, width, numel))
     place = _first(choices, Kind.STRIPS, aligned, width)
-    assert place is not None  # strips are as wide as a tile at most
+    assert place is not None  # strips are at most as wide as a tile
     count = _ceil(lines, choices[place].lines)
     split, per_chunk = _split(MAX_PARTIALS // strip, strips, count)
     return Plan(
@@ -199,8 +202,8 @@ def _strips(
 
 
 def _split(most: int, programs: int, count: int) -> tuple[int, int]:
-    """Into how many programs, ``most`` of them, to split each of ``programs`` with ``count`` tiles,
-    and the tiles of each of those."""
+    """Return into how many programs to split each of ``programs`` programs with ``count`` tiles, at
+    most ``most``, and the tiles of each program after that."""
     wanted = min(_ceil(FILL, programs), count // SPLIT_TILES, most)
     if wanted < 2:
         return 1, count
@@ -209,7 +212,7 @@ def _split(most: int, programs: int, count: int) -> tuple[int, int]:
 
 
 def _first(choices: tuple[Tile, ...], kind: Kind, aligned: bool, columns: int) -> int | None:
-    """The first tile of a kind that is wide enough."""
+    """Return the place of the first tile of a kind that is wide enough, or None."""
     fitting = (
         k
         for k, t in enumerate(choices)
@@ -219,12 +222,14 @@ def _first(choices: tuple[Tile, ...], kind: Kind, aligned: bool, columns: int) -
 
 
 def _spans(tile: Tile, lines: int, pitch: int) -> int:
-    """Elements from the first to the last of a tile, of those of its lines that there are."""
+    """Return the distance in memory from the first element of a tile to the end of its last line,
+    if the matrix has ``lines`` lines."""
     return (min(tile.lines, lines) - 1) * pitch + tile.columns
 
 
 def _multiple(most: int, size: int, vector: int) -> int:
-    """The largest count up to ``most`` whose product with ``size`` holds whole vectors, if any."""
+    """Return the largest count up to ``most`` for which ``count * size`` is a multiple of
+    ``vector``; ``most`` if there is none."""
     return next((n for n in range(most, 0, -1) if n * size % vector == 0), most)
 
 

@@ -1,7 +1,8 @@
-"""What a launch over a list reads: a table of weights, and which of them each program works on.
+"""The data that kernels for lists read: a table with a line for each weight, and the owners, which
+are the weights that the programs work on.
 
-Both are made on the CPU and copied to the device. They are kept there while every address and size
-in them stays the same, as is usual from one training step to the next.
+Both are made on the CPU and copied to the device. They are kept there and used again if all
+addresses and sizes in them are the same, as is usual from one training step to the next.
 """
 
 from __future__ import annotations
@@ -22,40 +23,43 @@ from ...streams import is_capturing
 from .plan import VECTOR_BYTES, Kind, Plan, plan, tiles
 
 HEADER = (*Plan._fields, "first", "first_to_finish", "partials", "eps_bits")
-"""Columns that both tables begin with. ``first``: the first program of a weight in each of the two
-launches; ``partials``: elements before its partial sums in the workspace."""
+"""The first columns of the tables of both directions. ``first`` and ``first_to_finish`` are the
+numbers of a weight's first program in the two launches. ``partials`` is the number of elements
+before the weight's partial sums in the workspace."""
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A forward or a backward."""
+    """The forward or the backward."""
 
     columns: tuple[str, ...]
-    """Of its tables: the header, and addresses, 0 for a gradient that nobody wants."""
+    """The columns of a table: the header, and then addresses. The address of a gradient that is not
+    needed is 0."""
     planes: int
-    """Numbers that a program leaves behind for a part of a row."""
+    """How many numbers a program stores for its part of a split row."""
 
 
 FORWARD = Direction((*HEADER, "v", "g", "w", "norm"), 2)
-"""A program leaves a sum of squares and its unit behind."""
+"""The forward, where a program stores a sum of squares and the unit of that sum."""
 BACKWARD = Direction((*HEADER, "grad_w", "v", "g", "norm", "grad_v", "grad_g"), 1)
 
 KEPT = 64
-"""Tables that a thread keeps: several models of a few dtypes, forward and backward."""
+"""The number of tables that a thread keeps. They are enough for several models of a few dtypes,
+forward and backward."""
 
 RESERVE = 1 << 17
-"""Numbers in a reserve of pinned memory at least: 1 MiB."""
+"""The smallest reserve of pinned memory, in int64 numbers: 1 MiB."""
 
 CAPTURES = 4
-"""Captures of everything that this process launches, for which the reserve lasts without another
-launch in between."""
+"""The reserve is large enough to capture everything that this process launches this many times in a
+row."""
 
 MOST = 1 << 23
-"""Numbers that are kept ready at most: 64 MiB."""
+"""The most int64 numbers that are kept ready in the reserve: 64 MiB."""
 
 
 class Weight(NamedTuple):
-    """One weight of a list: all that its line of a table depends on but its addresses."""
+    """One weight of a list. Its line of a table follows from these fields and its addresses."""
 
     outer: int
     rows: int
@@ -66,24 +70,24 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A list on the CPU, ready for its addresses."""
+    """The table of a list on the CPU, still without addresses."""
 
     lines: Tensor
-    """int64, a line for each weight, in the order of ``order``; 0 for addresses."""
+    """An int64 tensor with a line for each weight, in the order of ``order``. Addresses are 0."""
     order: Tensor
     owners: Tensor
-    """int64, the weight of each program of the first launch, then of the second."""
+    """An int64 tensor with the line of each program of the first launch, then of the second."""
     programs: int
-    """Of the first launch."""
+    """The programs of the first launch."""
     programs_to_finish: int
-    """Of the second; 0 where nothing is split."""
+    """The programs of the second launch; 0 if no weight is split."""
     workspace: int
-    """Elements of partial sums."""
+    """The elements of the workspace for partial sums."""
     rows_only: bool
     """Whether all tiles are of Kind.ROWS."""
 
     def at(self, addresses: Sequence[Sequence[int]]) -> Tensor:
-        """The lines with the addresses of each array of all weights."""
+        """Return the lines with ``addresses``: for each array, the addresses of all weights."""
         lines = self.lines.clone()
         numbers = array("q", chain.from_iterable(addresses))
         columns = torch.frombuffer(numbers, dtype=torch.int64).view(len(addresses), -1)
@@ -92,12 +96,13 @@ class Table:
 
 
 def bits_of(x: float) -> int:
-    """A float64 as an integer: Triton takes float arguments as float32."""
+    """Return the bits of a float64 as an integer. Triton would pass a float argument as float32."""
     return struct.unpack("<q", struct.pack("<d", x))[0] if x else 0
 
 
 def workspace(p: Plan, itemsize: int, direction: Direction) -> int:
-    """Elements of partial sums of one weight, a multiple of what aligns those of the next one."""
+    """Return the elements of the workspace that one weight takes, rounded up so that the partial
+    sums of the next weight are aligned."""
     if p.split == 1:
         return 0
     tile = tiles(itemsize)[p.tile]
@@ -106,12 +111,12 @@ def workspace(p: Plan, itemsize: int, direction: Direction) -> int:
 
 
 def build(weights: Sequence[Weight], itemsize: int, direction: Direction) -> Table:
-    """Make a table. Weights whose programs take long come first, so that none of those is left to
-    run alone at the end.
+    """Make the table of a list. Weights with long-running programs come first, so that no such
+    program runs alone at the end.
 
     Args:
-        weights: the list.
-        itemsize: bytes of an element of v.
+        weights: the weights of the list.
+        itemsize: the bytes of an element of v.
         direction: FORWARD or BACKWARD.
     """
     plans = [plan(w.outer, w.rows, w.inner, itemsize, w.vector) for w in weights]
@@ -141,14 +146,14 @@ def _numbers(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
 
 
 class Kept(threading.local):
-    """What this thread used last, of one kind."""
+    """Keeps the values that this thread used last."""
 
     def __init__(self, most: int = KEPT) -> None:
         self._most = most
         self._kept: OrderedDict[object, Any] = OrderedDict()
 
     def get(self, key: object, make: Callable[[], Any]) -> Any:
-        """What belongs to a key, made now if need be."""
+        """Return the value of a key. A value that is not kept is made now."""
         found = self._kept.get(key)
         if found is None:
             found = self._kept[key] = make()
@@ -160,12 +165,13 @@ class Kept(threading.local):
 
 
 class Uploads:
-    """Copies of CPU memory to devices, from pinned memory, so that nothing waits.
+    """Copies CPU tensors to devices through pinned memory, so that the CPU does not wait.
 
-    torch keeps pinned memory from being used again before a copy from it is done. A captured copy
-    reads it at every replay instead, and nobody says when the graph is gone; so what is captured
-    comes from a reserve that is never used again. The reserve is made outside of captures, in which
-    older torch cannot allocate pinned memory.
+    torch uses pinned memory again only after the copy from it is done. But a captured copy reads
+    its pinned memory at every replay, and nothing tells when the graph is deleted. So captured
+    copies take their memory from a reserve, no part of which is used twice. The reserve is
+    allocated outside of captures, because older versions of torch cannot allocate pinned memory
+    during a capture.
     """
 
     def __init__(self) -> None:
@@ -176,13 +182,14 @@ class Uploads:
         self._lock = threading.Lock()
 
     def expect(self, numbers: int) -> None:
-        """Captures are going to take so many numbers more than was said before."""
+        """Announce that captures will take ``numbers`` more numbers."""
         with self._lock:
             self._expected.append(numbers)
             self._wanted = max(RESERVE // 2, min(CAPTURES * sum(self._expected), MOST))
 
     def refill(self, device: torch.device) -> None:
-        """See to the reserve. Called at every launch outside of captures, in case one follows."""
+        """Fill up the reserve if little is left. Every launch outside of captures calls this,
+        because a capture may follow."""
         if self._left >= self._wanted or device.type == "cpu":
             return
         with self._lock:
@@ -190,7 +197,7 @@ class Uploads:
                 self._add(2 * self._wanted)
 
     def copy(self, memory: Tensor, device: torch.device) -> Tensor:
-        """A copy of ``memory`` (int64, contiguous) on a device."""
+        """Return a copy of ``memory`` (int64, contiguous) on a device."""
         if device.type == "cpu":
             return memory
         if is_capturing(device):

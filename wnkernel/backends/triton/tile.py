@@ -1,8 +1,7 @@
-"""Tiles in Triton: which elements they hold, how those are loaded, stored and added up to rows.
+"""Tiles in Triton: which elements a tile holds, and how they are loaded, stored and summed to rows.
 
-Plans (plan.py) come as a tuple of 64-bit integers, the fields of Plan without its first and its
-last. ``strip`` counts what programs work on: strips of columns, rows that come in runs, or tiles of
-whole rows.
+``plan`` is a tuple of 64-bit integers: the fields of Plan (plan.py) without the first and the last.
+``strip`` is the number of a strip of columns, of a row (RUNS) or of a tile of whole rows (ROWS).
 """
 
 from __future__ import annotations
@@ -25,21 +24,22 @@ def _nothing():
 
 
 INTERPRETED = tl.constexpr(not isinstance(_nothing, triton.JITFunction))
-"""Whether kernels run in Triton's interpreter, whose conversions of bfloat16 truncate, and read
-float64 from one as an integer."""
+"""Whether kernels run in Triton's interpreter. It truncates numbers that it converts to bfloat16,
+and reads the bits of a bfloat16 as an integer if it converts them to float64."""
 
 
 @triton.jit
 def widen(x, ACC: tl.constexpr):
-    """x in the type of sums."""
+    """Return x in the type of sums."""
     if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)  # the interpreter knows no other way
+        x = x.to(tl.float32)  # the only conversion that the interpreter does right
     return x.to(ACC)
 
 
 @triton.jit
 def narrow(x, OUT: tl.constexpr):
-    """x rounded to the nearest, ties to even; float64 to bfloat16 by way of float32."""
+    """Round x to the nearest number of type OUT, ties to even. From float64 to bfloat16 x is
+    rounded to float32 first."""
     if OUT == tl.bfloat16:
         x = x.to(tl.float32)
         if INTERPRETED:
@@ -52,21 +52,21 @@ def narrow(x, OUT: tl.constexpr):
 
 @triton.jit
 def store(p, x, mask):
-    """Stores x, rounded."""
+    """Round x to the type of p, and store it."""
     tl.store(p, narrow(x, p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _whole(n, VECTOR: tl.constexpr):
-    """n, in a way that shows the compiler that it counts whole vectors. (Hints on the arguments of
-    a function are lost when it is inlined.)"""
+    """Return n in a form that tells the compiler that n is a multiple of VECTOR. (Hints on the
+    arguments of a function are lost when the function is inlined.)"""
     return n // VECTOR * VECTOR if VECTOR > 1 else n
 
 
 @triton.jit
 def _at(p, origin, offsets, VECTOR: tl.constexpr):
-    """Addresses. Arrays start at multiples of 16 bytes if there are vectors, but the tiles of a w
-    that is narrower than v only at multiples of as many elements."""
+    """Return the addresses of the elements of a tile. With vectors, tiles start at multiples of 16
+    bytes. But tiles of a w that is narrower than v start at multiples of VECTOR elements only."""
     BITS: tl.constexpr = VECTOR * p.dtype.element_ty.primitive_bitwidth
     ALIGNED: tl.constexpr = 16 if BITS > 128 else BITS // 8
     p += origin
@@ -75,15 +75,15 @@ def _at(p, origin, offsets, VECTOR: tl.constexpr):
 
 @triton.jit
 def _left(n, most: tl.constexpr, VECTOR: tl.constexpr):
-    """n of a tile's lines or columns, in 32 bits."""
+    """Return in 32 bits how many lines or columns a tile has, if ``n`` are left of the matrix."""
     return _whole(tl.minimum(n, most).to(tl.int32), VECTOR)
 
 
 @triton.jit
 def chunk_of(program, per_chunk, tiles, split):
-    """Of a program: its strip, its place among those that share it, the first of its tiles and the
-    one after them. All in 32 bits, for so many tiles take terabytes: a division of 64 bits
-    is a call, and the compiler keeps registers free for it around loops."""
+    """Return the strip of a program, its place among the programs that share the strip, its first
+    tile, and the end of its tiles. 32 bits are enough, because more tiles would take terabytes. A
+    division of 64 bits is a call, for which the compiler keeps registers free around loops."""
     program, split = program.to(tl.int32), split.to(tl.int32)
     chunk = program % split
     start = chunk * per_chunk.to(tl.int32)
@@ -96,8 +96,8 @@ def tile_of(
     tile, strip, plan,
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a strip: its first element, the offsets of the others from there, which there are.
-    A plan sees to it that offsets fit in 32 bits."""
+    """Return the first element of a tile, the offsets of all elements from the first, and the mask
+    of the elements that exist. Every plan ensures that offsets fit in 32 bits."""
     rows, inner, lines, pitch, strip_rows, width, numel, _per_chunk, _tiles, _split = plan
     origin = strip * strip_rows * inner
     if KIND == ROWS:
@@ -118,40 +118,41 @@ def tile_of(
     column = tl.arange(0, COLUMNS)[None, :]
     offsets = line * _whole(pitch.to(tl.int32), VECTOR) + column
     mask = (line < _left(lines, LINES, 1)) & (column < _left(width, COLUMNS, VECTOR))
-    if KIND == STRIPS:  # folded, the last line may end early
+    if KIND == STRIPS:  # the last line of a folded matrix may end early
         mask &= offsets < _left(numel - origin, 2**31 - 1, VECTOR)
     return origin, offsets, mask
 
 
 @triton.jit
 def load(p, origin, offsets, mask, ACC: tl.constexpr, VECTOR: tl.constexpr):
-    """A tile in the type of sums; zeros where there is no element."""
+    """Load a tile in the type of sums, with zeros for elements that do not exist."""
     return widen(tl.load(_at(p, origin, offsets, VECTOR), mask=mask, other=0.0), ACC)
 
 
 @triton.jit
 def store_at(p, origin, offsets, x, mask, VECTOR: tl.constexpr):
-    """Stores a tile."""
+    """Store a tile, rounded to the type of p."""
     store(_at(p, origin, offsets, VECTOR), x, mask)
 
 
 @triton.jit
 def _divided(small, n):
-    """small // n, both up to 256. A division takes ten times the instructions, and every thread has
-    one for each column where columns are compared."""
+    """Return small // n; both are at most 256. A division would take ten times the instructions,
+    and every thread would do one for each column when columns are compared."""
     return (small * ((0xFFFF + n) // n)) >> 16
 
 
 @triton.jit
 def _rows_of_columns(column, rows, inner, COLUMNS: tl.constexpr):
-    """The rows of columns of a strip, counted from the strip's first."""
+    """Return the row of each column of a strip, counted from the first row of the strip."""
     row, rows = _divided(column, inner.to(tl.int32)), tl.minimum(rows, COLUMNS).to(tl.int32)
     return row - _divided(row, rows) * rows
 
 
 @triton.jit
 def rows_of(strip, plan, KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr):
-    """The rows of a program, shaped to go with its tiles; which there are; where each is first."""
+    """Return the rows of a program, shaped to broadcast with its tiles, the mask of the rows that
+    exist, and the mask of the first place of each row."""
     rows, inner, lines, pitch, strip_rows, width, numel, per_chunk, tiles, split = plan
     first_row = strip * strip_rows
     if KIND == ROWS:
@@ -172,7 +173,7 @@ def rows_of(strip, plan, KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def row_sums(sums, rows, inner, KIND: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of sums added up to one for each row, shaped to go with tiles."""
+    """Add up a tile of sums to one sum for each row, shaped to broadcast with tiles."""
     if KIND == ROWS:
         return tl.sum(sums, 1, keep_dims=True)
     elif KIND == RUNS:
@@ -188,9 +189,9 @@ def row_sums(sums, rows, inner, KIND: tl.constexpr, COLUMNS: tl.constexpr):
 def partial_sums(
     partials, strip, split, plane, PLANES: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Addresses of what every program of a row or strip leaves behind, and which there are: [1,
-    programs, columns]. Triton would lay out a tensor of two dimensions like a tile of that shape,
-    if the kernel has one, and the order of addition depends on the layout."""
+    """Return the addresses of the partial sums of all programs of a row or strip, and the mask of
+    those that exist, in the shape [1, programs, columns]. Triton would give a tensor of two
+    dimensions the layout of a tile of the same shape, and the layout decides the order of sums."""
     first = strip * split * PLANES + plane
     if KIND == RUNS:
         chunk = tl.arange(0, _MAX_SPLIT)[None, :, None]
@@ -206,7 +207,7 @@ def partial_sums(
 def store_partial_sum(
     partials, program, plane, x, PLANES: tl.constexpr, KIND: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Leaves behind what a program added up."""
+    """Store the partial sums ``x`` of a program."""
     if KIND == RUNS:
         tl.store(partials + program * PLANES + plane + tl.arange(0, 1)[None, :], x)
     else:

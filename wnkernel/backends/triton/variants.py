@@ -1,4 +1,4 @@
-"""What Triton compiles: a kernel with its dtypes, its tile or tiles, and which launch it is."""
+"""The variants of kernels that Triton compiles: one for each choice of dtypes, tiles and launch."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ ELEMENTS = {
 }
 
 _one_at_a_time = threading.Lock() if INTERPRETED.value else nullcontext()
-"""The interpreter runs one kernel at a time."""
+"""The lock of Triton's interpreter, which can run only one kernel at a time."""
 
 
 class Types(NamedTuple):
-    """What a launch has in common. W is the dtype of w and of grad_w."""
+    """The dtypes that all weights of a launch share. ``w`` is the dtype of w and of grad_w."""
 
     v: torch.dtype
     g: torch.dtype
@@ -41,12 +41,12 @@ class Types(NamedTuple):
 
     @property
     def vector(self) -> int:
-        """Elements of the widest access to v."""
+        """The number of elements in the widest access to v."""
         return VECTOR_BYTES // self.v.itemsize
 
 
 class Variant:
-    """A kernel and everything that is compiled into it, for one device."""
+    """A kernel with its compile-time choices, for one device."""
 
     def __init__(
         self, kernel: triton.JITFunction, t: Types, choices: dict[str, Any], device: torch.device
@@ -58,12 +58,12 @@ class Variant:
         self._compiled: CompiledKernel | None = None
 
     def launch(self, programs: int, args: Sequence[int]) -> None:
-        """Launch it on its device, which has to be the current one.
+        """Launch the variant on its device, which must be the current one.
 
-        Triton's own way through binds and specialises the arguments of every call, which takes five
-        times as long as to launch what it compiled; nothing is specialised on here. It is taken for
-        the first launch, and where hooks listen to launches, as those of profilers do: Triton
-        gathers what they are told for chains without any hook, too.
+        Triton's own launch binds and specialises the arguments of every call. That takes five times
+        as long as to launch the compiled kernel directly, and nothing is specialised here. So
+        Triton's own launch is used only the first time, and if hooks listen to launches, as those
+        of profilers do. Triton would gather data for the hooks even if there are none.
         """
         compiled = self._compiled
         if compiled is None:
@@ -80,7 +80,7 @@ class Variant:
             return
         driver = triton.runtime.driver.active
         stream = driver.get_current_stream(driver.get_current_device())
-        run = compiled.run  # loads the kernel, if need be
+        run = compiled.run  # this loads the kernel if it is not loaded yet
         what = compiled.function, compiled.packed_metadata
         run(programs, 1, 1, stream, *what, None, None, None, *args, *self._values)
 
@@ -89,7 +89,7 @@ class Variant:
 def of_one(
     direction: Direction, t: Types, tile: Tile, finish: int, device: torch.device
 ) -> Variant:
-    """For a single weight."""
+    """Return the variant for a single weight."""
     choices = {
         "KIND": int(tile.kind), "LINES": tile.lines, "COLUMNS": tile.columns,
         "VECTOR": t.vector if tile.aligned else 1, "FINISH": finish,
@@ -101,13 +101,13 @@ def of_one(
 def of_list(
     direction: Direction, t: Types, rows_only: bool, finish: int, device: torch.device
 ) -> Variant:
-    """For a list: every tile that it may need is in it.
+    """Return the variant for a list, with a branch for every tile that the list may need.
 
-    Most models have rows for tiles only. The other kinds take more registers, up to 128, and a
-    kernel has as many for all of its branches as for the worst.
+    Most models need tiles of Kind.ROWS only. The other kinds take more registers, up to 128, and a
+    kernel takes as many registers as its most expensive branch.
     """
     every = tiles(t.v.itemsize)
-    needed = [k for k in every if k.kind is Kind.ROWS] if rows_only else every  # rows come first
+    needed = [k for k in every if k.kind is Kind.ROWS] if rows_only else every  # ROWS come first
     choices = {
         "TILES": tuple((int(k.kind), k.lines, k.columns, int(k.aligned)) for k in needed),
         "COUNT": len(needed), "VECTOR": t.vector, "FINISH": finish,
@@ -116,12 +116,12 @@ def of_list(
 
 
 def launched() -> int:
-    """Variants that this process has launched: they are made on the way to a launch."""
+    """Return how many variants this process has launched. A variant is made only to be launched."""
     return of_one.cache_info().currsize + of_list.cache_info().currsize
 
 
 def most() -> int:
-    """Variants that one combination of dtypes can come to."""
+    """Return how many variants there can be for one combination of dtypes."""
     every = tiles(torch.float32.itemsize)
     split = sum(k.kind is not Kind.ROWS for k in every)
     one, many = len(every) + split, 3
@@ -129,12 +129,12 @@ def most() -> int:
 
 
 def warps(device: torch.device) -> int:
-    """Warps of a program on a device, which has to be the current one."""
+    """Return the number of warps of a program on a device, which must be the current one."""
     if INTERPRETED.value:
         return 1
     return THREADS // triton.runtime.driver.active.get_current_target().warp_size
 
 
 def _listens(hook: object) -> bool:
-    """Whether there is a hook: a function (in Triton 3.4), or a chain that is not empty."""
+    """Return whether there is a hook: a function (in Triton 3.4), or a chain that is not empty."""
     return bool(getattr(hook, "calls", hook))
