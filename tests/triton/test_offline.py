@@ -179,4 +179,4 @@ def test_arguments_do_not_make_variants(ask):
     assert found["as launched"] == {kernel: [] for kernel in kernels}
     mutant = found["mutant"]
     assert {"rows", "v", "eps_bits", "compiled more than once"} <= set(mutant["forward_one"])
-    assert {"table", "owners", "partials"} <= set(mutant["forward_list"])
+    assert {"table", "line_of", "partials"} <= set(mutant["forward_list"])

@@ -157,8 +157,8 @@ def test_a_weight_has_its_own_plan_whatever_its_neighbours(data, itemsize, direc
     arrays = range(len(HEADER), len(columns))
     addresses = [[2**61 + 8 * (array + 64 * k) for k in range(len(many))] for array in arrays]
     table = build(many, itemsize, direction)
-    owners = table.owners[: table.programs].tolist()
-    to_finish = table.owners[table.programs :].tolist()
+    line_of = table.line_of[: table.programs].tolist()
+    to_finish = table.line_of[table.programs :].tolist()
     assert len(to_finish) == table.programs_to_finish
     found, reserved = [], []
     for k, line in enumerate(table.at(addresses).tolist()):
@@ -168,7 +168,7 @@ def test_a_weight_has_its_own_plan_whatever_its_neighbours(data, itemsize, direc
         w = many[found[-1]]
         assert p == plan(*w[:3], itemsize, w.vector)
         assert row["eps_bits"] == bits_of(w.eps)
-        assert owners[row["first"] : row["first"] + p.programs] == [k] * p.programs
+        assert line_of[row["first"] : row["first"] + p.programs] == [k] * p.programs
         again = to_finish[row["first_to_finish"] :][: p.programs if p.split > 1 else 0]
         assert again == [k] * len(again)
         assert len(again) == (p.programs if p.split > 1 else 0)
@@ -176,7 +176,7 @@ def test_a_weight_has_its_own_plan_whatever_its_neighbours(data, itemsize, direc
         assert (needed > 0) == (p.split > 1)
         reserved.append((row["partials"], row["partials"] + needed))
     assert sorted(found) == list(range(len(many)))
-    assert len(owners) == sum(plan(*w[:3], itemsize, w.vector).programs for w in many)
+    assert len(line_of) == sum(plan(*w[:3], itemsize, w.vector).programs for w in many)
     end = 0
     for start, stop in sorted(reserved):  # nobody's partial sums lie in another's
         assert start >= end or start == stop

@@ -52,12 +52,12 @@ def _sizes(line):
 
 
 @triton.jit
-def _line(table, owners, LINE: tl.constexpr, FINISH: tl.constexpr):
+def _line(table, line_of, LINE: tl.constexpr, FINISH: tl.constexpr):
     """Return the line of the weight that this program works on, the tile of the weight, and the
     number of this program among all programs of the weight."""
     program = tl.program_id(0).to(tl.int64)
-    owner = tl.load(_pointer(owners, tl.int64) + program)
-    line = _pointer(table, tl.int64) + owner * LINE
+    number = tl.load(_pointer(line_of, tl.int64) + program)
+    line = _pointer(table, tl.int64) + number * LINE
     return line, tl.load(line), program - tl.load(line + _FIRST + FINISH)
 
 
@@ -104,14 +104,14 @@ def backward_one(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table", "owners", "partials"])
+@triton.jit(do_not_specialize=["table", "line_of", "partials"])
 def forward_list(
-    table: tl.int64, owners: tl.int64, partials: tl.int64,
+    table: tl.int64, line_of: tl.int64, partials: tl.int64,
     V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
     TILES: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """Run a forward of all weights of a table. The kernel has a branch for each tile."""
-    line, tile, program = _line(table, owners, _FORWARD_LINE, FINISH)
+    line, tile, program = _line(table, line_of, _FORWARD_LINE, FINISH)
     for k in tl.static_range(COUNT):
         if not (FINISH and TILES[k][0] == ROWS):
             if tile == k:
@@ -127,14 +127,14 @@ def forward_list(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table", "owners", "partials"])
+@triton.jit(do_not_specialize=["table", "line_of", "partials"])
 def backward_list(
-    table: tl.int64, owners: tl.int64, partials: tl.int64,
+    table: tl.int64, line_of: tl.int64, partials: tl.int64,
     V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
     TILES: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """Run a backward of all weights of a table. The kernel has a branch for each tile."""
-    line, tile, program = _line(table, owners, _BACKWARD_LINE, FINISH)
+    line, tile, program = _line(table, line_of, _BACKWARD_LINE, FINISH)
     grad_v, grad_g = tl.load(line + _ADDRESSES + 4), tl.load(line + _ADDRESSES + 5)
     for k in tl.static_range(COUNT):
         if not (FINISH and TILES[k][0] == ROWS):

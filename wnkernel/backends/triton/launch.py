@@ -163,7 +163,7 @@ class Launcher:
     def __init__(self) -> None:
         self._prepared = Kept(PREPARED)
         self._tables = Kept()
-        self._owners = Kept()
+        self._line_of = Kept()
         self._uploads = Uploads()
 
     def prepared(self, many: Problems) -> Prepared:
@@ -198,12 +198,12 @@ class Launcher:
             for variant, programs in batch.launches:
                 variant.launch(programs, args)
             return
-        lines, owners = self._uploaded(batch, batch.table, addresses, inputs, keep)
+        lines, line_of = self._uploaded(batch, batch.table, addresses, inputs, keep)
         partials = _workspace(batch)
-        table, owner = lines.data_ptr(), owners.data_ptr()
+        table, place = lines.data_ptr(), line_of.data_ptr()
         for variant, programs in batch.launches:
-            variant.launch(programs, (table, owner, _address(partials)))
-            owner += owners.itemsize * programs
+            variant.launch(programs, (table, place, _address(partials)))
+            place += line_of.itemsize * programs
 
     def _uploaded(
         self,
@@ -213,25 +213,26 @@ class Launcher:
         inputs: Mapping[str, Sequence[Tensor]],
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return the table of a list on its device: the lines with addresses, and the owners."""
+        """Return the table of a list on its device: its lines with addresses, and which of them
+        each program reads."""
         device = batch.device
 
         def lines() -> Tensor:
             check_memory(inputs)
             return self._uploads.copy(table.at(addresses), device)
 
-        def owners() -> Tensor:
-            self._uploads.expect(table.lines.numel() + table.owners.numel())
-            return self._uploads.copy(table.owners, device)
+        def line_of() -> Tensor:
+            self._uploads.expect(table.lines.numel() + table.line_of.numel())
+            return self._uploads.copy(table.line_of, device)
 
         capturing = is_capturing(device)
         if not capturing:
             self._uploads.refill(device)
         if capturing or not keep:  # a kept table may be dropped before a captured graph runs
-            return lines(), self._uploads.copy(table.owners, device)
+            return lines(), self._uploads.copy(table.line_of, device)
         place = batch, current_stream(device)
         found = self._tables.get((*place, *map(tuple, addresses)), lines)
-        return found, self._owners.get(place, owners)
+        return found, self._line_of.get(place, line_of)
 
 
 def _workspace(batch: Batch) -> Tensor | None:

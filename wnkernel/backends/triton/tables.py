@@ -1,5 +1,5 @@
-"""The data that kernels for lists read: a table with a line for each weight, and the owners, which
-are the weights that the programs work on.
+"""The data that kernels for lists read: a table with a line for each weight, and which line each
+program reads.
 
 Both are made on the CPU and copied to the device. They are kept there and used again if all
 addresses and sizes in them are the same, as is usual from one training step to the next.
@@ -75,7 +75,7 @@ class Table:
     lines: Tensor
     """An int64 tensor with a line for each weight, in the order of ``order``. Addresses are 0."""
     order: Tensor
-    owners: Tensor
+    line_of: Tensor
     """An int64 tensor with the line of each program of the first launch, then of the second."""
     programs: int
     """The programs of the first launch."""
@@ -134,11 +134,11 @@ def build(weights: Sequence[Weight], itemsize: int, direction: Direction) -> Tab
     programs = _numbers([plans[k].programs for k in order])
     to_finish = _numbers([plans[k].programs if plans[k].split > 1 else 0 for k in order])
     place = torch.arange(len(plans), device="cpu")
-    owners = place.repeat_interleave(programs), place.repeat_interleave(to_finish)
+    line_of = place.repeat_interleave(programs), place.repeat_interleave(to_finish)
     choices = tiles(itemsize)
     rows_only = all(choices[p.tile].kind is Kind.ROWS for p in plans)
     counts = first, first_to_finish, partials
-    return Table(_numbers(lines), _numbers(order), torch.cat(owners), *counts, rows_only)
+    return Table(_numbers(lines), _numbers(order), torch.cat(line_of), *counts, rows_only)
 
 
 def _numbers(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
