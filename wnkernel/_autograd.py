@@ -32,7 +32,7 @@ def weight_norms(problems: Problems, backend: PythonBackend) -> list[Tensor]:
     tensors = *problems.v, *problems.g
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return list(_Forward.apply(backend, problems, *tensors))
-    return backend.forward(problems)[0]
+    return backend.weights(problems)[0]
 
 
 def norms(
@@ -47,7 +47,7 @@ class _Forward(Function):
     def forward(
         ctx: Any, backend: PythonBackend, problems: Problems, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        w, ctx.norms = backend.forward(problems)
+        w, ctx.norms = backend.weights(problems)
         ctx.backend, ctx.problems = backend, problems
         ctx.versions = _versions_of(tensors)
         ctx.set_materialize_grads(False)
@@ -117,9 +117,9 @@ def _derivative(
         if any(map(Tensor._is_zerotensor, grad_ws)):  # these zeros have no memory
             grad_ws = [t.clone() for t in grad_ws]
         if backend.is_traceable or have_addresses(grad_ws):
-            return backend.backward(problems, norms, grad_ws, need_v, need_g)
+            return backend.gradients(problems, norms, grad_ws, need_v, need_g)
     # Dynamo before torch 2.7 iterates over lists only.
-    grads = [composed.backward(problems[k], norms[k], w) for k, w in enumerate(grad_ws)]
+    grads = [composed.gradients(problems[k], norms[k], w) for k, w in enumerate(grad_ws)]
     return composed.wanted(grads, need_v, need_g)
 
 

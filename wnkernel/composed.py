@@ -117,7 +117,7 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def backward(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
+def gradients(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
     """First derivative: ``(grad_v, grad_g)`` from the unclamped ``norm`` kept by the forward.
 
     With u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s), grad_g = s. Rows

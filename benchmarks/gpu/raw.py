@@ -93,14 +93,14 @@ def of_backend(name: str) -> Maker:
 
     def make(t: Tensors, dim: int | None) -> Raw:
         problems = [check(t.v, t.g, dim)]
-        norms = backend.forward(problems)[1]
+        norms = backend.weights(problems)[1]
 
         def forward() -> tuple[Tensor, ...]:
-            (w,), (norm,) = backend.forward(problems)
+            (w,), (norm,) = backend.weights(problems)
             return w, norm
 
         def backward() -> tuple[Tensor, Tensor]:
-            (grad_v,), (grad_g,) = backend.backward(problems, norms, [t.grad_w], [True], [True])
+            (grad_v,), (grad_g,) = backend.gradients(problems, norms, [t.grad_w], [True], [True])
             return grad_v, grad_g
 
         return Raw(forward, backward)

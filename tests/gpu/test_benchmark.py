@@ -204,13 +204,13 @@ def test_a_wrong_kernel_fails_its_cases_and_nobody_else(
     monkeypatch, eager_is_ours, tmp_path, capsys
 ):
     """The others of its cases are measured, and its other cases."""
-    right = type(eager_is_ours).backward
+    right = type(eager_is_ours).gradients
 
     def wrong(self, problems, *rest):
         grad_v, grad_g = right(self, problems, *rest)
         return [1.01 * t if problems[0].dim == 1 else t for t in grad_v], grad_g
 
-    monkeypatch.setattr(type(eager_is_ours), "backward", wrong)
+    monkeypatch.setattr(type(eager_is_ours), "gradients", wrong)
     said, failures = measured(tmp_path, Section.COPY, Section.SINGLE, backend="eager")
     assert failures == [f"{t} 16x24x3 dim 1, wnkernel eager" for t in ("float32", "bfloat16")]
     told = capsys.readouterr().out

@@ -30,13 +30,13 @@ def test_every_case_of_the_smoke_test_is_right_or_not(monkeypatch, eager_is_ours
     assert result.exit_code == 0
     assert result.output.count("OK   eager float32") == 6
     assert "6 weight norms on eager are right, 0 wrong" in result.output
-    right = type(eager_is_ours).forward
+    right = type(eager_is_ours).weights
 
     def wrong(self, problems):
         w, norms = right(self, problems)
         return [1.01 * x if p.dim == 1 else x for x, p in zip(w, problems, strict=True)], norms
 
-    monkeypatch.setattr(type(eager_is_ours), "forward", wrong)
+    monkeypatch.setattr(type(eager_is_ours), "weights", wrong)
     result = small_smoke(monkeypatch)
     assert result.exit_code == 1
     assert "FAIL eager float32 [6, 5, 3] dim 1: VerificationError" in result.output
@@ -48,7 +48,7 @@ def test_a_smoke_test_on_a_device_that_fails_ends(monkeypatch, eager_is_ours):
     def fault(self, problems):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(type(eager_is_ours), "forward", fault)
+    monkeypatch.setattr(type(eager_is_ours), "weights", fault)
     monkeypatch.setattr(smoke, "is_usable", lambda device: False)
     result = small_smoke(monkeypatch)
     assert result.exit_code == 1

@@ -131,14 +131,14 @@ def test_a_change_in_place_before_the_second_derivative_raises(route):
 def differentiated(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], tuple[bool, bool]]:
     """What the eager backend computes: the shape of v, and whether grad_v and grad_g are wanted."""
     found = {}
-    backward = BACKENDS["eager"].backward
+    backward = BACKENDS["eager"].gradients
 
     def watched(problems, norms, grad_ws, need_v, need_g):
         shapes = [tuple(p.v.shape) for p in problems]
         found.update(zip(shapes, zip(need_v, need_g, strict=True), strict=True))
         return backward(problems, norms, grad_ws, need_v, need_g)
 
-    monkeypatch.setattr(BACKENDS["eager"], "backward", watched)
+    monkeypatch.setattr(BACKENDS["eager"], "gradients", watched)
     return found
 
 

@@ -40,14 +40,13 @@ def counted(route: str) -> Iterator[Launches]:
             setattr(found, name, sum(counts.get(operator, 0) for operator in operators))
         return
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("forward", "backward"):
-            patch.setattr(BACKENDS[route], name, _counting(BACKENDS[route], name, found))
+        for name, method in (("forward", "weights"), ("backward", "gradients")):
+            counting = _counting(getattr(BACKENDS[route], method), name, found)
+            patch.setattr(BACKENDS[route], method, counting)
         yield found
 
 
-def _counting(backend: object, name: str, found: Launches) -> Callable[..., object]:
-    original = getattr(backend, name)
-
+def _counting(original: Callable[..., object], name: str, found: Launches) -> Callable[..., object]:
     def call(*args: object) -> object:
         setattr(found, name, getattr(found, name) + 1)
         return original(*args)

@@ -26,8 +26,8 @@ UNTRIED = ["2.3.1", "2.16.0.dev20270101+cpu", "3.0.0"]
 
 
 def imported(version: str, **environment: str) -> tuple[dict, str]:
-    """wnkernel.info() and what an import prints with a torch of another version, apart from the line
-    on the compiled module, which is for the torch that is really there."""
+    """wnkernel.info() and what an import prints with a torch of another version. The line on the
+    compiled module, which is for the torch that is really there, is left out."""
     quiet = "ignore:wnkernel._C was built for torch:UserWarning"
     result = python("-W", quiet, "-c", IMPORT.format(version=version), **environment)
     assert result.returncode == 0, result.stderr

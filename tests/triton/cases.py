@@ -99,8 +99,8 @@ def run(
     cases = list(cases)
     problems = [check(c.v, c.g, c.dim, c.eps, c.out_dtype) for c in cases]
     yes = [True] * len(cases)
-    ws, norms = TRITON.forward(problems)
-    grads = TRITON.backward(
+    ws, norms = TRITON.weights(problems)
+    grads = TRITON.gradients(
         problems, norms, [c.grad_w for c in cases], need_v or yes, need_g or yes
     )
     return [Result(*each) for each in zip(ws, norms, *grads, strict=True)]

@@ -123,8 +123,8 @@ def run(*shapes: tuple[int, ...], hooks: bool = False) -> dict[str, list]:
     backend = BACKENDS["triton"]
     yes = [True] * len(problems)
     with listening() if hooks else nullcontext():
-        w, norms = backend.forward(problems)
-        backend.backward(problems, norms, w, yes, yes)
+        w, norms = backend.weights(problems)
+        backend.gradients(problems, norms, w, yes, yes)
     return {what: list(each) for what, each in noted.items()}
 
 

@@ -204,7 +204,7 @@ def test_nobody_asks_again_about_a_device_that_kernels_ran_on(monkeypatch):
     v, g = torch.ones(3, 4, device=DEVICE), torch.ones(3, 1, device=DEVICE)
     assert TRITON.reasons(v) == TRITON.reasons(v) == ["no GPU"]
     assert asked == [DEVICE] * 2
-    TRITON.forward([check(v, g, 0)])
+    TRITON.weights([check(v, g, 0)])
     assert TRITON.reasons(v) == []
     assert asked == [DEVICE] * 2
     assert TRITON.reasons(v.to("meta")) == ["no GPU"]

@@ -339,6 +339,6 @@ def test_forward_only(monkeypatch):
     """Frozen weights: no backward, no gradients' memory."""
     launches = record_launches(monkeypatch)
     c = case((3, 5), 0)
-    (w,), (norm,) = TRITON.forward([check(c.v, c.g, 0)])
+    (w,), (norm,) = TRITON.weights([check(c.v, c.g, 0)])
     assert [launch.kernel for launch in launches] == ["forward_one"]
     assert_right_forward(c, Result(w, norm, None, None))

@@ -201,7 +201,7 @@ def test_results_have_memory_of_their_own(count):
 def test_norms_of_a_list_lie_together_or_apart():
     cases = mixed()
     problems = problems_of(cases)
-    (_, together), (_, apart) = (TRITON.forward(problems, apart=apart) for apart in (False, True))
+    (_, together), (_, apart) = (TRITON.weights(problems, apart=apart) for apart in (False, True))
     assert len(together) == len(list(together)) == len(apart) == len(cases)
     assert len({n.untyped_storage().data_ptr() for n in together}) == 1
     for a, b in zip(together, apart, strict=True):
@@ -209,7 +209,7 @@ def test_norms_of_a_list_lie_together_or_apart():
         assert torch.equal(a, b)
         assert b.untyped_storage().nbytes() == b.numel() * b.element_size()
     yes, grads = [True] * len(cases), [c.grad_w for c in cases]
-    found = [TRITON.backward(problems, norms, grads, yes, yes) for norms in (together, apart)]
+    found = [TRITON.gradients(problems, norms, grads, yes, yes) for norms in (together, apart)]
     for columns in zip(*found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(*columns, strict=True))
 
@@ -275,7 +275,7 @@ def test_operators_keep_no_tables(still):
     before, problems = len(kept), problems_of(cases)
     made = still.made
     for _ in range(2):
-        _, norms = TRITON.forward(problems, apart=True)
+        _, norms = TRITON.weights(problems, apart=True)
         yes = [True] * 2
-        TRITON.backward(problems, norms, [c.grad_w for c in cases], yes, yes, apart=True)
+        TRITON.gradients(problems, norms, [c.grad_w for c in cases], yes, yes, apart=True)
     assert (len(kept), still.made) == (before, made + 4)

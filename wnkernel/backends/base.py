@@ -45,7 +45,7 @@ class PythonBackend(Backend, Protocol):
     """A backend that is called from Python. It computes weight norms of a list of weights and their
     first derivatives, and leaves autograd to the caller.
 
-    The norms that :meth:`forward` returns are passed only to :meth:`backward` of the same backend.
+    The norms that :meth:`weights` returns are passed only to :meth:`gradients` of the same backend.
     There is one tensor for each weight; the rest is up to the backend.
     """
 
@@ -53,10 +53,10 @@ class PythonBackend(Backend, Protocol):
     """Whether this backend calls torch's operators only, which dispatch modes and fake tensors can
     follow."""
 
-    def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], Sequence[Tensor]]:
+    def weights(self, problems: Sequence[Problem]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return ``w`` and ``norm`` of every problem."""
 
-    def backward(
+    def gradients(
         self,
         problems: Sequence[Problem],
         norms: Sequence[Tensor],

@@ -47,11 +47,11 @@ class EagerBackend:
         is_right = (norm > 0) & norm.isfinite()
         return torch.where(is_right, norm, composed.norm_except_dim(v.to(p.acc_dtype), p.dim))
 
-    def forward(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
+    def weights(self, problems: Sequence[Problem]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = [_forward_one(p) for p in problems]
         return [w for w, _ in pairs], [norm for _, norm in pairs]
 
-    def backward(
+    def gradients(
         self,
         problems: Sequence[Problem],
         norms: Sequence[Tensor],
@@ -105,4 +105,4 @@ def _backward_one(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Ten
         return torch.ops.aten._weight_norm_interface_backward(
             grad_w.to(p.v.dtype).contiguous(), p.v, p.g, norm, p.dim
         )
-    return composed.backward(p, norm, grad_w)
+    return composed.gradients(p, norm, grad_w)

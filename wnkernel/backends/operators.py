@@ -77,9 +77,9 @@ class Operators:
     ) -> list[Tensor]:
         problems = check_forward(v, g, dim, eps, out_dtype)
         if self._triton.takes(v[0]):
-            w, norm = self._triton.forward(problems, apart=True)
+            w, norm = self._triton.weights(problems, apart=True)
         else:
-            w, norm = self._eager.forward([_without_gaps(p) for p in problems])
+            w, norm = self._eager.weights([_without_gaps(p) for p in problems])
         return [*w, *norm]
 
     def backward(
@@ -97,10 +97,10 @@ class Operators:
         wanted = [bool(x) for x in need_v], [bool(x) for x in need_g]
         if self._triton.takes(v[0]):
             norm = [n.contiguous() for n in norm]
-            grad_v, grad_g = self._triton.backward(problems, norm, grad_w, *wanted, apart=True)
+            grad_v, grad_g = self._triton.gradients(problems, norm, grad_w, *wanted, apart=True)
         else:
             problems = [_without_gaps(p) for p in problems]
-            grad_v, grad_g = self._eager.backward(problems, norm, grad_w, *wanted)
+            grad_v, grad_g = self._eager.gradients(problems, norm, grad_w, *wanted)
             grad_v = [
                 None if t is None else ordered_like("grad_v", t, p.v)
                 for t, p in zip(grad_v, problems, strict=True)

@@ -94,9 +94,9 @@ class TritonBackend:
         return v.device.type in self.operator_devices
 
     def norm(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
-        return self.forward([check(v, g, dim, eps)], apart=True)[1][0]
+        return self.weights([check(v, g, dim, eps)], apart=True)[1][0]
 
-    def forward(
+    def weights(
         self, problems: Sequence[Problem], *, apart: bool = False
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return w and norm of every problem.
@@ -130,7 +130,7 @@ class TritonBackend:
         self._used.add(prepared.device)
         return w, norms
 
-    def backward(
+    def gradients(
         self,
         problems: Sequence[Problem],
         norms: Sequence[Tensor],
@@ -140,7 +140,7 @@ class TritonBackend:
         *,
         apart: bool = False,
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        """Return grad_v and grad_g of every problem, with ``apart`` as in :meth:`forward`."""
+        """Return grad_v and grad_g of every problem, with ``apart`` as in :meth:`weights`."""
         many = Problems.of(problems)
         live = [k for k, needs in enumerate(map(or_, need_v, need_g)) if needs]
         if not live:
