@@ -48,6 +48,7 @@ class _Forward(Function):
         ctx: Any, backend: PythonBackend, problems: Problems, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         w, ctx.norms = backend.weights(problems)
+        problems.settle()
         ctx.backend, ctx.problems = backend, problems
         ctx.versions = _versions_of(tensors)
         ctx.set_materialize_grads(False)

@@ -160,6 +160,11 @@ class Problems(Sequence[Problem]):
             self._options = [form.options for form in self.forms]
         return self._options
 
+    def settle(self) -> None:
+        """Read the options now. Graphs of compiled autograd guard them, and are compiled again if
+        they are there in one step and still to be read in the next."""
+        self._options = self.options
+
     @property
     def forms(self) -> list[Form]:
         """The form of each weight norm, as it was when this property was first read."""

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
-from .census import OURS, census, normed_in, originals, parametrizations_of
+from .census import (
+    OURS,
+    census,
+    is_known,
+    normed_in,
+    originals,
+    parametrizations_of,
+    stacked_in,
+)
 from .checkpoint import WeightNormOriginals
 from .checkpoint.loading import assign_weight
 from .layers import M, folded_weight, update_flat_weights
@@ -219,7 +227,8 @@ def _layers(model: nn.Module, initialised: list[_Layer]) -> list[_Layer]:
         if (
             normed.name == NAME
             and normed.kind == OURS
-            and normed.is_exact
+            and is_known(normed.norm)
+            and len(stacked_in(normed.weights)) == 1
             and isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
             and not parametrize.is_parametrized(module, "bias")
             and canonical_dim(normed.norm.dim, normed.originals()[1].ndim) == int(transposed)

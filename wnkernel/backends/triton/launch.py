@@ -73,9 +73,10 @@ class Group:
     def __init__(self, types: Types, places: Sequence[int], many: Problems) -> None:
         self.types, self.places = types, places
         self._device = many.v[0].device
-        self._views = [row_view(many.v[k], many.options[k][0]) for k in places]
+        options = many.options
+        self._views = [row_view(many.v[k], options[k][0]) for k in places]
         acc = accumulation_dtype(self.types.v)
-        self._eps = [bound_of(many.options[k][1], acc) for k in places]
+        self._eps = [bound_of(options[k][1], acc) for k in places]
         self._is_all = len(places) == len(many)
         self._batches: dict[tuple[object, ...], Batch] = {}
 
