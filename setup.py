@@ -251,7 +251,7 @@ def extension_arguments() -> dict:
             raise SystemExit(f"WNKERNEL_BUILD={mode} needs torch at build time: {error}")
         plain_line(
             "torch is not installed here, so this is the pure-Python package; for compiled kernels "
-            "install torch first and use: pip install --no-build-isolation"
+            "install torch first, and then the package again"
         )
         return pure_arguments("the build found no torch")
     import torch

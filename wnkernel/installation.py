@@ -24,8 +24,25 @@ BUILD_TOOLS = ("setuptools>=77", "ninja", "pybind11")
 _told = False
 
 
+def hidden() -> str:
+    """The folder of the installed package, if this one is a checkout that hides it because Python
+    was started there; otherwise empty."""
+    try:
+        there = Path(str(distribution("wnkernel").locate_file("wnkernel")))
+    except PackageNotFoundError:
+        return ""
+    is_other = (there / "__init__.py").exists() and there.resolve() != PACKAGE
+    return str(there) if is_other and (PACKAGE.parent / "setup.py").exists() else ""
+
+
 def why_not_built() -> str:
-    """What the build recorded, as a reason why ``wnkernel._C`` is not there."""
+    """The reason why ``wnkernel._C`` is not there: a checkout that hides the installed package, or
+    what the build recorded."""
+    if there := hidden():
+        return (
+            f"wnkernel._C is not built in {PACKAGE.parent}, which hides the package that is "
+            f"installed in {there}: start Python in another folder"
+        )
     return f"wnkernel._C is not built (a pure-Python install{WHY_PURE and f': {WHY_PURE}'})"
 
 
@@ -69,7 +86,7 @@ def tell(reason: str) -> None:
     _told = True
     # No line of source code is printed below it, as that of a caller would be.
     warnings.warn_explicit(
-        f"{reason}; for compiled kernels: {command()}",
+        reason if hidden() else f"{reason}; for compiled kernels: {command()}",
         UserWarning,
         str(PACKAGE / "__init__.py"),
         0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -159,6 +160,24 @@ def test_the_command_for_a_checkout(monkeypatch):
 
     monkeypatch.setattr(installation, "distribution", distribution)
     assert installation.command() == f"{PIP}-e {ROOT}"
+
+
+def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path, monkeypatch):
+    installed = tmp_path / "wnkernel"
+    installed.mkdir()
+    (installed / "__init__.py").touch()
+    found = SimpleNamespace(locate_file=tmp_path.joinpath)
+    monkeypatch.setattr(installation, "distribution", lambda name: found)
+    reason = installation.why_not_built()
+    assert reason == (
+        f"wnkernel._C is not built in {ROOT}, which hides the package that is installed in "
+        f"{installed}: start Python in another folder"
+    )
+    monkeypatch.setattr(installation, "_told", False)
+    with pytest.warns(UserWarning, match=re.escape(reason) + "$"):
+        installation.tell(reason)
+    (installed / "__init__.py").unlink()  # as of an editable installation
+    assert installation.why_not_built().startswith("wnkernel._C is not built (a pure-Python")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there are no broken pipes")
