@@ -22,7 +22,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -213,16 +212,23 @@ def extension_of(cuda: bool) -> Extension:
     )
 
 
+NO_TORCH = "the build found no torch"
+
+
 def torch_missing() -> str:
     """Why torch cannot be imported; empty if it can."""
     try:
         import torch
-    except ImportError:
+    except ModuleNotFoundError:
         add_installed()
         try:
             import torch  # noqa: F401
-        except Exception as error:
-            return str(error)
+        except ModuleNotFoundError as error:
+            return NO_TORCH if error.name == "torch" else str(error)
+        except Exception as error:  # OSError, say, where a library of CUDA is missing
+            return f"the torch that is installed cannot be imported: {error!r}"
+    except Exception as error:
+        return f"the torch that is installed cannot be imported: {error!r}"
     return ""
 
 
@@ -250,10 +256,10 @@ def extension_arguments() -> dict:
         if mode != "auto":
             raise SystemExit(f"WNKERNEL_BUILD={mode} needs torch at build time: {error}")
         plain_line(
-            "torch is not installed here, so this is the pure-Python package; for compiled kernels "
-            "install torch first, and then the package again"
+            f"{error}, so this is the pure-Python package; for compiled kernels install torch "
+            "first, and then the package again"
         )
-        return pure_arguments("the build found no torch")
+        return pure_arguments(error)
     import torch
 
     why_no_cuda = no_cuda() if mode != "cpu" else "WNKERNEL_BUILD=cpu"
@@ -296,7 +302,7 @@ def extension_arguments() -> dict:
             names = prebuilt.names(version, kinds)
             try:
                 found = prebuilt.look_up(base, names, info_path(self).parents[1])
-            except (OSError, zipfile.BadZipFile) as error:
+            except Exception as error:  # of the network, of a broken file: compiling needs neither
                 plain_line(f"{base} cannot be used ({error})")
                 return False
             plain_line(f"taken from {found}" if found else f"{base} has no wheel for this torch")

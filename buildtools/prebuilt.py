@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import quote
 
-WANTED = ("wnkernel/_C*", "wnkernel/_build_info.py")
+WANTED = ("wnkernel/_C.*", "wnkernel/_build_info.py")
 OLDEST_GLIBC = 17
 """The 2.17 of the oldest manylinux tag that has a number in its name."""
 PATIENCE_S = 30
@@ -80,7 +80,9 @@ def _read(base: str, name: str) -> bytes | None:
     except FileNotFoundError:
         return None
     except urllib.error.URLError as error:
-        if getattr(error, "code", None) == 404 or isinstance(error.reason, FileNotFoundError):
+        if getattr(error, "code", None) in (403, 404) or isinstance(
+            error.reason, FileNotFoundError
+        ):
             return None
         raise
 

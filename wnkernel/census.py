@@ -67,7 +67,7 @@ class NormedParameter:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the weight is known to be ``g * v / norm(v)`` of its g and v."""
+        """Whether the weight is known to be ``g * v / max(norm(v), eps)`` of its g and v."""
         return is_known(self.norm) and self.is_alone
 
     @property

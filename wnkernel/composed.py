@@ -136,7 +136,7 @@ def gradients(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]
 def wanted(
     grads: Iterable[tuple[Tensor, Tensor]], need_v: Sequence[bool], need_g: Sequence[bool]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Turn results of :func:`backward` into lists of ``grad_v`` and ``grad_g``, with None for each
+    """Turn results of :func:`gradients` into lists of ``grad_v`` and ``grad_g``, with None for each
     gradient that is not needed."""
     grad_v, grad_g = zip(*grads, strict=True)
     return (
@@ -149,7 +149,7 @@ def double_backward(
     p: Problem, grad_w: Tensor, gg_v: Tensor | None, gg_g: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Second derivative: gradients of ``<gg_v, grad_v> + <gg_g, grad_g>`` with respect to
-    ``(grad_w, v, g)``, where ``(grad_v, grad_g)`` is the result of :func:`backward`.
+    ``(grad_w, v, g)``, where ``(grad_v, grad_g)`` is the result of :func:`gradients`.
 
     The norm is differentiated in full. With c = g / n, a = <gg_v, u>, s = <grad_w, u> and t =
     <gg_v, grad_w> - a s per row::

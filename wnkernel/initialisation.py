@@ -18,11 +18,13 @@ from .census import (
     is_known,
     normed_in,
     originals,
+    own_parametrizations,
     parametrizations_of,
     stacked_in,
 )
 from .checkpoint import WeightNormOriginals
 from .checkpoint.loading import assign_weight
+from .keys import G
 from .layers import M, folded_weight, update_flat_weights
 from .module_class import forget_cached
 from .observers import sharding_modules
@@ -229,6 +231,7 @@ def _layers(model: nn.Module, initialised: list[_Layer]) -> list[_Layer]:
             and normed.kind == OURS
             and is_known(normed.norm)
             and len(stacked_in(normed.weights)) == 1
+            and G not in own_parametrizations(normed.weights)
             and isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
             and not parametrize.is_parametrized(module, "bias")
             and canonical_dim(normed.norm.dim, normed.originals()[1].ndim) == int(transposed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import warnings
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -19,6 +20,7 @@ except ImportError:  # the module was built, or nothing was
     IS_ON_REQUEST, WHY_PURE = False, ""
 
 PACKAGE = Path(__file__).resolve().parent
+NAME = "wnkernel"
 BUILD_TOOLS = ("setuptools>=77", "ninja", "pybind11")
 
 _told = False
@@ -57,6 +59,8 @@ def command() -> str:
         source = ["-e", str(PACKAGE.parent)]
     else:
         source = [_source(found)]
+        if source == [NAME]:  # an index may have a pure wheel too
+            source = ["--no-binary", NAME, NAME]
     if not by_uv:
         return shlex.join(
             ["pip", "install", "--no-deps", "--force-reinstall", "--no-cache-dir", *source]
@@ -74,7 +78,7 @@ def _source(found: Distribution | None) -> str:
     if vcs := record.get("vcs_info"):
         return f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
     if not url or url.endswith(".whl"):
-        return "wnkernel"
+        return NAME
     return unquote(url.removeprefix("file://")) if "dir_info" in record else url
 
 
@@ -84,11 +88,15 @@ def tell(reason: str) -> None:
     if _told or IS_ON_REQUEST:
         return
     _told = True
-    # No line of source code is printed below it, as that of a caller would be.
-    warnings.warn_explicit(
-        reason if hidden() else f"{reason}; for compiled kernels: {command()}",
-        UserWarning,
-        str(PACKAGE / "__init__.py"),
-        0,
-        module="wnkernel",
-    )
+    text = reason if hidden() else f"{reason}; for compiled kernels: {command()}"
+    try:
+        # No line of source code is printed below it, as that of a caller would be.
+        path = str(PACKAGE / "__init__.py")
+        warnings.warn_explicit(text, UserWarning, path, 0, module="wnkernel")
+    except UserWarning:  # where warnings are errors, a hint must not stop an import or a first call
+        print(f"wnkernel: {text}", file=sys.stderr)
+
+
+def is_told() -> bool:
+    """Whether there is nothing more to tell."""
+    return _told or IS_ON_REQUEST

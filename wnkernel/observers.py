@@ -1,7 +1,8 @@
 """Observers of tensors: compilers, exporters, tracers, function transforms, dispatch modes,
 DTensors and sharded modules.
 
-Every other file asks here whether an observer is at work. Code that is observed must consist of
+Other files ask here whether an observer is at work, and ask torch itself only whether Dynamo or
+another compiler is tracing. Code that is observed must consist of
 operators that the observer can see, and its results must not be kept for a later call. Kernels that
 take addresses run only where no observer is left.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
 
 import wnkernel
 from wnkernel import convert_state_dict
+from wnkernel.keys import weight_keys
 
 from ..cases import DTYPES, EMPTY_SHAPES, SHAPES, g_shape, shape_dims
 from ..checkpoints import LAYOUTS, all_layouts, g_and_v, ours, saved, unchanged
@@ -375,3 +377,30 @@ def test_fused_and_legacy_models_convert_alike():
     legacy = nn.Sequential(legacy_weight_norm(linear()), legacy_weight_norm(nn.Linear(4, 3)))
     legacy.load_state_dict(convert_state_dict(model.state_dict(), "legacy"), strict=True)
     assert torch.equal(legacy[1].weight_v, before["1.parametrizations.weight.original1"])
+
+
+class OnDemand(Mapping):
+    """A checkpoint whose tensors are made when they are asked for, and freed afterwards."""
+
+    def __init__(self, state_dict):
+        self._state_dict = state_dict
+
+    def __getitem__(self, key):
+        return self._state_dict[key].clone()
+
+    def __iter__(self):
+        return iter(self._state_dict)
+
+    def __len__(self):
+        return len(self._state_dict)
+
+
+def test_tensors_that_are_made_on_demand_are_not_mistaken_for_each_other():
+    checkpoint = {}
+    for k in range(40):
+        g, v = weight_keys(f"{k}.weight", "parametrized")
+        checkpoint |= {g: torch.full((4, 1), k + 1.0), v: torch.randn(4, 5)}
+    want = convert_state_dict(checkpoint, "folded")
+    got = convert_state_dict(OnDemand(checkpoint), "folded")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], w) for key, w in want.items())

@@ -184,9 +184,22 @@ def test_without_a_bias_only_g():
     assert t.mean(1).abs().min() > 1e-3
 
 
+class Exp(nn.Module):
+    def forward(self, s: Tensor) -> Tensor:
+        return s.exp()
+
+
+def with_a_computed_g() -> nn.Module:
+    """As in the paper's form with an exponential; there is no g to write to."""
+    layer = norm(nn.Linear(6, 6))
+    parametrize.register_parametrization(layer.parametrizations.weight, "original0", Exp())
+    return layer
+
+
 def test_what_is_left_alone():
     model = nn.Sequential(
         norm(nn.Linear(6, 6)),
+        with_a_computed_g(),
         norm(nn.Linear(6, 6), dim=1),
         norm(nn.Linear(6, 6), dim=None),
         spectral_norm(norm(nn.Linear(6, 6))),

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,8 @@ def test_no_command_is_needed_with_the_module(ops):
 PIP = "pip install --no-deps --force-reinstall --no-cache-dir "
 UV = "uv pip install 'setuptools>=77' ninja pybind11 && uv pip install --no-build-isolation "
 UV += "--no-deps --no-cache --reinstall "
+SOURCES = "--no-binary wnkernel wnkernel"
+"""From an index, which may have a pure wheel too."""
 
 
 @pytest.mark.parametrize(
@@ -136,14 +139,14 @@ UV += "--no-deps --no-cache --reinstall "
         ("pip\n", {"url": "file:///home/my%20code", "dir_info": {}}, PIP + "'/home/my code'"),
         ("uv", {"url": "file:///home/wnkernel", "dir_info": {}}, UV + "/home/wnkernel"),
         ("pip", {"url": "https://a.b/w-1.tar.gz", "archive_info": {}}, PIP + "https://a.b/w-1.tar.gz"),
-        ("pip", {"url": "file:///w-1-py3-none-any.whl", "archive_info": {}}, PIP + "wnkernel"),
+        ("pip", {"url": "file:///w-1-py3-none-any.whl", "archive_info": {}}, PIP + SOURCES),
         (
             "pip",
             {"url": "https://a.b/w.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
             PIP + "git+https://a.b/w.git@abc",
         ),
-        ("uv", None, UV + "wnkernel"),
-        (None, None, PIP + "wnkernel"),
+        ("uv", None, UV + SOURCES),
+        (None, None, PIP + SOURCES),
     ],
 )  # fmt: skip
 def test_the_command_is_that_of_the_installer(monkeypatch, tmp_path, installer, record, expected):
@@ -160,6 +163,15 @@ def test_the_command_for_a_checkout(monkeypatch):
 
     monkeypatch.setattr(installation, "distribution", distribution)
     assert installation.command() == f"{PIP}-e {ROOT}"
+
+
+def test_where_warnings_are_errors_a_hint_stops_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(installation, "_told", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        installation.tell("a reason")
+    assert capsys.readouterr().err.startswith("wnkernel: a reason; for compiled kernels: pip")
+    assert installation.is_told()
 
 
 def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path, monkeypatch):

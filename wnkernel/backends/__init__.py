@@ -102,7 +102,7 @@ def choose(v: Tensor) -> Backend:
             raise RuntimeError(f"backend {backend.name!r} was asked for and cannot run: {why}")
         return backend
     backend = next(b for b in BACKENDS.values() if b.is_automatic(v) and b.takes(v))
-    if backend.name == "eager":
+    if backend.name == "eager" and not installation.is_told():
         _tell_of_kernels(v.device.type)
     return backend
 

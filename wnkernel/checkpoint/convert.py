@@ -64,10 +64,10 @@ def convert_state_dict(
             was normed, and stays folded unless it is weight-normed in ``like``: then it becomes v,
             and its norms become g. Pairs that are otherwise not converted are converted if ``like``
             has them. A weight that a module ``like`` does not compute from g and v alone is not
-            converted: one with a subclass of torch's weight norm, or with other parametrizations on
-            the weight norm, on g or on v. The dict may have only some of the layers of ``like``,
-            normed or not. A dict that has no key of ``like`` is refused, because its keys must have
-            other prefixes.
+            converted: one with a subclass of a weight norm, with a parametrization that is none, or
+            with other parametrizations on the weight norm, on g or on v. The dict may have only
+            some of the layers of ``like``, normed or not. A dict that has no key of ``like`` is
+            refused, because its keys must have other prefixes.
         eps: the lower bound of the norms in the layers; only folded weights depend on it. 0 means
             the bounds of the layers of ``like`` if that is a module, else no bound.
 
@@ -168,7 +168,7 @@ class _Conversion:
             return _as_in(w, g, w.requires_grad), own_v
 
         key = (identity(w), split.func, *split.keywords.values())
-        g, v = self._once(key, pair)
+        g, v = self._once(key, pair, w)
         new_g, new_v = pair_keys(weight.key, self.to)
         self.changes[weight.key] = {new_g: self._shaped(g, weight.key), new_v: v}
 
@@ -198,7 +198,7 @@ class _Conversion:
             w = functional.weight_norm(v.detach(), norms, weight.dim, eps=eps)
             return _as_in(v, w, g.requires_grad or v.requires_grad)
 
-        return self._once((identity(g), identity(v), eps), compute)
+        return self._once((identity(g), identity(v), eps), compute, g, v)
 
     def _shaped(self, g: Tensor, key: str) -> Tensor:
         """g, in the shape that it has in ``like``: g may be 0-dimensional or of shape (1,) if it
@@ -214,10 +214,13 @@ class _Conversion:
     def _eps_of(self, weight: NormedWeight) -> float:
         return self.eps or self.like.eps.get(weight.key, 0.0)
 
-    def _once(self, key: Any, compute: Callable[[], T]) -> T:
+    def _once(self, key: Any, compute: Callable[[], T], *sources: Tensor) -> T:
+        """The result for a key. The tensors that it was computed from are kept with it: a mapping
+        may make tensors when they are asked for, and the next one could get the same memory."""
         if key not in self.computed:
-            self.computed[key] = compute()
-        return self.computed[key]
+            self.computed[key] = compute(), sources
+        result: T = self.computed[key][0]
+        return result
 
 
 def _refuse(wrong: str | None) -> None:

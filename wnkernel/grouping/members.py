@@ -20,7 +20,7 @@ from ..parametrization import WeightNormList, autocast_dtype
 from .slots import Mode
 
 
-class ThreadState(Protocol):
+class TakesWeights(Protocol):
     """The part of a thread's state (threads.py) that a member uses."""
 
     def take(self, member: Member, v: Tensor, g: Tensor) -> Tensor | None:
@@ -28,22 +28,22 @@ class ThreadState(Protocol):
         None."""
 
 
-class Registry(Protocol):
+class Forgets(Protocol):
     """The part of the states of all threads that a roster uses."""
 
     def forget(self) -> None:
         """Drop all computed weights, in every thread."""
 
 
-class Threads(Protocol):
+class OfThreads(Protocol):
     """The thread states that :func:`wnkernel.fuse` gives to a roster."""
 
     @property
-    def current(self) -> ThreadState:
+    def current(self) -> TakesWeights:
         """The state of the current thread."""
 
     @property
-    def registry(self) -> Registry:
+    def registry(self) -> Forgets:
         """The states of all threads."""
 
 
@@ -55,7 +55,7 @@ class Roster:
         root: nn.Module | None,
         reuse: str,
         autocast: bool,
-        new_threads: Callable[[], Threads],
+        new_threads: Callable[[], OfThreads],
     ) -> None:
         self.reuse = reuse
         self.autocast = autocast
