@@ -72,15 +72,16 @@ def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-INTERPRETED = ("test_group_autocast", "test_group_autograd")
+INTERPRETED = ("test_autocast", "test_autograd", "test_compiled_autograd")
 """What of groups and lists runs on interpreted kernels. The others ask the same of every backend
 that is called from Python, and the interpreter takes 15 ms for a launch; on a GPU all run."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = [name for name in BACKENDS if name != "cuda" or torch.cuda.is_available()]
-    file = metafunc.module.__name__.rpartition(".")[2]
-    if file.startswith("test_group") and file not in INTERPRETED and not torch.cuda.is_available():
+    folder, _, file = metafunc.module.__name__.rpartition(".")
+    is_left_out = folder.endswith(".grouping") and file not in INTERPRETED
+    if is_left_out and not torch.cuda.is_available():
         names.remove("triton")
     for fixture, choices in (("backend", names), ("route", [*names, AUTO])):
         if fixture in metafunc.fixturenames:
