@@ -10,7 +10,7 @@ import json
 import shlex
 import sys
 import warnings
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -29,12 +29,13 @@ _told = False
 def hidden() -> str:
     """The folder of the installed package, if this one is a checkout that hides it because Python
     was started there; otherwise empty."""
-    try:
-        there = Path(str(distribution("wnkernel").locate_file("wnkernel")))
-    except PackageNotFoundError:
+    if not (PACKAGE.parent / "setup.py").exists():
         return ""
-    is_other = (there / "__init__.py").exists() and there.resolve() != PACKAGE
-    return str(there) if is_other and (PACKAGE.parent / "setup.py").exists() else ""
+    for found in distributions(name=NAME):  # a build leaves the metadata of another in the checkout
+        there = Path(str(found.locate_file("wnkernel")))
+        if (there / "__init__.py").exists() and there.resolve() != PACKAGE:
+            return str(there)
+    return ""
 
 
 def why_not_built() -> str:

@@ -178,8 +178,9 @@ def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path, monkeypat
     installed = tmp_path / "wnkernel"
     installed.mkdir()
     (installed / "__init__.py").touch()
+    checkout = SimpleNamespace(locate_file=ROOT.joinpath)  # what a build leaves there
     found = SimpleNamespace(locate_file=tmp_path.joinpath)
-    monkeypatch.setattr(installation, "distribution", lambda name: found)
+    monkeypatch.setattr(installation, "distributions", lambda name: [checkout, found])
     reason = installation.why_not_built()
     assert reason == (
         f"wnkernel._C is not built in {ROOT}, which hides the package that is installed in "
