@@ -215,21 +215,26 @@ def extension_of(cuda: bool) -> Extension:
 NO_TORCH = "the build found no torch"
 
 
+def import_error() -> Exception | None:
+    """Why torch cannot be imported: an OSError, say, if a library of CUDA is missing."""
+    try:
+        import torch  # noqa: F401
+    except Exception as error:
+        return error
+    return None
+
+
 def torch_missing() -> str:
     """Why torch cannot be imported; empty if it can."""
-    try:
-        import torch
-    except ModuleNotFoundError:
+    error = import_error()
+    if isinstance(error, ModuleNotFoundError):
         add_installed()
-        try:
-            import torch  # noqa: F401
-        except ModuleNotFoundError as error:
-            return NO_TORCH if error.name == "torch" else str(error)
-        except Exception as error:  # OSError, say, where a library of CUDA is missing
-            return f"the torch that is installed cannot be imported: {error!r}"
-    except Exception as error:
-        return f"the torch that is installed cannot be imported: {error!r}"
-    return ""
+        error = import_error()
+    if error is None:
+        return ""
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return NO_TORCH
+    return f"the torch that is installed cannot be imported: {error!r}"
 
 
 def build_info(cuda: bool) -> str:

@@ -26,13 +26,18 @@ BUILD_TOOLS = ("setuptools>=77", "ninja", "pybind11")
 _told = False
 
 
+def _is_checkout() -> bool:
+    """Whether this is a checkout, or an editable installation of one."""
+    return (PACKAGE.parent / "setup.py").exists()
+
+
 def hidden() -> str:
     """The folder of the installed package, if this one is a checkout that hides it because Python
     was started there; otherwise empty."""
-    if not (PACKAGE.parent / "setup.py").exists():
+    if not _is_checkout():
         return ""
     for found in distributions(name=NAME):  # a build leaves the metadata of another in the checkout
-        there = Path(str(found.locate_file("wnkernel")))
+        there = Path(str(found.locate_file(NAME)))
         if (there / "__init__.py").exists() and there.resolve() != PACKAGE:
             return str(there)
     return ""
@@ -52,11 +57,11 @@ def why_not_built() -> str:
 def command() -> str:
     """The command that builds ``wnkernel._C`` for the torch that is here, and installs it."""
     try:
-        found = distribution("wnkernel")
+        found = distribution(NAME)
         by_uv = (found.read_text("INSTALLER") or "").strip() == "uv"
     except PackageNotFoundError:
         found, by_uv = None, False
-    if (PACKAGE.parent / "setup.py").exists():  # a checkout, or an editable install of one
+    if _is_checkout():
         source = ["-e", str(PACKAGE.parent)]
     else:
         source = [_source(found)]
