@@ -102,7 +102,7 @@ def choose(v: Tensor) -> Backend:
             raise RuntimeError(f"backend {backend.name!r} was asked for and cannot run: {why}")
         return backend
     backend = next(b for b in BACKENDS.values() if b.is_automatic(v) and b.takes(v))
-    if backend.name == "eager" and not installation.is_told():
+    if backend.name == "eager":
         _tell_of_kernels(v.device.type)
     return backend
 
@@ -110,6 +110,8 @@ def choose(v: Tensor) -> Backend:
 @assume_constant_result  # a compiler that traces the caller runs this while it traces
 def _tell_of_kernels(device: str) -> None:
     """Tell the user once how to get compiled kernels for a device that runs the eager backend."""
+    if installation.is_told():
+        return
     has_kernels = device == "cpu" or (device == "cuda" and torch.version.hip is None)
     if has_kernels and native.can_be_built():
         installation.tell(native.load_error())
