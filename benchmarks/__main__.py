@@ -32,7 +32,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 @app.command()
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="A sample, in about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A sample, in two minutes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Longer samples, no limit.")] = False,
     only: Annotated[list[Case] | None, typer.Option(help="Only this case; repeatable.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the CSV files and the plot.")] = OUT,

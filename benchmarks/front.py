@@ -10,7 +10,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from .contenders import COMPILED, FUSED, OURS, TORCH
+from .contenders import COMPILED, FUSED, LEGACY, OURS, TORCH
 from .gan import GAN_STEP
 from .report import COLOURS
 from .results import ALONE, FORWARD_BACKWARD, geometric_mean
@@ -32,9 +32,15 @@ HEADS = (
 
 
 def _row(what: str, torch_ms: float, ours_ms: float) -> tuple[str, str, str, str]:
-    ratio = f"{torch_ms / ours_ms:.2g}"
+    ratio = f"{torch_ms / ours_ms:.1f}"
     shown = f"**{torch_ms / ours_ms:.2f}**" if ours_ms > torch_ms else ratio
     return what, _ms(torch_ms), _ms(ours_ms), shown
+
+
+def _name(label: str) -> str:
+    """What a model is called: its label may end with the number of threads."""
+    model, *threads = label.split(", ")
+    return ", ".join([SHOWN.get(model, model), *threads])
 
 
 def _ms(ms: float) -> str:
@@ -52,15 +58,18 @@ def table(folder: Path) -> Iterator[tuple[str, str, str, str]]:
         yield _row(f"{name}, {m['shape']}, fused", m[TORCH], m[FUSED])
     worst = (times[TORCH] / times[OURS]).idxmin()
     m = times.loc[worst]
-    yield _row(f"{SHOWN.get(worst, worst)}, not fused: the worst of them", m[TORCH], m[OURS])
+    what = f"{_name(worst)}, not fused: the least gain of {len(times)} models"
+    yield _row(what, m[TORCH], m[OURS])
 
     compiled = pd.read_csv(folder / "compile.csv")
     of = compiled[compiled.phase == ALONE].pivot(
         index="label", columns="contender", values="median_ms"
     )
-    best = of[[TORCH, TORCH + COMPILED]].min(axis=1)
+    best = of[[TORCH, TORCH + COMPILED, LEGACY]].min(axis=1)
     worst = (best / of[FUSED + COMPILED]).idxmin()
-    what = f"{SHOWN.get(worst, worst)}, fused and torch.compile: the worst of them"
+    what = (
+        f"{_name(worst)}, fused and compiled: the least gain of {len(of)}, beside torch's fastest"
+    )
     yield _row(what, best[worst], of.loc[worst, FUSED + COMPILED])
 
     layers = pd.read_csv(folder / "layers.csv")
@@ -74,6 +83,12 @@ def table(folder: Path) -> Iterator[tuple[str, str, str, str]]:
     gan = gan[gan.phase == GAN_STEP].set_index("contender")
     what = "a whole GAN training step, fused, with tiny batches"
     yield _row(what, gan.median_ms[TORCH], gan.median_ms[FUSED])
+
+
+def markdown(folder: Path) -> str:
+    """The table in Markdown."""
+    lines = (HEADS, ("---",) * len(HEADS), *table(folder))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def picture(folder: Path, out: Path) -> None:
@@ -109,8 +124,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="With the CSV files of `make bench`.")],
 ) -> None:
     """Print the table in Markdown, and draw front.png into the folder."""
-    for cells in (HEADS, ("---",) * len(HEADS), *table(folder)):
-        print(f"| {' | '.join(cells)} |")
+    print(markdown(folder))
     picture(folder, folder / "front.png")
 
 

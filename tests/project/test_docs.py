@@ -153,6 +153,16 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in anchors, link
 
 
+def test_the_table_and_the_picture_of_the_readme_are_of_one_run() -> None:
+    pytest.importorskip("pandas", reason="the benchmark's tables need pandas")
+    from benchmarks import front
+
+    text = text_of("README.md")
+    (folder,) = re.findall(r"^python -m benchmarks\.front (\S+)$", text, re.MULTILINE)
+    assert f"\n{front.markdown(ROOT / folder)}\n" in text
+    assert f"]({folder}/front.png)" in text
+
+
 def test_the_structure_names_every_file() -> None:
     text = text_of("CONTRIBUTING.md")
     tree = text[text.index("## Structure") : text.index("Two things are written")]
