@@ -4,7 +4,8 @@ WNKERNEL_BUILD=auto  (default) compiled if torch and a C++ compiler are there, e
                      with CUDA kernels if torch has CUDA and there is an nvcc, a GPU or none
 WNKERNEL_BUILD=cpu   compiled CPU kernels or an error
 WNKERNEL_BUILD=cuda  compiled CPU and CUDA kernels or an error
-WNKERNEL_BUILD=none  pure Python
+WNKERNEL_BUILD=none  pure Python, which whoever installs it has asked for
+WNKERNEL_BUILD=index  pure Python for an index, where nobody has asked for it
 
 WNKERNEL_INSTRUMENT=address   with AddressSanitizer and UndefinedBehaviorSanitizer,
 WNKERNEL_INSTRUMENT=thread    with ThreadSanitizer: to be run as tests/instrumented.py does,
@@ -54,14 +55,20 @@ COMMON_GPUS = [(8, 0), (9, 0), (10, 0)]
 """Those of data centres since Ampere, whose code 8.6 and 8.9 run too."""
 
 
+PURE = {"none": "WNKERNEL_BUILD=none", "index": "from a wheel for every machine"}
+"""Modes without the compiled module, and what the package says of why it has none."""
+
+
 def plain_line(text: str) -> None:
     print(f"wnkernel: {text}", file=sys.stderr, flush=True)
 
 
 def wanted() -> str:
     mode = os.environ.get("WNKERNEL_BUILD", "auto")
-    if mode not in ("auto", "cpu", "cuda", "none"):
-        raise SystemExit(f"WNKERNEL_BUILD: expected auto, cpu, cuda or none, got {mode!r}")
+    if mode not in ("auto", "cpu", "cuda", *PURE):
+        raise SystemExit(
+            f"WNKERNEL_BUILD: expected auto, cpu, cuda, {' or '.join(PURE)}, got {mode!r}"
+        )
     return mode
 
 
@@ -251,10 +258,10 @@ def build_info(cuda: bool) -> str:
 def extension_arguments() -> dict:
     """Arguments of setup() that build wnkernel._C, or record why it is not built."""
     mode = wanted()
-    if mode == "none":
+    if mode in PURE:
         if BUILD_COMMANDS & set(sys.argv):
-            plain_line("WNKERNEL_BUILD=none, so this is the pure-Python package")
-        return pure_arguments("WNKERNEL_BUILD=none", asked=True)
+            plain_line(f"WNKERNEL_BUILD={mode}, so this is the pure-Python package")
+        return pure_arguments(PURE[mode], asked=mode == "none")
     # torch looks for ninja on PATH only, and a virtual environment need not be active.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
     if error := torch_missing():

@@ -14,8 +14,8 @@ def add_installed() -> None:
     They come last here, so that what the build asked for comes first. Other installers build in
     environments of their own, which do not tell for whom, and there is nothing to add.
     """
-    folders = site.getsitepackages()
-    if sys.prefix == sys.base_prefix:  # a virtual environment does without those of the user
-        folders.insert(0, site.getusersitepackages())
-    sys.path += [folder for folder in folders if folder not in sys.path]
+    folders = site.getsitepackages([sys.prefix]) if sys.prefix != sys.base_prefix else []
+    if sys.base_prefix in site.PREFIXES:  # not so in most virtual environments
+        folders += [site.getusersitepackages(), *site.getsitepackages()]
+    sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
     importlib.invalidate_caches()

@@ -74,7 +74,7 @@ def with_local_version(name: str, local: str) -> str:
 def build(out: Path, torches: Sequence[str]) -> int:
     """Builds it all; returns how many wheels could not be built."""
     out.mkdir(parents=True, exist_ok=True)
-    pure = {"WNKERNEL_BUILD": "none", "WNKERNEL_LOCAL_VERSION": ""}
+    pure = {"WNKERNEL_BUILD": "index", "WNKERNEL_LOCAL_VERSION": ""}
     run(sys.executable, "setup.py", "-q", "sdist", "-d", out, **pure)
     (sdist,) = out.glob("*.tar.gz")
     print(sdist.name, flush=True)

@@ -31,27 +31,26 @@ def _is_checkout() -> bool:
     return (PACKAGE.parent / "setup.py").exists()
 
 
-def hidden() -> str:
-    """The folder of the installed package, if this one is a checkout that hides it because Python
-    was started there; otherwise empty."""
+def why_hidden() -> str:
+    """Says that this is a checkout without the module, which hides the installed package because
+    Python was started there; otherwise empty."""
     if not _is_checkout():
         return ""
     for found in distributions(name=NAME):  # a build leaves the metadata of another in the checkout
         there = Path(str(found.locate_file(NAME)))
         if (there / "__init__.py").exists() and there.resolve() != PACKAGE:
-            return str(there)
+            return (
+                f"wnkernel._C is not built in {PACKAGE.parent}, which hides the package that is "
+                f"installed in {there}: start Python in another folder"
+            )
     return ""
 
 
 def why_not_built() -> str:
     """The reason why ``wnkernel._C`` is not there: a checkout that hides the installed package, or
     what the build recorded."""
-    if there := hidden():
-        return (
-            f"wnkernel._C is not built in {PACKAGE.parent}, which hides the package that is "
-            f"installed in {there}: start Python in another folder"
-        )
-    return f"wnkernel._C is not built (a pure-Python install{WHY_PURE and f': {WHY_PURE}'})"
+    recorded = WHY_PURE and f": {WHY_PURE}"
+    return why_hidden() or f"wnkernel._C is not built (a pure-Python install{recorded})"
 
 
 def command() -> str:
@@ -81,11 +80,14 @@ def _source(found: Distribution | None) -> str:
     """Where the package was installed from, as installers take it: a folder, a URL or a name."""
     record = json.loads((found and found.read_text("direct_url.json")) or "{}")
     url = record.get("url", "")
-    if vcs := record.get("vcs_info"):
-        return f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    inside = record.get("subdirectory", "")
     if not url or url.endswith(".whl"):
         return NAME
-    return unquote(url.removeprefix("file://")) if "dir_info" in record else url
+    if "dir_info" in record:
+        return unquote(url.removeprefix("file://"))
+    if vcs := record.get("vcs_info"):
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    return f"{url}#subdirectory={inside}" if inside else url
 
 
 def tell(reason: str) -> None:
@@ -94,7 +96,9 @@ def tell(reason: str) -> None:
     if _told or IS_ON_REQUEST:
         return
     _told = True
-    text = reason if hidden() else f"{reason}; for compiled kernels: {command()}"
+    text = reason
+    if reason != why_hidden():
+        text += f"; for compiled kernels: {command()}"
     try:
         # No line of source code is printed below it, as that of a caller would be.
         path = str(PACKAGE / "__init__.py")

@@ -145,6 +145,20 @@ SOURCES = "--no-binary wnkernel wnkernel"
             {"url": "https://a.b/w.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
             PIP + "git+https://a.b/w.git@abc",
         ),
+        (
+            "pip",
+            {
+                "url": "https://a.b/w.git",
+                "vcs_info": {"vcs": "git", "commit_id": "abc"},
+                "subdirectory": "python",
+            },
+            PIP + "'git+https://a.b/w.git@abc#subdirectory=python'",
+        ),
+        (
+            "pip",
+            {"url": "https://a.b/w.zip", "archive_info": {}, "subdirectory": "python"},
+            PIP + "'https://a.b/w.zip#subdirectory=python'",
+        ),
         ("uv", None, UV + SOURCES),
         (None, None, PIP + SOURCES),
     ],
@@ -189,6 +203,9 @@ def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path, monkeypat
     monkeypatch.setattr(installation, "_told", False)
     with pytest.warns(UserWarning, match=re.escape(reason) + "$"):
         installation.tell(reason)
+    monkeypatch.setattr(installation, "_told", False)
+    with pytest.warns(UserWarning, match="another torch; for compiled kernels: pip"):
+        installation.tell("built for another torch")
     (installed / "__init__.py").unlink()  # as of an editable installation
     assert installation.why_not_built().startswith("wnkernel._C is not built (a pure-Python")
 

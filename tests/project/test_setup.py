@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from buildtools import wheels
+from wnkernel import installation
 
 from ..processes import PATIENCE_S, ROOT
 
@@ -267,6 +271,16 @@ def test_what_watches_is_compiled_and_linked_in(script, monkeypatch, watched):
     assert flag in script.compile_flags()
     assert flag in script.link_flags()
     assert flag not in plain
+
+
+def test_everybody_who_builds_has_the_same_tools():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    tools = re.search(r"^requires = \[(.+)\]$", project, re.MULTILINE)[1]
+    assert tools == ", ".join(f'"{tool}"' for tool in installation.BUILD_TOOLS)
+    assert wheels.BUILD_TOOLS == installation.BUILD_TOOLS
+    for path in ("Makefile", "tests/matrix.py"):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert set(re.findall(r"setuptools[>=<]+\d+", text)) == {installation.BUILD_TOOLS[0]}
 
 
 def test_nothing_else_can_watch(script, monkeypatch):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import venv
 import zipfile
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -55,6 +56,9 @@ def setup(checkout: Path, *arguments: str, **environment: str) -> str:
     [
         pytest.param(NO_COMPILER, ("there was no C++ compiler", False), id="no compiler"),
         pytest.param({"WNKERNEL_BUILD": "none"}, ("WNKERNEL_BUILD=none", True), id="asked for"),
+        pytest.param(
+            {"WNKERNEL_BUILD": "index"}, ("from a wheel for every machine", False), id="index"
+        ),
     ],
 )
 def test_a_wheel_without_the_module_is_for_every_machine_and_says_why(
@@ -216,6 +220,30 @@ def test_without_a_wheel_it_is_built(checkout, tmp_path, prepare, says):
     assert "wnkernel: compiled kernels were not built" in prints
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_virtual_environment_may_see_what_is_outside(tmp_path, outside):
+    """Packages of the user, too, which come after its own."""
+    venv.create(tmp_path, system_site_packages=outside)
+    python = tmp_path / ("Scripts" if os.name == "nt" else "bin") / "python"
+    done = subprocess.run(
+        [python, "-c", ADDED],
+        cwd=ROOT, env=os.environ | {"PYTHONNOUSERSITE": "1"}, check=True, capture_output=True,
+        text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+    own, *others = done.stdout.split()
+    assert Path(own).is_relative_to(tmp_path)
+    assert ["user" in others, "base" in others] == [outside, outside]
+
+
+ADDED = """
+import sys, site
+sys.path = [path for path in sys.path if "site-packages" not in path]
+known = len(sys.path)
+from buildtools.environment import add_installed
+add_installed()
+names = {site.getusersitepackages(): "user", site.getsitepackages([sys.base_prefix])[0]: "base"}
+print(*(names.get(path, path) for path in sys.path[known:]))
+"""
 ISOLATED = """
 import sys, site
 sys.path = [path for path in sys.path if path not in site.getsitepackages()]
