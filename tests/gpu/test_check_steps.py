@@ -35,7 +35,7 @@ from ..triton.cases import OLDEST_TRITON
 __all__ = ["on_the_cpu"]
 
 BUDGET_S = 480.0
-"""Two visits fit into a quarter of an hour, with the starts of the machine."""
+"""Two visits and their starts fit into a quarter of an hour."""
 
 
 @pytest.fixture

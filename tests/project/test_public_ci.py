@@ -13,7 +13,7 @@ from ..processes import ROOT
 yaml = pytest.importorskip("yaml", reason="reading a CI file needs PyYAML")
 
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
-PRIVATE = ROOT / ".ci" / "run"
+SCRIPT = ROOT / ".ci" / "run"
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -44,9 +44,9 @@ def test_every_line_is_a_target_of_the_makefile(jobs: dict[str, Any]) -> None:
 
 
 def test_it_runs_what_the_other_ci_runs(jobs: dict[str, Any]) -> None:
-    private = [line for line in PRIVATE.read_text().splitlines() if line.startswith("make ")]
-    assert private
-    assert set(private) <= set(lines(jobs["test"]))
+    script_lines = [line for line in SCRIPT.read_text().splitlines() if line.startswith("make ")]
+    assert script_lines
+    assert set(script_lines) <= set(lines(jobs["test"]))
 
 
 def test_versions_are_legs_of_the_matrix(jobs: dict[str, Any]) -> None:

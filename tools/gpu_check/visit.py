@@ -21,8 +21,7 @@ from .tests_to_run import FIRST, OTHERS, RESULTS, arguments, files, is_installed
 from .versions import Facts
 
 LIMIT_S = 475.0
-"""The limit for all steps. Two visits fit into the fifteen minutes for which a machine is lent,
-including its start."""
+"""The limit for all steps. Two visits and their starts fit into a quarter of an hour."""
 
 SUMMARY_S = 5.0  # The part of the limit for what follows the last step.
 TEST_S, LONG_TEST_S = 25.0, 60.0

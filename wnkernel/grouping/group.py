@@ -162,8 +162,8 @@ def fuse(
 
     When a forward reads its first weight, this computes all weights that it is likely to read:
     those of the previous forward, or all weights the first time. One autograd node gives all their
-    gradients. Values and gradients have the same bits as those of single weights. Parameters, keys,
-    hooks and layers that are called alone stay as they are.
+    gradients. Weights have the same bits as single ones, and so have gradients unless a forward
+    uses a weight twice. Parameters, keys, hooks and layers that are called alone stay as they are.
 
     Args:
         model: a module with layers normed by :func:`wnkernel.weight_norm`. Layers that are added
