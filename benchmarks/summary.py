@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from rich.console import Console
 
-from wnkernel.cli.load import disturbed
+from wnkernel.cli.other_work import disturbed
 
 from .contenders import COMPILED, FUSED, OURS, OWN, TORCH, UNCHANGED, VERSION
 from .report import Measured, faults, number, show

@@ -18,7 +18,7 @@ from benchmarks import verify
 pytest.importorskip("typer", reason="the command line needs typer")
 
 from wnkernel.backends import BACKENDS
-from wnkernel.cli import bench, cases, load, timing
+from wnkernel.cli import bench, cases, other_work, timing
 from wnkernel.cli.cases import Case
 
 from ..command_line import DIMS, WEIGHTS, fails, files_in, invoke, on_the_cpu, save, trained
@@ -211,18 +211,18 @@ def test_contenders_take_turns_in_their_contexts():
 
 
 def test_a_busy_machine_is_said_to_be_one(monkeypatch):
-    assert load.disturbed(os.cpu_count(), 1)
-    assert not load.disturbed(0.0, os.cpu_count())
-    assert not load.disturbed(math.nan, os.cpu_count())
-    monkeypatch.setattr(load.OtherLoad, "cores", lambda self: 99.0)
+    assert other_work.disturbed(os.cpu_count(), 1)
+    assert not other_work.disturbed(0.0, os.cpu_count())
+    assert not other_work.disturbed(math.nan, os.cpu_count())
+    monkeypatch.setattr(other_work.OtherWork, "cores", lambda self: 99.0)
     shown = invoke("bench", "--seconds", "0", *SMALL)
     assert "other processes used up to 99.0 cores" in shown.stdout
-    monkeypatch.setattr(load.OtherLoad, "cores", lambda self: 0.0)
+    monkeypatch.setattr(other_work.OtherWork, "cores", lambda self: 0.0)
     assert "other processes" not in invoke("bench", "--seconds", "0", *SMALL).stdout
 
 
-def test_where_the_system_does_not_tell_the_load_nothing_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(load, "_STAT", tmp_path / "stat")
+def test_where_the_system_does_not_tell_of_other_work_nothing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(other_work, "_STAT", tmp_path / "stat")
     assert {r["other_cores"] for r in measured(*SMALL)["results"]} == {None}
     assert "other processes" not in invoke("bench", "--seconds", "0", *SMALL).stdout
 

@@ -17,7 +17,7 @@ from .bench import PHASES, TORCH, Result
 from .cases import dim_text, dtype_text, shape_text
 from .convert import Report, Request
 from .errors import printable
-from .load import disturbed
+from .other_work import disturbed
 
 PIPE_WIDTH = 150
 """The width of tables in characters if the output is no terminal."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .load import OtherLoad
+from .other_work import OtherWork
 
 MIN_SAMPLE_S = 200e-6
 """The shortest sample. A shorter one measures the clock and interrupts more than the work."""
@@ -76,7 +76,7 @@ def in_rounds(
         samples: for each contender, the function that times it.
         seconds: no further round begins after this time.
         least_s: the shortest duration of a sample; by default :data:`MIN_SAMPLE_S`.
-        own_cpu_s: see :class:`~wnkernel.cli.load.OtherLoad`.
+        own_cpu_s: see :class:`~wnkernel.cli.other_work.OtherWork`.
         faults_of: returns the number of page faults of a contender so far.
     """
     least_s = MIN_SAMPLE_S if least_s is None else least_s
@@ -85,7 +85,7 @@ def in_rounds(
     faults: dict[str, list[float]] = {name: [] for name in samples}
     order, shuffle = list(samples), random.Random(0).shuffle
     with no_garbage_collection():
-        others = OtherLoad(own_cpu_s)
+        others = OtherWork(own_cpu_s)
         deadline = time.perf_counter() + seconds
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and time.perf_counter() > deadline:

@@ -19,8 +19,8 @@ _FORGIVEN_CORES = 0.3
 which is coarse: the shortest cases take less than a tenth of a second."""
 
 
-class OtherLoad:
-    """Measures the load by other processes, from its construction on.
+class OtherWork:
+    """Measures the work of other processes, from its construction on.
 
     Args:
         own_cpu_s: returns the CPU seconds of the processes that do not count as others.
