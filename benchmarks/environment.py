@@ -18,9 +18,8 @@ from wnkernel.backends import choose
 
 ROOT = Path(__file__).parent.parent
 CPUINFO = Path("/proc/cpuinfo")
+# These tell CPUs apart that have the same name: the first two on x86, the others on Arm.
 CPU_NUMBERS = ("cpu family", "model", "CPU implementer", "CPU part")
-"""These tell CPUs apart that have the same name: the first two on x86, the others on Arm."""
-
 FILLER = re.compile(r"\((r|tm)\)|\b(processor|cpu|\d+-core)\b|@.*", re.IGNORECASE)
 SOURCES = ("csrc", "wnkernel", "benchmarks")
 SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")

@@ -1,72 +1,60 @@
-"""The size of a run: three sizes in one table."""
+"""The size of a run: a table of three sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 from .results import Result
+
+_V1 = ("HiFi-GAN-V1",)
+
+
+def _sizes(quick: object, default: object, full: object) -> Any:
+    return field(metadata={"sizes": (quick, default, full)})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a run. Budgets are the seconds of sampling for one case. A case whose three
-    rounds take longer is finished anyway."""
+    """The settings of a run: of a quick one, by default, and of a full one. Budgets are the seconds
+    of sampling for one case. A case whose three rounds take longer is finished anyway."""
 
-    limit_s: float | None
-    """After this many seconds no further case begins; the report says how many were left out."""
-    layer_budget_s: float
-    host_budget_s: float
-    compile_budget_s: float
-    model_budget_s: float
-    step_budget_s: float
-    every: int  # Take every n-th weight of the grid (and all that are not normed along dim 0).
-    max_numel: int | None  # Leave out larger weights.
-    models: tuple[str, ...] | None  # None means all.
-    compile_layers: int
-    compile_models: tuple[str, ...]
-    """Names in shapes.csv. Each takes almost a minute on each number of threads."""
-    compile_model_budget_s: float
-    compile_steps: tuple[str, ...]
-    """Names in the transformers package. Each takes three minutes if the compiler's cache is empty.
-    """
-    fused_models: tuple[str, ...] | None  # Names in shapes.csv. None means all that the case knows.
-    fused_budget_s: float
-    flat_layers: tuple[int, ...]
-    flat_budget_s: float
-    gan_frames: int  # The length of the audio, in frames of 256 samples.
-    gan_step: bool  # Whether to time whole GAN steps, too, not only their weight norms.
-    gan_budget_s: float
-    memory_phases: int  # How many of the phases training and no_grad to run.
+    # After this many seconds no further case begins; the report says how many were left out.
+    limit_s: float | None = _sizes(120.0, 600.0, None)
+    layer_budget_s: float = _sizes(0.08, 0.15, 1.0)
+    host_budget_s: float = _sizes(0.05, 0.12, 0.5)
+    compile_budget_s: float = _sizes(0.2, 0.5, 1.0)
+    model_budget_s: float = _sizes(0.8, 1.5, 6.0)
+    step_budget_s: float = _sizes(1.5, 2.5, 12.0)
+    # Take every n-th weight of the grid (and all that are not normed along dim 0).
+    every: int = _sizes(4, 1, 1)
+    max_numel: int | None = _sizes(5_000_000, None, None)  # Leave out larger weights.
+    # None means all models.
+    models: tuple[str, ...] | None = _sizes(("SpeechT5HifiGan", "EncodecModel"), None, None)
+    compile_layers: int = _sizes(1, 3, 99)
+    # Names in shapes.csv. Each takes almost a minute on each number of threads.
+    compile_models: tuple[str, ...] = _sizes((), _V1, (*_V1, "DAC", "ParallelWaveGAN"))
+    compile_model_budget_s: float = _sizes(1.0, 4.0, 12.0)
+    # Names in the transformers package. Each takes three minutes if the compiler's cache is empty.
+    compile_steps: tuple[str, ...] = _sizes((), (), ("SpeechT5HifiGan", "DacModel"))
+    # Names in shapes.csv. None means all that the case knows.
+    fused_models: tuple[str, ...] | None = _sizes(
+        ("SpeechT5HifiGan", "ParallelWaveGAN"), None, None
+    )
+    fused_budget_s: float = _sizes(0.8, 2.5, 10.0)
+    flat_layers: tuple[int, ...] = _sizes(
+        (4, 64), (1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    )
+    flat_budget_s: float = _sizes(0.3, 1.0, 4.0)
+    gan_frames: int = _sizes(8, 16, 32)  # The length of the audio, in frames of 256 samples.
+    gan_step: bool = _sizes(False, True, True)  # Whether to time whole GAN steps, too.
+    gan_budget_s: float = _sizes(1.0, 4.0, 40.0)
+    memory_phases: int = _sizes(1, 2, 2)  # How many of the phases training and no_grad to run.
 
 
-_V1 = ("HiFi-GAN-V1",)
-_SIZES = {  # quick, default, full
-    "limit_s": (120.0, 600.0, None),
-    "layer_budget_s": (0.08, 0.15, 1.0),
-    "host_budget_s": (0.05, 0.12, 0.5),
-    "compile_budget_s": (0.2, 0.5, 1.0),
-    "model_budget_s": (0.8, 1.5, 6.0),
-    "step_budget_s": (1.5, 2.5, 12.0),
-    "every": (4, 1, 1),
-    "max_numel": (5_000_000, None, None),
-    "models": (("SpeechT5HifiGan", "EncodecModel"), None, None),
-    "compile_layers": (1, 3, 99),
-    "compile_models": ((), _V1, (*_V1, "DAC", "ParallelWaveGAN")),
-    "compile_model_budget_s": (1.0, 4.0, 12.0),
-    "compile_steps": ((), (), ("SpeechT5HifiGan", "DacModel")),
-    "fused_models": (("SpeechT5HifiGan", "ParallelWaveGAN"), None, None),
-    "fused_budget_s": (0.8, 2.5, 10.0),
-    "flat_layers": ((4, 64), (1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32, 64, 128, 256)),
-    "flat_budget_s": (0.3, 1.0, 4.0),
-    "gan_frames": (8, 16, 32),
-    "gan_step": (False, True, True),
-    "gan_budget_s": (1.0, 4.0, 40.0),
-    "memory_phases": (1, 2, 2),
-}
 QUICK, DEFAULT, FULL = (
-    Plan(**{name: values[k] for name, values in _SIZES.items()}) for k in range(3)
+    Plan(**{f.name: f.metadata["sizes"][k] for f in fields(Plan)}) for k in range(3)
 )
 
 

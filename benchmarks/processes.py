@@ -29,19 +29,18 @@ from .verify import VerificationError
 
 T = TypeVar("T")
 
-SETTLE_S = 0.005
-"""The pause between two turns: threads of the last turn spin for milliseconds before they sleep."""
+SETTLE_S = 0.005  # The pause between two turns: threads spin for milliseconds before they sleep.
+WARM_CALLS = 2, 5  # They fill caches and malloc's lists. The second figure is for short calls.
+SHORT_S = 0.1  # Before shorter calls comes one that is not timed, because others used the caches.
+MIN_SAMPLE_S = 30e-3  # The shortest turn: it costs a message, and begins with others' caches.
 
-WARM_CALLS = 2, 5
-"""The calls before the first turn, which fill caches, pools and malloc's lists. The second figure
-is for short calls."""
-
-SHORT_S = 0.1
-"""Before shorter calls comes one that is not timed, because others have used the caches."""
-
-MIN_SAMPLE_S = 30e-3
-"""The shortest turn. It costs a pause and a message, and begins with the caches that others left.
-"""
+# Processes are forked from a process that has only loaded torch. Imported modules may call
+# torch.cuda.is_available(), which must not start the driver in that process.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+_HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
+_CONTEXT = multiprocessing.get_context("forkserver" if _HAS_SERVER else "spawn")
+if _HAS_SERVER:
+    _CONTEXT.set_forkserver_preload([__name__, f"{__package__}.contenders"])
 
 
 def measure_apart(
@@ -76,21 +75,6 @@ def run_apart(function: Callable[[], T], where: Environment) -> T:
         return _result(_start(pool, function))
 
 
-def _context() -> multiprocessing.context.BaseContext:
-    """Processes are forked from a process that has only loaded torch."""
-    # Imported modules may call torch.cuda.is_available(), which must not start the driver in the
-    # process from which the others are forked.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    if has_server:
-        context.set_forkserver_preload([__name__, f"{__package__}.contenders"])
-    return context
-
-
-_CONTEXT = _context()
-
-
 def _pool(where: Environment) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, _CONTEXT, _begin, (where,))
 
@@ -103,9 +87,8 @@ def _result(future: Future[T]) -> T:
     try:
         return future.result()
     except BrokenProcessPool:
-        raise RuntimeError(
-            "a benchmark process ended without an answer (out of memory, most often)"
-        ) from None
+        why = "a benchmark process ended without an answer (out of memory, most often)"
+        raise RuntimeError(why) from None
 
 
 def _begin(where: Environment) -> None:

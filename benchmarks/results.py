@@ -22,22 +22,16 @@ from .shapes import LayerCase, dtype_text, shape_text
 
 FORWARD_BACKWARD = "forward+backward"
 FORWARD = "forward"
+# READ has the layer that then reads w. A forward alone is fastest if it writes past the caches, but
+# there the next layer would look for w.
 READ = "forward and reader"
-"""A forward, and the layer that then reads w. A forward alone is fastest if it writes past the
-caches, but there the next layer would look for w."""
-
 ALONE = "weight norms alone"
 STEP = "training step"
-
+# The least traffic of a phase in arrays of v's size. A forward reads v and writes w; its reader
+# reads w; a backward reads v and grad_w and writes grad_v. g and the norms are not counted.
 ARRAYS = {FORWARD: 2, READ: 3, FORWARD_BACKWARD: 5, ALONE: 5}
-"""The least traffic of a phase in arrays of v's size. A forward reads v and writes w. Its reader
-reads w. A backward reads v and grad_w and writes grad_v. g and the norms are small and not counted.
-"""
-
 COPY_ARRAYS = 2
-CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, UNCHANGED: 3}
-"""Contenders with less traffic than the phase: an unchanged group runs only its backward."""
-
+CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, UNCHANGED: 3}  # An unchanged group runs only its backward.
 NAN = float("nan")
 
 
@@ -98,9 +92,7 @@ class Result:
     bytes: float = NAN
     gb_per_s: float = NAN
     ratio_to_torch: float = NAN  # torch's median divided by this one: above 1 is faster.
-    ratio_to_limit: float = NAN
-    """This median divided by that of an in-place ``copy_``, scaled to the same bytes: 1 is the
-    limit that memory sets."""
+    ratio_to_limit: float = NAN  # To the time of a ``copy_`` of as many bytes: 1 is memory's limit.
     error: float = NAN  # The largest relative error against float64, from before the timing.
     compile_s: float = NAN  # The seconds of the first call of a compiled contender.
     other_cores: float = NAN  # The cores that other processes used during the timing.
@@ -122,8 +114,7 @@ def rows(
     arrays: int | None = None,
 ) -> list[Result]:
     """Return one row per contender of a measurement of time, with errors from before the timing and
-    the seconds of first calls. The traffic is that of :data:`ARRAYS`, unless ``arrays`` is given.
-    """
+    the seconds of first calls. ``arrays`` is the traffic, if it is not that of :data:`ARRAYS`."""
     arrays = ARRAYS.get(subject.phase) if arrays is None else arrays
     copy_ms, torch_ms = (stats[who].median_ms if who in stats else NAN for who in (COPY, TORCH))
     out = []
@@ -187,20 +178,16 @@ def _text(value: object) -> str:
 def write_csv(results: Sequence[Result], folder: Path) -> list[Path]:
     """Write one file per case, and replace an older one. Files of other cases stay unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for case in dict.fromkeys(r.case for r in results):
-        paths.append(folder / f"{case}.csv")
+    paths = {case: folder / f"{case}.csv" for case in dict.fromkeys(r.case for r in results)}
+    for case, path in paths.items():
         text = csv_text([r for r in results if r.case == case], header=True)
-        paths[-1].write_text(text, encoding="utf-8", newline="")
-    return paths
+        path.write_text(text, encoding="utf-8", newline="")
+    return [*paths.values()]
 
 
 def append_csv(results: Iterable[Result], path: Path) -> None:
-    """Add rows to a file and bring them to the disk. The first rows also write the header.
-
-    Raises:
-        OSError: if the rows cannot be written.
-    """
+    """Add rows to a file and bring them to the disk, or raise an OSError. The first rows also write
+    the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
         before = file.tell()
@@ -217,12 +204,7 @@ def append_csv(results: Iterable[Result], path: Path) -> None:
 
 def read_csv(path: Path) -> list[Result]:
     """Read the rows of a file. A last line without an end, from a run that was killed, is left out.
-    Columns that the file lacks keep their defaults.
-
-    Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if it is no such file.
-    """
+    Columns that the file lacks keep their defaults. Raises ValueError if it is no such file."""
     lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     reader = csv.DictReader(lines.splitlines())
     kinds = {"float": lambda text: float(text) if text else NAN, "int": int}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ class LayerCase:
     shape: tuple[int, ...]
     dim: int | None
     label: str
-    layer: str
+    layer: str  # A class of torch.nn, for layers that are built.
 
     def __str__(self) -> str:
         return f"{shape_text(self.shape)} dim {self.dim_text}"
@@ -47,9 +46,8 @@ class LayerCase:
     @property
     def norm_shape(self) -> tuple[int, ...]:
         """The shape of g."""
-        if self.dim is None:
-            return ()
-        return tuple(n if k == self.dim else 1 for k, n in enumerate(self.shape))
+        sizes = enumerate(self.shape)
+        return () if self.dim is None else tuple(n if k == self.dim else 1 for k, n in sizes)
 
 
 def shape_text(shape: Iterable[int]) -> str:
@@ -72,13 +70,14 @@ def grid() -> list[LayerCase]:
     for case, _ in _rows():
         users.setdefault((case.shape, case.dim), []).append(case)
     for shape in _ADDED_SHAPES:
-        layer = "Linear" if len(shape) == 2 else "Conv1d"
         for dim in (*range(len(shape)), None):
-            users.setdefault((shape, dim), [LayerCase(shape, dim, ADDED, layer)])
-    return [
-        LayerCase(*key, _label([c.label for c in cases]), cases[0].layer)
-        for key, cases in users.items()
-    ]
+            users.setdefault((shape, dim), [LayerCase(shape, dim, ADDED, "")])
+    found = []
+    for case, *same in users.values():
+        others = {c.label for c in same} - {case.label}
+        label = f"{case.label} +{len(others)}" if others else case.label
+        found.append(replace(case, label=label))
+    return found
 
 
 def weight_list(model: str) -> list[LayerCase]:
@@ -95,20 +94,10 @@ def weight_list(model: str) -> list[LayerCase]:
 def _rows() -> list[tuple[LayerCase, int]]:
     """Return weights, and how often a model has each."""
     with Path(__file__).with_name("shapes.csv").open(newline="") as file:
-        return [
-            (
-                LayerCase(
-                    tuple(map(int, row["shape"].split("x"))),
-                    None if row["dim"] == "none" else int(row["dim"]),
-                    row["model"],
-                    row["layer"],
-                ),
-                int(row["count"]),
-            )
-            for row in csv.DictReader(file)
-        ]
-
-
-def _label(models: list[str]) -> str:
-    first, *others = Counter(models)
-    return f"{first} +{len(others)}" if others else first
+        found = list(csv.DictReader(file))
+    shapes = [tuple(map(int, row["shape"].split("x"))) for row in found]
+    dims = [None if row["dim"] == "none" else int(row["dim"]) for row in found]
+    return [
+        (LayerCase(shape, dim, row["model"], row["layer"]), int(row["count"]))
+        for shape, dim, row in zip(shapes, dims, found, strict=True)
+    ]

@@ -18,9 +18,7 @@ except ImportError:  # on Windows
     resource = None
 
 Contender = Callable[[], object]
-Sampler = Callable[[Contender, int], float]
-"""Runs a contender n times in a row and returns the seconds of all n calls."""
-
+Sampler = Callable[[Contender, int], float]  # Runs a contender n times; returns the seconds of all.
 SAMPLES = 20  # In one turn of :func:`least`.
 
 
@@ -50,9 +48,7 @@ def page_faults() -> float:
     """Return how many minor page faults this process had so far: touches of a page that the system
     first had to find and clear. They are the cost of fresh memory. NaN if the system does not tell.
     """
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else math.nan
 
 
 def device_sampler(device: torch.device) -> Sampler:
@@ -100,7 +96,6 @@ def measure(
     budget_s: float,
     *,
     min_sample_s: float | None = None,
-    own_cpu_s: Callable[[], float] = time.process_time,
     faults_of: Callable[[str], float] = lambda name: page_faults(),
 ) -> dict[str, Times]:
     """Time all contenders by :func:`~wnkernel.cli.timing.in_rounds`, with page faults."""
@@ -110,9 +105,7 @@ def measure(
             return sample(contenders[name], times)
 
     turns = {name: functools.partial(turn, name) for name in contenders}
-    return in_rounds(
-        turns, budget_s, least_s=min_sample_s, own_cpu_s=own_cpu_s, faults_of=faults_of
-    )
+    return in_rounds(turns, budget_s, least_s=min_sample_s, faults_of=faults_of)
 
 
 def least(
