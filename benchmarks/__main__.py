@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 OUT = Path(__file__).parent / "out"
-
-
 NAMES = "layers", "operators", "host", "fused", "flat", "gan", "memory", "compile", "models"
 Case = enum.Enum("Case", {name.upper(): name for name in NAMES}, type=str)
 """A part of the benchmark that `--only` can ask for."""
@@ -105,9 +104,6 @@ def main(
 
 
 def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -> list[Job]:
-    def compiled_jobs(size: Plan, where: Environment) -> list[Job]:
-        return compiled.jobs(size, where, notes.append)
-
     makers = {
         Case.LAYERS: layers.jobs,
         Case.OPERATORS: layers.operator_jobs,
@@ -117,7 +113,8 @@ def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -
         Case.GAN: gan.jobs,
         Case.MEMORY: gan.memory_jobs,
         Case.MODELS: models.jobs,
-        Case.COMPILE: compiled_jobs,  # last: the compiler leaves processes and caches
+        # The last one, because the compiler leaves processes and caches.
+        Case.COMPILE: functools.partial(compiled.jobs, report=notes.append),
     }
     if Case.MEMORY in wanted and not gan.can_measure():
         notes.append("Peak memory skipped: this system does not tell that of a process.")
@@ -136,8 +133,7 @@ def _run(
     results: list[list[Result]] = []
     text = TextColumn("{task.description:<36}")
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Only the turns between jobs refresh: a refreshing thread would take its share of the timed
-    # CPU.
+    # Only the turns between jobs refresh, because a thread would take its share of the timed CPU.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(jobs))
         for i, job in enumerate(jobs):

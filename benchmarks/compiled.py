@@ -12,6 +12,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,47 +27,35 @@ from .results import FORWARD_BACKWARD, STEP, Result, of_list, of_weight, rows
 from .shapes import LayerCase, grid, weight_list
 from .timing import device_sampler, measure
 
+# Samples of every memory pattern. A default run takes the first few, because each must be compiled.
 SHAPES = (
-    ((512, 512, 3), 0),
-    ((768, 48, 128), 2),
-    ((512, 512, 3, 3), 1),
-    ((512, 512, 3), None),
-    ((64, 64, 3), 0),
-    ((512, 256, 16), 0),
-    ((4096, 4096), None),
+    *(((512, 512, 3), 0), ((768, 48, 128), 2), ((512, 512, 3, 3), 1), ((512, 512, 3), None)),
+    *(((64, 64, 3), 0), ((512, 256, 16), 0), ((4096, 4096), None)),
 )
-"""Samples of every memory pattern. A default run takes the first few, because each must be
-compiled."""
-
+# A traceback contains this if a compiler fails; mostly no C++ compiler is installed at run time.
 FAILED = "torch._inductor.exc.InductorError"
-"""A traceback contains this if a compiler fails; mostly no C++ compiler is installed at run time.
-"""
-
 Report = Callable[[str], None]
 
 
 def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
     """Make a job per weight, one per model and number of threads, and one per model to train."""
+    found = []
+
+    def add(title: str, run: Callable[..., list[Result]], *args: object) -> None:
+        job = functools.partial(_if_compilable, functools.partial(run, *args), report)
+        found.append(Job(f"compile {title}", job))
+
     by_key = {(c.shape, c.dim): c for c in grid()}
-    work: list[tuple[str, Callable[[], list[Result]]]] = [
-        (f"{by_key[key]}", functools.partial(run_layer, by_key[key], plan, where))
-        for key in SHAPES[: plan.compile_layers]
-    ]
-    for name in plan.compile_models:
-        for threads in sorted({1, where.threads}):
-            run = functools.partial(run_model, name, plan, replace(where, threads=threads))
-            work.append((f"{name}, threads: {threads}", run))
-    if not plan.compile_steps or available():
-        work += [
-            (f"{name}, {STEP}", functools.partial(run_steps, name, plan, where))
-            for name in plan.compile_steps
-        ]
-    else:
+    for case in (by_key[key] for key in SHAPES[: plan.compile_layers]):
+        add(f"{case}", run_layer, case, plan, where)
+    for name, threads in product(plan.compile_models, sorted({1, where.threads})):
+        add(f"{name}, threads: {threads}", run_model, name, plan, replace(where, threads=threads))
+    if plan.compile_steps and not available():
         report("Training step with torch.compile skipped: transformers is not installed.")
-    return [
-        Job(f"compile {title}", functools.partial(_if_compilable, run, report))
-        for title, run in work
-    ]
+        return found
+    for name in plan.compile_steps:
+        add(f"{name}, {STEP}", run_steps, name, plan, where)
+    return found
 
 
 def _if_compilable(run: Callable[[], list[Result]], report: Report) -> list[Result]:
@@ -136,16 +125,12 @@ def _check_steps(
     gradients. It uses the graphs that are timed: without gradients a compiler would make others."""
     first: dict[str, Tensor] = {}
     for who, forward in forwards.items():
-        every = models[who].parameters
-        parameters = {"grad_v": every[::2], "grad_g": every[1::2]}
-        if models[who].way.folded:
-            parameters = {"grad_w": every}
         output = forward()
-        inputs = [p for some in parameters.values() for p in some]
-        grads = iter(torch.autograd.grad(output.square().mean(), inputs))
-        found = {"output": output.detach()}
-        for what, some in parameters.items():
-            found[what] = torch.cat([next(grads).flatten() for _ in some])
+        grads = torch.autograd.grad(output.square().mean(), models[who].parameters)
+        folded = models[who].way.folded
+        parts = {"grad_w": grads} if folded else {"grad_v": grads[::2], "grad_g": grads[1::2]}
+        found = {what: torch.cat([t.flatten() for t in some]) for what, some in parts.items()}
+        found = {"output": output.detach(), **found}
         for what, got in found.items():
             want = first.setdefault(what, got)
             verify.check_same(f"{who}, {name}", got, want, OUTPUT_L2, what)

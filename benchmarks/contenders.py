@@ -15,27 +15,21 @@ from torch.nn.utils import parametrizations, parametrize
 
 import wnkernel
 
-from . import verify
-from .environment import Environment
 from .shapes import LayerCase
 
 OURS = "wnkernel"
-TORCH = "torch"
-"""torch's own weight norm: the operator, or the parametrization of a layer."""
+TORCH = "torch"  # torch's own weight norm: the operator, or the parametrization of a layer.
 LEGACY = "torch legacy hook"
 COPY = "copy_"  # The yardstick: it copies v's bytes into memory that exists already.
 FUSED = "fused"  # wnkernel after ``fuse(model)``: one launch computes all weights.
-VERSION = "fused, version"
-"""``fuse(model, reuse="version")``, with parameters that change in every iteration."""
-UNCHANGED = "fused, version, unchanged"
-"""The same group with parameters that do not change, so that weights are read but not computed."""
+VERSION = "fused, version"  # ``reuse="version"``, with parameters that change in every iteration.
+UNCHANGED = "fused, version, unchanged"  # The same, but weights are read and not computed again.
 PLAIN = "no weight norm"  # The same model with folded weights.
 COMPILED = ", compiled"  # The name of a contender gets this suffix after torch.compile.
 ENGINE = "engine"  # autograd's engine, which runs nodes without any operator.
 KINDS = (OURS, TORCH, LEGACY)  # The weight norms that a single layer can carry.
+# All contenders that wnkernel computes.
 OWN = (OURS, FUSED, VERSION, UNCHANGED, OURS + COMPILED, FUSED + COMPILED)
-"""All contenders that wnkernel computes."""
-
 BY_CASE = {
     "models": KINDS,
     "host": (*KINDS, UNCHANGED),
@@ -48,7 +42,6 @@ BY_CASE = {
     "whole": (TORCH, OURS, FUSED),
 }
 """The contenders of each case of several layers or kinds."""
-
 NAME = "weight"  # The parameter that has the weight norm in every model here.
 
 
@@ -71,8 +64,7 @@ def _legacy(module: nn.Module, name: str, dim: int) -> nn.Module:
 class Way:
     """How a contender computes the weights of a model."""
 
-    apply: Callable[[nn.Module, str, int], nn.Module] = wnkernel.weight_norm
-    """Puts weight norm on a layer."""
+    apply: Callable[[nn.Module, str, int], nn.Module] = wnkernel.weight_norm  # For one layer.
     reuse: str | None = None  # With None every weight is computed alone.
     changing: bool = True  # Whether parameters count as changed after every iteration.
     compiled: bool = False  # Whether torch.compile makes one graph of all reads.
@@ -123,8 +115,7 @@ class Normed:
     """A model with weight norms, computed as one contender does it."""
 
     model: nn.Module  # A group lives as long as its model.
-    modules: Sequence[nn.Module]
-    """The layers that have a weight norm, or had one until they were folded."""
+    modules: Sequence[nn.Module]  # The layers whose weight is normed, or was until it was folded.
     layers: Sequence[NormedLayer]  # Empty if the weights were folded.
     scope: Callable[[], AbstractContextManager[None]]  # Surrounds a forward.
     changed: Callable[[], None]  # Stands for an optimizer that wrote to the parameters.
@@ -138,26 +129,17 @@ class Normed:
         return [p for layer in self.layers for p in (layer.v, layer.g)]
 
 
-def norm(
-    who: str,
-    model: nn.Module,
-    convs: Sequence[tuple[nn.Module, int | None]],
-    values: Sequence[tuple[Tensor, Tensor]] | None = None,
-) -> Normed:
-    """Put a contender's weight norm on some layers of a model, each with its dim, in place. Without
-    given values, v keeps its values, and g is the norm of v times random factors that are the same
-    for every contender."""
+def norm(who: str, model: nn.Module, convs: Sequence[tuple[nn.Module, int | None]]) -> Normed:
+    """Put a contender's weight norm on layers of a model, each with its dim, in place. v is the
+    weight, and g is its norm times random factors that are the same for every contender: results
+    with ``w = v`` would prove nothing."""
     way = WAYS[who]
     modules = [module for module, _ in convs]
     layers = [apply(who, module, dim) for module, dim in convs]
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for k, layer in enumerate(layers):
-            if values is None:
-                layer.g.mul_((0.8 + 0.4 * torch.rand(layer.g.shape, generator=random)).to(layer.g))
-            else:
-                layer.v.copy_(values[k][0])
-                layer.g.copy_(values[k][1])
+        for layer in layers:
+            layer.g.mul_((0.8 + 0.4 * torch.rand(layer.g.shape, generator=random)).to(layer.g))
     if way.folded:
         for module in modules:
             wnkernel.remove_weight_norm(module)
@@ -172,44 +154,31 @@ def norm(
 
 def stripped(model: nn.Module) -> Callable[[str], Normed]:
     """Take torch's weight norms off ``model``, in place. Return a function that copies the model
-    and puts a contender's weight norm on the same layers, with the same v and g.
-
-    Models must be copied in this form: a copy of a parametrized layer shares its class with the
-    original, and torch's ``remove_parametrizations`` on either one takes the property from both.
-    """
-    saved: dict[str, tuple[int | None, Tensor, Tensor]] = {}
+    and puts a contender's weight norm on the same layers. (A copy of a parametrized layer would
+    share its class with the original, and torch's ``remove_parametrizations`` on either one takes
+    the property from both.)"""
+    dims: dict[str, int | None] = {}
     for name, module in list(model.named_modules()):
-        if not parametrize.is_parametrized(module, NAME):
-            continue
-        originals = module.parametrizations[NAME]
-        if type(originals[0]).__name__ == "_WeightNorm":
-            dim = originals[0].dim
-            v, g = originals.original1.detach(), originals.original0.detach()
-            saved[name] = (None if dim == -1 else dim), v, g
-            parametrize.remove_parametrizations(module, NAME)
+        if parametrize.is_parametrized(module, NAME):
+            first = module.parametrizations[NAME][0]
+            if type(first).__name__ == "_WeightNorm":
+                dims[name] = None if first.dim == -1 else first.dim
+                parametrize.remove_parametrizations(module, NAME)
 
     def normed(who: str) -> Normed:
         own = copy.deepcopy(model)
-        convs = [(own.get_submodule(name), dim) for name, (dim, _, _) in saved.items()]
-        return norm(who, own, convs, [(v, g) for _, v, g in saved.values()])
+        return norm(who, own, [(own.get_submodule(name), dim) for name, dim in dims.items()])
 
     return normed
 
 
-class Weight(nn.Module):
-    """A layer that has only a weight."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
 def weights_model(who: str, cases: Sequence[LayerCase], device: torch.device) -> Normed:
-    """Make a model of bare weights, the same for every contender."""
+    """Make a model of layers that have only a weight, the same for every contender."""
     random = torch.Generator().manual_seed(0)
-    bare = [Weight(torch.randn(c.shape, generator=random).to(device)) for c in cases]
-    convs = [(module, c.dim) for module, c in zip(bare, cases, strict=True)]
-    return norm(who, nn.ModuleList(bare), convs)
+    model = nn.ModuleList(nn.Module() for _ in cases)
+    for layer, case in zip(model, cases, strict=True):
+        layer.weight = nn.Parameter(torch.randn(case.shape, generator=random).to(device))
+    return norm(who, model, [(m, c.dim) for m, c in zip(model, cases, strict=True)])
 
 
 def random_grads(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -231,11 +200,10 @@ class Pass:
     launches only weight norms: there is no loss and no ``.grad``."""
 
     def __init__(self, normed: Normed, grads: list[Tensor]) -> None:
-        self.normed, self.grads = normed, grads
-        self.parameters = normed.parameters
-        layers, modules = normed.layers, normed.modules
-        self.read: Callable[[], list[Tensor]] = lambda: [layer.weight() for layer in layers]
+        self.normed, self.grads, self.parameters = normed, grads, normed.parameters
+        self.read: Callable[[], list[Tensor]] = lambda: [x.weight() for x in normed.layers]
         if normed.way.compiled:  # one graph, with the guards of a model's graph
+            modules = normed.modules
             once = torch.compile(fullgraph=True, dynamic=False)
             self.read = once(lambda: [m.weight for m in modules])
 
@@ -252,12 +220,8 @@ class Pass:
 
 class Iteration(Pass):
     """Does what a training step does about weight norms: reads all weights in one scope, takes all
-    gradients in one backward, and drops them.
-
-    The backward has one root, which hands a prepared gradient to every weight. This avoids the
-    checks that ``torch.autograd.backward`` makes in Python for each tensor, which are no part of
-    training.
-    """
+    gradients in one backward, and drops them. The backward has one root, which hands a prepared
+    gradient to every weight: ``torch.autograd.backward`` would check each tensor in Python."""
 
     def __call__(self) -> None:
         self._forward_backward()
@@ -295,58 +259,6 @@ class _Root(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         ctx.weights = None
         return None, *ctx.grads
-
-
-class Checker:
-    """Checks the weights and gradients of one contender after the other against float64.
-
-    It keeps the last results within each tolerance, so that equal bits are not checked again.
-    """
-
-    def __init__(self, title: str, where: Environment) -> None:
-        self._title = title
-        self._own_kernels = where.own_kernels
-        self._passed: dict[bool, tuple[list[Tensor], float]] = {}
-
-    def check(
-        self,
-        who: str,
-        layers: Sequence[NormedLayer],
-        results: Sequence[Of],
-        grads: Sequence[Tensor],
-    ) -> float:
-        """Return the worst error of all layers.
-
-        Raises:
-            VerificationError: if an error is outside the tolerance, or weights that should be
-                computed together are not.
-        """
-        way = WAYS[who]
-        nodes = {of.w.grad_fn for of in results}
-        if len(nodes) != (1 if way.compiled or way.reuse else len(results)):
-            raise verify.VerificationError(
-                f"{who}, {self._title}: {len(results)} weights have {len(nodes)} autograd nodes"
-            )
-        long_sums = way.apply is not wnkernel.weight_norm or not self._own_kernels
-        bits = [t.detach() for of in results for t in of]
-        passed, worst = self._passed.get(long_sums, ([], 0.0))
-        if passed and all(map(torch.equal, bits, passed)):
-            return worst
-        worst = 0.0
-        for i, (layer, of, grad_w) in enumerate(zip(layers, results, grads, strict=True)):
-            want = verify.reference(layer.v, layer.g, layer.dim, grad_w)
-            about = f"{who}, {self._title}, weight {i} of shape {list(layer.v.shape)}"
-            worst = max(worst, verify.check(about, of, want, long_sums=long_sums))
-        self._passed[long_sums] = bits, worst
-        return worst
-
-    def check_pass(self, who: str, one: Pass) -> float:
-        """Check the results of a pass or an iteration."""
-        grads = [g.clone() for g in one.grads]
-        results = one.results()
-        if not all(map(torch.equal, grads, one.grads)):
-            raise verify.VerificationError(f"{who}, {self._title}: the backward wrote to its input")
-        return self.check(who, one.normed.layers, results, grads)
 
 
 def copy_of(tensors: Sequence[Tensor]) -> Callable[[], Tensor]:

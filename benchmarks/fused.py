@@ -8,28 +8,19 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
 
 import torch
 
-from .contenders import (
-    BY_CASE,
-    COPY,
-    TORCH,
-    WAYS,
-    Checker,
-    Iteration,
-    copy_of,
-    random_grads,
-    weights_model,
-)
+from .contenders import BY_CASE, COPY, TORCH, Iteration, copy_of, random_grads, weights_model
 from .environment import Environment
 from .plan import Job, Plan
 from .processes import measure_apart, run_apart
 from .results import Result, of_list, rows
 from .shapes import LayerCase, weight_list
 from .timing import Contender
+from .verify import Checker
 
 MODELS = (
     "SpeechT5HifiGan",
@@ -43,18 +34,14 @@ MODELS = (
 )
 
 FLAT_NUMEL = 2**21  # 8 MiB of v in float32.
-FLAT_ROW = (128, 4)
-"""Input channels and taps. Rows have 512 elements, however many layers share them."""
+FLAT_ROW = (128, 4)  # Input channels and taps, however many layers share the rows.
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
     """Make one job per model."""
-
-    def run(name: str) -> list[Result]:
-        cases = weight_list(name)
-        return compare("fused", name, cases, plan.fused_budget_s, where)
-
-    return [Job(f"fused {n}", functools.partial(run, n)) for n in plan.fused_models or MODELS]
+    names = plan.fused_models or MODELS
+    run = functools.partial(compare, "fused", budget_s=plan.fused_budget_s, where=where)
+    return [Job(f"fused {n}", functools.partial(run, n, weight_list(n))) for n in names]
 
 
 def flat_jobs(plan: Plan, where: Environment) -> list[Job]:
@@ -72,18 +59,15 @@ def flat_jobs(plan: Plan, where: Environment) -> list[Job]:
 def compare(
     case: str, label: str, cases: Sequence[LayerCase], budget_s: float, where: Environment
 ) -> list[Result]:
-    """Verify, then time, the weights of a list, beside a copy of all v.
-
-    The verification compiles into an empty cache, from which the timed processes load.
-    """
-    contenders = BY_CASE[case]
-    about = of_list(case, label, [c.numel for c in cases])
+    """Verify, then time, the weights of a list, beside a copy of all v. The verification compiles
+    into an empty cache, from which the timed processes load."""
+    timed = (*BY_CASE[case], COPY)
     with TemporaryDirectory() as cache:
-        verify = functools.partial(_verify, label, contenders, cases, where, cache)
+        make = functools.partial(_contender, cases=cases, where=where, cache=cache)
+        verify = functools.partial(_verify, label, BY_CASE[case], make, where)
         errors, compile_s = run_apart(verify, where)
-        timed = (*contenders, COPY)
-        prepare = {w: functools.partial(_contender, w, cases, where, cache) for w in timed}
-        stats = measure_apart(prepare, where, budget_s)
+        stats = measure_apart({w: functools.partial(make, w) for w in timed}, where, budget_s)
+    about = of_list(case, label, [c.numel for c in cases])
     return rows(about, where, stats, errors=errors, compile_s=compile_s)
 
 
@@ -95,29 +79,19 @@ def _contender(who: str, cases: Sequence[LayerCase], where: Environment, cache: 
 
 
 def _verify(
-    title: str,
-    contenders: Sequence[str],
-    cases: Sequence[LayerCase],
-    where: Environment,
-    cache: str,
+    title: str, contenders: Sequence[str], make: Callable[[str], Iteration], where: Environment
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the errors, and the seconds of the first calls of compiled contenders."""
     checker = Checker(title, where)
     errors, compile_s = {}, {}
     for who in contenders:
-        iteration = _contender(who, cases, where, cache)
-        if WAYS[who].compiled:
-            if not compile_s:
-                _load_compiler(where)
+        iteration = make(who)
+        if iteration.normed.way.compiled:
+            if not compile_s:  # A first graph takes ten seconds, which must count for nobody.
+                x = torch.ones(2, device=where.device, requires_grad=True)
+                torch.compile(lambda x=x: (2 * x).sum())().backward()
             start = time.perf_counter()
             iteration()
             compile_s[who] = time.perf_counter() - start
         errors[who] = checker.check_pass(who, iteration)
     return errors, compile_s
-
-
-def _load_compiler(where: Environment) -> None:
-    """Import the compiler and compile a first graph. This takes ten seconds, which would otherwise
-    count for the first contender."""
-    x = torch.ones(2, device=where.device, requires_grad=True)
-    torch.compile(lambda: (2 * x).sum())().backward()

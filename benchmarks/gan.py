@@ -17,7 +17,6 @@ import ctypes
 import functools
 import gc
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ import torch
 from torch import Tensor
 
 from . import hifigan, verify
-from .contenders import BY_CASE, PLAIN, TORCH, Checker, Normed, Of, norm, random_grads
+from .contenders import BY_CASE, PLAIN, TORCH, Normed, Of, norm, random_grads
 from .environment import Environment
-from .models import OUTPUT_L2, training_step
+from .models import LEARNING_RATE, OUTPUT_L2, training_step
 from .plan import Job, Plan
 from .processes import measure_apart, run_apart
 from .results import STEP, Result, memory_rows, of_list, rows
@@ -37,27 +36,20 @@ from .shapes import weight_list
 GAN_STEP = "GAN step"
 NORMS = "weight norms of a GAN step"
 CONTENDERS = BY_CASE["gan"]
-WEIGHTS = {
-    hifigan.Generator: ("SpeechT5HifiGan",),
-    hifigan.Discriminators: ("HiFi-GAN-MPD", "HiFi-GAN-MSD"),
-}
-"""The weights of each module must be those of these models in shapes.csv."""
-
+MODEL = "SpeechT5HifiGan"
+# The weights of each module must be those of these models in shapes.csv.
+WEIGHTS = {hifigan.Generator: (MODEL,), hifigan.Discriminators: ("HiFi-GAN-MPD", "HiFi-GAN-MSD")}
 BATCH = 1
-LEARNING_RATE = 1e-6  # So small that the models stay the same during the timing.
 CHECKED_RATE = 1e-3  # So large that a weight from before the step would fail the check.
 CHECKED_FRAMES = 4
-BEFORE_OPTIMIZER = 2
-"""The number of outputs of the first :class:`Step` that come before any optimizer's step."""
+BEFORE_OPTIMIZER = 2  # The outputs of the first step that come before any optimizer's step.
 
 Parts = tuple[Normed, Normed]  # The generator and the discriminators, as one contender has them.
 NO_GRAD = "no_grad forward"
-MODEL = "SpeechT5HifiGan"
 FRAMES = 8  # So few that weights and their gradients make the peak, not activations.
 STEPS = 5
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"
 
 
 def jobs(plan: Plan, where: Environment) -> list[Job]:
@@ -71,12 +63,13 @@ def run(plan: Plan, where: Environment) -> list[Result]:
     numels = [c.numel for models in WEIGHTS.values() for m in models for c in weight_list(m)]
     about = of_list("gan", label, numels)
     errors = run_apart(functools.partial(_check_norms, where), where)
-    prepare = {who: functools.partial(_norms, who, where) for who in CONTENDERS}
+    prepare = {who: functools.partial(Norms, who, where) for who in CONTENDERS}
     stats = measure_apart(prepare, where, plan.gan_budget_s)
     out = rows(about.of_phase(NORMS), where, stats, errors=errors)
     if plan.gan_step:
         _check_steps(where)
-        prepare = {w: functools.partial(_step, plan.gan_frames, w, where) for w in CONTENDERS}
+        more = where, plan.gan_frames, LEARNING_RATE
+        prepare = {who: functools.partial(Step, who, *more) for who in CONTENDERS}
         stats = measure_apart(prepare, where, plan.gan_budget_s)
         out += rows(about.of_phase(GAN_STEP), where, stats)
     return out
@@ -98,22 +91,22 @@ def build(
 class Norms:
     """The weight norms of a step: the reads, backwards and changes of :class:`Step`."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-        self.grads = [random_grads([m.weight for m in part.modules]) for part in parts]
-        self._parameters = [part.parameters for part in parts]
+    def __init__(self, who: str, where: Environment) -> None:
+        self.parts = _parts(who, where)
+        self.grads = [random_grads([m.weight for m in part.modules]) for part in self.parts]
+        self._parameters = [part.parameters for part in self.parts]
 
-    def __call__(self, look: Callable[[], None] | None = None) -> None:
-        """Run one step, and call ``look`` when both parts have the gradients of the generator's
-        loss."""
+    def __call__(self) -> None:
+        self.until_gradients()
+        self._step(0, 1)
+
+    def until_gradients(self) -> None:
+        """Run a step until both parts have the gradients of the generator's loss."""
         generated = self._forward(0)
         (self._forward(1) + self._forward(1)).backward()
         self._step(1)
         again = self._forward(1) + self._forward(1)
         (generated + again).backward()
-        if look is not None:
-            look()
-        self._step(0, 1)
 
     def _forward(self, k: int) -> Tensor:
         x = torch.zeros((), device=self._parameters[k][0].device, requires_grad=True)
@@ -147,16 +140,16 @@ class _Use(torch.autograd.Function):
 class Step:
     """A training step."""
 
-    def __init__(self, parts: Parts, frames: int, rate: float) -> None:
+    def __init__(self, who: str, where: Environment, frames: int, rate: float) -> None:
+        parts = _parts(who, where)
         self.generator, self.discriminators = (part.model for part in parts)
         self.optimizers = [
             torch.optim.AdamW(part.model.parameters(), lr=rate, betas=(0.8, 0.99)) for part in parts
         ]
         random = torch.Generator().manual_seed(1)
-        device = parts[0].parameters[0].device
         mel = torch.randn(BATCH, hifigan.MEL_BANDS, frames, generator=random)
         audio = torch.rand(BATCH, 1, frames * hifigan.UPSAMPLING, generator=random)
-        self.mel, self.audio = mel.to(device), (2 * audio - 1).to(device)
+        self.mel, self.audio = mel.to(where.device), (2 * audio - 1).to(where.device)
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the waveform, the loss of the discriminators and the loss of the generator."""
@@ -180,22 +173,17 @@ def _parts(who: str, where: Environment) -> Parts:
     return build(hifigan.Generator, who, where), build(hifigan.Discriminators, who, where)
 
 
-def _norms(who: str, where: Environment) -> Norms:
-    return Norms(_parts(who, where))
-
-
-def _step(frames: int, who: str, where: Environment) -> Step:
-    return Step(_parts(who, where), frames, LEARNING_RATE)
-
-
 def _check_norms(where: Environment) -> dict[str, float]:
     """Check the weights and gradients of a second step against float64; return the worst errors."""
-    checkers = Checker("generator", where), Checker("discriminators", where)
+    checkers = verify.Checker("generator", where), verify.Checker("discriminators", where)
     errors: dict[str, float] = {}
-
-    def look(who: str, norms: Norms) -> None:
-        found = zip(norms.parts, norms.grads, (1, 2), checkers, strict=True)
-        for part, grads, uses, checker in found:
+    for who in CONTENDERS:
+        norms = Norms(who, where)
+        norms()
+        norms.until_gradients()
+        for part, grads, uses, checker in zip(
+            norms.parts, norms.grads, (1, 2), checkers, strict=True
+        ):
             grads = [uses * grad for grad in grads]
             with part.scope():
                 weights = [module.weight for module in part.modules]
@@ -207,11 +195,6 @@ def _check_norms(where: Environment) -> dict[str, float]:
             results = [Of(w, layer.v.grad, layer.g.grad) for w, layer in pairs]
             error = checker.check(who, part.layers, results, grads)
             errors[who] = max(error, errors.get(who, 0.0))
-
-    for who in CONTENDERS:
-        norms = _norms(who, where)
-        norms()
-        norms(functools.partial(look, who, norms))
     return errors
 
 
@@ -228,7 +211,7 @@ def _check_steps(where: Environment) -> None:
 
 
 def _two_steps(who: str, where: Environment) -> list[np.ndarray]:
-    step = Step(_parts(who, where), CHECKED_FRAMES, CHECKED_RATE)
+    step = Step(who, where, CHECKED_FRAMES, CHECKED_RATE)
     return [t.detach().cpu().numpy() for _ in range(2) for t in step()]
 
 
@@ -240,17 +223,13 @@ def can_measure() -> bool:
 def memory_jobs(plan: Plan, where: Environment) -> list[Job]:
     """Make one job per phase."""
     phases = (STEP, NO_GRAD)[: plan.memory_phases]
-    return [
-        Job(f"memory, {phase}", functools.partial(run_memory, phase, where)) for phase in phases
-    ]
+    return [Job(f"memory, {p}", functools.partial(run_memory, p, where)) for p in phases]
 
 
 def run_memory(phase: str, where: Environment) -> list[Result]:
     """Measure the peak of every contender."""
-    peaks = {
-        who: run_apart(functools.partial(_peak, who, phase, where), where)
-        for who in BY_CASE["memory"]
-    }
+    peak = functools.partial(_peak, phase=phase, where=where)
+    peaks = {w: run_apart(functools.partial(peak, w), where) for w in BY_CASE["memory"]}
     about = of_list("memory", MODEL, [c.numel for c in weight_list(MODEL)], phase)
     return memory_rows(about, where, peaks)
 
@@ -286,10 +265,9 @@ def _check_memory(who: str, generator: Normed, mel: Tensor, where: Environment) 
 def _reset() -> int:
     """Reset the peak, and return the memory in use, in bytes."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # free memory from building the model would hide a part of the peak
-        trim(0)
-    _CLEAR_REFS.write_text(_RESET_PEAK)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # free memory from building the model would hide a part of the peak
+    _CLEAR_REFS.write_text("5")  # resets the peak
     return _status("VmRSS")
 
 

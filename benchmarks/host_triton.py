@@ -11,6 +11,7 @@ autograd node with the same inputs and results that only allocates: torch itself
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -42,11 +43,12 @@ from wnkernel.backends.triton.plan import tiles
 from wnkernel.backends.triton.tables import FORWARD
 from wnkernel.backends.triton.variants import Types
 
-from .contenders import FUSED, OURS, TORCH, Checker, Iteration, Normed, random_grads, weights_model
+from .contenders import FUSED, OURS, TORCH, Iteration, Normed, random_grads, weights_model
 from .environment import Environment, environment
 from .report import console, show
 from .shapes import LayerCase
 from .timing import Contender, least
+from .verify import Checker
 
 KERNELS = (3, 5, 7)
 NOTHING = "nothing"
@@ -104,15 +106,11 @@ def of_nothing(normed: Normed) -> Normed:
     return replace(normed, modules=modules, layers=layers, scope=scope)
 
 
-def reading(normed: Normed) -> Contender:
-    """Return a contender that reads all weights in one scope."""
-
-    def read() -> None:
-        with normed.scope():
-            for module in normed.modules:
-                _ = module.weight
-
-    return read
+def read(normed: Normed) -> None:
+    """Read all weights in one scope."""
+    with normed.scope():
+        for module in normed.modules:
+            _ = module.weight
 
 
 def steps(count: int, where: Environment) -> Phases:
@@ -126,7 +124,7 @@ def steps(count: int, where: Environment) -> Phases:
     fused = models.pop(FUSED)
     models |= {HIT: fused, MISS: fused, NOTHING: of_nothing(fused)}
     return {
-        "forward": {who: reading(normed) for who, normed in models.items()},
+        "forward": {who: functools.partial(read, normed) for who, normed in models.items()},
         "forward+backward": {who: Iteration(normed, grads) for who, normed in models.items()},
     }
 

@@ -15,18 +15,7 @@ import wnkernel
 from wnkernel.cli.timing import Times
 
 from . import verify
-from .contenders import (
-    BY_CASE,
-    COPY,
-    ENGINE,
-    OURS,
-    TORCH,
-    UNCHANGED,
-    NormedLayer,
-    apply,
-    copy_of,
-    operators,
-)
+from .contenders import BY_CASE, COPY, ENGINE, OURS, TORCH, UNCHANGED, apply, copy_of, operators
 from .environment import Environment
 from .plan import Job, Plan
 from .results import FORWARD, FORWARD_BACKWARD, READ, Result, of_weight, rows
@@ -34,13 +23,11 @@ from .shapes import ADDED, LayerCase, dtype_text, grid
 from .timing import Contender, blamed, device_sampler, host_sampler, measure
 
 Operator = Callable[[Tensor, Tensor], Tensor]
-
 BF16_KINDS = ("first", "last")
 CALLED = LayerCase((8, 8), 0, "64 elements", "Linear")
+# Phases of CALLED. autograd's engine takes most of the time of a backward in every contender. The
+# contender "engine" shows it: the same call on a node without work.
 RECORDED, NO_GRAD, BACKWARD = "call, recorded", "call, no_grad", "backward alone"
-"""Phases of :data:`CALLED`. autograd's engine takes most of the time of a backward in every
-contender. The contender "engine" shows it: the same call on a node without work."""
-
 MAX_NUMEL = 20_000  # The largest layer for which no kernel matters.
 GROUP_MEMBERS = 8  # The layers of the group, one of which is read.
 L2 = 1e-5  # The allowed relative error of a weight, in float32.
@@ -62,7 +49,8 @@ def operator_jobs(plan: Plan, where: Environment) -> list[Job]:
 def host_jobs(plan: Plan, where: Environment) -> list[Job]:
     """Make one job per small layer of the real models."""
     small = [c for c in select(grid(), plan) if c.numel < MAX_NUMEL and c.dim == 0]
-    return [Job(f"host {c}", functools.partial(run_host, c, plan, where)) for c in small]
+    run = functools.partial(run_host, budget_s=plan.host_budget_s, where=where)
+    return [Job(f"host {c}", functools.partial(run, c)) for c in small]
 
 
 def select(cases: Iterable[LayerCase], plan: Plan) -> list[LayerCase]:
@@ -103,16 +91,14 @@ def forward(operator: Operator, t: Tensors) -> Contender:
 
 
 def forward_and_reader(operator: Operator, t: Tensors) -> Contender:
-    """Return a contender that runs the forward while autograd records, and then reads w: it
-    multiplies w, as a matrix of rows along dim 0, with a vector. autograd does not record the
-    product."""
+    """Return a contender that runs the forward while autograd records, and then multiplies w, as a
+    matrix of rows along dim 0, with a vector, which autograd does not record."""
     rows, length = t.v.shape[0], t.v.numel() // t.v.shape[0]
     x = torch.randn(length, generator=torch.Generator().manual_seed(1)).to(t.v.device, t.v.dtype)
     return lambda: torch.mv(operator(t.v, t.g).detach().view(rows, length), x)
 
 
 PHASES = {FORWARD_BACKWARD: forward_backward, FORWARD: forward, READ: forward_and_reader}
-READ_DTYPES = (torch.float32,)  # The dtypes of weights that are read. (A run has no time for more.)
 
 
 def verified(
@@ -136,9 +122,10 @@ def run(case: LayerCase, dtype: torch.dtype, plan: Plan, where: Environment) -> 
     contenders = operators(case.dim)
     errors = verified(f"{dtype_text(dtype)} {case}", contenders, t, case.dim, where)
     out = []
-    for phase in (p for p in PHASES if p != READ or dtype in READ_DTYPES):
-        stats = beside_a_copy(phase, contenders, t, plan.layer_budget_s, where)
-        out += rows(of_weight(case, dtype, "layers", phase), where, stats, errors=errors)
+    for phase in PHASES:
+        if phase != READ or dtype == torch.float32:  # A run has no time for more.
+            stats = beside_a_copy(phase, contenders, t, plan.layer_budget_s, where)
+            out += rows(of_weight(case, dtype, "layers", phase), where, stats, errors=errors)
     return out
 
 
@@ -186,32 +173,30 @@ def of_nothing(v: Tensor, grad_w: Tensor) -> Contender:
 
 
 def run_host(
-    case: LayerCase, plan: Plan, where: Environment, without: Collection[str] = ()
+    case: LayerCase, budget_s: float, where: Environment, without: Collection[str] = ()
 ) -> list[Result]:
     """Time a read with grad mode on, including the graph: the three kinds and a group side by side,
-    except those in ``without``. (The legacy kind computes in a hook before the forward, so that
-    hook is called.)"""
+    except those in ``without``. (The legacy kind computes in a hook, so that hook is called.)"""
     inputs = tensors(case, torch.float32, where.device)
     want = verify.reference(inputs.v, inputs.g, case.dim, inputs.grad_w).w
-    normed: dict[str, NormedLayer] = {}
+    timed: dict[str, Contender] = {}
     scope: AbstractContextManager[None] = nullcontext()
     for who in (w for w in BY_CASE["host"] if w not in without):
         with blamed(who):
             count = GROUP_MEMBERS if who == UNCHANGED else 1
             layers = [apply(who, _layer(case, where.device), case.dim) for _ in range(count)]
-            normed[who] = layers[0]
+            timed[who] = layers[0].weight
             if who == UNCHANGED:
                 model = nn.ModuleList(layer.module for layer in layers)
                 scope = wnkernel.fuse(model, reuse="version").scope()
             with torch.no_grad():
-                normed[who].v.copy_(inputs.v)
-                normed[who].g.copy_(inputs.g)
+                layers[0].v.copy_(inputs.v)
+                layers[0].g.copy_(inputs.g)
     with scope:  # as in a forward: the first read computes, later reads find w
-        for who, layer in normed.items():
+        for who, read in timed.items():
             with blamed(who):
-                verify.check_same(f"{who}, {case}", layer.weight(), want, L2)
-        timed = {who: layer.weight for who, layer in normed.items()}
-        stats = measure(timed, host_sampler(where.device), plan.host_budget_s)
+                verify.check_same(f"{who}, {case}", read(), want, L2)
+        stats = measure(timed, host_sampler(where.device), budget_s)
     return rows(of_weight(case, torch.float32, "host", "weight access"), where, stats)
 
 

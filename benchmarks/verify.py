@@ -10,6 +10,9 @@ from torch import Tensor
 
 from wnkernel.cli.exact import Exact, bound, exact, of_sums
 
+from .contenders import OWN, WAYS, NormedLayer, Of, Pass
+from .environment import Environment
+
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -33,20 +36,12 @@ def reference(v: Tensor, g: Tensor, dim: int | None, grad_w: Tensor) -> Referenc
 
 
 def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) -> float:
-    """Compare ``(w, grad_v, grad_g)`` with the reference.
+    """Compare ``(w, grad_v, grad_g)`` with the reference for the same inputs. Return the largest
+    relative L2 error. (For ``long_sums`` see :func:`wnkernel.cli.exact.bound`.)
 
     The L2 error of w is relative to w, that of ``grad_v`` to its terms, that of ``grad_g`` to the
     norm of the row of ``grad_w``. The error of the worst element is relative to the largest
     element.
-
-    Args:
-        who: contender and case, for the message.
-        got: ``w``, ``grad_v``, ``grad_g``.
-        want: the reference for the same inputs.
-        long_sums: see :func:`wnkernel.cli.exact.bound`.
-
-    Returns:
-        The largest relative L2 error of the three.
 
     Raises:
         VerificationError: if a result is outside the tolerance, not finite, or of another shape.
@@ -56,10 +51,8 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
     of_element = torch.finfo(want.dtype).eps + 4 * of_sums(*about, long_sums=long_sums)
     w, grad_v, grad_g = (t.detach() for t in got)
     worst = 0.0
-    for name, have, should, terms in (
-        ("w", w, want.w, want.w),
-        ("grad_v", grad_v, want.grad_v, want.grad_v_terms),
-    ):
+    of_v = grad_v, want.grad_v, want.grad_v_terms
+    for name, (have, should, terms) in {"w": (w, want.w, want.w), "grad_v": of_v}.items():
         error = _difference(who, name, have, should)
         l2 = _ratio(error.norm(), terms.norm())
         element = _ratio(error.abs().max(), terms.abs().max())
@@ -95,3 +88,47 @@ def _demand(who: str, name: str, what: str, value: float, bound: float) -> None:
             f"{who}: {name} is wrong: {what} is {value:.3g}, allowed is {bound:.3g}. "
             "Nothing was timed for this case."
         )
+
+
+class Checker:
+    """Checks the weights and gradients of one contender after the other against float64. It keeps
+    the last results within each tolerance, so that equal bits are not checked again."""
+
+    def __init__(self, title: str, where: Environment) -> None:
+        self._title, self._own_kernels = title, where.own_kernels
+        self._passed: dict[bool, tuple[list[Tensor], float]] = {}
+
+    def check(
+        self, who: str, layers: Sequence[NormedLayer], results: Sequence[Of], grads: list[Tensor]
+    ) -> float:
+        """Return the worst error of all layers.
+
+        Raises:
+            VerificationError: also if weights that should be computed together are not.
+        """
+        way = WAYS[who]
+        nodes = {of.w.grad_fn for of in results}
+        if len(nodes) != (1 if way.compiled or way.reuse else len(results)):
+            raise VerificationError(
+                f"{who}, {self._title}: {len(results)} weights have {len(nodes)} autograd nodes"
+            )
+        long_sums = who not in OWN or not self._own_kernels
+        bits = [t.detach() for of in results for t in of]
+        passed, worst = self._passed.get(long_sums, ([], 0.0))
+        if passed and all(map(torch.equal, bits, passed)):
+            return worst
+        worst = 0.0
+        for i, (layer, of, grad_w) in enumerate(zip(layers, results, grads, strict=True)):
+            want = reference(layer.v, layer.g, layer.dim, grad_w)
+            about = f"{who}, {self._title}, weight {i} of shape {list(layer.v.shape)}"
+            worst = max(worst, check(about, of, want, long_sums=long_sums))
+        self._passed[long_sums] = bits, worst
+        return worst
+
+    def check_pass(self, who: str, one: Pass) -> float:
+        """Check the results of a pass or an iteration."""
+        grads = [g.clone() for g in one.grads]
+        results = one.results()
+        if not all(map(torch.equal, grads, one.grads)):
+            raise VerificationError(f"{who}, {self._title}: the backward wrote to its input")
+        return self.check(who, one.normed.layers, results, grads)

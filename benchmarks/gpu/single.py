@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from wnkernel.backends import BACKENDS
 from wnkernel.problem import check
 
-from .. import plan as cpu_plan
 from .. import verify
 from ..contenders import COPY, copy_of, operators
 from ..environment import Environment
@@ -29,49 +27,31 @@ from ..layers import MAX_NUMEL, forward, forward_backward, run_host, tensors, ve
 from ..results import Result, of_list, of_weight, rows
 from ..shapes import LayerCase, dtype_text, grid
 from ..timing import ContenderError, blamed, host_sampler, measure
-from .plan import GpuJob, Part, Report, Setting
-from .raw import (
-    BACKWARD,
-    FLAGGEMS,
-    FORWARD,
-    Maker,
-    Raw,
-    arrays,
-    flaggems,
-    inputs,
-    is_ours,
-    makers,
-    ours,
-)
+from .plan import GpuJob, Part, Setting
+from .raw import BACKWARD, FLAGGEMS, FORWARD, Raw, arrays, flaggems, inputs, is_ours, makers, ours
 from .timing import Call, Graph, calls_for, capture, check_replay, is_usable, measure_graphs
 
 SINGLE, RIVAL, COPYING, HOST = "single", "flaggems", "copy", "host"
 DTYPES = (torch.float32, torch.bfloat16)
 COLD_BYTES = 32e6  # From this size of v on, caches are cold.
 CACHES = 4  # All copies of v together are this many times the L2 cache.
+# The most important shape comes first. FlagGems tunes itself at the first call of every shape, and
+# may take FLAGGEMS_S for it: it compiles and times 45 variants of each kernel.
 FLAGGEMS_SHAPES = (((4096, 4096), 0), ((768, 48, 128), 2), ((1024, 1024, 5), 0), ((4096, 4096), 1))
-"""The most important shape comes first."""
-
 FLAGGEMS_S = 60.0
-"""For each shape. FlagGems tunes itself at the first call of every shape: it compiles and times 45
-variants of each kernel."""
-
 LAUNCH = "launch"  # The phase, and the contender, of an empty kernel.
 LAUNCH_CALLS = 200
 WARM_UP_BUDGETS = 10  # An idle card needs a moment to reach its clock.
-CALL = "call, forward"
-CALL_BACKWARD = "call, forward+backward"
-"""Calls of :func:`wnkernel.functional.weight_norm` and of ``torch._weight_norm``, with autograd."""
-
+CALL, CALL_BACKWARD = "call, forward", "call, forward+backward"  # Of functions, with autograd.
 CALL_SAMPLE_S = 1e-3  # For calls: too short to fill the queue of launches.
 
 
 def jobs(setting: Setting) -> list[GpuJob]:
     """Make one job per weight and dtype."""
     return [
-        GpuJob(f"{dtype_text(dtype)} {case}", functools.partial(run, case, dtype, setting))
-        for case in setting.plan.weights[setting.part]
-        for dtype in DTYPES
+        GpuJob(f"{dtype_text(t)} {c}", functools.partial(run, c, dtype=t, setting=setting))
+        for c in setting.plan.weights[setting.part]
+        for t in DTYPES
     ]
 
 
@@ -80,30 +60,24 @@ def rival_jobs(setting: Setting) -> list[GpuJob]:
     if setting.part is not Part.REST:
         return []
     try:
-        extra = {FLAGGEMS: flaggems()}
+        flaggems()
     except Exception as error:  # a foreign package may raise anything
         setting.report(f"{FLAGGEMS} left out: {type(error).__name__}: {error}")
         return []
     cases = [LayerCase(shape, dim, RIVAL, "") for shape, dim in FLAGGEMS_SHAPES]
-    more = {"extra": extra, "case_name": RIVAL}
-    return [
-        GpuJob(
-            f"{FLAGGEMS} {c}", functools.partial(run, c, torch.float32, setting, **more), FLAGGEMS_S
-        )
-        for c in cases
-    ]
+    beside = functools.partial(run, dtype=torch.float32, setting=setting, case_name=RIVAL)
+    return [GpuJob(f"{FLAGGEMS} {c}", functools.partial(beside, c), FLAGGEMS_S) for c in cases]
 
 
 def run(
     case: LayerCase,
+    without: Collection[str],
     dtype: torch.dtype,
     setting: Setting,
-    without: Collection[str],
-    extra: Mapping[str, Maker] | None = None,
     case_name: str = SINGLE,
 ) -> Iterator[list[Result]]:
-    """Verify, then time, one weight by all contenders and the ``extra`` ones, except those in
-    ``without``. Yield the rows of its forward, then those of its backward.
+    """Verify, then time, one weight by all contenders except those in ``without``; FlagGems takes
+    part in its own case. Yield the rows of its forward, then those of its backward.
 
     Raises:
         ContenderError: if a contender raises, or ours is wrong. Errors of others are only reported;
@@ -116,13 +90,20 @@ def run(
     want = verify.reference(first.v, first.g, case.dim, first.grad_w)
     contenders: dict[str, list[Raw]] = {}
     errors: dict[str, float] = {}
-    for who, make in (makers(first.v, where.backend) | dict(extra or {})).items():
+    rival = {FLAGGEMS: flaggems()} if case_name == RIVAL else {}
+    for who, make in (makers(first.v, where.backend) | rival).items():
         if who not in without:
             with blamed(who):
-                contenders[who] = [make(t, case.dim) for t in sets]
-                raw = contenders[who][0]
-                got = raw.forward()[0], *raw.backward()
-                errors |= _verified(who, title, got, want, setting.report)
+                contenders[who] = raws = [make(t, case.dim) for t in sets]
+                got = raws[0].forward()[0], *raws[0].backward()
+                other = not is_ours(who)
+                try:
+                    errors[who] = verify.check(f"{who}, {title}", got, want, long_sums=other)
+                except verify.VerificationError as error:
+                    if not other:
+                        raise
+                    why, _, _ = str(error).partition("Nothing was timed")
+                    setting.report(f"{why}Timed all the same.")
     for phase in (FORWARD, BACKWARD):
         about = of_weight(case, dtype, case_name, phase)
         traffic = arrays(phase, check(first.v, first.g, case.dim), BACKENDS[where.backend])
@@ -144,22 +125,8 @@ def copies(case: LayerCase, dtype: torch.dtype, where: Environment) -> int:
     size = case.numel * dtype.itemsize
     if where.device.type != "cuda" or size < COLD_BYTES:
         return 1
-    properties = torch.cuda.get_device_properties(where.device)
-    cache = getattr(properties, "L2_cache_size", 64 * 2**20)
+    cache = getattr(torch.cuda.get_device_properties(where.device), "L2_cache_size", 64 * 2**20)
     return max(2, math.ceil(CACHES * cache / size))
-
-
-def _verified(
-    who: str, title: str, got: tuple[Tensor, ...], want: verify.Reference, report: Report
-) -> dict[str, float]:
-    """Return the error of a contender, by its name."""
-    try:
-        return {who: verify.check(f"{who}, {title}", got, want, long_sums=not is_ours(who))}
-    except verify.VerificationError as error:
-        if is_ours(who):
-            raise
-        report(str(error).replace("Nothing was timed for this case.", "Timed all the same."))
-        return {}
 
 
 def captured(
@@ -214,15 +181,12 @@ def host_jobs(setting: Setting) -> list[GpuJob]:
     """Make one job per weight; reads of ``layer.weight`` come first, calls follow."""
     plan, where = setting.plan, setting.where
     small = [c for c in grid() if c.numel < MAX_NUMEL and c.dim == 0][:: plan.host_every]
-    access = replace(cpu_plan.DEFAULT, host_budget_s=plan.host_budget_s)
+
+    def read(case: LayerCase, without: Collection[str]) -> list[list[Result]]:
+        return [run_host(case, plan.host_budget_s, where, without)]
+
     if setting.part is Part.KEY:
-        return [
-            GpuJob(
-                f"host, layer.weight, {c}",
-                lambda without, c=c: [run_host(c, access, where, without)],
-            )
-            for c in small
-        ]
+        return [GpuJob(f"host, layer.weight, {c}", functools.partial(read, c)) for c in small]
     return [GpuJob(f"host, call, {c}", functools.partial(run_calls, c, setting)) for c in small]
 
 

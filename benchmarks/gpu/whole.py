@@ -12,20 +12,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Sequence
 
-from ..contenders import (
-    BY_CASE,
-    COPY,
-    TORCH,
-    Checker,
-    Iteration,
-    Pass,
-    copy_of,
-    random_grads,
-    weights_model,
-)
+from ..contenders import BY_CASE, COPY, TORCH, Iteration, Pass, copy_of, random_grads, weights_model
 from ..results import Result, of_list, rows
 from ..shapes import LayerCase
 from ..timing import Contender, blamed, host_sampler, measure
+from ..verify import Checker
 from .plan import GpuJob, Setting
 from .single import captured
 from .timing import Queued, calls_for, capture, measure_graphs, queue_sampler
