@@ -36,7 +36,7 @@ from .raw import backends, ours
 from .timing import is_usable, use_side_stream
 
 RESULTS = "results.csv"  # All rows of a run, in its folder.
-UNKNOWN = "nobody knows who"  # Stands for the name if the contender that failed is unknown.
+UNKNOWN = "nobody knows who"  # The name of a contender that failed, if it is unknown.
 START_S = 60.0  # Until a process begins its first case: it imports torch, and CUDA starts.
 END_S = 5.0  # Until a killed process is gone. A process that is stuck in the driver stays.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -100,20 +100,10 @@ class Faulted(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The process finished all cases, or had no time for the case that it names."""
+    """The process finished all cases, or tells why not."""
 
-    left_out: str
-
-
-class Refused(NamedTuple):
-    """The device cannot be used at all."""
-
-    why: str
-
-
-class DeviceFault(Exception):
-    """The device now reports errors for everything. The text is the contender, or empty if it is
-    unknown."""
+    left_out: str = ""  # The first case for which no time was left.
+    refused: str = ""  # The reason why the device cannot be used at all.
 
 
 Work = Callable[[Connection, Request], None]
@@ -125,7 +115,7 @@ def work(connection: Connection, request: Request) -> None:
     try:
         where = environment(request.device, None)
     except ValueError as error:
-        connection.send(Refused(str(error)))
+        connection.send(Finished(refused=str(error)))
         return
     name = request.backend or where.backend
     v = torch.empty(1, device=where.device)
@@ -163,14 +153,19 @@ def _run(connection: Connection, request: Request, where: Environment) -> None:
         trying = True
         while trying:
             connection.send(Began(k, job.title, job.patience_s, sorted(without), [*done]))
-            try:
-                trying = _try(job, without, done, own, where.device, connection, request.out, fail)
-            except DeviceFault as fault:
-                connection.send(Faulted(str(fault)))
+            failed = _try(job, without, done, connection, request.out)
+            if failed is not None and not is_usable(where.device):
+                connection.send(Faulted(failed))
                 connection.close()
                 os._exit(1)  # an orderly end after a fault can hang in CUDA
+            if failed == "" or failed in own:
+                fail(f"{job.title}, {failed or UNKNOWN}")
+            # All of ours are left out if it is unknown. A case that fails without them is given up.
+            more = {failed} if failed else own
+            trying = failed is not None and not more <= without
+            without |= more
         without, done = set(), []
-    connection.send(Finished(""))
+    connection.send(Finished())
 
 
 def jobs_of(request: Request, where: Environment, fail: Report) -> list[GpuJob]:
@@ -187,41 +182,21 @@ def jobs_of(request: Request, where: Environment, fail: Report) -> list[GpuJob]:
 
 
 def _try(
-    job: GpuJob,
-    without: set[str],
-    done: list[str],
-    own: set[str],
-    device: torch.device,
-    connection: Connection,
-    folder: Path,
-    fail: Report,
-) -> bool:
-    """Run a case. Return whether to try it again without the contender that failed, or without all
-    of ours if that contender is unknown. It adds to ``without`` and ``done``.
-
-    Raises:
-        DeviceFault: if the device does not work any more.
-    """
+    job: GpuJob, without: Collection[str], done: list[str], connection: Connection, folder: Path
+) -> str | None:
+    """Run a case, write the rows of phases that are not done, and add these phases to ``done``.
+    Return the contender that failed, empty if it is unknown, and None if all is well."""
     try:
         for found in job.run(sorted(without)):
             if found and found[0].phase not in done:
                 _write(found, folder / RESULTS)
                 connection.send(Wrote(len(found), found[0].phase))
                 done.append(found[0].phase)
-        return False
+        return None
     except Exception as error:  # the benchmark must show more than the first bug
-        who = error.who if isinstance(error, ContenderError) else ""
         _say(f"{job.title}: {type(error).__name__}: {error}")
         _say("".join(traceback.format_exception(error)))
-    if not is_usable(device):
-        raise DeviceFault(who)
-    more = {who} if who else own
-    if who in own or not who:
-        fail(f"{job.title}, {who or UNKNOWN}")
-    if more <= without:  # it fails without them, too
-        return False
-    without |= more
-    return True
+        return error.who if isinstance(error, ContenderError) else ""
 
 
 def _write(found: list[Result], path: Path) -> None:
@@ -246,9 +221,7 @@ class Tally:
     refused: str = ""  # The reason why the device cannot be used.
 
 
-def measure(
-    request: Request, say: Callable[[str], None], work: Callable[[Connection, Request], None] = work
-) -> Tally:
+def measure(request: Request, say: Report, work: Work = work) -> Tally:
     """Run all cases of a request in as many processes as necessary; report which of them died."""
     tally = Tally()
     following: Request | None = request
@@ -257,12 +230,7 @@ def measure(
     return tally
 
 
-def _one_process(
-    request: Request,
-    tally: Tally,
-    say: Callable[[str], None],
-    work: Callable[[Connection, Request], None],
-) -> Request | None:
+def _one_process(request: Request, tally: Tally, say: Report, work: Work) -> Request | None:
     """Run a process to its end. If it died, return the rest of the request."""
     mine, theirs = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=work, args=(theirs, request), daemon=True)
@@ -286,11 +254,8 @@ def _one_process(
                     tally.failures.append(what)
                 case Faulted(who):
                     end = "ended, for its device reports errors for everything"
-                case Finished(left_out):
-                    tally.left_out = left_out
-                    return None
-                case Refused(why):
-                    tally.refused = why
+                case Finished(left_out, refused):
+                    tally.left_out, tally.refused = left_out, refused
                     return None
     except (EOFError, OSError):  # also in the middle of a message
         process.join(END_S)
