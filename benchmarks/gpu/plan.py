@@ -29,18 +29,15 @@ _ADDED = {
 }
 """Cases that no listed model has, by their labels."""
 
-KEY = (((768, 48, 128), 2), ((1024, 64, 128), 2))
-"""The weights of wav2vec 2.0, for which torch launches 8 blocks."""
-
+KEY = (((768, 48, 128), 2), ((1024, 64, 128), 2))  # Of wav2vec 2.0. Here torch launches 8 blocks.
+# These are measured first: every way of cutting a weight, with weights that fit into a cache and
+# weights that do not.
 FIRST = (
     *KEY,
     *(((4096, 4096), dim) for dim in (0, 1, None)),
     ((65536, 256), 0),
     *(((2048, 2048, 5), dim) for dim in (0, 2)),
 )
-"""These are measured first: every way of cutting a weight, with weights that fit into a cache and
-weights that do not."""
-
 FIRST_MODELS = ("HiFi-GAN-V1", "DAC")
 
 Report = Callable[[str], None]  # Takes one line.
@@ -71,27 +68,21 @@ class GpuPlan:
 def _weights() -> dict[Part, tuple[LayerCase, ...]]:
     """Return each case once: the first ones, large ones, scarce dims, then the grid from the
     largest down."""
-    known = {(c.shape, c.dim): c for c in grid()}
-    added = {
-        (shape, dim): LayerCase(shape, dim, label, "Linear" if len(shape) == 2 else "Conv1d")
+    from_large = sorted(grid(), key=lambda c: (c.kind == "first", -c.numel))
+    every = {
+        (shape, dim): LayerCase(shape, dim, label, "")
         for label, group in _ADDED.items()
         for shape, dims in group.items()
         for dim in dims
     }
-    every = added | known
-    from_large = sorted(known, key=lambda key: (known[key].kind == "first", -known[key].numel))
-    rest = [key for key in dict.fromkeys((*added, *from_large)) if key not in FIRST]
-    return {
-        Part.KEY: tuple(every[key] for key in FIRST),
-        Part.REST: tuple(every[key] for key in rest),
-    }
+    every |= {(c.shape, c.dim): c for c in from_large}
+    first = tuple(every.pop(key) for key in FIRST)
+    return {Part.KEY: first, Part.REST: tuple(every.values())}
 
 
-_TINY = (
-    LayerCase((96, 8, 16), 2, "tiny", "Conv1d"),
-    LayerCase((64, 256), 0, "tiny", "Linear"),
-    LayerCase((16, 24, 3), 1, "tiny", "Conv1d"),
-    LayerCase((32, 33), None, "tiny", "Linear"),
+_TINY = tuple(
+    LayerCase(shape, dim, "tiny", "")
+    for shape, dim in (((96, 8, 16), 2), ((64, 256), 0), ((16, 24, 3), 1), ((32, 33), None))
 )
 
 REAL = GpuPlan(

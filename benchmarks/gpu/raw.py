@@ -3,9 +3,10 @@ bytes that these must move."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from wnkernel.backends.compiled import CompiledBackend
 from wnkernel.backends.triton.plan import VECTOR_BYTES, plan
 from wnkernel.problem import Problem, canonical_dim, check, row_view
 
-from ..contenders import OURS, OWN, TORCH
+from ..contenders import OURS, OWN, TORCH, operators
 from ..layers import Tensors
 from ..shapes import LayerCase
 from .plan import REAL
@@ -26,25 +27,20 @@ FALLBACK = "eager"  # The backend that runs torch's operators.
 FLAGGEMS, FLAGGEMS_PACKAGE = "FlagGems", "flag_gems"
 FORWARD, BACKWARD = "forward", "backward"
 
+# The number of arrays of v's size that move if a row (in a backward, of v and of grad_w) stays on
+# the chip between the reduction and the scaling. A forward reads v and writes w; a backward reads v
+# and grad_w and writes grad_v. g and the norms are not counted. For a copy both directions count.
 ONE_PASS = {FORWARD: 2, BACKWARD: 3}
-"""The number of arrays of v's size that move if a row (in a backward, of v and of grad_w) stays on
-the chip between the reduction and the scaling. A forward reads v and writes w; a backward reads v
-and grad_w and writes grad_v. g and the norms are small and not counted. For a copy, bytes read and
-bytes written both count."""
-
 TWO_PASSES = {FORWARD: 3, BACKWARD: 5}
-
-ROW_ON_CHIP = 8192
-"""The longest contiguous row, in elements, that a backend is assumed to keep if it does not say."""
-
+ROW_ON_CHIP = 8192  # Elements of the longest row that a backend keeps, if it does not say.
 MOST_LAUNCHES = 4  # For a list: two forward, two backward.
 
 
 class Raw(NamedTuple):
     """Two calls on prepared tensors."""
 
-    forward: Callable[[], tuple[Tensor, ...]]  # Returns w, and what else its backward needs.
-    backward: Callable[[], tuple[Tensor, Tensor]]  # Returns grad_v and grad_g.
+    forward: Callable[[], Sequence[Tensor]]  # Returns w, and what else its backward needs.
+    backward: Callable[[], Sequence[Tensor]]  # Returns grad_v and grad_g.
 
 
 Maker = Callable[[Tensors, int | None], Raw]
@@ -87,61 +83,46 @@ def makers(v: Tensor, backend: str) -> dict[str, Maker]:
 
 def of_backend(name: str) -> Maker:
     """Return the maker of our calls on a backend."""
-    backend = BACKENDS[name]
-    if isinstance(backend, CompiledBackend):
-        return _of_operators
+    backend, ops = BACKENDS[name], torch.ops.wnkernel
 
-    def make(t: Tensors, dim: int | None) -> Raw:
+    def of_operators(t: Tensors, dim: int | None) -> Raw:
+        p = check(t.v, t.g, dim)
+        norm = ops.forward_one(t.v, t.g, p.dim, p.eps)[1]
+        return Raw(
+            lambda: ops.forward_one(t.v, t.g, p.dim, p.eps),
+            lambda: ops.backward_one(t.grad_w, t.v, t.g, norm, p.dim, p.eps, True, True),
+        )
+
+    def of_lists(t: Tensors, dim: int | None) -> Raw:
         problems = [check(t.v, t.g, dim)]
         norms = backend.weights(problems)[1]
+        more = norms, [t.grad_w], [True], [True]
+        return Raw(
+            lambda: [x for (x,) in backend.weights(problems)],
+            lambda: [x for (x,) in backend.gradients(problems, *more)],
+        )
 
-        def forward() -> tuple[Tensor, ...]:
-            (w,), (norm,) = backend.weights(problems)
-            return w, norm
-
-        def backward() -> tuple[Tensor, Tensor]:
-            (grad_v,), (grad_g,) = backend.gradients(problems, norms, [t.grad_w], [True], [True])
-            return grad_v, grad_g
-
-        return Raw(forward, backward)
-
-    return make
-
-
-def _of_operators(t: Tensors, dim: int | None) -> Raw:
-    ops, p = torch.ops.wnkernel, check(t.v, t.g, dim)
-    norm = ops.forward_one(t.v, t.g, p.dim, p.eps)[1]
-    return Raw(
-        lambda: ops.forward_one(t.v, t.g, p.dim, p.eps),
-        lambda: ops.backward_one(t.grad_w, t.v, t.g, norm, p.dim, p.eps, True, True),
-    )
+    return of_operators if isinstance(backend, CompiledBackend) else of_lists
 
 
 def of_torch(t: Tensors, dim: int | None) -> Raw:
     """Return ``torch._weight_norm`` without autograd, and the backward that autograd would call.
     This is one kernel on the first and the last dim, and a list of operators on the others."""
-    torch_dim = -1 if dim is None else dim
-
-    def forward() -> tuple[Tensor, ...]:
-        return (torch._weight_norm(t.v, t.g, torch_dim),)
-
+    norm = operators(dim)[TORCH]
     if dim in (0, t.v.ndim - 1):
-        norm = torch._weight_norm_interface(t.v, t.g, dim)[1]
+        norms = torch._weight_norm_interface(t.v, t.g, dim)[1]
         fused = torch.ops.aten._weight_norm_interface_backward
-        return Raw(forward, lambda: fused(t.grad_w, t.v, t.g, norm, dim))
-    v, g = t.v.detach().requires_grad_(), t.g.detach().requires_grad_()
+        return Raw(lambda: (norm(t.v, t.g),), lambda: fused(t.grad_w, t.v, t.g, norms, dim))
+    inputs = t.v.detach().requires_grad_(), t.g.detach().requires_grad_()
     with torch.enable_grad():
-        w = torch._weight_norm(v, g, torch_dim)
-    return Raw(forward, lambda: torch.autograd.grad(w, (v, g), t.grad_w, retain_graph=True))
+        w = norm(*inputs)
+    backward = functools.partial(torch.autograd.grad, w, inputs, t.grad_w, retain_graph=True)
+    return Raw(lambda: (norm(t.v, t.g),), backward)
 
 
 def flaggems() -> Maker:
-    """Return the maker of FlagGems' calls, for the first and the last dim.
-
-    Raises:
-        ImportError: if it is not installed.
-        AttributeError: if it lacks the functions of version 5.
-    """
+    """Return the maker of FlagGems' calls, for the first and the last dim. Raises ImportError if it
+    is not installed, AttributeError if it lacks the functions of version 5."""
     if importlib.util.find_spec(FLAGGEMS_PACKAGE) is None:
         raise ImportError("not installed")
     package = importlib.import_module(FLAGGEMS_PACKAGE)
@@ -155,8 +136,7 @@ def flaggems() -> Maker:
 
 
 def arrays(phase: str, p: Problem, backend: Backend) -> int:
-    """Return the traffic of a phase in arrays of v's size. A backend may define
-    ``fits_on_chip(problem)``."""
+    """Return the traffic of a phase in arrays of v's size. A backend may have ``fits_on_chip``."""
     fits = getattr(backend, "fits_on_chip", lambda p: _is_short(p.v, p.dim))(p)
     return (ONE_PASS if fits else TWO_PASSES)[phase]
 
@@ -168,8 +148,7 @@ def _is_short(v: Tensor, dim: int) -> bool:
 
 
 def model_launches(name: str, backend: str) -> int:
-    """Return the number of kernels of a fused model in float32, or the most possible if the backend
-    does not say."""
+    """Return the kernels of a fused model in float32: the most possible ones, if it is unknown."""
 
     def may_split(case: LayerCase) -> bool:
         v = torch.empty(case.shape, device="meta")

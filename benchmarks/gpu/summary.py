@@ -4,6 +4,7 @@ the H200's class."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,18 +24,16 @@ IN_A_GRAPH = "In a CUDA graph every launch of a list copies its table of weights
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 MB = 1e6
 BOTH = "both"  # Forward and backward together: the sum of their medians.
+# Aims for large weights, as shares of the card's copy bandwidth (docs/gpu.md, docs/cuda.md).
 SHARE, SHARE_OF_CUDA = 0.85, 0.9
-"""Aims for large weights, as shares of the card's copy bandwidth (docs/gpu.md, docs/cuda.md)."""
-
+# Aims in times torch: the key weights; middle dims and whole tensors; the mean and the least of all
+# weights above 1 MB.
 KEY_TIMES, ODD_TIMES, MEAN_TIMES, LEAST_TIMES = 8.0, 5.0, 1.8, 0.95
-"""Aims in times torch: the key weights; middle dims and whole tensors; the mean and the least of
-all weights above 1 MB."""
-
 MOST_LIMITS = 1.3  # Aim of a fused model. The limit is its arrays at copy speed plus its launches.
 HOST_BOUND = 1.5  # torch waits for the host where its wall time is this many times its device time.
+# The aim for these models. Of the 11 µs that a layer takes the host, autograd itself takes 4 to 5
+# to accumulate two gradients per weight, in every contender.
 HOST_TIMES = 2.0
-"""The aim for these models. Of the 11 µs that a layer takes the host, autograd itself takes 4 to 5
-to accumulate two gradients per weight, in every contender."""
 
 
 class Line(NamedTuple):
@@ -48,8 +47,7 @@ class Line(NamedTuple):
 
 
 def read(folder: Path) -> list[Result]:
-    """Read all rows that a run left in a folder. The last row may be incomplete, if the run was
-    killed."""
+    """Read all rows that a run left in a folder."""
     path = folder / RESULTS
     return read_csv(path) if path.is_file() else []
 
@@ -60,8 +58,7 @@ class Weight:
     def __init__(self, about: Result) -> None:
         self.about = about
         self.array_bytes = about.numel * ITEM_BYTES[about.dtype]
-        self.found: dict[tuple[str, str], Result] = {}
-        """The results by phase and contender."""
+        self.found: dict[tuple[str, str], Result] = {}  # By phase and contender.
 
     def ms(self, phase: str, who: str) -> float:
         """Return device time, for :data:`BOTH` the sum; NaN if it was not measured."""
@@ -114,13 +111,12 @@ def weight_lines(results: Sequence[Result], who: str) -> list[Line]:
     lines: list[Line] = []
     dtypes = dict.fromkeys(w.about.dtype for w in every)
     aim = SHARE_OF_CUDA if who == ours("cuda") else SHARE
-    for dtype in dtypes:
+    for dtype, phase in product(dtypes, (FORWARD, BACKWARD)):
         large = [w for w in every if w.about.dtype == dtype and w.array_bytes >= LARGE_BYTES]
-        for phase in (FORWARD, BACKWARD):
-            title = f"share of copy bandwidth, 64 MB and more, {phase}, {dtype}"
-            shares = [w.shares(phase, who, speed) for w in large]
-            lines += _line(title, [share for share, _ in shares], least=aim)
-            lines += _line(f"{title}, of {ONE_PASS[phase]} arrays", [least for _, least in shares])
+        shares = [w.shares(phase, who, speed) for w in large]
+        title = f"share of copy bandwidth, 64 MB and more, {phase}, {dtype}"
+        lines += _line(title, [share for share, _ in shares], least=aim)
+        lines += _line(f"{title}, of {ONE_PASS[phase]} arrays", [least for _, least in shares])
     for shape, dim in KEY:
         for w in every:
             is_it = (w.about.shape, w.about.dim) == (shape_text(shape), str(dim))
@@ -132,12 +128,11 @@ def weight_lines(results: Sequence[Result], who: str) -> list[Line]:
     for name, kind in (("middle dims", "middle"), ("dim None", "whole")):
         ratios = [w.ratio(BOTH, who) for w in every if w.about.kind == kind]
         lines += _line(f"times torch, {name}, {BOTH}", ratios, least=ODD_TIMES)
-    for dtype in dtypes:
+    for dtype, phase in product(dtypes, (FORWARD, BACKWARD, BOTH)):
         chosen = [w for w in every if w.about.dtype == dtype and w.array_bytes >= MB]
-        for phase in (FORWARD, BACKWARD, BOTH):
-            title = f"times torch, 1 MB and more, {dtype}, {phase}"
-            ratios = [w.ratio(phase, who) for w in chosen]
-            lines += _line(title, ratios, least=LEAST_TIMES, mean=MEAN_TIMES)
+        ratios = [w.ratio(phase, who) for w in chosen]
+        title = f"times torch, 1 MB and more, {dtype}, {phase}"
+        lines += _line(title, ratios, least=LEAST_TIMES, mean=MEAN_TIMES)
     return lines
 
 
@@ -180,10 +175,9 @@ def model_lines(results: Sequence[Result]) -> list[Line]:
     lines = []
     for label, backend in dict.fromkeys((r.label, r.backend) for r in found):
         of = {(r.phase, r.contender): r for r in found if (r.label, r.backend) == (label, backend)}
-        name = f"{label} fused, {backend}"
+        name, launches = f"{label} fused, {backend}", model_launches(label, backend)
         for phase in (GRAPH, STREAM):
             if fused := of.get((phase, FUSED)):
-                launches = model_launches(label, backend)
                 times = fused.median_ms / (fused.bytes / speed / 1e6 + launches * launch)
                 ms = f"{fused.median_ms:.3f} ms; {fused.ratio_to_torch:.2f} x torch"
                 title = f"{name}, {phase} / (five arrays + {launches} launches)"
@@ -195,13 +189,11 @@ def model_lines(results: Sequence[Result]) -> list[Line]:
             figure = f"{ratio:.2f} ({fused.median_ms:.3f} ms"
             if one_by_one := of.get((WALL, OURS)):
                 figure += f"; one by one {one_by_one.ratio_to_torch:.2f}"
-            title, aim = f"{name}, wall time, times torch", ("", None)
+            line = Line(f"{name}, wall time, times torch", f"{figure})")
             if of[WALL, TORCH].median_ms > HOST_BOUND * device.median_ms:
-                title, aim = (
-                    f"{title} (bound by the host)",
-                    (f">= {HOST_TIMES:g}", ratio >= HOST_TIMES),
-                )
-            lines.append(Line(title, f"{figure})", *aim))
+                title, met = f"{line.title} (bound by the host)", ratio >= HOST_TIMES
+                line = Line(title, line.figure, f">= {HOST_TIMES:g}", met)
+            lines.append(line)
     return lines
 
 

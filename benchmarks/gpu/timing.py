@@ -56,8 +56,7 @@ class Graph:
 
     run: Contender
     calls: int
-    result: Sequence[Tensor]
-    """The result of the last call: tensors that every run fills again."""
+    result: Sequence[Tensor]  # Of the last call: tensors that every run fills again.
 
 
 def calls_for(traffic: float, graph_s: float) -> int:
@@ -68,14 +67,10 @@ def calls_for(traffic: float, graph_s: float) -> int:
 
 def capture(runs: Sequence[Call], calls: int, device: torch.device) -> Graph:
     """Put about ``calls`` calls into a graph. They take turns, and each of ``runs`` is equally
-    frequent.
-
-    All are called twice before, so that they compile and cache outside the graph.
-    """
-    sample = device_sampler(device)
+    frequent. All are called twice before, so that they compile and cache outside the graph."""
     for run in runs:
         run()
-    once = min(sample(run, 1) for run in runs)
+    once = min(device_sampler(device)(run, 1) for run in runs)
     turns = max(1, math.ceil(min(calls, SLOW_S / max(once, 1e-7)) / len(runs)))
     order = [*runs] * turns
     result: Sequence[Tensor] = ()
@@ -103,11 +98,7 @@ def capture(runs: Sequence[Call], calls: int, device: torch.device) -> Graph:
 
 
 def check_replay(title: str, graph: Graph, want: Sequence[Tensor]) -> None:
-    """Check that a graph computes what its last call gives outside of it, to the bit.
-
-    Raises:
-        VerificationError: if it does not.
-    """
+    """Check that a graph computes what its last call gives outside of it, to the bit."""
     for t in graph.result:
         t.detach().fill_(float("nan"))
     graph.run()
@@ -136,20 +127,14 @@ class Queued:
     run: Contender
     host_s: float
 
-    def __call__(self) -> None:
-        self.run()
-
 
 def queue_sampler(device: torch.device) -> Sampler:
     """Return a sampler of the time that the device needs for :class:`Queued` calls when the host is
     ahead. The device first sleeps until all calls should be in the queue."""
-    sample = device_sampler(device)
-    if device.type != "cuda":
-        return sample
 
-    def behind_a_sleep(run: Contender, times: int) -> float:
-        assert isinstance(run, Queued)
-        torch.cuda._sleep(int(CYCLES_PER_S * HEADSTART * run.host_s * times))
-        return sample(run, times)
+    def sample(queued: Queued, times: int) -> float:
+        if device.type == "cuda":
+            torch.cuda._sleep(int(CYCLES_PER_S * HEADSTART * queued.host_s * times))
+        return device_sampler(device)(queued.run, times)
 
-    return behind_a_sleep
+    return sample
