@@ -29,14 +29,13 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "reliability.md"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTHS = (7, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
+# So many rows are measured that they have ELEMENTS elements together, at least two and at most
+# MOST_ROWS rows: with few rows the largest error is a matter of chance.
 ELEMENTS, MOST_ROWS = 20_000_000, 512
-"""So many rows are measured that they have ELEMENTS elements together, at least two and at most
-MOST_ROWS rows: with few rows the largest error is a matter of chance."""
 MARKS = "<!-- accuracy -->", "<!-- /accuracy -->"
 CONTENDERS = {OURS: F.weight_norm, TORCH: torch._weight_norm}
+# The last three are the gradients of <a, grad_v> + <b, grad_g> with respect to grad_w, v and g.
 RESULT_NAMES = ("w", "grad_v", "grad_g", "second, grad_w", "second, v", "second, g")
-"""The last three are the gradients of <a, grad_v> + <b, grad_g> with respect to grad_w, v and g."""
-
 Wide = np.longdouble
 IS_WIDE = np.finfo(Wide).eps < np.finfo(np.float64).eps
 
@@ -134,8 +133,7 @@ def exact(
 
 
 def worst(errors: list[Error]) -> pd.DataFrame:
-    """Return the largest errors of each contender over rows and columns, by dtype, result and
-    length."""
+    """Return the largest errors of each contender, by dtype, result and length."""
     by = ["dtype", "result", "row_length", "contender"]
     return pd.DataFrame(errors).groupby(by, sort=False).largest_ulps.max().unstack()
 

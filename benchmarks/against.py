@@ -38,15 +38,13 @@ from .results import Result, read_csv
 
 SURE = 3.0  # Times the noise.
 MEDIAN_ERROR = 1.2533  # Standard error of a median, in those of a mean.
+# The 80th percentile of a normal distribution, and the bound of its middle 80 %, both in sigma.
 PERCENTILE_80, WITHIN_80 = 0.8416, 1.2816
-"""The 80th percentile of a normal distribution, and the bound of its middle 80 %, both in sigma."""
-
 LEAST_FLOOR = 0.01
 SAMPLE_EVERY = 8
 GROUP = 8  # The number of ratios that makes a group.
+# The time of a page fault, which clears the page, and the share of torch's time that counts.
 FAULT_MS, OTHER_MEMORY = 0.5e-3, 0.05
-"""The time of a page fault, which clears the page, and the share of torch's time that counts."""
-
 KEY = ["case", "phase", "contender", "dtype", "shape", "dim", "label"]  # The cells of the table.
 SUBJECT = [name for name in KEY if name != "contender"]
 
@@ -78,11 +76,8 @@ class Comparison:
 
 
 def read_earlier(path: Path, cases: Collection[str]) -> list[Result]:
-    """Read the rows of some cases from a CSV file, or from all CSV files of a folder.
-
-    Raises:
-        ValueError: if they cannot be read, or no row can be compared.
-    """
+    """Read the rows of some cases from a CSV file, or from all CSV files of a folder. Raises
+    ValueError if they cannot be read, or no row can be compared."""
     rows: list[Result] = []
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         try:
@@ -96,14 +91,13 @@ def read_earlier(path: Path, cases: Collection[str]) -> list[Result]:
 
 def ratios(jobs: Iterable[Sequence[Result]]) -> pd.DataFrame:
     """Return how many times as fast as torch ours were, by :data:`KEY`; of equal keys the last
-    counts.
-
-    ``variance`` is that of the logarithm, as far as spreads show it. ``job`` is the number of the
-    job. ``torch_ms`` and ``torch_faults`` belong to torch.
-    """
-    rows = [vars(r) | {"job": i} for i, found in enumerate(jobs) for r in found if _is_timed(r)]
+    counts. ``variance`` is that of the logarithm, as far as spreads show it. ``job`` is the number
+    of the job."""
+    rows = [vars(r) | {"job": i} for i, found in enumerate(jobs) for r in found]
     frame = pd.DataFrame(rows, columns=[*Result.__dataclass_fields__, "job"])
-    frame = frame.drop_duplicates(KEY, keep="last")
+    needed = frame[["rounds", "ratio_to_torch", "p20_ms", "p80_ms"]].astype(float)
+    is_timed = ((needed > 0) & (needed < math.inf)).all(axis=1)
+    frame = frame[is_timed].drop_duplicates(KEY, keep="last")
     numbers = frame[["p20_ms", "p80_ms", "rounds"]].astype(float)
     sigma = np.log(numbers.p80_ms / numbers.p20_ms) / (2 * PERCENTILE_80)
     # The percentiles of few rounds are too close together; two rounds less make up for this.
@@ -114,10 +108,6 @@ def ratios(jobs: Iterable[Sequence[Result]]) -> pd.DataFrame:
     frame["variance"] += frame.torch_variance
     numbers = ["ratio_to_torch", "variance", "torch_median_ms", "torch_faults"]
     return frame.set_index(KEY)[[*numbers, "kind", "job"]].astype(dict.fromkeys(numbers, float))
-
-
-def _is_timed(r: Result) -> bool:
-    return all(0 < x < math.inf for x in (r.rounds, r.ratio_to_torch, r.p20_ms, r.p80_ms))
 
 
 def _both(then: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -9,32 +9,27 @@ from typing import Annotated
 
 import pandas as pd
 import typer
+from matplotlib.figure import Figure
 
 from .contenders import COMPILED, FUSED, LEGACY, OURS, TORCH
 from .gan import GAN_STEP
 from .report import COLOURS
 from .results import ALONE, FORWARD_BACKWARD, geometric_mean
 
-SHOWN = {
+SHOWN = {  # Models of the table, by their labels in the CSV files.
     "HiFi-GAN-V1": "HiFi-GAN V1",
     "HiFi-GAN-MPD": "HiFi-GAN's multi-period discriminator",
     "DAC": "DAC",
     "ParallelWaveGAN": "ParallelWaveGAN",
 }
-"""Models of the table, by their labels in the CSV files."""
-
-HEADS = (
-    "all weights of a model, forward and backward, float32",
-    "torch",
-    "wnkernel",
-    "times as fast",
-)
+WHAT = "all weights of a model, forward and backward, float32"
+HEADS = (WHAT, "torch", "wnkernel", "times as fast")
 
 
-def _row(what: str, torch_ms: float, ours_ms: float) -> tuple[str, str, str, str]:
-    ratio = f"{torch_ms / ours_ms:.1f}"
-    shown = f"**{torch_ms / ours_ms:.2f}**" if ours_ms > torch_ms else ratio
-    return what, _ms(torch_ms), _ms(ours_ms), shown
+def _row(what: str, torch_ms: float, ours_ms: float) -> tuple[str, ...]:
+    times = (f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms" for ms in (torch_ms, ours_ms))
+    ratio = torch_ms / ours_ms
+    return what, *times, f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.1f}"
 
 
 def _name(label: str) -> str:
@@ -43,11 +38,7 @@ def _name(label: str) -> str:
     return ", ".join([SHOWN.get(model, model), *threads])
 
 
-def _ms(ms: float) -> str:
-    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
-
-
-def table(folder: Path) -> Iterator[tuple[str, str, str, str]]:
+def table(folder: Path) -> Iterator[tuple[str, ...]]:
     """The rows of the table."""
     fused = pd.read_csv(folder / "fused.csv").pivot(
         index=["label", "shape"], columns="contender", values="median_ms"
@@ -93,17 +84,13 @@ def markdown(folder: Path) -> str:
 
 def picture(folder: Path, out: Path) -> None:
     """Bars of all models: torch, one by one, fused."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     fused = pd.read_csv(folder / "fused.csv")
     names = {TORCH: "torch", OURS: "wnkernel", FUSED: "wnkernel, fused"}
     of = fused.assign(model=fused.label + ", " + fused["shape"])
     times = of.pivot(index="model", columns="contender", values="median_ms")
     times = times.loc[of.model.unique()[::-1], list(names)[::-1]]
-    axis = times.plot.barh(color=[COLOURS[who] for who in times], width=0.8, figsize=(9, 5.5))
+    axis = Figure((9, 5.5)).subplots()
+    times.plot.barh(ax=axis, color=[COLOURS[who] for who in times], width=0.8)
     for bars, who in zip(axis.containers, times, strict=True):
         ratio = (times[TORCH] / times[who]).map("  {:.1f} x".format) if who != TORCH else None
         labels = ratio if ratio is not None else times[who].map("  {:.0f} ms".format)
@@ -117,7 +104,6 @@ def picture(folder: Path, out: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.figure.tight_layout()
     axis.figure.savefig(out, dpi=110)
-    plt.close(axis.figure)
 
 
 def main(

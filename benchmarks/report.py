@@ -4,6 +4,7 @@ distance of whole models to the limit. Machines with a GPU may lack the packages
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,47 +54,34 @@ def show(
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
     """Print a table per group of comparable cases."""
-    of: dict[str, list[Measured]] = {}
-    for m in by_subject(results):
-        of.setdefault(next(iter(m.values())).case, []).append(m)
-    layers = of.get("layers", [])
-    for phase in dict.fromkeys(m[OURS].phase for m in layers):
-        for dtype in ("float32", "bfloat16"):
-            for kind, text in KIND_TEXT.items():
-                about = phase, dtype, kind
-                chosen = [
-                    m for m in layers if (m[OURS].phase, m[OURS].dtype, m[OURS].kind) == about
-                ]
-                title = f"Single weights, {phase}, {dtype}, {text}"
-                _show_times(console, title, chosen, (OURS, TORCH))
+
+    def of(case: str, phase: str = "") -> list[Measured]:
+        return by_subject(r for r in results if r.case == case and phase in ("", r.phase))
+
+    phases = dict.fromkeys(r.phase for r in results if r.case == "layers")
+    for phase, dtype, kind in product(phases, ("float32", "bfloat16"), KIND_TEXT):
+        chosen = [m for m in of("layers", phase) if (m[OURS].dtype, m[OURS].kind) == (dtype, kind)]
+        title = f"Single weights, {phase}, {dtype}, {KIND_TEXT[kind]}"
+        _show_times(console, title, chosen, (OURS, TORCH))
     title = "One call of the operator, 64 elements"
-    _show_times(console, title, of.get("operators", []), (OURS, TORCH, ENGINE), 1e3)
+    _show_times(console, title, of("operators"), (OURS, TORCH, ENGINE), 1e3)
     title = "Host cost of one layer.weight"
-    _show_times(console, title, of.get("host", []), (UNCHANGED, *KINDS), 1e3)
-    compiled = {p: [m for m in of.get("compile", []) if m[TORCH].phase == p] for p in PHASES}
+    _show_times(console, title, of("host"), (UNCHANGED, *KINDS), 1e3)
     names = (OURS, OURS + COMPILED, TORCH, TORCH + COMPILED)
-    _show_times(console, "torch.compile, single weights", compiled[FORWARD_BACKWARD], names)
+    compiled = of("compile", FORWARD_BACKWARD)
+    _show_times(console, "torch.compile, single weights", compiled, names)
     title = "Whole models, every weight on its own (ungrouped)"
-    _show_times(console, title, of.get("models", []), KINDS)
-
+    _show_times(console, title, of("models"), KINDS)
     title = "All weight norms of a model, forward and backward, a process per contender"
-    names = (TORCH, OURS, FUSED, VERSION, UNCHANGED, COPY)
-    _show_models(console, title, of.get("fused", []), names)
-    names = (TORCH, OURS, FUSED, VERSION, COPY)
-    _show_models(console, "The same bytes in more layers", of.get("flat", []), names)
-    for phase, title in PHASES.items():
-        if phase != FORWARD_BACKWARD:
-            _show_compiled(console, f"torch.compile, {title}", compiled[phase])
-    _show_gan(console, {next(iter(m.values())).phase: m for m in of.get("gan", [])})
-    _show_memory(console, of.get("memory", []))
-
-
-PHASES = {
-    FORWARD_BACKWARD: "",
-    ALONE: "all weight norms of a model, forward and backward, a process each",
-    STEP: "a training step of a whole model",
-}
-"""Titles of the phases with torch.compile."""
+    _show_models(console, title, of("fused"), (TORCH, OURS, FUSED, VERSION, UNCHANGED, COPY))
+    title = "The same bytes in more layers"
+    _show_models(console, title, of("flat"), (TORCH, OURS, FUSED, VERSION, COPY))
+    title = "torch.compile, all weight norms of a model, forward and backward, a process each"
+    _show_compiled(console, title, of("compile", ALONE))
+    title = "torch.compile, a training step of a whole model"
+    _show_compiled(console, title, of("compile", STEP))
+    _show_gan(console, {next(iter(m.values())).phase: m for m in of("gan")})
+    _show_memory(console, of("memory"))
 
 
 def _show_times(
@@ -131,9 +119,8 @@ def _show_times(
 def _show_models(
     console: Console, title: str, measured: Sequence[Measured], names: Sequence[str]
 ) -> None:
-    heads = ["of", "layers", "MiB of v", *(f"{name}\nms" for name in names)]
-    heads += ["torch /\nfused", "fused /\n2.5 copies", "torch /\n2.5 copies"]
-    heads.append("page faults,\ntorch / fused")
+    heads = ["of", "layers", "MiB of v", *(f"{name}\nms" for name in names), "torch /\nfused"]
+    heads += ["fused /\n2.5 copies", "torch /\n2.5 copies", "page faults,\ntorch / fused"]
     rows = []
     for m in measured:
         r = m[FUSED]
@@ -146,18 +133,15 @@ def _show_models(
 
 def _show_compiled(console: Console, title: str, measured: Sequence[Measured]) -> None:
     """Print a row per contender, for every model and number of threads."""
-    heads = ["of", "contender", "ms", "times\ntorch", "times torch,\ncompiled"]
-    heads += ["times\n2.5 copies", "first call,\ns", "page\nfaults"]
+    heads = ("of", "contender", "ms", "times\ntorch", "times torch,\ncompiled")
+    heads += ("times\n2.5 copies", "first call,\ns", "page\nfaults")
     rows = []
     for m in measured:
         for r in (r for who, r in m.items() if who != COPY):
+            ratios = r.ratio_to_torch, m[TORCH + COMPILED].median_ms / r.median_ms
             cells = [r.label if r.contender == TORCH else "", r.contender, short(r.median_ms)]
-            cells += [
-                speedup(r.ratio_to_torch),
-                speedup(m[TORCH + COMPILED].median_ms / r.median_ms),
-            ]
-            cells += [number(r.ratio_to_limit, 2), number(r.compile_s, 1), number(r.faults, 0)]
-            rows.append(cells)
+            cells += [*map(speedup, ratios), number(r.ratio_to_limit, 2)]
+            rows.append([*cells, number(r.compile_s, 1), number(r.faults, 0)])
         rows.append([])
     show(console, title, heads, rows, left=2)
 
@@ -167,8 +151,8 @@ def _show_gan(console: Console, phases: Mapping[str, Measured]) -> None:
     if norms is None:
         return
     costs = {who: r.median_ms - norms[PLAIN].median_ms for who, r in norms.items()}
-    heads = ["weight norms of", "reads and\nbackwards, ms", "weight norm,\nms"]
-    heads.append("times lower\nthan torch")
+    heads = ["weight norms of", "reads and\nbackwards, ms"]
+    heads += ["weight norm,\nms", "times lower\nthan torch"]
     if steps:
         heads += ["whole step,\nms", "step, times\ntorch", "weight norm's\nshare of it"]
     rows = []
@@ -193,7 +177,7 @@ def _show_memory(console: Console, measured: Sequence[Measured]) -> None:
         heads = ["phase", *measured[0], *(f"{who} /\ntorch" for who in ours)]
         rows = [
             [m[TORCH].phase, *(f"{r.peak_bytes / MIB:.1f}" for r in m.values())]
-            + [_red(1 / m[who].ratio_to_torch, m[who].ratio_to_torch < 1) for who in ours]
+            + [speedup(1 / m[who].ratio_to_torch, m[who].ratio_to_torch < 1) for who in ours]
             for m in measured
         ]
         show(console, title, heads, rows)
@@ -204,13 +188,9 @@ def short(x: float) -> str:
     return f"{x:.{3 if x < 1 else 2 if x < 10 else 1 if x < 100 else 0}f}"
 
 
-def speedup(x: float) -> str:
-    """Return a ratio as text, in red if it is below 1."""
-    return _red(x, x < 1)
-
-
-def _red(x: float, lost: bool) -> str:
-    return f"[red]{x:.2f}[/red]" if lost else f"{x:.2f}"
+def speedup(x: float, lost: bool | None = None) -> str:
+    """Return a ratio as text, in red if it is lost; by default if it is below 1."""
+    return f"[red]{x:.2f}[/red]" if (x < 1 if lost is None else lost) else f"{x:.2f}"
 
 
 def faults(m: Measured, ours: Result) -> str:
@@ -226,16 +206,13 @@ def number(x: float, digits: int) -> str:
 
 def plot(folder: Path) -> Path:
     """Plot flat.csv and fused.csv, at least one of which must exist."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
     import pandas as pd
+    from matplotlib.figure import Figure
 
     files = {draw: folder / f"{name}.csv" for name, draw in (("flat", _flat), ("fused", _fused))}
     frames = {draw: pd.read_csv(file) for draw, file in files.items() if file.exists()}
-    size = (7 * len(frames), 6)
-    figure, axes = plt.subplots(1, len(frames), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure((7 * len(frames), 6), layout="constrained")
+    axes = figure.subplots(1, len(frames), squeeze=False)
     for axis, (draw, frame) in zip(axes[0], frames.items(), strict=True):
         draw(axis, frame)
     r = frame.iloc[0]
@@ -245,7 +222,6 @@ def plot(folder: Path) -> Path:
     )
     path = folder / "fused.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 

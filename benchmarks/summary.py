@@ -11,7 +11,7 @@ from rich.console import Console
 from wnkernel.cli.other_work import disturbed
 
 from .contenders import COMPILED, FUSED, OURS, OWN, TORCH, UNCHANGED, VERSION
-from .report import Measured, faults, number, show
+from .report import faults, number, show
 from .results import (
     ALONE,
     FORWARD,
@@ -23,16 +23,10 @@ from .results import (
     geometric_mean,
 )
 
-LARGE = 1_000_000
-"""Above this many elements the memory limit decides; below it, call overhead does."""
-
+LARGE = 1_000_000  # Above this many elements the memory limit decides; below it, call overhead.
 LARGE_MODEL = 12_500_000  # The elements of a model of 50 MB.
-FORGIVEN_SHARE = 0.05
-"""The share of cases that other processes may disturb before the run counts as untrustworthy."""
-
-HOST_SHARE = {OURS: 0.6, UNCHANGED: 0.25}
-"""The aim of the host cost of ``layer.weight``, as a share of torch's."""
-
+FORGIVEN_SHARE = 0.05  # Of cases that other processes may disturb in a run that can be trusted.
+HOST_SHARE = {OURS: 0.6, UNCHANGED: 0.25}  # The aim of ``layer.weight``, as a share of torch's.
 SLOW_TORCH = 1.5  # In times the copy limit.
 
 
@@ -89,29 +83,24 @@ AIMS = (
 def print_losses(console: Console, results: Sequence[Result]) -> None:
     """Print every case in which torch is faster, the worst first. Compiled contenders of ours must
     be faster than torch's compiled and uncompiled ones."""
-    found = [
-        (_best_torch(m, r).median_ms / r.median_ms, r, m)
-        for m in by_subject(results)
-        for r in m.values()
-        if r.rounds and r.contender in OWN
-    ]
+    found = []
+    for m in by_subject(results):
+        for r in (r for r in m.values() if r.rounds and r.contender in OWN):
+            names = (TORCH, TORCH + COMPILED) if r.contender.endswith(COMPILED) else (TORCH,)
+            torch_ms = min(m[name].median_ms for name in names if name in m)
+            found.append((torch_ms / r.median_ms, torch_ms, r, m))
     lost = sorted((f for f in found if f[0] < 1), key=lambda f: f[0])
     if not lost:
         console.print("Where we lose: nowhere in this run.")
     title = f"Where we lose: {len(lost)} of {len(found)} cases"
     heads = ("case", "phase", "contender", "dtype", "shape", "dim", "of")
     rows = []
-    for ratio, r, m in lost:
+    for ratio, torch_ms, r, m in lost:
         about = r.case, r.phase, r.contender, r.dtype, r.shape, r.dim, r.label
-        times = f"{r.median_ms:.4g}", f"{_best_torch(m, r).median_ms:.4g}"
+        times = f"{r.median_ms:.4g}", f"{torch_ms:.4g}"
         rows.append((*about, *times, f"{ratio:.2f}", faults(m, r)))
     figures = ("ms", "torch ms", "times torch", "page faults,\ntorch / ours")
     show(console, title, heads + figures, rows, left=len(heads))
-
-
-def _best_torch(m: Measured, r: Result) -> Result:
-    names = (TORCH, TORCH + COMPILED) if r.contender.endswith(COMPILED) else (TORCH,)
-    return min((m[name] for name in names if name in m), key=lambda one: one.median_ms)
 
 
 def print_summary(console: Console, results: Sequence[Result]) -> None:
