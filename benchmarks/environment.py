@@ -52,11 +52,8 @@ class Environment:
 
 
 def environment(device: str, threads: int | None) -> Environment:
-    """Set the number of threads and the device of this process, and describe this machine.
-
-    Raises:
-        ValueError: if torch does not know the device, or cannot use it here.
-    """
+    """Set the number of threads and the device of this process, and describe this machine. Raises
+    ValueError if torch does not know the device, or cannot use it here."""
     try:
         chosen = torch.empty(1, device=device).device  # with an index, if the device has one
         backend = choose(torch.empty(1, device=chosen)).name
@@ -84,12 +81,9 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def results_folder(where: Environment) -> str:
-    """Return the folder for this machine's results below ``benchmarks/results``, by its CPU or
-    card.
-
-    Virtual machines often call their CPU "Intel(R) Xeon(R) Processor", and Arm has no names. If a
-    name has no number that could be a model's, the numbers of :data:`CPU_NUMBERS` follow it.
-    """
+    """Return this machine's folder below ``benchmarks/results``. Virtual machines often call their
+    CPU "Intel(R) Xeon(R) Processor", and Arm has no names. If a name has no number that could be a
+    model's, the numbers of :data:`CPU_NUMBERS` follow it."""
     words = [where.device_name]
     if where.device.type == "cpu":
         words = ["cpu", FILLER.sub(" ", where.device_name)]
@@ -109,8 +103,7 @@ def version_of(*distributions: str) -> str:
 
 def commit() -> str:
     """Return the commit's short hash, with ``+`` if the tree has changes. Outside a git checkout it
-    is the environment variable ``WNKERNEL_COMMIT``, or else ``sources`` and a :func:`sources_hash`.
-    """
+    is the variable ``WNKERNEL_COMMIT``, or else ``sources`` and a :func:`sources_hash`."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)

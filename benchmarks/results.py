@@ -165,14 +165,10 @@ def csv_text(results: Iterable[Result], *, header: bool = False) -> str:
     writer = csv.writer(text, lineterminator="\n")
     if header:
         writer.writerow(f.name for f in fields(Result))
-    writer.writerows(map(_text, astuple(r)) for r in results)
+    for r in results:
+        cells = (f"{x:.6g}" if isinstance(x, float) else x for x in astuple(r))
+        writer.writerow("" if cell == "nan" else cell for cell in cells)
     return text.getvalue()
-
-
-def _text(value: object) -> str:
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.6g}"
-    return str(value)
 
 
 def write_csv(results: Sequence[Result], folder: Path) -> list[Path]:

@@ -61,11 +61,8 @@ def dtype_text(dtype: torch.dtype) -> str:
 
 
 def grid() -> list[LayerCase]:
-    """Return every distinct (shape, dim): first those of shapes.csv, then the added ones.
-
-    Real models norm nearly all weights along dim 0, so the other memory patterns are added on some
-    of the same shapes, with a label of their own.
-    """
+    """Return every distinct (shape, dim): first those of shapes.csv, then the added ones. Real
+    models norm nearly all weights along dim 0, so other memory patterns are added."""
     users: dict[tuple[tuple[int, ...], int | None], list[LayerCase]] = {}
     for case, _ in _rows():
         users.setdefault((case.shape, case.dim), []).append(case)
@@ -81,10 +78,8 @@ def grid() -> list[LayerCase]:
 
 
 def weight_list(model: str) -> list[LayerCase]:
-    """Return every weight of a model of shapes.csv; equal weights occur as often as in the model.
-
-    Equal shapes are spread over the list, because a model does not have them side by side either.
-    """
+    """Return every weight of a model of shapes.csv, as often as the model has it. Equal shapes are
+    spread over the list, because a model does not have them side by side either."""
     rows = [(case, count) for case, count in _rows() if case.label == model]
     placed = [((k + 0.5) / count, case) for case, count in rows for k in range(count)]
     return [case for _, case in sorted(placed, key=lambda entry: entry[0])]

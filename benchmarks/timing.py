@@ -45,9 +45,8 @@ def blamed(who: str) -> Iterator[None]:
 
 
 def page_faults() -> float:
-    """Return how many minor page faults this process had so far: touches of a page that the system
-    first had to find and clear. They are the cost of fresh memory. NaN if the system does not tell.
-    """
+    """Return the minor page faults of this process so far: touches of pages that the system first
+    had to clear. They are the cost of fresh memory. NaN if the system does not tell."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else math.nan
 
 
@@ -114,9 +113,8 @@ def least(
     seconds: float,
     during: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
-    """Return the seconds of one call of each contender, for figures that other work can only
-    increase: the minimum of many samples in turns, each of ``times`` calls. ``during`` is a context
-    for each turn of the contender that it is given."""
+    """Return the seconds of one call of each contender, as the minimum of many samples of ``times``
+    calls, because other work can only increase it. ``during`` is a context for each turn."""
     best = dict.fromkeys(contenders, float("inf"))
     with no_garbage_collection():
         end = time.perf_counter() + seconds

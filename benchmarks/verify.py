@@ -40,11 +40,8 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
     relative L2 error. (For ``long_sums`` see :func:`wnkernel.cli.exact.bound`.)
 
     The L2 error of w is relative to w, that of ``grad_v`` to its terms, that of ``grad_g`` to the
-    norm of the row of ``grad_w``. The error of the worst element is relative to the largest
-    element.
-
-    Raises:
-        VerificationError: if a result is outside the tolerance, not finite, or of another shape.
+    norm of the row of ``grad_w``. The error of the worst element is relative to the largest one.
+    Raises VerificationError if a result is outside the tolerance, not finite, or of another shape.
     """
     about = want.dtype, want.row_length
     of_l2 = bound(*about, long_sums=long_sums)
@@ -101,11 +98,7 @@ class Checker:
     def check(
         self, who: str, layers: Sequence[NormedLayer], results: Sequence[Of], grads: list[Tensor]
     ) -> float:
-        """Return the worst error of all layers.
-
-        Raises:
-            VerificationError: also if weights that should be computed together are not.
-        """
+        """Return the worst error of all layers. Weights of a group must be computed together."""
         way = WAYS[who]
         nodes = {of.w.grad_fn for of in results}
         if len(nodes) != (1 if way.compiled or way.reuse else len(results)):

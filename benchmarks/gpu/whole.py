@@ -26,10 +26,7 @@ WALL = "wall time"
 GRAPH = "device time, CUDA graph"
 STREAM = "device time, stream"
 
-QUEUE_S = 0.5e-3
-"""The device time of one turn. A longer turn would fill the queue of launches before the device
-starts."""
-
+QUEUE_S = 0.5e-3  # The device time of a turn. A longer one would fill the queue of launches.
 ARRAYS = 5
 
 
@@ -50,7 +47,7 @@ def run(
     checker = Checker(name, where)
     vs = [layer.v for layer in weights_model(TORCH, cases, where.device).layers]
     grads, copied = random_grads(vs), copy_of(vs)
-    passes: dict[str, Pass] = {}
+    passes: dict[str, Contender] = {}
     timed: dict[str, Contender] = {}
     errors: dict[str, float] = {}
     for who in (w for w in BY_CASE[WHOLE] if w not in without):
@@ -62,9 +59,8 @@ def run(
     timed[COPY] = copied
 
     budget_s, to_rows = plan.model_budget_s, functools.partial(rows, errors=errors, arrays=ARRAYS)
-    walls = measure(
-        timed, host_sampler(where.device, until_done=True), budget_s, min_sample_s=plan.sample_s
-    )
+    until_done = host_sampler(where.device, until_done=True)
+    walls = measure(timed, until_done, budget_s, min_sample_s=plan.sample_s)
     yield to_rows(about.of_phase(WALL), where, walls)
 
     calls = calls_for(ARRAYS * about.array_bytes, plan.graph_s)
@@ -75,8 +71,7 @@ def run(
     stats = measure_graphs(graphs, where.device, budget_s, plan.sample_s)
     yield to_rows(about.of_phase(GRAPH), where, stats)
 
-    queued = {
-        who: Queued(c, walls[who].median_ms / 1e3) for who, c in (passes | {COPY: copied}).items()
-    }
+    passes[COPY] = copied
+    queued = {who: Queued(run, walls[who].median_ms / 1e3) for who, run in passes.items()}
     stats = measure(queued, queue_sampler(where.device), budget_s, min_sample_s=QUEUE_S)
     yield to_rows(about.of_phase(STREAM), where, stats)
