@@ -9,7 +9,6 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from matplotlib.figure import Figure
 
 from .contenders import COMPILED, FUSED, LEGACY, OURS, TORCH
 from .gan import GAN_STEP
@@ -84,6 +83,8 @@ def markdown(folder: Path) -> str:
 
 def picture(folder: Path, out: Path) -> None:
     """Bars of all models: torch, one by one, fused."""
+    from matplotlib.figure import Figure
+
     fused = pd.read_csv(folder / "fused.csv")
     names = {TORCH: "torch", OURS: "wnkernel", FUSED: "wnkernel, fused"}
     of = fused.assign(model=fused.label + ", " + fused["shape"])
