@@ -11,9 +11,8 @@ import pandas as pd
 import typer
 
 from .contenders import COMPILED, FUSED, LEGACY, OURS, TORCH
-from .gan import GAN_STEP
 from .report import COLOURS
-from .results import ALONE, FORWARD_BACKWARD, geometric_mean
+from .results import ALONE, FORWARD_BACKWARD, GAN_STEP, geometric_mean
 
 SHOWN = {  # Models of the table, by their labels in the CSV files.
     "HiFi-GAN-V1": "HiFi-GAN V1",

@@ -30,11 +30,9 @@ from .environment import Environment
 from .models import LEARNING_RATE, OUTPUT_L2, training_step
 from .plan import Job, Plan
 from .processes import measure_apart, run_apart
-from .results import STEP, Result, memory_rows, of_list, rows
+from .results import GAN_STEP, NORMS, STEP, Result, memory_rows, of_list, rows
 from .shapes import weight_list
 
-GAN_STEP = "GAN step"
-NORMS = "weight norms of a GAN step"
 CONTENDERS = BY_CASE["gan"]
 MODEL = "SpeechT5HifiGan"
 # The weights of each module must be those of these models in shapes.csv.

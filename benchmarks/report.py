@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .contenders import COMPILED, COPY, ENGINE, FUSED, KINDS, OURS, PLAIN, TORCH, UNCHANGED, VERSION
-from .gan import GAN_STEP, NORMS
-from .results import ALONE, COPY_ARRAYS, FORWARD_BACKWARD, STEP, Result, by_subject
+from .results import ALONE, COPY_ARRAYS, FORWARD_BACKWARD, GAN_STEP, NORMS, STEP, Result, by_subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,6 +27,8 @@ FORWARD = "forward"
 READ = "forward and reader"
 ALONE = "weight norms alone"
 STEP = "training step"
+GAN_STEP = "GAN step"
+NORMS = "weight norms of a GAN step"
 # The least traffic of a phase in arrays of v's size. A forward reads v and writes w; its reader
 # reads w; a backward reads v and grad_w and writes grad_v. g and the norms are not counted.
 ARRAYS = {FORWARD: 2, READ: 3, FORWARD_BACKWARD: 5, ALONE: 5}
