@@ -30,7 +30,7 @@ from .verify import VerificationError
 T = TypeVar("T")
 
 SETTLE_S = 0.005  # The pause between two turns: threads spin for milliseconds before they sleep.
-WARM_CALLS = 2, 5  # They fill caches and malloc's lists. The second figure is for short calls.
+WARM_CALLS = 2, 5  # Calls before the first turn, and how many if they are short.
 SHORT_S = 0.1  # Before shorter calls comes one that is not timed, because others used the caches.
 MIN_SAMPLE_S = 30e-3  # The shortest turn: it costs a message, and begins with others' caches.
 

@@ -160,7 +160,7 @@ def _run(connection: Connection, request: Request, where: Environment) -> None:
                 os._exit(1)  # an orderly end after a fault can hang in CUDA
             if failed == "" or failed in own:
                 fail(f"{job.title}, {failed or UNKNOWN}")
-            # All of ours are left out if it is unknown. A case that fails without them is given up.
+            # If it is unknown, all of ours are left out. A case that fails without them is over.
             more = {failed} if failed else own
             trying = failed is not None and not more <= without
             without |= more
