@@ -92,7 +92,8 @@ def build(out: Path, torches: Sequence[str]) -> int:
                 (out / wheel.name).write_bytes(wheel.read_bytes())
                 print(wheel.name, flush=True)
     files = sorted(path for path in out.iterdir() if path.suffix in (".whl", ".gz"))
-    print(run(sys.executable, "-m", "twine", "check", "--strict", *files))
+    plain = {"NO_COLOR": "1", "COLUMNS": "200"}
+    print(run(sys.executable, "-m", "twine", "check", "--strict", *files, **plain))
     return failed
 
 

@@ -31,7 +31,9 @@ from .versions import DTensor
 
 WORLD = 2
 OTHERS_S = 5
-"""For a process whose peer has failed: it waits for it, and perhaps has something to say."""
+"""For a process whose peer has ended. If that failed, it waits for it, and perhaps has something to
+say. If both have finished, torch may still not end: ProcessGroupGloo's destructor joins a thread
+that waits for the interpreter's lock, which the destructor holds (seen with torch 2.4.1)."""
 SCENARIOS: dict[str, Callable[[], None]] = {}
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -284,9 +286,9 @@ def run_pair(module: str, names: list[str], directory: Path, deadline: float) ->
 
 
 def wait(processes: list[subprocess.Popen], deadline: float) -> list[str]:
-    """How the processes ended; where one fails, the other has not much longer."""
+    """How the processes ended; where one has ended, the other has not much longer."""
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-        if any(p.poll() for p in processes):
+        if any(p.poll() is not None for p in processes):
             deadline = min(deadline, time.monotonic() + OTHERS_S)
         time.sleep(0.05)
     ended = []

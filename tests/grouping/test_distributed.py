@@ -6,7 +6,10 @@ one that is neither, on all data (the same up to the order of summation).
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -20,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import wnkernel
 
+from .. import distributed_worker
 from ..distributed_worker import (
     ALL,
     ORDERS,
@@ -207,6 +211,14 @@ def replicate(model: nn.Module) -> nn.Module:
         for name, p in module._parameters.items():
             setattr(replicas[module], name, p if p is None else p.clone())
     return replicas[model]
+
+
+def test_nobody_waits_long_for_a_process_whose_peer_has_ended(monkeypatch):
+    monkeypatch.setattr(distributed_worker, "OTHERS_S", 0.1)
+    codes = "pass", f"import time; time.sleep({PATIENCE_S})"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    ended = distributed_worker.wait(processes, time.monotonic() + PATIENCE_S)
+    assert ended == ["which ended with status 0", "which hung"]
 
 
 @pytest.mark.parametrize("reuse", REUSE)
