@@ -5,7 +5,7 @@ WNKERNEL_BUILD=auto  (default) compiled if torch and a C++ compiler are there, e
 WNKERNEL_BUILD=cpu   compiled CPU kernels or an error
 WNKERNEL_BUILD=cuda  compiled CPU and CUDA kernels or an error
 WNKERNEL_BUILD=none  pure Python, which whoever installs it has asked for
-WNKERNEL_BUILD=index  pure Python for an index, where nobody has asked for it
+WNKERNEL_BUILD=index pure Python for an index, where nobody has asked for it
 
 WNKERNEL_INSTRUMENT=address   with AddressSanitizer and UndefinedBehaviorSanitizer,
 WNKERNEL_INSTRUMENT=thread    with ThreadSanitizer: to be run as tests/instrumented.py does,

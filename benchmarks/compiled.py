@@ -29,8 +29,13 @@ from .timing import device_sampler, measure
 
 # Samples of every memory pattern. A default run takes the first few, because each must be compiled.
 SHAPES = (
-    *(((512, 512, 3), 0), ((768, 48, 128), 2), ((512, 512, 3, 3), 1), ((512, 512, 3), None)),
-    *(((64, 64, 3), 0), ((512, 256, 16), 0), ((4096, 4096), None)),
+    ((512, 512, 3), 0),
+    ((768, 48, 128), 2),
+    ((512, 512, 3, 3), 1),
+    ((512, 512, 3), None),
+    ((64, 64, 3), 0),
+    ((512, 256, 16), 0),
+    ((4096, 4096), None),
 )
 # A traceback contains this if a compiler fails; mostly no C++ compiler is installed at run time.
 FAILED = "torch._inductor.exc.InductorError"

@@ -25,7 +25,7 @@ HEADS = (WHAT, "torch", "wnkernel", "times as fast")
 
 
 def _row(what: str, torch_ms: float, ours_ms: float) -> tuple[str, ...]:
-    times = (f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms" for ms in (torch_ms, ours_ms))
+    times = (f"{ms:.0f} ms" if ms >= 100 else f"{ms:#.3g} ms" for ms in (torch_ms, ours_ms))
     ratio = torch_ms / ours_ms
     return what, *times, f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.1f}"
 
@@ -56,9 +56,7 @@ def table(folder: Path) -> Iterator[tuple[str, ...]]:
     )
     best = of[[TORCH, TORCH + COMPILED, LEGACY]].min(axis=1)
     worst = (best / of[FUSED + COMPILED]).idxmin()
-    what = (
-        f"{_name(worst)}, fused and compiled: the least gain of {len(of)}, beside torch's fastest"
-    )
+    what = f"{_name(worst)}, fused and compiled, against torch's fastest: the worst of {len(of)}"
     yield _row(what, best[worst], of.loc[worst, FUSED + COMPILED])
 
     layers = pd.read_csv(folder / "layers.csv")

@@ -17,8 +17,8 @@ def _sizes(quick: object, default: object, full: object) -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a run: of a quick one, by default, and of a full one. Budgets are the seconds
-    of sampling for one case. A case whose three rounds take longer is finished anyway."""
+    """The settings of a run in three sizes: quick, default and full. Budgets are the seconds of
+    sampling for one case. A case whose three rounds take longer is finished anyway."""
 
     # After this many seconds no further case begins; the report says how many were left out.
     limit_s: float | None = _sizes(120.0, 600.0, None)

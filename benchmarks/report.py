@@ -152,17 +152,21 @@ def _show_gan(console: Console, phases: Mapping[str, Measured]) -> None:
     costs = {who: r.median_ms - norms[PLAIN].median_ms for who, r in norms.items()}
     heads = ["weight norms of", "reads and\nbackwards, ms"]
     heads += ["weight norm,\nms", "times lower\nthan torch"]
+    heads.append("page faults")
     if steps:
         heads += ["whole step,\nms", "step, times\ntorch", "weight norm's\nshare of it"]
+        heads.append("page faults\nof the step")
     rows = []
     for who, r in norms.items():
         cost = costs[who]
         cells = [who, short(r.median_ms)]
         cells += [f"{cost:.1f}", speedup(costs[TORCH] / cost)] if who != PLAIN else ["", ""]
+        cells.append(number(r.faults, 0))
         if steps:
             step = steps[who]
             cells += [short(step.median_ms), speedup(step.ratio_to_torch)]
             cells.append(f"{100 * cost / step.median_ms:.1f} %" if who != PLAIN else "")
+            cells.append(number(step.faults, 0))
         rows.append(cells)
     show(console, f"A GAN step: {norms[TORCH].label}", heads, rows)
     console.print(f"Weight norm is the time of the reads and backwards less that of {PLAIN!r}.")
@@ -176,7 +180,7 @@ def _show_memory(console: Console, measured: Sequence[Measured]) -> None:
         heads = ["phase", *measured[0], *(f"{who} /\ntorch" for who in ours)]
         rows = [
             [m[TORCH].phase, *(f"{r.peak_bytes / MIB:.1f}" for r in m.values())]
-            + [speedup(1 / m[who].ratio_to_torch, m[who].ratio_to_torch < 1) for who in ours]
+            + [_red(1 / m[who].ratio_to_torch, m[who].ratio_to_torch < 1) for who in ours]
             for m in measured
         ]
         show(console, title, heads, rows)
@@ -187,9 +191,13 @@ def short(x: float) -> str:
     return f"{x:.{3 if x < 1 else 2 if x < 10 else 1 if x < 100 else 0}f}"
 
 
-def speedup(x: float, lost: bool | None = None) -> str:
-    """Return a ratio as text, in red if it is lost; by default if it is below 1."""
-    return f"[red]{x:.2f}[/red]" if (x < 1 if lost is None else lost) else f"{x:.2f}"
+def speedup(x: float) -> str:
+    """Return a ratio as text, in red if it is below 1."""
+    return _red(x, x < 1)
+
+
+def _red(x: float, lost: bool) -> str:
+    return f"[red]{x:.2f}[/red]" if lost else f"{x:.2f}"
 
 
 def faults(m: Measured, ours: Result) -> str:

@@ -22,8 +22,8 @@ from .shapes import LayerCase, dtype_text, shape_text
 
 FORWARD_BACKWARD = "forward+backward"
 FORWARD = "forward"
-# READ has the layer that then reads w. A forward alone is fastest if it writes past the caches, but
-# there the next layer would look for w.
+# READ is a forward, and then a layer that reads w. A forward alone is fastest if it writes past the
+# caches, but there the next layer would look for w.
 READ = "forward and reader"
 ALONE = "weight norms alone"
 STEP = "training step"
@@ -94,7 +94,7 @@ class Result:
     bytes: float = NAN
     gb_per_s: float = NAN
     ratio_to_torch: float = NAN  # torch's median divided by this one: above 1 is faster.
-    ratio_to_limit: float = NAN  # To the time of a ``copy_`` of as many bytes: 1 is memory's limit.
+    ratio_to_limit: float = NAN  # This median over the time of a ``copy_`` of as many bytes.
     error: float = NAN  # The largest relative error against float64, from before the timing.
     compile_s: float = NAN  # The seconds of the first call of a compiled contender.
     other_cores: float = NAN  # The cores that other processes used during the timing.

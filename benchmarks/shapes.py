@@ -22,7 +22,7 @@ class LayerCase:
     shape: tuple[int, ...]
     dim: int | None
     label: str
-    layer: str  # A class of torch.nn, for layers that are built.
+    layer: str  # The name of a class of torch.nn; empty if no layer is built of it.
 
     def __str__(self) -> str:
         return f"{shape_text(self.shape)} dim {self.dim_text}"

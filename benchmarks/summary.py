@@ -25,8 +25,8 @@ from .results import (
 
 LARGE = 1_000_000  # Above this many elements the memory limit decides; below it, call overhead.
 LARGE_MODEL = 12_500_000  # The elements of a model of 50 MB.
-FORGIVEN_SHARE = 0.05  # Of cases that other processes may disturb in a run that can be trusted.
-HOST_SHARE = {OURS: 0.6, UNCHANGED: 0.25}  # The aim of ``layer.weight``, as a share of torch's.
+FORGIVEN_SHARE = 0.05  # The share of cases that other work may disturb in a run to be trusted.
+HOST_SHARE = {OURS: 0.6, UNCHANGED: 0.25}  # The aim of a read of ``layer.weight``, of torch's.
 SLOW_TORCH = 1.5  # In times the copy limit.
 
 

@@ -30,10 +30,11 @@ from .processes import PATIENCE_S, ROOT
 from .versions import DTensor
 
 WORLD = 2
-OTHERS_S = 5
-"""For a process whose peer has ended. If that failed, it waits for it, and perhaps has something to
-say. If both have finished, torch may still not end: ProcessGroupGloo's destructor joins a thread
-that waits for the interpreter's lock, which the destructor holds (seen with torch 2.4.1)."""
+OTHERS_S, FINISHED_S = 5, 30
+"""Seconds that a process gets after its peer has failed, and after its peer has ended well. In the
+first case it waits in vain, but may have something to say. In the second torch may keep it from
+ending: ProcessGroupGloo's destructor joins a thread that waits for the interpreter's lock, which
+the destructor holds (seen with torch 2.4.1)."""
 SCENARIOS: dict[str, Callable[[], None]] = {}
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -288,8 +289,10 @@ def run_pair(module: str, names: list[str], directory: Path, deadline: float) ->
 def wait(processes: list[subprocess.Popen], deadline: float) -> list[str]:
     """How the processes ended; where one has ended, the other has not much longer."""
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-        if any(p.poll() is not None for p in processes):
-            deadline = min(deadline, time.monotonic() + OTHERS_S)
+        for status in (p.poll() for p in processes):
+            if status is not None:
+                patience = OTHERS_S if status else FINISHED_S
+                deadline = min(deadline, time.monotonic() + patience)
         time.sleep(0.05)
     ended = []
     for process in processes:

@@ -150,19 +150,20 @@ def _run(connection: Connection, request: Request, where: Environment) -> None:
             connection.send(Finished(job.title))
             return
         _say(f"[{time.monotonic() - started:6.1f} s] {job.title}")
-        trying = True
-        while trying:
+        while True:
             connection.send(Began(k, job.title, job.patience_s, sorted(without), [*done]))
             failed = _try(job, without, done, connection, request.out)
-            if failed is not None and not is_usable(where.device):
+            if failed is None:
+                break
+            if not is_usable(where.device):
                 connection.send(Faulted(failed))
                 connection.close()
                 os._exit(1)  # an orderly end after a fault can hang in CUDA
             if failed == "" or failed in own:
                 fail(f"{job.title}, {failed or UNKNOWN}")
-            # If it is unknown, all of ours are left out. A case that fails without them is over.
-            more = {failed} if failed else own
-            trying = failed is not None and not more <= without
+            more = {failed} if failed else own  # if it is unknown, all of ours are left out
+            if more <= without:  # it fails without them, too
+                break
             without |= more
         without, done = set(), []
     connection.send(Finished())

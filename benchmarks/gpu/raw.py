@@ -148,7 +148,8 @@ def _is_short(v: Tensor, dim: int) -> bool:
 
 
 def model_launches(name: str, backend: str) -> int:
-    """Return the kernels of a fused model in float32: the most possible ones, if it is unknown."""
+    """Return how many kernels a fused model launches in float32; the most possible, if the
+    backend does not say."""
 
     def may_split(case: LayerCase) -> bool:
         v = torch.empty(case.shape, device="meta")

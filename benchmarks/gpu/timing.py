@@ -127,14 +127,20 @@ class Queued:
     run: Contender
     host_s: float
 
+    def __call__(self) -> None:
+        self.run()
+
 
 def queue_sampler(device: torch.device) -> Sampler:
     """Return a sampler of the time that the device needs for :class:`Queued` calls when the host is
     ahead. The device first sleeps until all calls should be in the queue."""
 
-    def sample(queued: Queued, times: int) -> float:
+    sample = device_sampler(device)
+
+    def behind_a_sleep(queued: Contender, times: int) -> float:
+        assert isinstance(queued, Queued)
         if device.type == "cuda":
             torch.cuda._sleep(int(CYCLES_PER_S * HEADSTART * queued.host_s * times))
-        return device_sampler(device)(queued.run, times)
+        return sample(queued.run, times)
 
-    return sample
+    return behind_a_sleep

@@ -47,7 +47,7 @@ def run(
     checker = Checker(name, where)
     vs = [layer.v for layer in weights_model(TORCH, cases, where.device).layers]
     grads, copied = random_grads(vs), copy_of(vs)
-    passes: dict[str, Contender] = {}
+    passes: dict[str, Pass] = {}
     timed: dict[str, Contender] = {}
     errors: dict[str, float] = {}
     for who in (w for w in BY_CASE[WHOLE] if w not in without):
@@ -71,7 +71,7 @@ def run(
     stats = measure_graphs(graphs, where.device, budget_s, plan.sample_s)
     yield to_rows(about.of_phase(GRAPH), where, stats)
 
-    passes[COPY] = copied
-    queued = {who: Queued(run, walls[who].median_ms / 1e3) for who, run in passes.items()}
+    all_of = {**passes, COPY: copied}
+    queued = {who: Queued(run, walls[who].median_ms / 1e3) for who, run in all_of.items()}
     stats = measure(queued, queue_sampler(where.device), budget_s, min_sample_s=QUEUE_S)
     yield to_rows(about.of_phase(STREAM), where, stats)

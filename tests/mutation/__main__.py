@@ -40,8 +40,19 @@ KEYS = (
     "checkpoint/test_sharded",
     "models/test_restored_weights",
 )
+CENSUS = (
+    "models/test_convert",
+    "models/test_convert_refused",
+    "models/test_fold",
+    "checkpoint/test_convert_like",
+    "models/test_fusing_norms",
+    "models/test_patch_torch",
+    "models/test_remove",
+    "models/test_init_weight",
+)
 TESTS = {
     "grouping/slots.py": SLOTS,
+    "census.py": CENSUS,
     **{
         f"checkpoint/{name}.py": KEYS
         for name in ("agreement", "pairs", "legacy", "normed", "convert", "loading", "accept")

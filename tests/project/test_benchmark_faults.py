@@ -90,8 +90,8 @@ def test_files_without_faults_are_read(tmp_path):
     (path,) = results.write_csv(measured(faults={OURS: 0.25, TORCH: 512.0}), tmp_path)
     lines = [line.rpartition(",") for line in path.read_text().splitlines()]
     assert [last for _, _, last in lines] == ["faults", "0.25", "512", "0"]
-    path.write_text("\n".join(line for line, _, _ in lines))
-    assert all(math.isnan(r.faults) for r in results.read_csv(path))
+    path.write_text("".join(f"{line}\n" for line, _, _ in lines))
+    assert [math.isnan(r.faults) for r in results.read_csv(path)] == [True] * 3
 
 
 def shown(rows: list[results.Result]) -> str:
