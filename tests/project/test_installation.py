@@ -181,6 +181,7 @@ def test_the_command_for_a_checkout(monkeypatch):
 
 def test_where_warnings_are_errors_a_hint_stops_nothing(monkeypatch, capsys):
     monkeypatch.setattr(installation, "_told", False)
+    monkeypatch.setattr(installation, "IS_ON_REQUEST", False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         installation.tell("a reason")
@@ -196,6 +197,7 @@ def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path, monkeypat
     found = SimpleNamespace(locate_file=tmp_path.joinpath)
     monkeypatch.setattr(installation, "distributions", lambda name: [checkout, found])
     reason = installation.why_not_built()
+    monkeypatch.setattr(installation, "IS_ON_REQUEST", False)
     assert reason == (
         f"wnkernel._C is not built in {ROOT}, which hides the package that is installed in "
         f"{installed}: start Python in another folder"
