@@ -41,6 +41,7 @@ KEYS = (
     "models/test_restored_weights",
 )
 CENSUS = (
+    "models/test_census",
     "models/test_convert",
     "models/test_convert_refused",
     "models/test_fold",
