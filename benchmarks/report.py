@@ -151,11 +151,10 @@ def _show_gan(console: Console, phases: Mapping[str, Measured]) -> None:
         return
     costs = {who: r.median_ms - norms[PLAIN].median_ms for who, r in norms.items()}
     heads = ["weight norms of", "reads and\nbackwards, ms"]
-    heads += ["weight norm,\nms", "times lower\nthan torch"]
-    heads.append("page faults")
+    heads += ["weight norm,\nms", "times lower\nthan torch", "page faults"]
     if steps:
-        heads += ["whole step,\nms", "step, times\ntorch", "weight norm's\nshare of it"]
-        heads.append("page faults\nof the step")
+        heads += ["whole step,\nms", "step, times\ntorch"]
+        heads += ["weight norm's\nshare of it", "page faults\nof the step"]
     rows = []
     for who, r in norms.items():
         cost = costs[who]

@@ -2,9 +2,9 @@
 DTensors and sharded modules.
 
 Other files ask here whether an observer is at work, and ask torch itself only whether Dynamo or
-another compiler is tracing. Code that is observed must consist of
-operators that the observer can see, and its results must not be kept for a later call. Kernels that
-take addresses run only where no observer is left.
+another compiler is tracing. Code that is observed must consist of operators that the observer can
+see, and its results must not be kept for a later call. Kernels that take addresses run only where
+no observer is left.
 """
 
 from __future__ import annotations
