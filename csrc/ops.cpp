@@ -14,6 +14,10 @@
 // one list, because the C++ code that torch.compile generates can take only one: every w, then
 // every norm; or grad_v of weights with need_v, then grad_g of weights with need_g.
 //
+// normalize_ scales every row of each v so that its norm is g, in place and in one launch, and
+// returns the norms that were there. A row of zeros stays. v must be dense. It has no autograd: the
+// caller has to see to it that no v requires grad.
+//
 // bucket is a note for wnkernel/compiled_graphs.py, which makes lists of single weights.
 #include "ops.h"
 
@@ -39,6 +43,7 @@ TORCH_LIBRARY(wnkernel, m) {
   m.def(
       "backward(Tensor[] grad_w, Tensor[] v, Tensor[] g, Tensor[] norm, int[] dim, float[] eps, "
       "int[] need_v, int[] need_g) -> Tensor[]");
+  m.def("normalize_(Tensor(a!)[] v, Tensor[] g, int[] dim, float[] eps) -> Tensor[]");
 }
 
 namespace {

@@ -13,6 +13,7 @@
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <tuple>
 #include <utility>
@@ -162,6 +163,43 @@ Tensors forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
     results[count + k] = std::move(weights[k].norm);
   }
   return results;
+}
+
+// Checks all weights before it writes to the first.
+template <class Device>
+Tensors normalize_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                     at::ArrayRef<double> eps) {
+  const size_t count = v.size();
+  check_forward_lengths(v, g, dim, eps);
+  for (size_t k = 0; k < count; ++k) {
+    check_forward_weight(v[k], g[k], dim[k], eps[k], std::nullopt);
+    check_dense(v[k]);
+  }
+  check_one_device(v);
+  if (count == 0) return {};
+
+  Device device(v[0]);
+  Tensors norms, scales;
+  std::vector<Forward> table;
+  for (size_t k = 0; k < count; ++k) {
+    const at::ScalarType acc = accumulation_dtype(v[k].scalar_type());
+    at::Tensor& norm = norms.emplace_back(Device::empty_norm(g[k].sizes(), acc));
+    if (v[k].numel() == 0) {
+      norm.zero_();
+      continue;
+    }
+    const DType type = dtype_of(v[k].scalar_type());
+    void* const data = v[k].mutable_data_ptr();
+    const at::Tensor& scale = scales.emplace_back(g[k].contiguous());
+    // The least bound makes a row of zeros 0 instead of 0 / 0, and is below every other norm.
+    const double least = acc == at::kDouble ? 0x1p-1074 : 0x1p-149;
+    table.push_back({data, scale.const_data_ptr(), data, norm.mutable_data_ptr(),
+                     row_view(v[k], canonical_dim(dim[k], v[k].dim())), type,
+                     dtype_of(scale.scalar_type()), type, dtype_of(acc), std::max(eps[k], least)});
+  }
+  device.forward(table.data(), static_cast<int64_t>(table.size()));
+  for (const at::Tensor& t : v) t.unsafeGetTensorImpl()->bump_version();
+  return norms;
 }
 
 // One weight of a backward, like ForwardWeight. grad_v and grad_g are undefined if they are not

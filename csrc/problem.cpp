@@ -124,6 +124,13 @@ void check_one_device(at::TensorList v) {
                       ", entry ", k, " is on ", v[k].device());
 }
 
+void check_dense(const at::Tensor& v) {
+  TORCH_CHECK_VALUE(v.is_non_overlapping_and_dense(),
+                    "v: expected a tensor that fills its memory without gaps or repeats, got one "
+                    "of shape ",
+                    v.sizes(), " and strides ", v.strides());
+}
+
 RowView row_view(const at::Tensor& v, int64_t dim) {
   if (dim == kWholeTensor || v.size(dim) == 1) return {1, 1, v.numel()};
   const int64_t rows = v.size(dim), inner = v.stride(dim);

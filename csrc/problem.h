@@ -35,6 +35,9 @@ void check_backward_lengths(at::TensorList grad_w, at::TensorList v, at::TensorL
 // Throws ValueError if the v are not all on one device: the dispatcher looks at any one of a list.
 void check_one_device(at::TensorList v);
 
+// Throws ValueError if v has gaps or shares elements, so that it has no view of rows.
+void check_dense(const at::Tensor& v);
+
 // The view [outer, rows, inner] of a dense, non-empty tensor in memory order. The dim must be
 // checked.
 RowView row_view(const at::Tensor& v, int64_t dim);

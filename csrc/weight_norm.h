@@ -52,7 +52,7 @@ struct RowView {
 struct Forward {
   const void* v;
   const void* g;  // [rows], contiguous
-  void* w;        // laid out like v
+  void* w;        // laid out like v; v itself, or memory that does not overlap it
   void* norm;     // [rows]
   RowView view;
   DType v_type, g_type, w_type, divisor_type;

@@ -3,6 +3,7 @@
 from . import _program, _versions, functional  # noqa: F401 (both run code on import)
 from ._info import info
 from ._version import __version__
+from .after_step import normalize_after_step
 from .backends import use_backend
 from .checkpoint import accept_any_layout, convert_state_dict
 from .grouping.group import WeightNormGroup, fuse
@@ -11,6 +12,7 @@ from .layers import remove_weight_norm, weight_norm
 from .model import convert, fold
 from .native import cpu_buffers, release_cpu_buffers
 from .norm_module import WeightNorm
+from .normalizing import normalize_, norms_of
 from .patching import patch_torch
 
 __all__ = [
@@ -27,6 +29,9 @@ __all__ = [
     "fuse",
     "info",
     "init_weight_",
+    "normalize_",
+    "normalize_after_step",
+    "norms_of",
     "patch_torch",
     "release_cpu_buffers",
     "remove_weight_norm",

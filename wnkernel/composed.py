@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .observers import PLAIN
-from .problem import WHOLE_TENSOR, Problem, norm_shape
+from .problem import WHOLE_TENSOR, Problem, accumulation_dtype, bound_of, norm_shape
 
 
 def norm_except_dim(v: Tensor, dim: int) -> Tensor:
@@ -53,6 +53,17 @@ def weight_norm(p: Problem) -> Tensor:
     """``g * v / max(norm(v), eps)`` in differentiable operators, in v's memory format."""
     v = p.v.to(p.acc_dtype)
     return (v * (p.g.to(p.acc_dtype) / _divisor(p, v))).to(p.out_dtype)
+
+
+def normalize_(v: Tensor, g: Tensor | float, dim: int, eps: float) -> Tensor:
+    """Write ``g * v / max(norm(v), eps)`` over v, where rows of zeros stay, and return the norms
+    that were there."""
+    acc = accumulation_dtype(v.dtype)
+    x = v.to(acc)
+    norm = norm_except_dim(x, dim)
+    divisor = torch.where(norm == 0, 1.0, norm.clamp_min(bound_of(eps, acc)))
+    v.copy_(x / divisor * g)
+    return norm
 
 
 def _divisor(p: Problem, v: Tensor) -> Tensor:

@@ -198,6 +198,13 @@ def norms_for(v: Tensor, dim: int, eps: float) -> Tensor:
     return _clamped(norms(v), eps).to(v.dtype)
 
 
+def norms_in_full(v: Tensor, dim: int) -> Tensor:
+    """:func:`norm_except_dim` for a canonical ``dim``, without grad and in the dtype of norms."""
+    if is_compiling() or not _has_kernels_norms(v):
+        return _composed_norms(v.detach(), dim)
+    return _norms(v.detach(), dim, 0.0)
+
+
 def _clamped(norm: Tensor, eps: float) -> Tensor:
     return norm.clamp_min(eps) if eps else norm
 

@@ -165,10 +165,20 @@ def check_v(v: Tensor, dim: int | None) -> int:
         TypeError: if v is not a dense floating-point tensor.
         ValueError: if v is 0-dimensional, or ``dim`` is out of range.
     """
-    _check_tensor("v", v)
-    if v.ndim == 0:
-        raise ValueError("v: expected at least 1 dimension, got a 0-dimensional tensor")
-    return canonical_dim(dim, v.ndim)
+    return check_rows("v", v, dim)
+
+
+def check_rows(name: str, t: Tensor, dim: int | None) -> int:
+    """Check a tensor, called ``name`` in messages, whose rows have norms; return the canonical dim.
+
+    Raises:
+        TypeError: if ``t`` is not a dense floating-point tensor.
+        ValueError: if ``t`` is 0-dimensional, or ``dim`` is out of range.
+    """
+    check_tensor(name, t)
+    if t.ndim == 0:
+        raise ValueError(f"{name}: expected at least 1 dimension, got a 0-dimensional tensor")
+    return canonical_dim(dim, t.ndim)
 
 
 def check_eps(eps: float) -> float:
@@ -199,7 +209,7 @@ def check(
         ValueError: if a shape, device, dim or eps is wrong.
     """
     dim = check_v(v, dim)
-    _check_g(g, v, dim)
+    check_g(g, v, dim)
     eps = check_eps(eps)
     if out_dtype is None:
         out_dtype = v.dtype
@@ -288,7 +298,8 @@ def check_backward(
 _FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 
 
-def _check_tensor(name: str, t: Tensor) -> None:
+def check_tensor(name: str, t: Tensor) -> None:
+    """Raise a TypeError if ``t`` is not a dense floating-point tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     if t.layout != torch.strided or t.is_quantized:
@@ -298,24 +309,31 @@ def _check_tensor(name: str, t: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype {_FLOAT_NAMES}, got {t.dtype}")
 
 
-def _check_device(name: str, t: Tensor, v: Tensor) -> None:
+def _check_device(name: str, t: Tensor, v: Tensor, name_of_v: str = "v") -> None:
     if t.device != v.device:
-        raise ValueError(f"{name}: expected device {v.device} (that of v), got {t.device}")
+        expected = f"{v.device} (that of {name_of_v})"
+        raise ValueError(f"{name}: expected device {expected}, got {t.device}")
 
 
-def _check_g(g: Tensor, v: Tensor, dim: int) -> None:
-    _check_tensor("g", g)
-    _check_device("g", g, v)
+def check_g(g: Tensor, v: Tensor, dim: int, name: str = "g", name_of_v: str = "v") -> None:
+    """Check a tensor with a number for each row of ``v``, for a canonical dim.
+
+    Raises:
+        TypeError: if ``g`` is not a dense floating-point tensor.
+        ValueError: if it has another shape or is on another device.
+    """
+    check_tensor(name, g)
+    _check_device(name, g, v, name_of_v)
     if not is_norm_shape(g.shape, v.shape, dim):
         expected = "[] or [1]" if dim == WHOLE_TENSOR else str(list(norm_shape(v.shape, dim)))
         raise ValueError(
-            f"g: expected shape {expected} for v of shape {list(v.shape)} and dim {dim}, got "
-            f"{list(g.shape)}"
+            f"{name}: expected shape {expected} for {name_of_v} of shape {list(v.shape)} and dim "
+            f"{dim}, got {list(g.shape)}"
         )
 
 
 def _check_grad_w(grad_w: Tensor, p: Problem) -> None:
-    _check_tensor("grad_w", grad_w)
+    check_tensor("grad_w", grad_w)
     _check_device("grad_w", grad_w, p.v)
     if grad_w.shape != p.v.shape:
         raise ValueError(
@@ -324,7 +342,7 @@ def _check_grad_w(grad_w: Tensor, p: Problem) -> None:
 
 
 def _check_norm(norm: Tensor, p: Problem) -> None:
-    _check_tensor("norm", norm)
+    check_tensor("norm", norm)
     _check_device("norm", norm, p.v)
     if norm.shape != p.g.shape:
         raise ValueError(

@@ -1,5 +1,6 @@
 // Runs a table of problems: cuts every problem by its plan, spreads all chunks evenly over the
-// threads, and keeps the order of every sum fixed.
+// threads, and keeps the order of every sum fixed. Problems that are read twice run in batches that
+// a cache can hold, one batch after the other.
 //
 // Phase 1 does one-phase chunks from v to every output, and makes partial sums of the others. It
 // moves all bytes of the former and the inputs of the latter. A backward begins with the last
@@ -64,7 +65,13 @@ class Launch {
   }
 
   void run() {
-    constexpr bool kFromTheEnd = Job<P>::kBackward;
+    while (next_batch()) run_batch();
+  }
+
+ private:
+  static constexpr bool kFromTheEnd = Job<P>::kBackward;
+
+  void run_batch() {
     const auto all = [](const Job<P>&) { return true; };
     each_chunk<kFromTheEnd>(all, [](const Job<P>& job, int64_t task) {
       switch (job.plan.kind) {
@@ -76,7 +83,7 @@ class Launch {
           return job.plan.one_phase ? whole_strip(job, task) : strip_sum(job, task);
       }
     });
-    if (!workspace_) return;
+    if (twice_ == 0) return;
     std::atomic<int64_t> unsafe{0};
     each_row_block([&](const Job<P>& job, int64_t row, int64_t rows) {
       const bool runs = job.plan.kind == Plan::Kind::runs;
@@ -93,14 +100,32 @@ class Launch {
     });
   }
 
- private:
+  // Moves on to the next batch: the problems from first_ to last_. A batch has one problem that is
+  // read twice, or several whose inputs fit into the second-level caches of the threads, or into an
+  // eighth of their third-level caches, from which other cores read as well.
+  bool next_batch() {
+    const int64_t room = std::max(machine().l2, machine().l3 / 8) * parts(work_);
+    int64_t& end = kFromTheEnd ? first_ : last_;
+    (kFromTheEnd ? last_ : first_) = end;
+    batch_work_ = twice_ = 0;
+    for (; end != (kFromTheEnd ? 0 : count_); end += kFromTheEnd ? -1 : 1) {
+      const Job<P>& job = jobs_[kFromTheEnd ? end - 1 : end];
+      const int64_t more = job.plan.one_phase ? 0 : job.plan.view.numel() * bytes_read(*job.p);
+      if (more > 0 && twice_ > 0 && twice_ + more > room) break;
+      twice_ += more;
+      batch_work_ += work_of(job.plan.view);
+    }
+    return first_ != last_;
+  }
+
   // Results bypass the caches if no cache will hold them when they are read again; this saves
-  // reading every line first. Results stay in the third level (or the second, if that is larger) as
-  // long as all reads and writes of the launch take at most three quarters of its threads' share of
-  // that cache. Other data need the rest.
+  // reading every line first; results that replace their inputs need no such reading. Results stay
+  // in the third level (or the second, if that is larger) as long as all reads and writes of the
+  // launch take at most three quarters of its threads' share of that cache. Other data need the
+  // rest.
   void stream_results(int64_t bytes) {
-    const int64_t room = std::max(machine().l2, machine().l3) / 4 * 3 * parts();
-    for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room;
+    const int64_t room = std::max(machine().l2, machine().l3) / 4 * 3 * parts(work_);
+    for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room && !in_place(*jobs_[k].p);
   }
 
   // The number of chunks of a problem of whole rows. The inputs of a chunk take two thirds of the
@@ -110,7 +135,7 @@ class Launch {
     const int64_t fit = machine().l1d * 2 / 3 / bytes_read(p) / p.view.row_size();
     const int64_t most = std::clamp<int64_t>(fit, 1, kMaxRows);
     const double part = static_cast<double>(work_of(p.view)) / work_;
-    const int64_t threads = std::max(1.0, std::round(part * parts()));
+    const int64_t threads = std::max(1.0, std::round(part * parts(work_)));
     const int64_t share = ceil_div(p.view.rows, threads);
     const int64_t full = most / kRowsAtATime * kRowsAtATime;
     for (int64_t rows = full; rows > most / 2; rows -= kRowsAtATime)
@@ -118,9 +143,9 @@ class Launch {
     return threads * ceil_div(share, most);
   }
 
-  // The number of threads that share the work.
-  int64_t parts() const {
-    return std::clamp<int64_t>(work_ / kThreadGrain, 1, std::max(1, threads_.threads));
+  // The number of threads that share some work.
+  int64_t parts(int64_t work) const {
+    return std::clamp<int64_t>(work / kThreadGrain, 1, std::max(1, threads_.threads));
   }
 
   void share_workspace(int64_t words) {
@@ -137,19 +162,20 @@ class Launch {
     }
   }
 
-  // Calls body(job, task) for every chunk of every job that takes part. Thread t takes the chunks
-  // that start in its share of the work, so the shares are even and each is contiguous in memory.
+  // Calls body(job, task) for every chunk of every job of the batch that takes part. Thread t takes
+  // the chunks that start in its share of the work, so the shares are even and each is contiguous
+  // in memory.
   template <bool reversed, class TakesPart, class F>
   void each_chunk(const TakesPart& takes_part, F&& body) {
     int64_t work = 0;
-    for (int64_t k = 0; k < count_; ++k)
+    for (int64_t k = first_; k < last_; ++k)
       if (takes_part(jobs_[k])) work += work_of(jobs_[k].plan.view);
-    const int64_t parts = this->parts();
+    const int64_t parts = this->parts(batch_work_);
     parallel(parts, [&](int part) {
       const int64_t from = work * part / parts, to = work * (part + 1) / parts;
       int64_t start = reversed ? work : 0;
-      for (int64_t j = 0; j < count_; ++j) {
-        const Job<P>& job = jobs_[reversed ? count_ - 1 - j : j];
+      for (int64_t j = 0; j < last_ - first_; ++j) {
+        const Job<P>& job = jobs_[reversed ? last_ - 1 - j : first_ + j];
         if (!takes_part(job)) continue;
         const int64_t size = work_of(job.plan.view);
         if (reversed) start -= size;
@@ -170,11 +196,11 @@ class Launch {
     return first < tasks ? static_cast<int64_t>(first) : job.plan.tasks;
   }
 
-  // Calls body(job, row, rows) for blocks of rows of every two-phase job.
+  // Calls body(job, row, rows) for blocks of rows of every two-phase job of the batch.
   template <class F>
   void each_row_block(F&& body) {
     std::vector<std::pair<const Job<P>*, int64_t>> blocks;
-    for (int64_t k = 0; k < count_; ++k)
+    for (int64_t k = first_; k < last_; ++k)
       if (const Job<P>& job = jobs_[k]; !job.plan.one_phase)
         for (int64_t row = 0; row < job.plan.view.rows; row += job.plan.finish_rows())
           blocks.emplace_back(&job, row);
@@ -200,7 +226,10 @@ class Launch {
   std::vector<Job<P>> many_;
   Job<P>* jobs_;
   int64_t count_;
-  int64_t work_ = 0;  // the work of all problems
+  int64_t work_ = 0;                                          // the work of all problems
+  int64_t first_ = kFromTheEnd ? count_ : 0, last_ = first_;  // the problems of the batch
+  int64_t batch_work_ = 0;
+  int64_t twice_ = 0;  // bytes of the batch that are read twice
   std::unique_ptr<double[]> workspace_;
 };
 

@@ -35,6 +35,9 @@ inline int64_t bytes_read(const Backward& p) {
 }
 inline int64_t bytes_written(const Forward& p) { return element_size(p.w_type); }
 inline int64_t bytes_written(const Backward& p) { return p.grad_v ? element_size(p.v_type) : 0; }
+// Whether results are written over the inputs.
+inline bool in_place(const Forward& p) { return p.w == p.v; }
+inline bool in_place(const Backward&) { return false; }
 inline bool wants_map(const Forward&) { return true; }
 inline bool wants_map(const Backward& p) { return p.grad_v != nullptr; }
 

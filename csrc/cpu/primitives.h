@@ -27,7 +27,8 @@ struct Kernels {
 };
 
 // From sums to the coefficients of the map. The result counts rows that leave SafeRange. Their sum
-// is set to NaN, and exact_rows.h computes them again.
+// is set to NaN, and exact_rows.h computes them again. Until then a forward copies them, because w
+// may be v.
 struct Finish {
   // sums are sums of squares. Sets norm[r] and a[r] = g[r] / max(norm[r], eps). The norm is rounded
   // to A first, or, with `as_g`, to the type of g.

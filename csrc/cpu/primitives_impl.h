@@ -265,7 +265,7 @@ struct FinishOf {
                           either(gr == 0.0 ? 1.0 : 0.0,
                                  inside(scale, Range::kCoefficientMin, Range::kCoefficientMax));
       norm[r] = static_cast<A>(n);
-      a[r] = safe != 0.0 ? static_cast<A>(scale) : A(0);
+      a[r] = safe != 0.0 ? static_cast<A>(scale) : A(1);
       sums[r] = safe != 0.0 ? sums[r] : __builtin_nan("");
     }
     return count_nan(sums, rows);

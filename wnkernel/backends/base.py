@@ -56,6 +56,10 @@ class PythonBackend(Backend, Protocol):
     def weights(self, problems: Sequence[Problem]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return ``w`` and ``norm`` of every problem."""
 
+    def normalize_(self, problems: Sequence[Problem]) -> Sequence[Tensor]:
+        """Write w of every problem over its v, which is dense and plain; rows of zeros stay. Return
+        the norms that were there."""
+
     def gradients(
         self,
         problems: Sequence[Problem],

@@ -51,6 +51,9 @@ class EagerBackend:
         pairs = [_forward_one(p) for p in problems]
         return [w for w, _ in pairs], [norm for _, norm in pairs]
 
+    def normalize_(self, problems: Sequence[Problem]) -> list[Tensor]:
+        return [composed.normalize_(p.v, p.g, p.dim, p.eps) for p in problems]
+
     def gradients(
         self,
         problems: Sequence[Problem],

@@ -4,6 +4,7 @@ when a kernel runs for the first time."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from operator import or_
 from typing import TYPE_CHECKING, cast
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 Column = list[int]
 """The addresses of one array, such as v, for all weights of a list."""
+
+_LEAST_EPS = 5e-324
+"""Replaces an eps of 0. Launches raise it to the smallest normal number."""
 
 _address, _stride, _is_neg = Tensor.data_ptr, Tensor.stride, Tensor.is_neg
 
@@ -129,6 +133,26 @@ class TritonBackend:
             norms[k].zero_()
         self._used.add(prepared.device)
         return w, norms
+
+    def normalize_(self, problems: Sequence[Problem]) -> list[Tensor]:
+        """Write w of every problem over its v. A row of zeros stays, because every norm has a bound
+        here; the bound is no larger than the smallest norm that the kernels can divide by."""
+        bounded = [replace(p, eps=p.eps or _LEAST_EPS) for p in problems]
+        many, prepared = self._ready(Problems.of(bounded))
+        with guard(prepared.device):
+            norms = prepared.like_g.make(prepared.allocate, prepared.norm_dtypes)
+            v, g, norm = (list(map(_address, column)) for column in (many.v, many.g, norms))
+            for group in prepared.groups:
+                addresses = group.of([v, g, v, norm])
+                batch = group.batch(FORWARD, addresses[0])
+                self._launcher.launch(batch, addresses, {"v": many.v, "g": many.g})
+        for p in problems:
+            if not p.v.is_inference():
+                torch.autograd.graph.increment_version(p.v)
+        for k in prepared.empty:
+            norms[k].zero_()
+        self._used.add(prepared.device)
+        return norms
 
     def gradients(
         self,
