@@ -45,10 +45,16 @@ struct RowView {
   int64_t numel() const { return outer * rows * inner; }
 };
 
-// norm is float for f16, bf16 and f32, and double for f64. It is not clamped by eps, and is inf if
+// eps is a bound of norms, or, if it is negative, -eps is added to norms: n = max(norm, eps) or n =
+// norm - eps (as in EDM2, Karras et al. 2024).
+//
+// norm is float for f16, bf16 and f32, and double for f64. It knows nothing of eps, and is inf if
 // it overflows. w divides by the norm rounded to divisor_type, if the result is a normal number.
 // divisor_type is mostly the type of norm, so that a g equal to norm gives w = v; see
 // divisor_dtype() in problem.h.
+//
+// If forced is positive, v is replaced by forced * v / n first. Then w and norm are those of the new
+// v, whose norm counts as forced * norm / n; its elements count before they are rounded.
 struct Forward {
   const void* v;
   const void* g;  // [rows], contiguous
@@ -57,10 +63,12 @@ struct Forward {
   RowView view;
   DType v_type, g_type, w_type, divisor_type;
   double eps;
+  double forced;
 };
 
-// With n = max(norm, eps), u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s)
-// and grad_g = s. Where norm < eps, grad_v = (g / n) grad_w.
+// With n as above, u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s n / norm)
+// and grad_g = s. Where norm < eps, and in rows of zeros if eps is negative, grad_v = (g / n)
+// grad_w.
 struct Backward {
   const void* grad_w;  // laid out like v
   const void* v;
