@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compiled, fused, gan, layers, models, plan
+from . import compiled, fused, gan, layers, models, normalize, plan
 from .environment import Environment, environment, results_folder
 from .plan import Job, Plan
 from .results import Result, write_csv
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 OUT = Path(__file__).parent / "out"
-NAMES = "layers", "operators", "host", "fused", "flat", "gan", "memory", "compile", "models"
+NAMES = (
+    "layers",
+    "operators",
+    "host",
+    "fused",
+    "flat",
+    "gan",
+    "memory",
+    "compile",
+    "models",
+    "normalize",
+)
 Case = enum.Enum("Case", {name.upper(): name for name in NAMES}, type=str)
 """A part of the benchmark that `--only` can ask for."""
 
@@ -42,8 +53,8 @@ def main(
 ) -> None:
     """Compare wnkernel with PyTorch's weight norms: verify against float64, then time.
 
-    Everything runs interleaved: single weights and torch.compile in one process, grouped weight
-    norms with a process for each contender. Medians with 20th and 80th percentiles.
+    Everything runs interleaved: single weights, torch.compile and rows in place in one process,
+    grouped weight norms with a process for each contender. Medians with 20th and 80th percentiles.
     """
     # These import pandas and matplotlib, which the processes of contenders do without.
     from . import report, summary
@@ -80,7 +91,7 @@ def main(
         summary.print_losses(console, results)
         report.print_results(console, results)
         summary.print_summary(console, results)
-    for note in notes:  # notes come last, where they are seen
+    for note in dict.fromkeys(notes):  # notes come last, where they are seen
         console.print(note, markup=False)
     if not results:
         console.print("Nothing was measured.")
@@ -113,7 +124,8 @@ def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -
         Case.GAN: gan.jobs,
         Case.MEMORY: gan.memory_jobs,
         Case.MODELS: models.jobs,
-        # The last one, because the compiler leaves processes and caches.
+        # The last ones, because the compiler leaves processes and caches.
+        Case.NORMALIZE: functools.partial(normalize.jobs, report=notes.append),
         Case.COMPILE: functools.partial(compiled.jobs, report=notes.append),
     }
     if Case.MEMORY in wanted and not gan.can_measure():

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 
@@ -64,18 +65,26 @@ def jobs(plan: Plan, where: Environment, report: Report) -> list[Job]:
 
 
 def _if_compilable(run: Callable[[], list[Result]], report: Report) -> list[Result]:
+    try:
+        with reported(report):
+            return freed(run())
+        return []
+    finally:
+        torch._dynamo.reset()
+
+
+@contextmanager
+def reported(report: Report) -> Iterator[None]:
+    """Report that a compiler failed inside this context, and go on behind it."""
     from torch._dynamo.exc import BackendCompilerFailed  # it imports the compiler's whole package
 
     try:
-        return freed(run())
+        yield
     except RuntimeError as error:  # from a process of its own it is a traceback
         lines = [x for x in str(error).strip().splitlines() if FAILED in x]
         if not lines and not isinstance(error, BackendCompilerFailed):
             raise
         report(f"torch.compile skipped: {(lines or str(error).strip().splitlines())[0]}")
-        return []
-    finally:
-        torch._dynamo.reset()
 
 
 def run_layer(case: LayerCase, plan: Plan, where: Environment) -> list[Result]:

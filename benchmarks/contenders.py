@@ -24,6 +24,8 @@ COPY = "copy_"  # The yardstick: it copies v's bytes into memory that exists alr
 FUSED = "fused"  # wnkernel after ``fuse(model)``: one launch computes all weights.
 VERSION = "fused, version"  # ``reuse="version"``, with parameters that change in every iteration.
 UNCHANGED = "fused, version, unchanged"  # The same, but weights are read and not computed again.
+READ_WRITE = "one read, one write"  # The yardstick in place: it multiplies all tensors by 1.
+FOREACH = "torch foreach"  # torch's functions for lists of tensors.
 PLAIN = "no weight norm"  # The same model with folded weights.
 COMPILED = ", compiled"  # The name of a contender gets this suffix after torch.compile.
 ENGINE = "engine"  # autograd's engine, which runs nodes without any operator.
@@ -40,6 +42,7 @@ BY_CASE = {
     "compile": (TORCH, TORCH + COMPILED, LEGACY, OURS, FUSED, OURS + COMPILED, FUSED + COMPILED),
     "steps": (TORCH, OURS, FUSED, PLAIN),  # Of "compile"; each runs eager and compiled.
     "whole": (TORCH, OURS, FUSED),
+    "normalize": (OURS, TORCH, FOREACH, TORCH + COMPILED),
 }
 """The contenders of each case of several layers or kinds."""
 NAME = "weight"  # The parameter that has the weight norm in every model here.

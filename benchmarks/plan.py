@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from .results import Result
+from .shapes import NORMALIZED
 
 _V1 = ("HiFi-GAN-V1",)
 
@@ -50,6 +51,11 @@ class Plan:
     gan_frames: int = _sizes(8, 16, 32)  # The length of the audio, in frames of 256 samples.
     gan_step: bool = _sizes(False, True, True)  # Whether to time whole GAN steps, too.
     gan_budget_s: float = _sizes(1.0, 4.0, 40.0)
+    # Names in shapes.csv, besides 64 equal matrices.
+    normalize_models: tuple[str, ...] = _sizes((), NORMALIZED, NORMALIZED)
+    normalize_budget_s: float = _sizes(0.8, 3.0, 12.0)
+    # Whether the published loop runs compiled, too. That takes up to half a minute for each set.
+    normalize_compiled: bool = _sizes(False, True, True)
     memory_phases: int = _sizes(1, 2, 2)  # How many of the phases training and no_grad to run.
 
 

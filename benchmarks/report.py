@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from .contenders import COMPILED, COPY, ENGINE, FUSED, KINDS, OURS, PLAIN, TORCH, UNCHANGED, VERSION
+from .contenders import (
+    BY_CASE,
+    COMPILED,
+    COPY,
+    ENGINE,
+    FUSED,
+    KINDS,
+    OURS,
+    PLAIN,
+    READ_WRITE,
+    TORCH,
+    UNCHANGED,
+    VERSION,
+)
 from .results import ALONE, COPY_ARRAYS, FORWARD_BACKWARD, GAN_STEP, NORMS, STEP, Result, by_subject
 
 if TYPE_CHECKING:
@@ -81,6 +94,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     _show_compiled(console, title, of("compile", STEP))
     _show_gan(console, {next(iter(m.values())).phase: m for m in of("gan")})
     _show_memory(console, of("memory"))
+    _show_normalize(console, of("normalize"))
 
 
 def _show_times(
@@ -105,14 +119,17 @@ def _show_times(
         r = m[OURS]
         cells = [r.shape, r.dim, r.label[:24], *[r.phase] * with_phase]
         for name in names:
-            t = m.get(name)
-            texts = [short(per_ms * x) for x in (t.median_ms, t.p20_ms, t.p80_ms)] if t else []
-            cells.append("{} [{}, {}]".format(*texts) if t else "")
+            cells.append(_times(m[name], per_ms) if name in m else "")
         cells.append(speedup(r.ratio_to_torch))
         if with_limit:
             cells += [number(r.gb_per_s, 1), number(r.ratio_to_limit, 2), faults(m, r)]
         rows.append(cells)
     show(console, title, heads, rows, left)
+
+
+def _times(r: Result, per_ms: float = 1.0) -> str:
+    texts = [short(per_ms * x) for x in (r.median_ms, r.p20_ms, r.p80_ms)]
+    return "{} [{}, {}]".format(*texts)
 
 
 def _show_models(
@@ -183,6 +200,32 @@ def _show_memory(console: Console, measured: Sequence[Measured]) -> None:
             for m in measured
         ]
         show(console, title, heads, rows)
+
+
+def _show_normalize(console: Console, measured: Sequence[Measured]) -> None:
+    """Print a row per set of tensors and a column per contender."""
+    rivals = [n for n in BY_CASE["normalize"][1:] if any(n in m for m in measured)]
+    names = [OURS, *rivals, READ_WRITE]
+    heads = ["of", "size", *(f"{name}\nms [p20, p80]" for name in names)]
+    heads += [
+        "best\nother\n/ ours",
+        "ours\n/ one\nread,\none\nwrite",
+        "GB/s",
+        "page faults,\ntorch / ours",
+    ]
+    rows = []
+    for m in measured:
+        r = m[OURS]
+        cells = [f"{r.label}\n{r.dtype}, dim {r.dim}"]
+        cells.append(f"{r.bytes / COPY_ARRAYS / MIB:.0f} MiB\n{r.shape}")
+        cells += [_times(m[name]).replace(" [", "\n[") if name in m else "" for name in names]
+        best = min(m[name].median_ms for name in rivals if name in m)
+        cells += [speedup(best / r.median_ms), number(r.ratio_to_limit, 2)]
+        rows.append([*cells, number(r.gb_per_s, 1), faults(m, r)])
+    title = f"Rows of many tensors get their norm in place; {TORCH} is the published loop"
+    show(console, title, heads, rows)
+    if rows:
+        console.print("torch's foreach functions know no dim: they scale whole tensors only.")
 
 
 def short(x: float) -> str:

@@ -29,9 +29,11 @@ ALONE = "weight norms alone"
 STEP = "training step"
 GAN_STEP = "GAN step"
 NORMS = "weight norms of a GAN step"
+IN_PLACE = "in place"
 # The least traffic of a phase in arrays of v's size. A forward reads v and writes w; its reader
-# reads w; a backward reads v and grad_w and writes grad_v. g and the norms are not counted.
-ARRAYS = {FORWARD: 2, READ: 3, FORWARD_BACKWARD: 5, ALONE: 5}
+# reads w; a backward reads v and grad_w and writes grad_v. g and the norms are not counted. What
+# is scaled in place is read and written.
+ARRAYS = {FORWARD: 2, READ: 3, FORWARD_BACKWARD: 5, ALONE: 5, IN_PLACE: 2}
 COPY_ARRAYS = 2
 CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, UNCHANGED: 3}  # An unchanged group runs only its backward.
 NAN = float("nan")
@@ -94,7 +96,9 @@ class Result:
     bytes: float = NAN
     gb_per_s: float = NAN
     ratio_to_torch: float = NAN  # torch's median divided by this one: above 1 is faster.
-    ratio_to_limit: float = NAN  # This median over the time of a ``copy_`` of as many bytes.
+    # This median over the time of a ``copy_`` of as many bytes; in case "normalize", of a product
+    # in place.
+    ratio_to_limit: float = NAN
     error: float = NAN  # The largest relative error against float64, from before the timing.
     compile_s: float = NAN  # The seconds of the first call of a compiled contender.
     other_cores: float = NAN  # The cores that other processes used during the timing.
@@ -114,11 +118,13 @@ def rows(
     errors: Mapping[str, float] = {},
     compile_s: Mapping[str, float] = {},
     arrays: int | None = None,
+    limit: str = COPY,
 ) -> list[Result]:
     """Return one row per contender of a measurement of time, with errors from before the timing and
-    the seconds of first calls. ``arrays`` is the traffic, if it is not that of :data:`ARRAYS`."""
+    the seconds of first calls. ``arrays`` is the traffic, if it is not that of :data:`ARRAYS`.
+    ``limit`` is the contender with the traffic of a copy that the others are held against."""
     arrays = ARRAYS.get(subject.phase) if arrays is None else arrays
-    copy_ms, torch_ms = (stats[who].median_ms if who in stats else NAN for who in (COPY, TORCH))
+    copy_ms, torch_ms = (stats[who].median_ms if who in stats else NAN for who in (limit, TORCH))
     out = []
     for who, times in stats.items():
         own_arrays = CONTENDER_ARRAYS.get(who, arrays) or NAN
@@ -126,8 +132,8 @@ def rows(
         measured = asdict(times) | {
             "bytes": float(own_arrays * subject.array_bytes),
             "gb_per_s": own_arrays * subject.array_bytes / times.median_ms / 1e6,
-            "ratio_to_torch": NAN if who == COPY else torch_ms / times.median_ms,
-            "ratio_to_limit": NAN if who == COPY else times.median_ms / limit_ms,
+            "ratio_to_torch": NAN if who == limit else torch_ms / times.median_ms,
+            "ratio_to_limit": NAN if who == limit else times.median_ms / limit_ms,
             "error": errors.get(who, NAN),
             "compile_s": compile_s.get(who, NAN),
         }

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from wnkernel.cli.other_work import disturbed
 
-from .contenders import COMPILED, FUSED, OURS, OWN, TORCH, UNCHANGED, VERSION
+from .contenders import BY_CASE, COMPILED, FUSED, OURS, OWN, TORCH, UNCHANGED, VERSION
 from .report import faults, number, show
 from .results import (
     ALONE,
@@ -82,12 +82,11 @@ AIMS = (
 
 def print_losses(console: Console, results: Sequence[Result]) -> None:
     """Print every case in which torch is faster, the worst first. Compiled contenders of ours must
-    be faster than torch's compiled and uncompiled ones."""
+    be faster than torch's compiled and uncompiled ones, and ``normalize_`` than all others."""
     found = []
     for m in by_subject(results):
         for r in (r for r in m.values() if r.rounds and r.contender in OWN):
-            names = (TORCH, TORCH + COMPILED) if r.contender.endswith(COMPILED) else (TORCH,)
-            torch_ms = min(m[name].median_ms for name in names if name in m)
+            torch_ms = min(m[name].median_ms for name in _rivals(r) if name in m)
             found.append((torch_ms / r.median_ms, torch_ms, r, m))
     lost = sorted((f for f in found if f[0] < 1), key=lambda f: f[0])
     if not lost:
@@ -101,6 +100,13 @@ def print_losses(console: Console, results: Sequence[Result]) -> None:
         rows.append((*about, *times, f"{ratio:.2f}", faults(m, r)))
     figures = ("ms", "torch ms", "times torch", "page faults,\ntorch / ours")
     show(console, title, heads + figures, rows, left=len(heads))
+
+
+def _rivals(r: Result) -> tuple[str, ...]:
+    """Return the contenders of torch's that a contender of ours must be faster than."""
+    if r.case == "normalize":
+        return BY_CASE[r.case][1:]
+    return (TORCH, TORCH + COMPILED) if r.contender.endswith(COMPILED) else (TORCH,)
 
 
 def print_summary(console: Console, results: Sequence[Result]) -> None:

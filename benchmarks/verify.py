@@ -64,6 +64,30 @@ def check(who: str, got: Sequence[Tensor], want: Reference, *, long_sums: bool) 
     return max(worst, relative)
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """Rows of a tensor and the norm to reach. ``eps`` times that norm is added to their own."""
+
+    v: Tensor
+    norm: float
+    dim: int | None
+    eps: float
+
+
+def check_scaled(who: str, got: Tensor, want: Scaled, *, long_sums: bool) -> float:
+    """Compare rows that were scaled in place with the formula in float64. Return the largest error
+    of a row relative to its norm. (For ``long_sums`` see :func:`wnkernel.cli.exact.bound`.)"""
+    v = want.v.double()
+    others = [k for k in range(v.ndim) if k != want.dim]
+    norm = torch.linalg.vector_norm(v, dim=others, keepdim=True)
+    scaled = v * (want.norm / (norm + want.eps * want.norm))
+    errors = torch.linalg.vector_norm(_difference(who, "w", got, scaled), dim=others)
+    worst = _ratio(errors.max(), torch.tensor(want.norm))
+    of_l2 = bound(got.dtype, v.numel() // norm.numel(), long_sums=long_sums)
+    _demand(who, "w", "largest error relative to the norm of its row", worst, of_l2)
+    return worst
+
+
 def check_same(who: str, got: Tensor, want: Tensor, l2: float, what: str = "output") -> None:
     """Compare the results of two whole models by their relative L2 difference."""
     error = _difference(who, what, got.detach(), want.detach().double())

@@ -224,14 +224,9 @@ TensorPair forward_one_autograd(const at::Tensor& v, const at::Tensor& g, int64_
   return forward_of_one(v, g, dim, eps, out_dtype, bucket, /*wants_norm=*/true);
 }
 
-Tensors forward_autograd(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
-                         at::ArrayRef<double> eps, std::optional<at::ScalarType> out_dtype) {
-  if (is_transformed(v) || is_transformed(g)) return composed::forward(v, g, dim, eps, out_dtype);
-  Tensors results;
-  {
-    at::AutoDispatchBelowADInplaceOrView below;
-    results = forward(v, g, dim, eps, out_dtype);
-  }
+// Gives the weights of a launch their node. results has every w, then every norm.
+Tensors recorded(Tensors results, at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                 at::ArrayRef<double> eps) {
   if (!at::GradMode::is_enabled()) return results;
   // A weight is no part of the node if neither its v nor its g requires grad.
   const size_t count = v.size();
@@ -251,6 +246,28 @@ Tensors forward_autograd(at::TensorList v, at::TensorList g, at::IntArrayRef dim
   return results;
 }
 
+Tensors forward_autograd(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                         at::ArrayRef<double> eps, std::optional<at::ScalarType> out_dtype) {
+  if (is_transformed(v) || is_transformed(g)) return composed::forward(v, g, dim, eps, out_dtype);
+  Tensors results;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    results = forward(v, g, dim, eps, out_dtype);
+  }
+  return recorded(std::move(results), v, g, dim, eps);
+}
+
+Tensors forced_autograd(at::TensorList v, at::TensorList g, at::ArrayRef<double> norms,
+                        at::IntArrayRef dim, at::ArrayRef<double> eps,
+                        std::optional<at::ScalarType> out_dtype) {
+  Tensors results;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    results = forced(v, g, norms, dim, eps, out_dtype);
+  }
+  return recorded(std::move(results), v, g, dim, eps);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(wnkernel, Autograd, m) {
@@ -258,6 +275,7 @@ TORCH_LIBRARY_IMPL(wnkernel, Autograd, m) {
   m.impl("forward_one", forward_one_autograd);
   m.impl("backward_one", first_derivative);
   m.impl("forward", forward_autograd);
+  m.impl("forced", forced_autograd);
   m.impl("backward", first_derivatives);
 }
 

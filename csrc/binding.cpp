@@ -47,6 +47,8 @@ double as_eps(PyObject* object) {
                    type_name(object));
   const double eps = PyFloat_AsDouble(object);
   if (PyErr_Occurred()) throw python_error();
+  TORCH_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "eps: expected a finite number >= 0, got ",
+                    eps);
   return eps;
 }
 

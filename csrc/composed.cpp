@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
+#include <cmath>
 #include <tuple>
 #include <utility>
 
@@ -25,13 +26,15 @@ double bound_of(double eps, at::ScalarType acc) {
   return eps > 0.0 && eps < smallest ? smallest : eps;
 }
 
-// One weight norm in the accumulation dtype: v and g are cast, the norm is clamped.
+// One weight norm in the accumulation dtype: v and g are cast, the norm is clamped, or something is
+// added to it.
 struct Terms {
   std::vector<int64_t> dims;  // the dims that a norm sums over
   at::ScalarType acc;
   double eps;
-  at::Tensor v, g, divisor;  // divisor is max(norm, eps)
-  at::Tensor clamped;        // norm < eps; undefined if eps is 0
+  at::Tensor v, g, divisor;  // divisor is max(norm, eps), or norm - eps if eps is negative
+  at::Tensor clamped;        // rows whose divisor is constant; undefined if eps is 0
+  at::Tensor share;          // norm / divisor; undefined unless eps is negative
 
   Terms(const at::Tensor& v_, const at::Tensor& g_, int64_t dim, double eps_)
       : acc(accumulation_dtype(v_.scalar_type())),
@@ -46,9 +49,12 @@ struct Terms {
       return;
     }
     // Clamped rows are replaced before the norm, because its derivative at a zero row is 0/0.
-    clamped = norm(v.detach()) < eps;
+    const at::Tensor exact = norm(v.detach());
+    clamped = eps < 0 ? exact == 0 : exact < eps;
     const at::Tensor safe = norm(at::where(clamped, at::ones({}, v.options()), v));
-    divisor = at::where(clamped, at::full({}, eps, v.options()), safe);
+    divisor =
+        at::where(clamped, at::full({}, std::abs(eps), v.options()), eps < 0 ? safe - eps : safe);
+    if (eps < 0) share = safe / divisor;
   }
 
   at::Tensor inverse() const { return divisor.reciprocal(); }
@@ -59,7 +65,7 @@ struct Terms {
     if (type == acc) return divisor;
     const at::Tensor exact = divisor.detach();
     at::Tensor n = held(clamped.defined() ? norm(v.detach()) : exact, type);
-    if (clamped.defined()) n = n.clamp_min(eps);
+    if (clamped.defined()) n = eps < 0 ? n - eps : n.clamp_min(eps);
     return divisor + (n - exact).masked_fill(n == exact, 0.0);
   }
 
@@ -77,7 +83,15 @@ struct Terms {
     return (root.masked_fill(is_zero, 0.0) * scale).reshape_symint(g.sym_sizes());
   }
 
-  // x where the norm is differentiated, 0 where the norm is clamped.
+  // v / norm where the norm is differentiated, v / divisor elsewhere.
+  at::Tensor direction() const {
+    const at::Tensor u = v * inverse();
+    return share.defined() ? u / at::where(clamped, at::ones({}, v.options()), share) : u;
+  }
+  // x times norm / divisor.
+  at::Tensor shared(const at::Tensor& x) const { return share.defined() ? x * share : x; }
+
+  // x where the norm is differentiated, 0 where the divisor is constant.
   at::Tensor unclamped(const at::Tensor& x) const {
     return clamped.defined() ? x.masked_fill(clamped, 0.0) : x;
   }
@@ -107,7 +121,10 @@ TensorPair backward_one(const at::Tensor& grad_w, const at::Tensor& v, const at:
   const at::Tensor dw = grad_w.to(t.acc), inverse = t.inverse(), u = t.v * inverse,
                    s = t.row_sum(dw * u);
   at::Tensor grad_v, grad_g;
-  if (need_v) grad_v = ((t.g * inverse) * (dw - u * t.unclamped(s))).to(v.scalar_type());
+  if (need_v) {
+    const at::Tensor along = t.share.defined() ? s / t.share : s;
+    grad_v = ((t.g * inverse) * (dw - u * t.unclamped(along))).to(v.scalar_type());
+  }
   if (need_g) grad_g = s.to(g.scalar_type());
   return {need_v ? std::move(grad_v) : not_wanted(v), need_g ? std::move(grad_g) : not_wanted(g)};
 }
@@ -141,16 +158,18 @@ std::array<at::Tensor, 3> double_backward(const at::Tensor& grad_w, const at::Te
                                           const at::Tensor& g, const at::Tensor& gg_v_,
                                           const at::Tensor& gg_g_, int64_t dim, double eps) {
   const Terms t(v, g, dim, eps);
-  const at::Tensor dw = grad_w.to(t.acc), inverse = t.inverse(), u = t.v * inverse,
+  const at::Tensor dw = grad_w.to(t.acc), inverse = t.inverse(), u = t.direction(),
                    c = t.g * inverse;
   const at::Tensor gg_v = gg_v_.defined() ? gg_v_.to(t.acc) : at::zeros_like(t.v);
   const at::Tensor gg_g = gg_g_.defined() ? gg_g_.to(t.acc) : at::zeros_like(t.g);
   const at::Tensor a = t.unclamped(t.row_sum(gg_v * u)), s = t.unclamped(t.row_sum(dw * u));
   const at::Tensor across_v = gg_v - u * a, across_w = dw - u * s;
-  const at::Tensor along = t.row_sum(gg_v * dw) - a * s;
-  const at::Tensor through_norm = t.unclamped(along * u + s * across_v + a * across_w);
-  const at::Tensor d_v = inverse * (gg_g * across_w - c * through_norm);
-  return {(c * across_v + gg_g * u).to(grad_w.scalar_type()), d_v.to(v.scalar_type()),
+  const at::Tensor product = t.row_sum(gg_v * dw), along = product - t.shared(a * s);
+  const at::Tensor of_norm = t.share.defined() ? along + (1 - t.share) * (a * s) : along;
+  const at::Tensor through_norm = t.unclamped(of_norm * u + s * across_v + a * across_w);
+  const at::Tensor d_v = inverse * (gg_g * (dw - u * t.shared(s)) - c * through_norm);
+  const at::Tensor d_grad_w = c * (gg_v - u * t.shared(a)) + gg_g * (t.v * inverse);
+  return {d_grad_w.to(grad_w.scalar_type()), d_v.to(v.scalar_type()),
           (along * inverse).to(g.scalar_type())};
 }
 

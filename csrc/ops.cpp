@@ -14,6 +14,12 @@
 // one list, because the C++ code that torch.compile generates can take only one: every w, then
 // every norm; or grad_v of weights with need_v, then grad_g of weights with need_g.
 //
+// A negative eps is added to norms instead of bounding them; see weight_norm.h.
+//
+// forced is a forward that replaces each v first, so that its norm is the one given, unless that is
+// 0. It is differentiable as a weight norm of the new v is. The new v is written without autograd,
+// whatever requires grad.
+//
 // normalize_ scales every row of each v so that its norm is g, in place and in one launch, and
 // returns the norms that were there. A row of zeros stays. v must be dense. It has no autograd: the
 // caller has to see to it that no v requires grad.
@@ -43,6 +49,9 @@ TORCH_LIBRARY(wnkernel, m) {
   m.def(
       "backward(Tensor[] grad_w, Tensor[] v, Tensor[] g, Tensor[] norm, int[] dim, float[] eps, "
       "int[] need_v, int[] need_g) -> Tensor[]");
+  m.def(
+      "forced(Tensor(a!)[] v, Tensor[] g, float[] forced, int[] dim, float[] eps, ScalarType? "
+      "out_dtype=None) -> Tensor[]");
   m.def("normalize_(Tensor(a!)[] v, Tensor[] g, int[] dim, float[] eps) -> Tensor[]");
 }
 
@@ -80,6 +89,12 @@ Tensors forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim, at::Arr
                 std::optional<at::ScalarType> out_dtype) {
   static const auto op = find("wnkernel::forward", forward);
   return op.call(v, g, dim, eps, out_dtype);
+}
+
+Tensors forced(at::TensorList v, at::TensorList g, at::ArrayRef<double> norms, at::IntArrayRef dim,
+               at::ArrayRef<double> eps, std::optional<at::ScalarType> out_dtype) {
+  static const auto op = find("wnkernel::forced", forced);
+  return op.call(v, g, norms, dim, eps, out_dtype);
 }
 
 Tensors backward(at::TensorList grad_w, at::TensorList v, at::TensorList g, at::TensorList norm,

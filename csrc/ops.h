@@ -35,6 +35,10 @@ at::Tensor not_wanted(const at::Tensor& like);
 Tensors forward(at::TensorList v, at::TensorList g, at::IntArrayRef dim, at::ArrayRef<double> eps,
                 std::optional<at::ScalarType> out_dtype);
 
+// The same with weights whose v is replaced first.
+Tensors forced(at::TensorList v, at::TensorList g, at::ArrayRef<double> norms, at::IntArrayRef dim,
+               at::ArrayRef<double> eps, std::optional<at::ScalarType> out_dtype);
+
 // Computes the first derivatives of a list in one launch: grad_v of each weight with need_v, then
 // grad_g of each with need_g. These are int[] of 0 or 1, because bool[] would allocate memory in a
 // call.

@@ -52,6 +52,7 @@ TORCH_LIBRARY_IMPL(wnkernel, CPU, m) {
   m.impl("backward_one", backward_one_on<Cpu>);
   m.impl("forward", forward_on<Cpu>);
   m.impl("backward", backward_on<Cpu>);
+  m.impl("forced", forced_on<Cpu>);
   m.impl("normalize_", normalize_on<Cpu>);
 }
 

@@ -70,6 +70,7 @@ TORCH_LIBRARY_IMPL(wnkernel, CUDA, m) {
   m.impl("backward_one", backward_one_on<Cuda>);
   m.impl("forward", forward_on<Cuda>);
   m.impl("backward", backward_on<Cuda>);
+  m.impl("forced", forced_on<Cuda>);
   m.impl("normalize_", normalize_on<Cuda>);
 }
 

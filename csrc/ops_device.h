@@ -10,10 +10,10 @@
 //   void forward(const Forward*, int64_t count)
 //   void backward(const Backward*, int64_t count)
 #pragma once
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <initializer_list>
 #include <tuple>
 #include <utility>
@@ -80,15 +80,22 @@ Types types_of(at::ScalarType v, at::ScalarType w) {
   return {v, Device::takes(dtype_of(v), dtype_of(w)) ? w : v};
 }
 
+// The eps of a launch that writes over v: a row of zeros stays, because the least bound, which is
+// below every other norm, replaces a bound of 0.
+inline double least_eps(double eps, at::ScalarType acc) {
+  return eps == 0.0 ? acc == at::kDouble ? 0x1p-1074 : 0x1p-149 : eps;
+}
+
 // One weight of a forward: its arguments as kernels take them, its results, and its line of the
-// problem table, which points into both. The caller checks the arguments first.
+// problem table, which points into both. The caller checks the arguments first. The new v of a
+// forced weight is in v, which may be a copy.
 template <class Device>
 struct ForwardWeight {
   at::Tensor v, g, w, norm;
   Forward line{};
 
   ForwardWeight(const at::Tensor& v_, const at::Tensor& g_, int64_t dim, double eps,
-                std::optional<at::ScalarType> out_dtype) {
+                std::optional<at::ScalarType> out_dtype, double forced = 0) {
     const auto [v_type, w_type] =
         types_of<Device>(v_.scalar_type(), out_dtype.value_or(v_.scalar_type()));
     v = with_type<Device>(dense(v_), v_type);
@@ -99,7 +106,8 @@ struct ForwardWeight {
       norm.zero_();
       return;
     }
-    line = {v.const_data_ptr(),
+    const at::ScalarType acc = accumulation_dtype(v_type);
+    line = {forced > 0 ? v.mutable_data_ptr() : v.const_data_ptr(),
             g.const_data_ptr(),
             w.mutable_data_ptr(),
             norm.mutable_data_ptr(),
@@ -107,8 +115,9 @@ struct ForwardWeight {
             dtype_of(v_type),
             dtype_of(g.scalar_type()),
             dtype_of(w_type),
-            dtype_of(divisor_dtype(v_, g)),
-            eps};
+            dtype_of(forced > 0 ? acc : divisor_dtype(v_, g)),
+            forced > 0 ? least_eps(eps, acc) : eps,
+            forced};
   }
 
   bool is_empty() const { return v.numel() == 0; }
@@ -139,9 +148,11 @@ at::Tensor weight_norm_on(const at::Tensor& v, const at::Tensor& g, int64_t dim,
   return std::get<0>(forward_one_on<Device>(v, g, dim, eps, out_dtype));
 }
 
+// forced has a number for each weight, or none.
 template <class Device>
-Tensors forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
-                   at::ArrayRef<double> eps, std::optional<at::ScalarType> out_dtype) {
+Tensors forward_list(at::TensorList v, at::TensorList g, at::ArrayRef<double> forced,
+                     at::IntArrayRef dim, at::ArrayRef<double> eps,
+                     std::optional<at::ScalarType> out_dtype) {
   const size_t count = v.size();
   check_forward_lengths(v, g, dim, eps);
   for (size_t k = 0; k < count; ++k) check_forward_weight(v[k], g[k], dim[k], eps[k], out_dtype);
@@ -153,16 +164,37 @@ Tensors forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
   weights.reserve(count);
   c10::SmallVector<Forward, 1> table;
   for (size_t k = 0; k < count; ++k) {
-    const auto& weight = weights.emplace_back(v[k], g[k], dim[k], eps[k], out_dtype);
+    const double to = forced.empty() ? 0 : forced[k];
+    const auto& weight = weights.emplace_back(v[k], g[k], dim[k], eps[k], out_dtype, to);
     if (!weight.is_empty()) table.push_back(weight.line);
   }
   device.forward(table.data(), static_cast<int64_t>(table.size()));
+  for (size_t k = 0; k < forced.size(); ++k) {
+    if (forced[k] == 0) continue;
+    if (!weights[k].v.is_same(v[k])) v[k].copy_(weights[k].v);
+    v[k].unsafeGetTensorImpl()->bump_version();
+  }
   Tensors results(2 * count);
   for (size_t k = 0; k < count; ++k) {
     results[k] = with_type<Device>(std::move(weights[k].w), out_dtype.value_or(v[k].scalar_type()));
     results[count + k] = std::move(weights[k].norm);
   }
   return results;
+}
+
+template <class Device>
+Tensors forward_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
+                   at::ArrayRef<double> eps, std::optional<at::ScalarType> out_dtype) {
+  return forward_list<Device>(v, g, {}, dim, eps, out_dtype);
+}
+
+template <class Device>
+Tensors forced_on(at::TensorList v, at::TensorList g, at::ArrayRef<double> forced,
+                  at::IntArrayRef dim, at::ArrayRef<double> eps,
+                  std::optional<at::ScalarType> out_dtype) {
+  check_forced(v, forced);
+  const at::AutoDispatchBelowADInplaceOrView below;  // versions count up once, here
+  return forward_list<Device>(v, g, forced, dim, eps, out_dtype);
 }
 
 // Checks all weights before it writes to the first.
@@ -191,11 +223,10 @@ Tensors normalize_on(at::TensorList v, at::TensorList g, at::IntArrayRef dim,
     const DType type = dtype_of(v[k].scalar_type());
     void* const data = v[k].mutable_data_ptr();
     const at::Tensor& scale = scales.emplace_back(g[k].contiguous());
-    // The least bound makes a row of zeros 0 instead of 0 / 0, and is below every other norm.
-    const double least = acc == at::kDouble ? 0x1p-1074 : 0x1p-149;
     table.push_back({data, scale.const_data_ptr(), data, norm.mutable_data_ptr(),
                      row_view(v[k], canonical_dim(dim[k], v[k].dim())), type,
-                     dtype_of(scale.scalar_type()), type, dtype_of(acc), std::max(eps[k], least)});
+                     dtype_of(scale.scalar_type()), type, dtype_of(acc), least_eps(eps[k], acc),
+                     /*forced=*/0});
   }
   device.forward(table.data(), static_cast<int64_t>(table.size()));
   for (const at::Tensor& t : v) t.unsafeGetTensorImpl()->bump_version();

@@ -79,8 +79,7 @@ void check_forward(const at::Tensor& v, const at::Tensor& g, int64_t dim, double
   TORCH_CHECK_VALUE(v.dim() > 0, "v: expected at least 1 dimension, got a 0-dimensional tensor");
   dim = canonical_dim(dim, v.dim());
   check_g(g, v, dim);
-  TORCH_CHECK_VALUE(eps >= 0.0 && std::isfinite(eps), "eps: expected a finite number >= 0, got ",
-                    eps);
+  TORCH_CHECK_VALUE(std::isfinite(eps), "eps: expected a finite number, got ", eps);
   TORCH_CHECK_TYPE(!out_dtype || is_float(*out_dtype), "out_dtype: expected ", kFloatNames,
                    ", got ", *out_dtype);
 }
@@ -116,6 +115,13 @@ void check_backward_lengths(at::TensorList grad_w, at::TensorList v, at::TensorL
   check_length("norm", norm.size(), v.size());
   check_length("need_v", need_v.size(), v.size());
   check_length("need_g", need_g.size(), v.size());
+}
+
+void check_forced(at::TensorList v, at::ArrayRef<double> forced) {
+  check_length("forced", forced.size(), v.size());
+  for (const double norm : forced)
+    TORCH_CHECK_VALUE(norm >= 0.0 && std::isfinite(norm),
+                      "forced: expected finite numbers >= 0, got ", norm);
 }
 
 void check_one_device(at::TensorList v) {

@@ -32,6 +32,10 @@ void check_backward_lengths(at::TensorList grad_w, at::TensorList v, at::TensorL
                             at::TensorList norm, at::IntArrayRef dim, at::ArrayRef<double> eps,
                             at::IntArrayRef need_v, at::IntArrayRef need_g);
 
+// Throws ValueError if the lists have different lengths, or a forced norm is negative or not
+// finite.
+void check_forced(at::TensorList v, at::ArrayRef<double> forced);
+
 // Throws ValueError if the v are not all on one device: the dispatcher looks at any one of a list.
 void check_one_device(at::TensorList v);
 

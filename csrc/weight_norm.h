@@ -53,8 +53,8 @@ struct RowView {
 // divisor_type is mostly the type of norm, so that a g equal to norm gives w = v; see
 // divisor_dtype() in problem.h.
 //
-// If forced is positive, v is replaced by forced * v / n first. Then w and norm are those of the new
-// v, whose norm counts as forced * norm / n; its elements count before they are rounded.
+// If forced is positive, v is replaced by forced * v / n first. Then w and norm are those of the
+// new v, whose norm counts as forced * norm / n; its elements count before they are rounded.
 struct Forward {
   const void* v;
   const void* g;  // [rows], contiguous

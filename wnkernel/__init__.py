@@ -6,6 +6,8 @@ from ._version import __version__
 from .after_step import normalize_after_step
 from .backends import use_backend
 from .checkpoint import accept_any_layout, convert_state_dict
+from .forced_layers import forced_weight_norm
+from .forcing import ForcedWeightNorm
 from .grouping.group import WeightNormGroup, fuse
 from .initialisation import data_dependent_init_, init_weight_
 from .layers import remove_weight_norm, weight_norm
@@ -16,6 +18,7 @@ from .normalizing import normalize_, norms_of
 from .patching import patch_torch
 
 __all__ = [
+    "ForcedWeightNorm",
     "WeightNorm",
     "WeightNormGroup",
     "__version__",
@@ -25,6 +28,7 @@ __all__ = [
     "cpu_buffers",
     "data_dependent_init_",
     "fold",
+    "forced_weight_norm",
     "functional",
     "fuse",
     "info",

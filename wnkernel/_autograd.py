@@ -27,12 +27,21 @@ Grads = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 """The gradients of all v and of all g; an entry is None if its gradient is not needed."""
 
 
-def weight_norms(problems: Problems, backend: PythonBackend) -> list[Tensor]:
-    """Compute ``w`` of every problem, differentiable through one autograd node."""
+def weight_norms(
+    problems: Problems, backend: PythonBackend, forced: Sequence[float] | None = None
+) -> list[Tensor]:
+    """Compute ``w`` of every problem, differentiable through one autograd node. With ``forced``,
+    each v is replaced first so that its norm is the one given, unless that is 0."""
     tensors = *problems.v, *problems.g
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return list(_Forward.apply(backend, problems, *tensors))
-    return backend.weights(problems)[0]
+        return list(_Forward.apply(backend, problems, forced, *tensors))
+    return _weights(problems, backend, forced)[0]
+
+
+def _weights(
+    problems: Problems, backend: PythonBackend, forced: Sequence[float] | None
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    return backend.weights(problems) if forced is None else backend.forced(problems, forced)
 
 
 def norms(
@@ -45,14 +54,18 @@ def norms(
 class _Forward(Function):
     @staticmethod
     def forward(
-        ctx: Any, backend: PythonBackend, problems: Problems, *tensors: Tensor
+        ctx: Any,
+        backend: PythonBackend,
+        problems: Problems,
+        forced: Sequence[float] | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        w, ctx.norms = backend.weights(problems)
+        w, ctx.norms = _weights(problems, backend, forced)
         problems.settle()
         ctx.backend, ctx.problems = backend, problems
         ctx.versions = _versions_of(tensors)
         ctx.set_materialize_grads(False)
-        need, n = ctx.needs_input_grad[2:], len(w)
+        need, n = ctx.needs_input_grad[3:], len(w)
         needs = list(map(or_, need[:n], need[n:]))
         if not all(needs):
             # The backward computes nothing for weights of which neither v nor g needs a gradient.
@@ -64,10 +77,10 @@ class _Forward(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_ws: Sequence[Any] = grads
         n, need = len(grad_ws), ctx.needs_input_grad
-        need_v, need_g = need[2 : 2 + n], need[2 + n :]
+        need_v, need_g = need[3 : 3 + n], need[3 + n :]
         live = [k for k in range(n) if grad_ws[k] is not None and (need_v[k] or need_g[k])]
         if not live:
-            return (None,) * (2 + 2 * n)
+            return (None,) * (3 + 2 * n)
         problems, norms, versions = ctx.problems, ctx.norms, ctx.versions
         if len(live) < n:
             problems = problems.at(live)
@@ -89,14 +102,14 @@ class _Forward(Function):
         )
         first = _followed_derivative if is_followed else _derivative
         grad_v, grad_g = first(ctx.backend, problems, norms, grad_ws, need_v, need_g)
-        return None, None, *spread(grad_v, live, n), *spread(grad_g, live, n)
+        return None, None, None, *spread(grad_v, live, n), *spread(grad_g, live, n)
 
     @staticmethod
     def _compiled_autograd_key(ctx: Any) -> Any:
         """Compiled autograd calls this before every backward. Its graphs do not compare versions,
         so v and g of every weight that requires grad are checked here, even if this backward gives
         them no gradient."""
-        need, n, inputs = ctx.needs_input_grad[2:], len(ctx.problems), ctx.problems
+        need, n, inputs = ctx.needs_input_grad[3:], len(ctx.problems), ctx.problems
         for k in range(n):
             if need[k] or need[n + k]:
                 _check_version("v", inputs.v[k], ctx.versions[k])

@@ -10,6 +10,7 @@ twin for the compiled operators.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,20 +56,43 @@ def weight_norm(p: Problem) -> Tensor:
     return (v * (p.g.to(p.acc_dtype) / _divisor(p, v))).to(p.out_dtype)
 
 
+def forced(p: Problem, norm: float) -> tuple[Tensor, Tensor]:
+    """Replace v so that its norm is about ``norm``, and return w and the norm of the new v, both
+    before it was rounded to its dtype. A row of zeros stays. Nothing may record gradients."""
+    v = p.v.to(p.acc_dtype)
+    old = norm_except_dim(v, p.dim).reshape(p.g.shape)
+    scale = norm / _nonzero(divided_by(old, p))
+    v, new = v * scale, old * scale
+    p.v.copy_(v)
+    w = v * (p.g.to(p.acc_dtype) / _nonzero(divided_by(new, p)))
+    return w.to(p.out_dtype), new
+
+
+def divided_by(norm: Tensor, p: Problem) -> Tensor:
+    """What rows with these norms are divided by: ``max(norm, eps)``, or ``norm - eps`` if eps is
+    negative."""
+    return norm - p.eps if p.eps < 0 else norm.clamp_min(p.bound)
+
+
+def _nonzero(divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, 1.0, divisor)
+
+
 def normalize_(v: Tensor, g: Tensor | float, dim: int, eps: float) -> Tensor:
     """Write ``g * v / max(norm(v), eps)`` over v, where rows of zeros stay, and return the norms
     that were there."""
     acc = accumulation_dtype(v.dtype)
     x = v.to(acc)
     norm = norm_except_dim(x, dim)
-    divisor = torch.where(norm == 0, 1.0, norm.clamp_min(bound_of(eps, acc)))
-    v.copy_(x / divisor * g)
+    v.copy_(x / _nonzero(norm.clamp_min(bound_of(eps, acc))) * g)
     return norm
 
 
 def _divisor(p: Problem, v: Tensor) -> Tensor:
     """``max(norm, eps)``, where the norm is rounded to :attr:`Problem.divisor_dtype` before it is
     clamped. The rounding is added as a constant, so derivatives are those of the exact norm."""
+    if p.eps < 0:
+        return norm_except_dim(v, p.dim) - p.eps
     norm, clamped = _clamped_norm(p, v)
     if clamped is None or p.divisor_dtype == p.acc_dtype:
         return norm_held(norm, p.divisor_dtype)
@@ -131,16 +155,21 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 def gradients(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:
     """First derivative: ``(grad_v, grad_g)`` from the unclamped ``norm`` kept by the forward.
 
-    With u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s), grad_g = s. Rows
-    with norm < eps have a constant denominator, so there grad_v has no term u s.
+    With u = v / n and s = <grad_w, u> per row: grad_v = (g / n) (grad_w - u s n / norm), grad_g =
+    s. Rows with norm < eps have a constant denominator, so there grad_v has no term u s, and rows
+    of zeros have no direction.
     """
     acc = p.acc_dtype
     v, g, grad_w, norm = (t.to(acc) for t in (p.v, p.g, grad_w, norm))
-    inverse = norm.clamp_min(p.bound).reciprocal()
+    n = divided_by(norm, p)
+    inverse = n.reciprocal()
     u = v * inverse
     s = _row_sum(p, grad_w * u)
-    projected = u * (s if p.eps == 0.0 else s.masked_fill(norm < p.bound, 0.0))
-    grad_v = (g * inverse) * (grad_w - projected)
+    if p.eps < 0:
+        along = torch.where(norm == 0, 0.0, s * (n / _nonzero(norm)))
+    else:
+        along = s if p.eps == 0 else s.masked_fill(norm < p.bound, 0.0)
+    grad_v = (g * inverse) * (grad_w - u * along)
     return grad_v.to(p.v.dtype), s.to(p.g.dtype)
 
 
@@ -171,25 +200,31 @@ def double_backward(
 
     Where the norm is clamped, the terms through it vanish. All operators are differentiable, so
     derivatives of higher order follow.
+
+    If something is added to norms, let u = v / norm and h = norm / n. Then t = <gg_v, grad_w> - h a
+    s, u a and u s have the factor h where they are subtracted from gg_v or grad_w, except for the
+    last two terms of d v, gg_g u is gg_g v / n, and t of d v is t + (1 - h) a s.
     """
     acc = p.acc_dtype
     v, g, dw = (t.to(acc) for t in (p.v, p.g, grad_w))
     gg_v = torch.zeros_like(v) if gg_v is None else gg_v.to(acc)
     gg_g = torch.zeros_like(g) if gg_g is None else gg_g.to(acc)
     norm, clamped = _clamped_norm(p, v)
-    inverse = norm.reciprocal()
-    u = v * inverse
+    n = norm if p.eps >= 0 else torch.where(cast(Tensor, clamped), -p.eps, norm - p.eps)
+    h = 1.0 if p.eps >= 0 else norm / n
+    inverse = n.reciprocal()
+    u = v / norm if p.eps < 0 else v * inverse
     c = g * inverse
     a_full = _row_sum(p, gg_v * u)
     s_full = _row_sum(p, dw * u)
     a = a_full if clamped is None else a_full.masked_fill(clamped, 0.0)
     s = s_full if clamped is None else s_full.masked_fill(clamped, 0.0)
-    t = _row_sum(p, gg_v * dw) - a * s
-    through_norm = t * u + s * (gg_v - u * a) + a * (dw - u * s)
+    t = _row_sum(p, gg_v * dw) - h * (a * s)
+    through_norm = (t + (1.0 - h) * (a * s)) * u + s * (gg_v - u * a) + a * (dw - u * s)
     if clamped is not None:
         through_norm = through_norm.masked_fill(clamped, 0.0)
-    d_grad_w = c * (gg_v - u * a) + gg_g * u
-    d_v = inverse * (gg_g * (dw - u * s) - c * through_norm)
+    d_grad_w = c * (gg_v - u * (h * a)) + gg_g * (v * inverse)
+    d_v = inverse * (gg_g * (dw - u * (h * s)) - c * through_norm)
     return d_grad_w.to(grad_w.dtype), d_v.to(p.v.dtype), (t * inverse).to(p.g.dtype)
 
 
@@ -199,13 +234,15 @@ def _row_sum(p: Problem, x: Tensor) -> Tensor:
 
 
 def _clamped_norm(p: Problem, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``max(norm, eps)`` and the mask of clamped rows, which is None if eps is 0.
+    """``max(norm, eps)`` and the mask of clamped rows, which is None if eps is 0. If eps is
+    negative, which bounds nothing, rows of zeros are masked, and their norm is arbitrary.
 
     Clamped rows are replaced before the norm is computed. The derivative of a norm at a row of
     zeros is 0/0, and a mask after the norm would multiply this NaN by zero.
     """
     if p.eps == 0.0:
         return norm_except_dim(v, p.dim), None
-    clamped = norm_except_dim(v.detach(), p.dim) < p.bound
+    norm = norm_except_dim(v.detach(), p.dim)
+    clamped = norm == 0 if p.eps < 0 else norm < p.bound
     norm = norm_except_dim(torch.where(clamped, 1.0, v), p.dim)
-    return torch.where(clamped, p.bound, norm), clamped
+    return norm if p.eps < 0 else torch.where(clamped, p.bound, norm), clamped

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .observers import are_plain
-from .problem import Problem, check, check_forward
+from .problem import Problem, check, check_eps, check_forward
 
 KEPT = 4096
 """How many keys the memory holds; when it is full, it is emptied."""
@@ -92,7 +92,7 @@ def _key(v: Tensor, g: Tensor, dim: Any, eps: Any, out_dtype: Any) -> tuple[obje
 
 
 def _checked(*weight: Any) -> Form:
-    p = check(*weight)
+    p = check(*weight, may_add=True)
     form = Form(p)
     if len(_known) >= KEPT:
         _known.clear()
@@ -107,6 +107,7 @@ def known(
     """Check a weight norm as :func:`~wnkernel.problem.check` does, unless its form is known."""
     if not are_plain((v, g)):
         return Problems.of([check(v, g, dim, eps, out_dtype)])
+    _refuse_negative((eps,))
     try:
         form = _known.get(_key(v, g, dim, eps, out_dtype))
     except (RuntimeError, TypeError):  # no strides or no hash
@@ -123,11 +124,19 @@ def known_list(
 ) -> Problems:
     """Check a list as :func:`~wnkernel.problem.check_forward` does, unless the forms are known."""
     if are_plain((*v, *g)):
+        _refuse_negative(eps)
         forms = forms_of(v, g, dim, eps, [out_dtype] * len(v))
         devices = [form.device for form in forms]
         if devices.count(devices[0]) == len(devices):
             return Problems(v, g, forms=forms)
     return Problems.of(check_forward(v, g, dim, eps, out_dtype))
+
+
+def _refuse_negative(eps: Sequence[Any]) -> None:
+    """Refuse a negative eps, which is known by now if other code of this package has passed it."""
+    for each in eps:
+        if isinstance(each, (int, float)) and each < 0:
+            check_eps(each)
 
 
 class Problems(Sequence[Problem]):

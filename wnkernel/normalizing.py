@@ -16,9 +16,10 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import composed, functional, observers, streams
+from . import composed, functional, observers
 from .backends import choose
 from .backends.base import Backend, PythonBackend
+from .constants import Constants
 from .in_place import Rows, check_writable, entries_of, is_sequence, rows_of
 from .problem import (
     WHOLE_TENSOR,
@@ -241,35 +242,13 @@ def _launched(
 
 def _scales(rows: Sequence[Rows], targets: Sequence[float | Tensor]) -> list[Tensor]:
     """The norms to reach as tensors that share no memory with the tensors to write to."""
-    device = rows[0].t.device
-    # Memory that is allocated while a graph is captured belongs to the graph.
-    may_keep, stream = not streams.is_capturing(device), streams.current_stream(device)
+    constants = Constants(rows[0].t.device)
     scales, written = [], None
     for (t, dim, _), r in zip(rows, targets, strict=True):
         if not isinstance(r, Tensor):
-            key = r, norm_shape(t.shape, dim), accumulation_dtype(t.dtype), device, stream
-            constant = _constants.get(key) if may_keep else None
-            scales.append(_constant(key, may_keep) if constant is None else constant)
+            scales.append(constants.get(r, norm_shape(t.shape, dim), accumulation_dtype(t.dtype)))
             continue
         if written is None:
             written = {t.untyped_storage().data_ptr() for t, _, _ in rows}
         scales.append(r.clone() if r.untyped_storage().data_ptr() in written else r)
     return scales
-
-
-_constants: dict[tuple[object, ...], Tensor] = {}
-_KEPT = 1024
-"""How many constants are kept; when they are as many, all are dropped."""
-
-
-def _constant(key: tuple[Any, ...], may_keep: bool) -> Tensor:
-    """A tensor with the same number everywhere. It is kept for the next call, so that a step fills
-    no memory, and a GPU launches nothing else."""
-    r, shape, dtype, device, _ = key
-    with torch.inference_mode(False):
-        constant = torch.full(shape, r, dtype=dtype, device=device)
-    if may_keep:
-        if len(_constants) >= _KEPT:
-            _constants.clear()
-        _constants[key] = constant
-    return constant

@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 
 from . import functional
 from .checkpoint import WeightNormOriginals
+from .forcing import Terms
 from .keys import G, V
 from .norm_module import KnowsSubclasses, WeightNorm
 
@@ -82,7 +83,9 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
             or norm.is_subclass
             or self.is_subclass
             or len(self._modules) != 1
-            or not (_is_untouched(self) and _is_untouched(norm) and classes_are_as_made())
+            or not (
+                module_is_untouched(self) and module_is_untouched(norm) and classes_are_as_made()
+            )
         ):
             return super().__call__()
         eps = norm.eps if norm.has_eps else 0.0
@@ -92,6 +95,12 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
         out_dtype = autocast_dtype(v) if in_group and self.casts else None
         bucket = self.bucket if in_group else None
         return functional.weight_norm_in_graph(v, g, norm.dim, eps, out_dtype, bucket)
+
+    def terms(self) -> Terms:
+        """What kernels are given for this weight now, without checks."""
+        parameters: dict[str, Any] = self._parameters
+        norm: Any = self._modules["0"]
+        return Terms(parameters.get(V), parameters.get(G), 0.0, norm.dim, norm.eps)
 
     def is_as_made(self) -> bool:
         """Whether a call of the list computes one weight norm and does nothing else."""
@@ -105,8 +114,8 @@ class WeightNormList(WeightNormOriginals, KnowsSubclasses):
             type(norm) is WeightNorm
             and type(self) is WeightNormList
             and len(modules) == 1
-            and _is_untouched(self)
-            and _is_untouched(norm)
+            and module_is_untouched(self)
+            and module_is_untouched(norm)
         )
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -151,7 +160,7 @@ def classes_are_as_made() -> bool:
     )
 
 
-def _is_untouched(module: nn.Module) -> bool:
+def module_is_untouched(module: nn.Module) -> bool:
     """Whether a module has neither hooks nor a forward of its own. Every read of a weight calls
     this twice. Reading the hooks from ``__dict__`` would be faster, but Dynamo would guard them
     there."""

@@ -34,7 +34,11 @@ class RowView:
 
 @dataclass(frozen=True)
 class Problem:
-    """One checked weight norm ``w = g * v / max(norm(v), eps)``; build it with :func:`check`."""
+    """One checked weight norm ``w = g * v / max(norm(v), eps)``; build it with :func:`check`.
+
+    A negative eps, which public functions refuse, is added to the norm: ``w = g * v / (norm(v) -
+    eps)``, as in EDM2 (Karras et al. 2024, https://arxiv.org/abs/2312.02696).
+    """
 
     v: Tensor
     g: Tensor
@@ -181,8 +185,8 @@ def check_rows(name: str, t: Tensor, dim: int | None) -> int:
     return canonical_dim(dim, t.ndim)
 
 
-def check_eps(eps: float) -> float:
-    """Check the lower bound of a norm.
+def check_eps(eps: float, *, may_add: bool = False) -> float:
+    """Check the lower bound of a norm. With ``may_add`` it may be negative, see :class:`Problem`.
 
     Raises:
         TypeError: if eps is not a number.
@@ -190,7 +194,8 @@ def check_eps(eps: float) -> float:
     """
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not 0.0 <= eps < math.inf:  # isfinite() of a dynamic float breaks torch.compile
+    # isfinite() of a dynamic float breaks torch.compile
+    if not ((may_add or eps >= 0.0) and -math.inf < eps < math.inf):
         raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
     return float(eps)
 
@@ -201,8 +206,10 @@ def check(
     dim: int | None,
     eps: float = 0.0,
     out_dtype: torch.dtype | None = None,
+    *,
+    may_add: bool = False,
 ) -> Problem:
-    """Check the arguments of a weight norm.
+    """Check the arguments of a weight norm. With ``may_add`` eps may be negative.
 
     Raises:
         TypeError: if an argument has the wrong type, layout or dtype.
@@ -210,7 +217,7 @@ def check(
     """
     dim = check_v(v, dim)
     check_g(g, v, dim)
-    eps = check_eps(eps)
+    eps = check_eps(eps, may_add=may_add)
     if out_dtype is None:
         out_dtype = v.dtype
     elif out_dtype not in FLOAT_DTYPES:
@@ -253,8 +260,10 @@ def check_forward(
     dim: Sequence[int | None],
     eps: Sequence[float],
     out_dtype: torch.dtype | None = None,
+    *,
+    may_add: bool = False,
 ) -> list[Problem]:
-    """Check the arguments of a list of weight norms.
+    """Check the arguments of a list of weight norms. With ``may_add`` eps may be negative.
 
     Raises:
         TypeError: as for :func:`check`.
@@ -262,7 +271,8 @@ def check_forward(
             different devices.
     """
     check_lengths(len(v), g=g, dim=dim, eps=eps)
-    problems = [check(*weight, out_dtype) for weight in zip(v, g, dim, eps, strict=True)]
+    weights = zip(v, g, dim, eps, strict=True)
+    problems = [check(*weight, out_dtype, may_add=may_add) for weight in weights]
     for k, t in enumerate(v):
         if t.device != v[0].device:
             raise ValueError(f"v: expected all on {v[0].device}, entry {k} is on {t.device}")
@@ -288,7 +298,7 @@ def check_backward(
     """
     check_lengths(len(v), g=g, dim=dim, eps=eps, grad_w=grad_w, norm=norm)
     check_lengths(len(v), need_v=need_v, need_g=need_g)
-    problems = check_forward(v, g, dim, eps)
+    problems = check_forward(v, g, dim, eps, may_add=True)
     for p, grad, n in zip(problems, grad_w, norm, strict=True):
         _check_grad_w(grad, p)
         _check_norm(n, p)

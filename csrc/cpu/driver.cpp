@@ -46,7 +46,7 @@ class Launch {
       : threads_(threads), many_(count > 1 ? count : 0), count_(count) {
     jobs_ = count > 1 ? many_.data() : &single_;
     const InstructionSet& set = instruction_set();
-    int64_t words = 0, bytes = 0;  // bytes counts what the launch reads and writes
+    int64_t words = 0, twice = 0, bytes = 0;  // bytes counts what the launch reads and writes
     for (int64_t k = 0; k < count; ++k) work_ += work_of(problems[k].view);
     for (int64_t k = 0; k < count; ++k) {
       const P& p = problems[k];
@@ -55,12 +55,14 @@ class Launch {
       job.plan = make_plan(p.view, chunks_of_rows(p));
       job.set = &set;
       job.k = &kernels(set, p);
+      if (is_forced(p)) job.to_v = &set.forward[index_of(p.v_type)][index_of(p.v_type)];
       job.acc = accumulation(p.v_type);
-      const int64_t reads = job.plan.one_phase ? 1 : 2;
-      bytes += p.view.numel() * (reads * bytes_read(p) + bytes_written(p));
+      bytes += p.view.numel() * (bytes_read(p) + bytes_written(p)) + read_again(job);
+      twice += read_again(job);
       words += job.plan.workspace();
     }
-    stream_results(bytes);
+    for (int64_t k = 0; k < count; ++k) jobs_[k].stream = bytes > cache() && !in_place(problems[k]);
+    room_ = twice <= cache() ? twice : std::max(machine().l2, machine().l3 / 8) * parts(work_);
     if (words > 0) share_workspace(words);
   }
 
@@ -100,33 +102,31 @@ class Launch {
     });
   }
 
-  // Moves on to the next batch: the problems from first_ to last_. A batch has one problem that is
-  // read twice, or several whose inputs fit into the second-level caches of the threads, or into an
-  // eighth of their third-level caches, from which other cores read as well.
+  // The bytes of a problem that are read a second time.
+  static int64_t read_again(const Job<P>& job) {
+    return job.plan.one_phase ? 0 : job.plan.view.numel() * bytes_read(*job.p);
+  }
+
+  // Moves on to the next batch: the problems from first_ to last_.
   bool next_batch() {
-    const int64_t room = std::max(machine().l2, machine().l3 / 8) * parts(work_);
     int64_t& end = kFromTheEnd ? first_ : last_;
     (kFromTheEnd ? last_ : first_) = end;
     batch_work_ = twice_ = 0;
     for (; end != (kFromTheEnd ? 0 : count_); end += kFromTheEnd ? -1 : 1) {
       const Job<P>& job = jobs_[kFromTheEnd ? end - 1 : end];
-      const int64_t more = job.plan.one_phase ? 0 : job.plan.view.numel() * bytes_read(*job.p);
-      if (more > 0 && twice_ > 0 && twice_ + more > room) break;
+      const int64_t more = read_again(job);
+      if (more > 0 && twice_ > 0 && twice_ + more > room_) break;
       twice_ += more;
       batch_work_ += work_of(job.plan.view);
     }
     return first_ != last_;
   }
 
-  // Results bypass the caches if no cache will hold them when they are read again; this saves
-  // reading every line first; results that replace their inputs need no such reading. Results stay
-  // in the third level (or the second, if that is larger) as long as all reads and writes of the
-  // launch take at most three quarters of its threads' share of that cache. Other data need the
-  // rest.
-  void stream_results(int64_t bytes) {
-    const int64_t room = std::max(machine().l2, machine().l3) / 4 * 3 * parts(work_);
-    for (int64_t k = 0; k < count_; ++k) jobs_[k].stream = bytes > room && !in_place(*jobs_[k].p);
-  }
+  // The bytes that stay in the third level (or the second, if that is larger) until they are read
+  // again: three quarters of the threads' share of that cache. Other data need the rest. If a
+  // launch reads and writes more, results bypass the caches; this saves reading every line first.
+  // Results that replace their inputs need no such reading.
+  int64_t cache() const { return std::max(machine().l2, machine().l3) / 4 * 3 * parts(work_); }
 
   // The number of chunks of a problem of whole rows. The inputs of a chunk take two thirds of the
   // first-level cache, so that the map finds them there, and leave room for its outputs. All
@@ -230,6 +230,10 @@ class Launch {
   int64_t first_ = kFromTheEnd ? count_ : 0, last_ = first_;  // the problems of the batch
   int64_t batch_work_ = 0;
   int64_t twice_ = 0;  // bytes of the batch that are read twice
+  // How many these may be, unless they are of one problem: all of the launch if a cache holds them
+  // until the second time; else what fits into the second-level caches of the threads, or into an
+  // eighth of their third-level caches, which they share with other cores.
+  int64_t room_ = 0;
   std::unique_ptr<double[]> workspace_;
 };
 

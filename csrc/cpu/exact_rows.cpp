@@ -134,6 +134,15 @@ Wide norm_of(const Row& row, const void* v, DType type) {
   return root(dot(row, v, type, v, type, 0, row.blocks()));
 }
 
+// What rows are divided by, from their norm.
+struct Bound {
+  Wide least, added;
+
+  Bound(double eps, DType acc)
+      : least(eps < 0 ? 0.0 : rounded_to(acc, eps)), added(eps < 0 ? -eps : 0.0) {}
+  Wide of(Wide norm) const { return added.m > 0 ? norm + added : norm < least ? least : norm; }
+};
+
 // The norm rounded to a type, or the norm itself if the result is no normal number.
 Wide held(Wide norm, DType type) {
   const double whole = static_cast<double>(norm), held = rounded_to(type, whole);
@@ -145,27 +154,34 @@ Wide held(Wide norm, DType type) {
 void exact_row(const Forward& p, int64_t at) {
   const Row row{p.view, at};
   const DType acc = accumulation(p.v_type);
-  const Wide norm = norm_of(row, p.v, p.v_type), eps = rounded_to(acc, p.eps);
-  const Wide n = held(norm, p.divisor_type);
-  const Factor scale(element(p.g, p.g_type, at) / (n < eps ? eps : n));
+  const Bound bound(p.eps, acc);
+  const bool forced = p.forced > 0;
+  const Wide of_v = norm_of(row, p.v, p.v_type);
+  const Wide to_v = forced ? Wide(p.forced) / bound.of(of_v) : Wide(1);
+  const Wide norm = forced ? of_v * to_v : of_v;
+  const Factor scale(element(p.g, p.g_type, at) / bound.of(held(norm, p.divisor_type)) * to_v);
+  const Factor scale_of_v(to_v);
   set_element(p.norm, acc, at, norm);
   for (int64_t block = 0; block < row.blocks(); ++block) {
-    double x[kBlock];
-    row.read(p.v, p.v_type, block, x);
-    for (int64_t k = 0; k < row.size(block); ++k) x[k] = scale.times(x[k]);
+    double v[kBlock], x[kBlock];
+    row.read(p.v, p.v_type, block, v);
+    for (int64_t k = 0; k < row.size(block); ++k) x[k] = scale.times(v[k]);
     row.write(p.w, p.w_type, block, x);
+    if (!forced) continue;
+    for (int64_t k = 0; k < row.size(block); ++k) x[k] = scale_of_v.times(v[k]);
+    row.write(const_cast<void*>(p.v), p.v_type, block, x);
   }
 }
 
 void exact_row(const Backward& p, int64_t at) {
   const Row row{p.view, at};
-  const Wide norm = norm_of(row, p.v, p.v_type), eps = rounded_to(accumulation(p.v_type), p.eps);
-  const bool clamped = norm < eps;
-  const Wide n = clamped ? eps : norm;
+  const Bound bound(p.eps, accumulation(p.v_type));
+  const Wide norm = norm_of(row, p.v, p.v_type), n = bound.of(norm);
+  const bool clamped = norm < bound.least || (norm.m == 0 && bound.added.m > 0);
   const Wide projection = dot(row, p.grad_w, p.w_type, p.v, p.v_type, 0, row.blocks()) / n;
   if (p.grad_g) set_element(p.grad_g, p.g_type, at, projection);
   if (!p.grad_v) return;
-  const Factor scale(element(p.g, p.g_type, at) / n), along(clamped ? 0.0 : projection / n);
+  const Factor scale(element(p.g, p.g_type, at) / n), along(clamped ? 0.0 : projection / norm);
   for (int64_t block = 0; block < row.blocks(); ++block) {
     double x[kBlock], y[kBlock];
     row.read(p.grad_w, p.w_type, block, x);

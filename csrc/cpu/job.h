@@ -28,16 +28,20 @@ inline const char* x_at(const Forward& p, int64_t k) { return at(p.v, k, p.v_typ
 inline const char* x_at(const Backward& p, int64_t k) { return at(p.grad_w, k, p.w_type); }
 inline char* out_at(const Forward& p, int64_t k) { return at(p.w, k, p.w_type); }
 inline char* out_at(const Backward& p, int64_t k) { return at(p.grad_v, k, p.v_type); }
+// Whether w takes the place of v.
+inline bool in_place(const Forward& p) { return p.w == p.v; }
+inline bool in_place(const Backward&) { return false; }
+inline bool is_forced(const Forward& p) { return p.forced > 0; }
+inline bool is_forced(const Backward&) { return false; }
 // Bytes per element.
 inline int64_t bytes_read(const Forward& p) { return element_size(p.v_type); }
 inline int64_t bytes_read(const Backward& p) {
   return element_size(p.v_type) + element_size(p.w_type);
 }
-inline int64_t bytes_written(const Forward& p) { return element_size(p.w_type); }
+inline int64_t bytes_written(const Forward& p) {
+  return element_size(p.w_type) + (is_forced(p) ? element_size(p.v_type) : 0);
+}
 inline int64_t bytes_written(const Backward& p) { return p.grad_v ? element_size(p.v_type) : 0; }
-// Whether results are written over the inputs.
-inline bool in_place(const Forward& p) { return p.w == p.v; }
-inline bool in_place(const Backward&) { return false; }
 inline bool wants_map(const Forward&) { return true; }
 inline bool wants_map(const Backward& p) { return p.grad_v != nullptr; }
 
@@ -47,10 +51,10 @@ const Finish& finish_of(const InstructionSet& set, const P& p) {
 }
 
 inline int64_t finish(const InstructionSet& set, const Forward& p, int64_t row, int64_t rows,
-                      double* sums, void* a, void*) {
+                      double* sums, void* a, void* b) {
   return finish_of(set, p).forward(sums, at(p.g, row, p.g_type), rows, p.eps,
-                                   p.divisor_type != accumulation(p.v_type),
-                                   at(p.norm, row, accumulation(p.v_type)), a);
+                                   p.divisor_type != accumulation(p.v_type), p.forced,
+                                   at(p.norm, row, accumulation(p.v_type)), a, b);
 }
 inline int64_t finish(const InstructionSet& set, const Backward& p, int64_t row, int64_t rows,
                       double* sums, void* a, void* b) {
@@ -74,6 +78,7 @@ struct Job {
   Plan plan{};
   const InstructionSet* set = nullptr;
   const Kernels* k = nullptr;
+  const Kernels* to_v = nullptr;  // what maps v to the new v, if v is forced
   DType acc{};
   bool stream = false;
   // The workspace of a two-phase plan; its sizes are in the plan.
@@ -86,6 +91,24 @@ struct Job {
   const char* x(int64_t k) const { return x_at(*p, k); }
   const char* y(int64_t k) const { return at(p->v, k, p->v_type); }
   char* out(int64_t k) const { return out_at(*p, k); }
+
+  // Whether rows have two coefficients: those of a backward, or those of w and of the new v.
+  bool has_b() const { return kBackward || to_v; }
+
+  // Both map from element k on, as primitives.h says. The new v comes last, because w is computed
+  // from the old one.
+  void map_rows(int64_t k, int64_t rows, int64_t n, const void* a, const void* b) const {
+    this->k->map_rows(x(k), y(k), out(k), rows, n, a, b, stream);
+    if (to_v) to_v->map_rows(y(k), y(k), new_v(k), rows, n, b, b, false);
+  }
+  void map_columns(int64_t k, int64_t outer, int64_t stride, int64_t columns, const void* a,
+                   const void* b) const {
+    this->k->map_columns(x(k), y(k), out(k), outer, stride, columns, a, b, stream);
+    if (to_v) to_v->map_columns(y(k), y(k), new_v(k), outer, stride, columns, b, b, false);
+  }
+
+ private:
+  char* new_v(int64_t k) const { return at(const_cast<void*>(p->v), k, p->v_type); }
 };
 
 }  // namespace wnkernel::cpu

@@ -16,9 +16,9 @@ struct Kernels {
   // sums has type A.
   void (*dot_columns)(const void* x, const void* y, int64_t outer, int64_t stride, int64_t columns,
                       void* sums);
-  // The forward computes out[r, :] = a[r] y[r, :], the backward out[r, :] = a[r] x[r, :] - b[r]
-  // y[r, :]. a and b have type A. With `stream`, results bypass the caches, which could not hold
-  // them until they are read again.
+  // The forward computes out[r, :] = a[r] y[r, :], where out may be y, the backward out[r, :] =
+  // a[r] x[r, :] - b[r] y[r, :]. a and b have type A. With `stream`, results bypass the caches,
+  // which could not hold them until they are read again.
   void (*map_rows)(const void* x, const void* y, void* out, int64_t rows, int64_t n, const void* a,
                    const void* b, bool stream);
   // Does the same with a and b per column.
@@ -31,9 +31,10 @@ struct Kernels {
 // may be v.
 struct Finish {
   // sums are sums of squares. Sets norm[r] and a[r] = g[r] / max(norm[r], eps). The norm is rounded
-  // to A first, or, with `as_g`, to the type of g.
-  int64_t (*forward)(double* sums, const void* g, int64_t rows, double eps, bool as_g, void* norm,
-                     void* a);
+  // to A first, or, with `as_g`, to the type of g. With forced > 0 it also sets b[r], the factor of
+  // the new v, and norm[r] and a[r] * b[r] belong to that.
+  int64_t (*forward)(double* sums, const void* g, int64_t rows, double eps, bool as_g,
+                     double forced, void* norm, void* a, void* b);
   // sums are <grad_w, v>. Sets grad_g[r] (unless grad_g is null) and both coefficients.
   int64_t (*backward)(double* sums, const void* g, const void* norm, int64_t rows, double eps,
                       void* grad_g, void* a, void* b);

@@ -235,6 +235,17 @@ struct FinishOf {
     return (magnitude >= low ? 1.0 : 0.0) * (magnitude <= high ? 1.0 : 0.0);
   }
   WNKERNEL_INLINE double either(double x, double y) { return x > y ? x : y; }
+  WNKERNEL_INLINE double is_coefficient(double x) {
+    return inside(x, Range::kCoefficientMin, Range::kCoefficientMax);
+  }
+
+  // What becomes of a norm before rows are divided by it: it is at least `least`, and `added` is
+  // added. The bound is rounded as norms are: a g equal to eps gives w = v.
+  WNKERNEL_INLINE double least_of(double eps) { return eps < 0.0 ? 0.0 : rounded<A>(eps); }
+  WNKERNEL_INLINE double added_of(double eps) { return eps < 0.0 ? -eps : 0.0; }
+  WNKERNEL_INLINE double divisor(double norm, double least, double added) {
+    return (norm > least ? norm : least) + added;
+  }
 
   WNKERNEL_INLINE int64_t count_nan(const double* sums, int64_t rows) {
     int64_t count = 0;
@@ -244,28 +255,32 @@ struct FinishOf {
 
   // These are plain loops with one exit, which the compiler turns into vectors of doubles.
   static int64_t forward(double* sums, const void* g, int64_t rows, double eps, bool as_g,
-                         void* norm, void* a) {
+                         double forced, void* norm, void* a, void* b) {
+    if (forced > 0) return forward_as<A, true>(sums, g, rows, eps, forced, norm, a, b);
     if constexpr (sizeof(A) == 4 && sizeof(G) == 2)
-      if (as_g) return forward_as<G>(sums, g, rows, eps, norm, a);
-    return forward_as<A>(sums, g, rows, eps, norm, a);
+      if (as_g) return forward_as<G, false>(sums, g, rows, eps, 0, norm, a, nullptr);
+    return forward_as<A, false>(sums, g, rows, eps, 0, norm, a, nullptr);
   }
 
-  template <class Divisor>
+  template <class Divisor, bool is_forced>
   WNKERNEL_INLINE int64_t forward_as(double* __restrict sums, const void* g_, int64_t rows,
-                                     double eps, void* norm_, void* a_) {
+                                     double eps, double forced, void* norm_, void* a_, void* b_) {
     const G* __restrict g = static_cast<const G*>(g_);
     A* __restrict norm = static_cast<A*>(norm_);
     A* __restrict a = static_cast<A*>(a_);
-    eps = rounded<A>(eps);  // as norms are: a g equal to eps gives w = v
+    A* __restrict b = static_cast<A*>(b_);
+    const double least = least_of(eps), added = added_of(eps);
     WNKERNEL_NO_ALIAS
     for (int64_t r = 0; r < rows; ++r) {
-      const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]), d = rounded<Divisor>(n);
-      const double scale = gr / (d > eps ? d : eps);
-      const double safe = inside(n, Range::kNormMin, Range::kNormMax) *
-                          either(gr == 0.0 ? 1.0 : 0.0,
-                                 inside(scale, Range::kCoefficientMin, Range::kCoefficientMax));
-      norm[r] = static_cast<A>(n);
+      const double n = __builtin_sqrt(sums[r]), gr = to_double(g[r]);
+      const double of_v = is_forced ? forced / divisor(n, least, added) : 1.0;
+      const double of_norm = is_forced ? n * of_v : n;
+      const double scale = gr / divisor(rounded<Divisor>(of_norm), least, added) * of_v;
+      const double safe = inside(n, Range::kNormMin, Range::kNormMax) * is_coefficient(of_v) *
+                          either(gr == 0.0 ? 1.0 : 0.0, is_coefficient(scale));
+      norm[r] = static_cast<A>(of_norm);
       a[r] = safe != 0.0 ? static_cast<A>(scale) : A(1);
+      if (is_forced) b[r] = safe != 0.0 ? static_cast<A>(of_v) : A(1);
       sums[r] = safe != 0.0 ? sums[r] : __builtin_nan("");
     }
     return count_nan(sums, rows);
@@ -278,22 +293,22 @@ struct FinishOf {
     G* __restrict grad_g = static_cast<G*>(grad_g_);
     A* __restrict a = static_cast<A*>(a_);
     A* __restrict b = static_cast<A*>(b_);
-    eps = rounded<A>(eps);
-    const double eps_is_safe = eps >= Range::kNormMin ? 1.0 : 0.0;
+    const double least = least_of(eps), added = added_of(eps);
+    const double zero_is_safe = least + added >= Range::kNormMin ? 1.0 : 0.0;
     WNKERNEL_NO_ALIAS
     for (int64_t r = 0; r < rows; ++r) {
       const double n = norm[r], gr = to_double(g[r]), s = sums[r];
-      const double clamped = n < eps ? 1.0 : 0.0, d = n < eps ? eps : n;
+      const double d = divisor(n, least, added);
       const double inverse = 1.0 / d, projection = s * inverse, scale = gr * inverse;
-      const double through_norm = scale * projection * inverse;
-      const double along = n < eps ? 0.0 : through_norm;
-      const double vanished = (n == 0.0 ? 1.0 : 0.0) * eps_is_safe;
+      const double of_added = added > 0.0 ? d / n : 1.0;
+      const double through_norm = scale * projection * inverse * of_added;
+      const double vanished = (n == 0.0 ? 1.0 : 0.0) * zero_is_safe;
+      const double clamped = either(n < least ? 1.0 : 0.0, vanished);
+      const double along = clamped != 0.0 ? 0.0 : through_norm;
       const double zero =
           (s == 0.0 ? 1.0 : 0.0) * either(vanished, n >= Range::kZeroDotNormMin ? 1.0 : 0.0);
       const double coefficients =
-          inside(scale, Range::kCoefficientMin, Range::kCoefficientMax) *
-          either(clamped,
-                 either(zero, inside(along, Range::kCoefficientMin, Range::kCoefficientMax)));
+          is_coefficient(scale) * either(clamped, either(zero, is_coefficient(along)));
       const double safe = either(vanished, inside(n, Range::kNormMin, Range::kNormMax)) *
                           either(zero, inside(s, Range::kDotMin, Range::kDotMax)) *
                           either(gr == 0.0 ? 1.0 : 0.0, coefficients);

@@ -37,7 +37,7 @@ void whole_rows(const Job<P>& job, int64_t task) {
   if (wants_map(*job.p))
     for (int64_t o = 0; o < view.outer; ++o) {
       const int64_t k = (o * view.rows + row) * view.inner;
-      job.k->map_rows(job.x(k), job.y(k), job.out(k), rows, view.inner, a, b, job.stream);
+      job.map_rows(k, rows, view.inner, a, b);
     }
   if (unsafe) exact_rows(*job.p, sums, row, rows);
 }
@@ -77,8 +77,7 @@ int64_t runs_finish(const Job<P>& job, int64_t row, int64_t rows) {
 template <class P>
 void runs_map(const Job<P>& job, int64_t task) {
   each_run(job.plan, task, [&](int64_t row, int64_t k, int64_t n) {
-    job.k->map_rows(job.x(k), job.y(k), job.out(k), 1, n, at(job.a, row, job.acc),
-                    at(job.b, row, job.acc), job.stream);
+    job.map_rows(k, 1, n, at(job.a, row, job.acc), at(job.b, row, job.acc));
   });
 }
 

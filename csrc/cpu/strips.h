@@ -48,12 +48,9 @@ template <class P>
 void map_columns(const Job<P>& job, const Strip& s, const void* a, const void* b) {
   const int64_t repeat = job.plan.repeat;
   int64_t k = s.element;
-  job.k->map_columns(job.x(k), job.y(k), job.out(k), s.super_rows, repeat * s.stride,
-                     repeat * s.columns, a, b, job.stream);
+  job.map_columns(k, s.super_rows, repeat * s.stride, repeat * s.columns, a, b);
   k += s.super_rows * repeat * s.stride;
-  if (s.leftover)
-    job.k->map_columns(job.x(k), job.y(k), job.out(k), 1, 0, s.leftover * s.columns, a, b,
-                       job.stream);
+  if (s.leftover) job.map_columns(k, 1, 0, s.leftover * s.columns, a, b);
 }
 
 // Calls f(A{}) with the accumulation type A of the job.
@@ -94,7 +91,7 @@ void whole_strip(const Job<P>& job, int64_t task) {
       A* const a_columns = columns;  // the sums are not needed any more
       for (int64_t j = 0; j < repeat; ++j) {
         spread_over_columns(a, s.rows, inner, a_columns + j * s.columns);
-        if (Job<P>::kBackward) spread_over_columns(b, s.rows, inner, b_columns + j * s.columns);
+        if (job.has_b()) spread_over_columns(b, s.rows, inner, b_columns + j * s.columns);
       }
       map_columns(job, s, a_columns, b_columns);
     }
@@ -130,7 +127,7 @@ int64_t strip_finish(const Job<P>& job, int64_t row, int64_t rows) {
     for (int64_t j = 0; j < repeat; ++j) {
       const int64_t at_columns = j * stride + row * inner;
       spread_over_columns(a, rows, inner, reinterpret_cast<A*>(job.a) + at_columns);
-      if (Job<P>::kBackward)
+      if (job.has_b())
         spread_over_columns(b, rows, inner, reinterpret_cast<A*>(job.b) + at_columns);
     }
     return unsafe;

@@ -45,6 +45,7 @@ def run(request: pytest.FixtureRequest, shares: Path) -> Callable[..., dict[int,
         return launches(shares, direction, THREADS, weights, **SIZES[request.param])
 
     run.l1d = {"small": 4, "usual": 32, "large": 1024}[request.param] * 1024
+    run.l3 = {"small": 16, "usual": 2048, "large": 1 << 20}[request.param] * 1024
     return run
 
 
@@ -218,9 +219,18 @@ def test_calls_do_not_grow_with_rows(run, name, direction):
 
 @DIRECTIONS
 def test_a_long_list_takes_no_more_calls(run, direction):
+    """If a cache holds what is read twice, which is 12.4 MB in a forward. If not, each such weight
+    may be a batch of its own."""
     weights = [Weight(80, 2000, 3), Weight(1, 3000, 64), Weight(1, 2, 70_000)] * 5
     for threads, launch in run(direction, *weights).items():
-        assert len(launch.calls) == (3 if threads > 1 else 0)
+        fits = run.l3 / 4 * 3 * threads >= 12.4e6 * (2 if direction == "backward" else 1)
+        assert_written_once(launch, *weights)
+        if threads == 1:
+            assert not launch.calls
+        elif fits:
+            assert len(launch.calls) == 3
+        else:
+            assert 3 < len(launch.calls) <= 5 * (3 + 2)
 
 
 LISTS = {name: (weight,) for name, weight in WHOLE_ROWS.items()}

@@ -62,19 +62,23 @@ struct Case {
   Place place = Place::end;
   bool want_v = true, want_g = true;
   int64_t first_checked = 0;  // the first row that is checked
+  Real forced = 0;
+  bool in_place = false;  // w takes the place of v
 
   std::string name() const {
     const int64_t n[] = {view.outer,  view.rows,   view.inner, int(v_type),
                          int(g_type), int(w_type), int(rows),  int(place)};
     std::string text;
     for (int64_t k : n) text += std::to_string(k) + " ";
-    return text + "eps " + std::to_string(double(eps));
+    return text + "eps " + std::to_string(double(eps)) + " forced " +
+           std::to_string(double(forced)) + (in_place ? " in place" : "");
   }
 };
 
 struct Weight {
   Case c;
   Array v, g, w, norm, grad_w, grad_v, grad_g;
+  std::vector<Real> first_v;  // before the launch
 
   explicit Weight(const Case& c)
       : c(c),
@@ -87,7 +91,15 @@ struct Weight {
         grad_g(c.g_type, c.view.rows, c.place) {
     state = 1;
     for (int64_t row = 0; row < c.view.rows; ++row) fill(row);
+    for (int64_t k = 0; k < c.view.numel(); ++k) first_v.push_back(v[k]);
   }
+
+  void reset() {
+    for (Array* result : {&w, &norm, &grad_v, &grad_g}) result->clear();
+    if (c.forced > 0 || c.in_place)
+      for (int64_t k = 0; k < c.view.numel(); ++k) v.set(k, first_v[k]);
+  }
+  const Array& result() const { return c.in_place ? v : w; }
 
   void fill(int64_t row) {
     const Rows kind = row % 3 == 1 || c.view.rows < 2 ? c.rows : Rows::ordinary;
@@ -156,14 +168,15 @@ struct Weight {
         c.view.rows == 1 && format(c.g_type).bytes == 2 && format(c.v_type).bytes == 2;
     return {v.data,
             g.data,
-            w.data,
+            result().data,
             norm.data,
             c.view,
             c.v_type,
             c.g_type,
             c.w_type,
-            as_g ? c.g_type : acc,
-            static_cast<double>(c.eps)};
+            as_g && c.forced == 0 ? c.g_type : acc,
+            static_cast<double>(c.eps),
+            static_cast<double>(c.forced)};
   }
   Backward backward() const {
     return {grad_w.data,
@@ -206,26 +219,39 @@ void Weight::compare(const char* what, const Array& of, int64_t k, Real want, Re
 void Weight::check_row(int64_t row) const {
   const Format acc = format(accumulation(c.v_type));
   const Format of_divisor = format(forward().divisor_type);
+  const Real least = c.eps < 0 ? 0 : round_to(acc, c.eps), added = c.eps < 0 ? -c.eps : 0;
+  const auto divisor = [&](Real n) { return (n < least ? least : n) + added; };
   Real squares = 0, s = 0, terms = 0;
-  each(row, [&](int64_t k) { squares += v[k] * v[k]; });
-  const Real n = std::sqrt(squares), eps = round_to(acc, c.eps), gr = g[row];
+  each(row, [&](int64_t k) { squares += first_v[k] * first_v[k]; });
+  const Real first_n = std::sqrt(squares), gr = g[row];
+  const Real to_v = c.forced > 0 ? c.forced / divisor(first_n) : 1, n = first_n * to_v;
   const Real held = round_to(of_divisor, n);
   const bool normal = held >= smallest(of_divisor) && held <= largest(of_divisor);
-  const Real forward_d = std::max(normal ? held : n, eps), d = n > eps || std::isnan(n) ? n : eps;
+  const Real forward_d = divisor(normal ? held : n);
   compare("norm", norm, row, n, n);
   each(row, [&](int64_t k) {
-    const Real want = gr * (v[k] / (std::isnan(n) ? n : forward_d));
-    compare("w", w, k, want, std::fabs(want));
-    if (gr == forward_d && w[k] != round_to(format(c.w_type), v[k]))
+    const Real new_v = first_v[k] * to_v, want = gr * (new_v / (std::isnan(n) ? n : forward_d));
+    compare("w", result(), k, want, std::fabs(want));
+    if (c.forced > 0) compare("v", v, k, new_v, std::fabs(new_v));
+    if (gr == forward_d && c.forced == 0 && w[k] != round_to(format(c.w_type), v[k]))
       fail(c.name() + " w is not v, of which g is the norm");
+  });
+  // The norm of a new v counts as it was before v was rounded, except in rows at the ends of the
+  // range, whose norm is computed again.
+  const bool coarse = c.forced > 0 && format(c.v_type).bytes == 2 && c.rows != Rows::ordinary;
+  if (c.in_place || coarse) return;
+  const Real saved_n = c.forced > 0 ? norm[row] : n, d = divisor(saved_n);
+  each(row, [&](int64_t k) {
     s += grad_w[k] * (v[k] / d);
     terms += std::fabs(grad_w[k] * (v[k] / d));
   });
   if (c.want_g) compare("grad_g", grad_g, row, s, terms);
-  const Real through = n < eps ? 0 : s, size = n < eps ? 0 : terms;
+  const bool clamped = n < least || (added > 0 && n == 0);
+  const Real of_added = clamped ? 0 : added > 0 ? d / saved_n : 1;
+  const Real through = clamped ? 0 : s * of_added, size = clamped ? 0 : terms * of_added;
   if (c.want_v)
     each(row, [&](int64_t k) {
-      const Real u = n < eps ? 0 : v[k] / d;
+      const Real u = clamped ? 0 : v[k] / d;
       compare("grad_v", grad_v, k, gr / d * (grad_w[k] - u * through),
               std::fabs(gr / d) * (std::fabs(grad_w[k]) + std::fabs(u) * size));
     });
@@ -241,7 +267,7 @@ void launch(std::vector<Weight>& weights, int threads) {
   std::vector<Forward> forwards;
   std::vector<Backward> backwards;
   for (Weight& weight : weights) {
-    for (Array* result : {&weight.w, &weight.norm, &weight.grad_v, &weight.grad_g}) result->clear();
+    weight.reset();
     forwards.push_back(weight.forward());
     backwards.push_back(weight.backward());
   }
@@ -255,7 +281,7 @@ void check_same_bits(const std::vector<Weight>& some, const std::vector<Weight>&
   for (size_t k = 0; k < some.size(); ++k) {
     const Weight &a = some[k], &b = others[k];
     if (!a.w.same_bits(b.w) || !a.norm.same_bits(b.norm) || !a.grad_v.same_bits(b.grad_v) ||
-        !a.grad_g.same_bits(b.grad_g))
+        !a.grad_g.same_bits(b.grad_g) || !a.v.same_bits(b.v))
       fail(a.c.name() + " other bits with " + what);
   }
 }
@@ -364,10 +390,33 @@ void check_all() {
   check(cases);
 }
 
+// An eps that is added, norms that are forced, and results that take the place of v.
+void check_forced() {
+  std::vector<Case> cases;
+  const auto add = [&](Case c) {
+    c.eps = -0x1p-7L, c.forced = 3;
+    cases.push_back(c);
+    c.in_place = true, c.w_type = c.v_type, c.eps = 0, c.forced = 0;
+    cases.push_back(c);
+  };
+  for (const auto& [v, w] : kPairs) {
+    for (const RowView& view : kSmall) add({view, v, f32, w});
+    for (const Rows rows : {Rows::huge, Rows::tiny, Rows::zero, Rows::nan, Rows::subnormal})
+      for (const RowView& view : {RowView{1, 33, 33}, {1, 6, 600}, {67, 5, 3}})
+        add({view, v, f32, w, rows});
+    cases.push_back({{1, 33, 33}, v, f32, w, Rows::zero, -0x1p-7L});
+    cases.push_back({{1, 33, 33}, v, f32, w, Rows::clamped, 9, Place::end, true, true, 0, 3});
+  }
+  for (const RowView& view : {RowView{1, 2, 70001}, {257, 3, 255}, {3000, 40, 1}, {90, 1501, 3}})
+    for (const Rows rows : {Rows::ordinary, Rows::huge}) add({view, f32, f32, bf16, rows});
+  check(cases);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   if (count > 1) wnkernel_mutant = std::atoi(arguments[1]);
   check_all();
+  check_forced();
   std::printf("%s\n", cpu_instruction_set());
 }

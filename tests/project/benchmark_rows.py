@@ -26,6 +26,7 @@ def measured(
     spread: float = 0.0,
     rounds: int = 100,
     faults: Mapping[str, float] | None = None,
+    limit: str = COPY,
 ) -> list[Result]:
     """The rows of one measurement with these medians.
 
@@ -35,10 +36,11 @@ def measured(
         spread: how far the 20th and the 80th percentile are from the median, as a share of it.
         rounds: of the measurement.
         faults: page faults of a call; none by default.
+        limit: the contender that the others are held against.
     """
     about = Subject(case, label, phase, dtype, f"8x{numel // 8}", "0", kind, numel, 4 * numel)
     stats = {
         who: Times(x, x * (1 - spread), x * (1 + spread), rounds, 0.0, (faults or {}).get(who, 0.0))
         for who, x in ms.items()
     }
-    return rows(about, where("cpu", None), stats)
+    return rows(about, where("cpu", None), stats, limit=limit)

@@ -56,6 +56,13 @@ class PythonBackend(Backend, Protocol):
     def weights(self, problems: Sequence[Problem]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Return ``w`` and ``norm`` of every problem."""
 
+    def forced(
+        self, problems: Sequence[Problem], forced: Sequence[float], *, apart: bool = False
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Replace the v of each problem so that its norm is the one given, unless that is 0, and
+        return ``w`` and ``norm`` of the new v, as :meth:`weights` does. Each v is dense and
+        plain."""
+
     def normalize_(self, problems: Sequence[Problem]) -> Sequence[Tensor]:
         """Write w of every problem over its v, which is dense and plain; rows of zeros stay. Return
         the norms that were there."""

@@ -51,6 +51,15 @@ class EagerBackend:
         pairs = [_forward_one(p) for p in problems]
         return [w for w, _ in pairs], [norm for _, norm in pairs]
 
+    def forced(
+        self, problems: Sequence[Problem], forced: Sequence[float], *, apart: bool = False
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
+        pairs = [
+            composed.forced(p, norm) if norm else _forward_one(p)
+            for p, norm in zip(problems, forced, strict=True)
+        ]
+        return [w for w, _ in pairs], [norm for _, norm in pairs]
+
     def normalize_(self, problems: Sequence[Problem]) -> list[Tensor]:
         return [composed.normalize_(p.v, p.g, p.dim, p.eps) for p in problems]
 
@@ -99,8 +108,8 @@ def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
         return w.to(p.out_dtype), norm
     acc = p.acc_dtype
     norm = composed.norm_except_dim(p.v.to(acc), p.dim).reshape(p.g.shape)
-    w = p.v.to(acc) * (p.g.to(acc) / composed.norm_held(norm, p.divisor_dtype).clamp_min(p.bound))
-    return w.to(p.out_dtype), norm
+    divisor = composed.divided_by(composed.norm_held(norm, p.divisor_dtype), p)
+    return (p.v.to(acc) * (p.g.to(acc) / divisor)).to(p.out_dtype), norm
 
 
 def _backward_one(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,13 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from .. import native
-from ..census import OURS, TORCH, TORCH_HOOK, NormedParameter, census, originals, stacked_in
+from ..census import OURS, TORCH, TORCH_HOOK, NormedParameter, normed_in, stacked_in
+from ..forced_layers import forced_lists
 from ..lost_writes import end_watches
 from ..parametrization import WeightNormList
 from ..problem import check_module
 from . import scopes
-from .members import Container, Member, Roster
+from .members import Container, Member, NormedList, Roster
 from .running import steps
 from .threads import new_threads, threads_of
 
@@ -166,8 +167,9 @@ def fuse(
     uses a weight twice. Parameters, keys, hooks and layers that are called alone stay as they are.
 
     Args:
-        model: a module with layers normed by :func:`wnkernel.weight_norm`. Layers that are added
-            later are not in the group until it is removed by ``remove()`` and made again.
+        model: a module with layers normed by :func:`wnkernel.weight_norm` or
+            :func:`wnkernel.forced_weight_norm`. Layers that are added later are not in the group
+            until it is removed by ``remove()`` and made again.
         reuse: how long computed weights are used. ``"forward"``: until the outermost forward ends,
             so that every change of a parameter between two forwards counts, however it was made.
             ``"version"``: until a parameter changes visibly or a torch optimizer steps. This is for
@@ -191,7 +193,7 @@ def fuse(
     """
     _check(model, reuse, bucket_cap_mb, autocast)
     found = _weights(model)
-    end_watches(weights for _, weights, _ in found)
+    end_watches(weights for _, weights, _ in found if isinstance(weights, WeightNormList))
     steps.watch()
     roster = Roster(model, reuse, autocast, new_threads)
     buckets = _buckets([weights for _, weights, _ in found], bucket_cap_mb)
@@ -230,7 +232,7 @@ def _check(model: object, reuse: object, bucket_cap_mb: object, autocast: object
         raise ValueError(f"bucket_cap_mb: expected a finite number > 0, got {bucket_cap_mb}")
 
 
-def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module]]]:
+def _weights(model: nn.Module) -> list[tuple[str, NormedList, list[nn.Module]]]:
     """Every weight of this package in a model: its name, its parametrization list and the modules
     around it, innermost first.
 
@@ -238,26 +240,31 @@ def _weights(model: nn.Module) -> list[tuple[str, WeightNormList, list[nn.Module
         ValueError: if there is no such weight.
         RuntimeError: if a weight is in a group already.
     """
-    found = []
+    candidates: dict[str, NormedList] = {}
     others = set()
     modules = dict(model.named_modules())
-    for normed in census(model):
-        if normed.kind != OURS:
-            others.add(normed.kind)
-            continue
-        why, weights = _why_not(normed), normed.weights
-        if why or not isinstance(weights, WeightNormList):
-            others.add(f"{normed.kind} {why or 'registered as a parametrization by hand'}")
-            continue
+    for path, module in modules.items():
+        for normed in normed_in(module, path).values():
+            if normed.kind != OURS:
+                others.add(normed.kind)
+                continue
+            why, weights = _why_not(normed), normed.weights
+            if why or not isinstance(weights, WeightNormList):
+                others.add(f"{normed.kind} {why or 'registered as a parametrization by hand'}")
+                continue
+            candidates[normed.path] = weights
+        for name, forced in forced_lists(module).items():
+            candidates[f"{path}.{name}" if path else name] = forced
+    found = []
+    for path, weights in candidates.items():
         if weights.owner is not None and weights.owner.is_group:
             raise RuntimeError(
-                f"model: expected layers outside any group, got {normed.path!r}, which is in one "
+                f"model: expected layers outside any group, got {path!r}, which is in one "
                 "already; remove() that group first"
             )
-        path = normed.path.removesuffix(normed.name).removesuffix(".")
-        parts = path.split(".")
+        parts = path.split(".")[:-1]
         around = [modules[".".join(parts[:k])] for k in range(len(parts), 0, -1)]
-        found.append((normed.path, weights, [*around, model] if path else [model]))
+        found.append((path, weights, [*around, model]))
     if not found:
         got = f"layers with {', '.join(sorted(others))} only" if others else "none"
         hint = (
@@ -276,13 +283,13 @@ def _why_not(normed: NormedParameter) -> str | None:
     return None
 
 
-def _buckets(weights: list[WeightNormList], cap_mb: float | None) -> list[int]:
+def _buckets(weights: list[NormedList], cap_mb: float | None) -> list[int]:
     """The bucket of every weight. Buckets are filled from the last weight to the first, because
     gradients come in that order."""
     bucket, filled = 0, 0
     buckets = []
     for entry in reversed(weights):
-        size = originals(entry)[1].nbytes
+        size = entry.terms().v.nbytes
         if cap_mb is not None and filled and filled + size > cap_mb * 2**20:
             bucket, filled = bucket + 1, 0
         filled += size

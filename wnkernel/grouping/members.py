@@ -16,8 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..forced_layers import ForcedWeightNormList
+from ..forcing import Terms, forced_weights
 from ..parametrization import WeightNormList, autocast_dtype
 from .slots import Mode
+
+NormedList = WeightNormList | ForcedWeightNormList
+"""The list of parametrizations of a weight that can be in a group."""
 
 
 class TakesWeights(Protocol):
@@ -98,14 +103,14 @@ class Roster:
 
 
 class Member:
-    """One weight of a group, as the owner of its ``WeightNormList``."""
+    """One weight of a group, as the owner of its list of parametrizations."""
 
     is_group = True
 
     def __init__(
         self,
         roster: Roster,
-        weights: WeightNormList,
+        weights: NormedList,
         name: str,
         bucket: int,
         around: Sequence[nn.Module],
@@ -123,6 +128,13 @@ class Member:
         alone."""
         w = self.roster.threads.current.take(self, v, g)
         return self.alone(v, g, dim, eps) if w is None else w
+
+    def read_forced(self, terms: Terms) -> Tensor:
+        """Return ``w`` of a forced weight norm, like :meth:`read`."""
+        w = self.roster.threads.current.take(self, terms.v, terms.g)
+        if w is not None:
+            return w
+        return forced_weights([terms], self.roster.out_dtype(terms.v))[0]
 
     def alone(self, v: Tensor, g: Tensor, dim: int, eps: float) -> Tensor:
         """Compute ``w`` of this weight alone."""

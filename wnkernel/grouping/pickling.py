@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..hook_ids import count_on_from, last_hook_id
-from ..parametrization import WeightNormList
 from . import scopes
-from .members import Container, Member, Roster
+from .members import Container, Member, NormedList, Roster
 from .running import steps
 from .threads import new_threads
 
 
 class _PickledMember(NamedTuple):
     place: int
-    weights: WeightNormList
+    weights: NormedList
     name: str
     bucket: int
     around: list[nn.Module]

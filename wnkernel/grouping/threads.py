@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..keys import G, V
+from ..forcing import weights_of
 from ..observers import PLAIN, has_memory, is_forward_ad, sharding_modules
 from ..parametrization import classes_are_as_made
 from ..streams import captured_device
@@ -249,7 +248,7 @@ def launch(
         return []
     sharding = sharding_modules()
     simple = not (sharding or roster.autocast)
-    chosen, vs, gs, dims, eps = [], [], [], [], []
+    chosen, inputs = [], []
     for index in indices:
         member = roster.members[index]()
         if member is None or member.bucket != bucket.number:
@@ -257,24 +256,21 @@ def launch(
         weights = member.weights()
         if weights is None or not weights.is_untouched():
             continue
-        v: Any = weights._parameters.get(V)
-        g: Any = weights._parameters.get(G)
+        terms = weights.terms()
+        v, g = terms.v, terms.g
         if not _can_be_launched(v, g) or v.device != bucket.device:
             continue
         if not simple and _bucket_of(member, v, sharding) != bucket:
             continue
-        norm: Any = weights._modules["0"]
         slot = present[index]
         if slot is not None and slot.is_current(v, g):
             continue
         chosen.append(index)
-        vs.append(v)
-        gs.append(g)
-        dims.append(norm.dim)
-        eps.append(norm.eps)
+        inputs.append(terms)
+    vs, gs = [terms.v for terms in inputs], [terms.g for terms in inputs]
     try:
         with _version_counters():
-            ws = functional.weight_norms(vs, gs, dims, eps=eps, out_dtype=bucket.out_dtype)
+            ws = weights_of(inputs, bucket.out_dtype)
     except (TypeError, ValueError):
         return []
     except RuntimeError:
