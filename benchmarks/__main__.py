@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compiled, fused, gan, layers, models, normalize, plan
+from . import compiled, forced, fused, gan, layers, models, normalize, plan
 from .environment import Environment, environment, results_folder
 from .plan import Job, Plan
 from .results import Result, write_csv
@@ -125,7 +125,10 @@ def _jobs(wanted: set[Case], size: Plan, where: Environment, notes: list[str]) -
         Case.MEMORY: gan.memory_jobs,
         Case.MODELS: models.jobs,
         # The last ones, because the compiler leaves processes and caches.
-        Case.NORMALIZE: functools.partial(normalize.jobs, report=notes.append),
+        Case.NORMALIZE: lambda size, where: [
+            *normalize.jobs(size, where, notes.append),
+            *forced.jobs(size, where, notes.append),
+        ],
         Case.COMPILE: functools.partial(compiled.jobs, report=notes.append),
     }
     if Case.MEMORY in wanted and not gan.can_measure():

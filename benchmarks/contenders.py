@@ -42,7 +42,7 @@ BY_CASE = {
     "compile": (TORCH, TORCH + COMPILED, LEGACY, OURS, FUSED, OURS + COMPILED, FUSED + COMPILED),
     "steps": (TORCH, OURS, FUSED, PLAIN),  # Of "compile"; each runs eager and compiled.
     "whole": (TORCH, OURS, FUSED),
-    "normalize": (OURS, TORCH, FOREACH, TORCH + COMPILED),
+    "normalize": (OURS, FUSED, TORCH, FOREACH, TORCH + COMPILED),
 }
 """The contenders of each case of several layers or kinds."""
 NAME = "weight"  # The parameter that has the weight norm in every model here.

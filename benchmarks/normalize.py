@@ -24,6 +24,7 @@ from . import verify
 from .compiled import Report, reported
 from .contenders import COMPILED, FOREACH, OURS, READ_WRITE, TORCH
 from .environment import Environment
+from .forced import EDM2_EPS, edm2_normalize
 from .models import freed
 from .plan import Job, Plan
 from .results import IN_PLACE, Result, Subject, rows
@@ -32,7 +33,6 @@ from .timing import Contender, blamed, device_sampler, measure
 
 STEP = 1.25  # The factor by which a step changes weights before a contender is verified.
 MATRICES = "64 x 1024^2"
-EDM2_EPS = 1e-4
 
 
 class Weights(NamedTuple):
@@ -61,11 +61,9 @@ def ngpt_loop(weights: Weights) -> None:
 
 
 def edm2_loop(weights: Weights) -> None:
-    """Do what every ``MPConv`` of NVlabs/edm2 does in its forward."""
+    """Do what every ``MPConv`` of NVlabs/edm2 does in its forward first; forced.py has the rest."""
     for w in weights.tensors:
-        x, others = w.float(), tuple(range(1, w.ndim))
-        norm = torch.linalg.vector_norm(x, dim=others, keepdim=True)
-        w.copy_(x / (EDM2_EPS + norm * math.sqrt(norm.numel() / x.numel())))
+        w.copy_(edm2_normalize(w.float()))
 
 
 def hyperball_loop(weights: Weights) -> None:

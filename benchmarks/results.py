@@ -16,7 +16,7 @@ import torch
 
 from wnkernel.cli.timing import Times
 
-from .contenders import COPY, TORCH, UNCHANGED
+from .contenders import COPY, READ_WRITE, TORCH, UNCHANGED
 from .environment import Environment
 from .shapes import LayerCase, dtype_text, shape_text
 
@@ -30,12 +30,16 @@ STEP = "training step"
 GAN_STEP = "GAN step"
 NORMS = "weight norms of a GAN step"
 IN_PLACE = "in place"
+FORCED = "forced, forward"
+FORCED_BACKWARD = "forced, forward+backward"
 # The least traffic of a phase in arrays of v's size. A forward reads v and writes w; its reader
 # reads w; a backward reads v and grad_w and writes grad_v. g and the norms are not counted. What
-# is scaled in place is read and written.
-ARRAYS = {FORWARD: 2, READ: 3, FORWARD_BACKWARD: 5, ALONE: 5, IN_PLACE: 2}
+# is scaled in place is read and written. A forced weight norm writes v, too.
+ARRAYS = {FORWARD: 2, READ: 3, FORWARD_BACKWARD: 5, ALONE: 5}
+ARRAYS |= {IN_PLACE: 2, FORCED: 3, FORCED_BACKWARD: 6}
 COPY_ARRAYS = 2
-CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, UNCHANGED: 3}  # An unchanged group runs only its backward.
+# An unchanged group runs only its backward.
+CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, READ_WRITE: COPY_ARRAYS, UNCHANGED: 3}
 NAN = float("nan")
 
 

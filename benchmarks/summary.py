@@ -82,7 +82,7 @@ AIMS = (
 
 def print_losses(console: Console, results: Sequence[Result]) -> None:
     """Print every case in which torch is faster, the worst first. Compiled contenders of ours must
-    be faster than torch's compiled and uncompiled ones, and ``normalize_`` than all others."""
+    be faster than torch's compiled and uncompiled ones, and in case "normalize" than all others."""
     found = []
     for m in by_subject(results):
         for r in (r for r in m.values() if r.rounds and r.contender in OWN):
@@ -105,7 +105,7 @@ def print_losses(console: Console, results: Sequence[Result]) -> None:
 def _rivals(r: Result) -> tuple[str, ...]:
     """Return the contenders of torch's that a contender of ours must be faster than."""
     if r.case == "normalize":
-        return BY_CASE[r.case][1:]
+        return tuple(who for who in BY_CASE[r.case] if who not in OWN)
     return (TORCH, TORCH + COMPILED) if r.contender.endswith(COMPILED) else (TORCH,)
 
 

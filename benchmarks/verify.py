@@ -88,6 +88,40 @@ def check_scaled(who: str, got: Tensor, want: Scaled, *, long_sums: bool) -> flo
     return worst
 
 
+def check_forced(
+    who: str,
+    got: Sequence[Tensor],
+    start: Tensor,
+    grad_w: Tensor,
+    eps: float,
+    *,
+    long_sums: bool,
+) -> float:
+    """Compare ``(v, w)`` or ``(v, w, grad_v)`` of a forced weight norm of ``start`` along dim 0
+    with the formula in float64. Return the largest error of a row relative to the norm of that row,
+    or for ``grad_v`` of its terms. (For ``long_sums`` see :func:`wnkernel.cli.exact.bound`.)"""
+
+    def rms(t: Tensor) -> Tensor:
+        return t.square().flatten(1).mean(1).sqrt().view(-1, *[1] * (t.ndim - 1))
+
+    length = start[0].numel()
+    v = start.double() / (rms(start.double()) + eps)
+    v.requires_grad_()
+    scale = length**-0.5 / (rms(v) + eps)
+    w = v * scale
+    (grad_v,) = torch.autograd.grad(w, v, grad_w.double())
+    terms = scale.detach() * grad_w
+    bound_of_row = bound(start.dtype, length, long_sums=long_sums)
+    worst = 0.0
+    wanted = ((v.detach(), v.detach()), (w.detach(), w.detach()), (grad_v, terms))
+    for name, have, (should, size) in zip(("v", "w", "grad_v"), got, wanted, strict=False):
+        errors = _difference(who, name, have, should).flatten(1).norm(dim=1)
+        error = float((errors / size.flatten(1).norm(dim=1)).max())
+        _demand(who, name, "largest error relative to the norm of its row", error, bound_of_row)
+        worst = max(worst, error)
+    return worst
+
+
 def check_same(who: str, got: Tensor, want: Tensor, l2: float, what: str = "output") -> None:
     """Compare the results of two whole models by their relative L2 difference."""
     error = _difference(who, what, got.detach(), want.detach().double())

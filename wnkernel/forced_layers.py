@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -122,13 +123,34 @@ class ForcedWeightNormList(parametrize.ParametrizationList):
         )
 
 
-def forced_lists(module: nn.Module) -> dict[str, ForcedWeightNormList]:
-    """The forced weight norms of a module itself, by the names of their parameters."""
-    return {
-        name: weights
+@dataclass(frozen=True)
+class ForcedParameter:
+    """A parameter of a model with a forced weight norm."""
+
+    path: str
+    """The name of the parameter in the model, such as ``decoder.conv.weight``."""
+    module: nn.Module
+    name: str
+    """The name of the parameter in its module."""
+    weights: ForcedWeightNormList
+    kind: str = "wnkernel.forced_weight_norm"
+
+    def fold(self) -> None:
+        """Make w of eval mode the plain parameter, which stays the same Parameter object."""
+        self.weights.owner = None
+        self.weights.eval()
+        parametrize.remove_parametrizations(self.module, self.name)
+
+
+def forced_in(module: nn.Module, path: str = "") -> list[ForcedParameter]:
+    """The forced weight norms of a module itself, without its children. ``path`` is the name of the
+    module in the model."""
+    prefix = f"{path}." if path else ""
+    return [
+        ForcedParameter(prefix + name, module, name, weights)
         for name, weights in own_parametrizations(module).items()
         if isinstance(weights, ForcedWeightNormList)
-    }
+    ]
 
 
 def _rename_saved(

@@ -24,6 +24,7 @@ from .census import (
 )
 from .checkpoint import unregister_load_hook
 from .checkpoint.loading import load_hooks, loads_for
+from .forced_layers import ForcedParameter, forced_in
 from .grouping import scopes
 from .grouping.group import WeightNormGroup
 from .keys import G, V, legacy_keys
@@ -74,8 +75,8 @@ def convert(model: nn.Module) -> list[str]:
 
 @torch.inference_mode(False)
 def fold(model: nn.Module) -> list[str]:
-    """Fold all weight norms of a model into plain parameters, in place: this package's, torch's
-    parametrization and torch's legacy hook.
+    """Fold all weight norms of a model into plain parameters, in place: this package's, forced ones
+    included, torch's parametrization and torch's legacy hook.
 
     The outputs of the model in eval mode keep their bits. A weight keeps its dtype and memory
     format, and requires grad if g or v did. Weights that shared their g and v become one Parameter.
@@ -98,11 +99,13 @@ def fold(model: nn.Module) -> list[str]:
     """
     check_module("model", model)
     found = _outermost(census(model))
+    forced = [e for path, m in model.named_modules() for e in forced_in(m, path)]
     _check(model, found)
+    _refuse_within(model, sharding_modules(), forced, _SHARDED)
     _refuse_within(
         model,
         (nn.parallel.DistributedDataParallel,),
-        found,
+        [*found, *forced],
         "wrapped in DistributedDataParallel, which holds g and v; fold its .module and wrap it "
         "again",
     )
@@ -116,8 +119,10 @@ def fold(model: nn.Module) -> list[str]:
     _ungroup(model)
     for e, source in zip(found, sources, strict=True):
         make_plain(e.module, e.name, plain[source])
+    for other in forced:
+        other.fold()
     _forget_stale_hooks(model)
-    return [e.path for e in found]
+    return [e.path for e in found] + [other.path for other in forced]
 
 
 def _outermost(found: list[NormedParameter]) -> list[NormedParameter]:
@@ -127,14 +132,12 @@ def _outermost(found: list[NormedParameter]) -> list[NormedParameter]:
     return [e for e in found if id(e.module) not in lists]
 
 
+_SHARDED = "part of a sharded module; do this first and shard it then"
+
+
 def _check(model: nn.Module, found: Iterable[NormedParameter]) -> None:
     """Raise an error for a weight norm that can be neither converted nor folded."""
-    _refuse_within(
-        model,
-        sharding_modules(),
-        found,
-        "part of a sharded module; do this first and shard it then",
-    )
+    _refuse_within(model, sharding_modules(), found, _SHARDED)
     for e in found:
         if e.kind == TORCH_HOOK:
             for key in legacy_keys(e.name):
@@ -157,7 +160,10 @@ def _check(model: nn.Module, found: Iterable[NormedParameter]) -> None:
 
 
 def _refuse_within(
-    model: nn.Module, wrappers: tuple[type, ...], found: Iterable[NormedParameter], why: str
+    model: nn.Module,
+    wrappers: tuple[type, ...],
+    found: Iterable[NormedParameter | ForcedParameter],
+    why: str,
 ) -> None:
     units = [m for m in model.modules() if isinstance(m, wrappers)]
     within = {id(m) for unit in units for m in unit.modules()}
@@ -166,7 +172,7 @@ def _refuse_within(
             _refuse(e, why)
 
 
-def _refuse(e: NormedParameter, why: str, cause: Exception | None = None) -> None:
+def _refuse(e: NormedParameter | ForcedParameter, why: str, cause: Exception | None = None) -> None:
     raise ValueError(
         f"model: expected weight norms that can be computed, got {e.path!r} ({e.kind}), {why}"
     ) from cause

@@ -229,7 +229,7 @@ SHARED: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "a part of it": lambda t: [t, t[2:4]],
     "overlapping parts": lambda t: [t[:4], t[3:]],
     "another dtype": lambda t: [t, t.view(torch.float64)],
-    "with gaps": lambda t: [t[:, ::2], t[2:, 2:3]],
+    "with gaps": lambda t: [t[:, ::2], t[4:, 2:3]],
     "detached": lambda t: [t, t.detach()],
 }
 

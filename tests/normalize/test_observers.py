@@ -93,7 +93,11 @@ def test_subclasses(route: str) -> None:
     assert_normal(x.as_subclass(Tensor), before)
 
 
-def test_a_tensor_whose_sign_is_in_no_memory(route: str) -> None:
+def test_tensors_whose_sign_is_in_no_memory(route: str) -> None:
+    x = randn(SHAPE)
+    before = x.clone()
+    assert_normalizes(torch._neg_view(x), 1, 2.0)
+    assert_normal(x, before, 1, 2.0)
     numbers = torch.view_as_complex(randn((4, 3, 2)))
     x, before = numbers.conj().imag, numbers.clone()
     assert x.is_neg()

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from torch._dynamo.exc import BackendCompilerFailed
 
-from benchmarks import normalize, report, summary
-from benchmarks.contenders import COMPILED, FOREACH, OURS, READ_WRITE, TORCH
+from benchmarks import forced, normalize, report, summary
+from benchmarks.contenders import COMPILED, FOREACH, FUSED, OURS, READ_WRITE, TORCH
 from benchmarks.environment import environment
 from benchmarks.normalize import EDM2, HYPERBALL, NGPT, TensorSet
-from benchmarks.plan import DEFAULT, QUICK
-from benchmarks.results import IN_PLACE
+from benchmarks.plan import DEFAULT, FULL, QUICK
+from benchmarks.results import FORCED, FORCED_BACKWARD, IN_PLACE, by_subject
 from benchmarks.shapes import NORMALIZED, LayerCase, grid, weight_list
 from benchmarks.verify import VerificationError
 
@@ -129,6 +129,106 @@ def test_without_a_compiler_the_others_are_measured(monkeypatch):
     assert note.startswith("torch.compile skipped: ")
 
 
+EDM2_LAYERS = [LayerCase((6, 5), 0, "", "Linear"), LayerCase((4, 3, 3, 3), 0, "", "Conv2d")]
+
+
+def run_forced(cases=EDM2_LAYERS, plan=PLAN):
+    found = by_subject(forced.run("here", cases, plan, WHERE, pytest.fail))
+    assert [m[OURS].phase for m in found] == [FORCED, FORCED_BACKWARD]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cases", "shape"),
+    [(EDM2_LAYERS, "2 layers"), (EDM2_LAYERS[1:], "4x3x3x3")],
+    ids=["list", "one"],
+)
+def test_forced_weights_are_verified_and_held_against_as_many_bytes(cases, shape):
+    for rows, arrays in zip(run_forced(cases), (3, 6), strict=True):
+        assert {*rows} == {OURS, TORCH, READ_WRITE, *[FUSED] * (len(cases) > 1)}
+        array_bytes = 4 * sum(c.numel for c in cases)
+        yardstick = rows[READ_WRITE]
+        assert yardstick.bytes == 2 * array_bytes
+        assert math.isnan(yardstick.error)
+        for r in (r for who, r in rows.items() if who != READ_WRITE):
+            assert (r.shape, r.bytes, r.error >= 0) == (shape, arrays * array_bytes, True)
+            assert r.ratio_to_limit == pytest.approx(2 / arrays * r.median_ms / yardstick.median_ms)
+
+
+@pytest.fixture
+def forced_reads():
+    """The contenders without a compiler on two layers, and the parameters."""
+    vs = [torch.nn.Parameter(torch.randn(c.shape)) for c in EDM2_LAYERS]
+    return vs, forced.readers(vs, EDM2_LAYERS)
+
+
+def test_the_contenders_share_parameters_and_only_the_group_has_one_node(forced_reads):
+    vs, reads = forced_reads
+    assert {who: len({w.grad_fn for w in read()}) for who, read in reads.items()} == {
+        OURS: 2,
+        TORCH: 2,
+        FUSED: 1,
+    }
+    for read in reads.values():
+        with torch.no_grad():
+            torch._foreach_mul_(vs, 2.0)
+        read()
+        assert all(abs(v.square().mean() - 1) < 1e-3 for v in vs)
+
+
+class WrongGradient(torch.autograd.Function):
+    """Changes only the gradient of its input, in one row."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat([grad[:1] * 0.999, grad[1:]])
+
+
+def _scaled_row(w):
+    return torch.cat([w[:1] * 0.999, w[1:]])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"), [(_scaled_row, "w"), (WrongGradient.apply, "grad_v"), (None, "v")]
+)
+def test_published_code_that_is_wrong_in_one_row_is_refused(wrong, what, monkeypatch):
+    right = forced.edm2_weights
+
+    def weights(vs):
+        found = right(vs)
+        if wrong is None:
+            vs[-1].data[0].mul_(0.999)  # unseen by autograd
+            return found
+        return [*found[:-1], wrong(found[-1])]
+
+    monkeypatch.setattr(forced, "edm2_weights", weights)
+    with pytest.raises(VerificationError, match=rf"torch, here, layer 1: {what} is wrong"):
+        run_forced()
+
+
+def test_the_published_code_of_forced_weights_runs_compiled_too(fresh_compiler):
+    forward, both = run_forced(plan=dataclasses.replace(PLAN, normalize_compiled=True))
+    assert forward[TORCH + COMPILED].error >= 0
+    assert TORCH + COMPILED not in both
+
+
+def test_smaller_runs_name_their_part_of_edm2():
+    titles = {
+        size: [job.title for job in forced.jobs(size, WHERE, pytest.fail)]
+        for size in (QUICK, DEFAULT, FULL)
+    }
+    assert {t[0] for t in titles.values()} == {"forced one layer of EDM2-S"}
+    assert [t[1] for t in titles.values()] == [
+        "forced EDM2-S, 1 layer in 16",
+        "forced EDM2-S, 1 layer in 4",
+        "forced EDM2-S",
+    ]
+
+
 def printed(show, *rows):
     out = io.StringIO()
     show(Console(file=out, width=200), [r for found in rows for r in found])
@@ -140,7 +240,7 @@ TIMES = {OURS: 2.0, TORCH: 8.0, TORCH + COMPILED: 3.0, READ_WRITE: 1.0}
 
 def test_the_table_compares_with_the_best_other():
     rows = [
-        measured("normalize", ms, label=label, limit=READ_WRITE)
+        measured("normalize", ms, label=label, phase=IN_PLACE, limit=READ_WRITE)
         for label, ms in (("set", TIMES), ("whole", {**TIMES, FOREACH: 1.0}))
     ]
     table = {cells[1]: cells[3:] for cells in printed(report.print_results, *rows) if cells[1:]}
@@ -150,6 +250,15 @@ def test_the_table_compares_with_the_best_other():
     of_whole = table["whole"]
     assert of_whole[medians] == ["2.00", "8.00", "1.00", "3.00", "1.00"]
     assert of_whole[5:7] == ["0.50", "2.00"]
+
+
+def test_the_table_of_forced_weights_compares_the_group():
+    times = {OURS: 4.0, FUSED: 2.0, TORCH: 8.0, TORCH + COMPILED: 3.0, READ_WRITE: 1.0}
+    faults = {FUSED: 5.0, TORCH: 70.0}
+    rows = measured("normalize", times, label="set", phase=FORCED, limit=READ_WRITE, faults=faults)
+    (cells,) = [c for c in printed(report.print_results, rows) if "set" in c]
+    assert cells[3:8] == ["4.00", "2.00", "8.00", "3.00", "1.00"]
+    assert [cells[8], cells[9], cells[11]] == ["1.50", "1.33", "70 / 5"]
 
 
 def test_whoever_is_faster_makes_a_loss():

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .. import native
 from ..census import OURS, TORCH, TORCH_HOOK, NormedParameter, normed_in, stacked_in
-from ..forced_layers import forced_lists
+from ..forced_layers import forced_in
 from ..lost_writes import end_watches
 from ..parametrization import WeightNormList
 from ..problem import check_module
@@ -253,8 +253,7 @@ def _weights(model: nn.Module) -> list[tuple[str, NormedList, list[nn.Module]]]:
                 others.add(f"{normed.kind} {why or 'registered as a parametrization by hand'}")
                 continue
             candidates[normed.path] = weights
-        for name, forced in forced_lists(module).items():
-            candidates[f"{path}.{name}" if path else name] = forced
+        candidates |= {forced.path: forced.weights for forced in forced_in(module, path)}
     found = []
     for path, weights in candidates.items():
         if weights.owner is not None and weights.owner.is_group:
