@@ -78,7 +78,7 @@ def change_of_w(model: nn.Module) -> float:
         with torch.no_grad():
             wnkernel.normalize_(layer.parametrizations.weight.original1, norm=1.0)
         exponent = torch.frexp(w.flatten(1).abs().amax(1)).exponent - 1
-        unit = torch.ldexp(torch.tensor(torch.finfo(w.dtype).eps), exponent)
+        unit = torch.finfo(w.dtype).eps * 2.0**exponent
         change = (layer.weight.detach() - w).flatten(1).abs().amax(1) / unit
         worst = max(worst, change.max().item())
     return worst

@@ -230,8 +230,8 @@ def test_w_starts_half_a_page_from_v(offset, dtype):
         assert w.data_ptr() % LINE == 0
 
 
-@pytest.mark.parametrize("offset_of_grad", OFFSETS)
-@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("offset_of_grad", OFFSETS[::2])
+@pytest.mark.parametrize("offset", OFFSETS[::2])
 def test_grad_v_starts_apart_from_both_inputs(offset, offset_of_grad):
     """Halfway along the longer way around the page from one to the other."""
     v, grad_w = placed(offset), placed(offset_of_grad)

@@ -82,9 +82,7 @@ SHAPES = {
 """Of a weight and of an input."""
 
 
-def pair(
-    *shape: int, dtype: torch.dtype = torch.float64, **options: float
-) -> tuple[MPConv, Layer]:
+def pair(*shape: int, dtype: torch.dtype = torch.float64, **options: float) -> tuple[MPConv, Layer]:
     """A layer of the formulas and one of ours, with equal weights, one of them far too large."""
     plain, ours = MPConv(*shape, **options).to(dtype), Layer(*shape, **options).to(dtype)
     with torch.no_grad():

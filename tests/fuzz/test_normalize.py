@@ -12,9 +12,9 @@ from wnkernel import normalize_
 from wnkernel.backends import BACKENDS
 
 from .. import reference
+from ..normalize.expected import assert_norms, scaled
 from . import cases
 from .weights import Weight, weights
-from ..normalize.expected import assert_norms, scaled
 
 HERE = torch.empty(0, device="cpu")
 RUN = [name for name in ("cpu", "eager") if not BACKENDS[name].reasons(HERE)]

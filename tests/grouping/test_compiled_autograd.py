@@ -47,8 +47,9 @@ def gradients(m: Net, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor
     return [p.grad for p in m.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("forward", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("forward", "compiler"), [*(("eager", name) for name in COMPILERS), ("compiled", "aot_eager")]
+)
 @pytest.mark.parametrize("fused", [False, True])
 def test_training(route, fused, forward, compiler):
     """Parameters change between the steps, and the graph is compiled once."""

@@ -63,6 +63,11 @@ def test_long_run(tmp_path: Path) -> None:
     assert "killed 1 times, and the same to the last bit" in printed
 
 
+def test_drift(tmp_path: Path) -> None:
+    printed = shown("drift", tmp_path, "drift.png")
+    assert "times the first if free, 1.000000 if kept" in printed
+
+
 def test_tcn(tmp_path: Path) -> None:
     printed = shown("tcn", tmp_path, "tcn.png")
     assert "fused and not fused learn the same, to the last bit" in printed

@@ -45,7 +45,6 @@ COMBINATIONS = {
     ("cuda90", "float32"): ALL,
     ("cuda90", "mixed"): ALL,
     ("gfx942", "float32"): ALL,
-    ("cuda90", "bfloat16"): ROWS_ONLY,
     ("cuda80", "float16"): ROWS_ONLY,
     ("cuda100", "bfloat16"): ROWS_ONLY,
     ("cuda90", "float64"): ROWS_ONLY,
