@@ -25,6 +25,7 @@ FUSED = "fused"  # wnkernel after ``fuse(model)``: one launch computes all weigh
 VERSION = "fused, version"  # ``reuse="version"``, with parameters that change in every iteration.
 UNCHANGED = "fused, version, unchanged"  # The same, but weights are read and not computed again.
 READ_WRITE = "one read, one write"  # The yardstick in place: it multiplies all tensors by 1.
+LEAST = "least traffic"  # The yardstick of forced weights: plain passes over the same bytes.
 FOREACH = "torch foreach"  # torch's functions for lists of tensors.
 PLAIN = "no weight norm"  # The same model with folded weights.
 COMPILED = ", compiled"  # The name of a contender gets this suffix after torch.compile.

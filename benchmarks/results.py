@@ -16,7 +16,7 @@ import torch
 
 from wnkernel.cli.timing import Times
 
-from .contenders import COPY, READ_WRITE, TORCH, UNCHANGED
+from .contenders import COPY, TORCH, UNCHANGED
 from .environment import Environment
 from .shapes import LayerCase, dtype_text, shape_text
 
@@ -38,8 +38,7 @@ FORCED_BACKWARD = "forced, forward+backward"
 ARRAYS = {FORWARD: 2, READ: 3, FORWARD_BACKWARD: 5, ALONE: 5}
 ARRAYS |= {IN_PLACE: 2, FORCED: 3, FORCED_BACKWARD: 6}
 COPY_ARRAYS = 2
-# An unchanged group runs only its backward.
-CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, READ_WRITE: COPY_ARRAYS, UNCHANGED: 3}
+CONTENDER_ARRAYS = {COPY: COPY_ARRAYS, UNCHANGED: 3}  # An unchanged group runs only its backward.
 NAN = float("nan")
 
 
@@ -101,7 +100,7 @@ class Result:
     gb_per_s: float = NAN
     ratio_to_torch: float = NAN  # torch's median divided by this one: above 1 is faster.
     # This median over the time of a ``copy_`` of as many bytes; in case "normalize", of a product
-    # in place.
+    # in place or of plain passes.
     ratio_to_limit: float = NAN
     error: float = NAN  # The largest relative error against float64, from before the timing.
     compile_s: float = NAN  # The seconds of the first call of a compiled contender.
@@ -126,13 +125,13 @@ def rows(
 ) -> list[Result]:
     """Return one row per contender of a measurement of time, with errors from before the timing and
     the seconds of first calls. ``arrays`` is the traffic, if it is not that of :data:`ARRAYS`.
-    ``limit`` is the contender with the traffic of a copy that the others are held against."""
+    ``limit`` is the contender that the others are held against."""
     arrays = ARRAYS.get(subject.phase) if arrays is None else arrays
     copy_ms, torch_ms = (stats[who].median_ms if who in stats else NAN for who in (limit, TORCH))
     out = []
     for who, times in stats.items():
         own_arrays = CONTENDER_ARRAYS.get(who, arrays) or NAN
-        limit_ms = copy_ms * own_arrays / COPY_ARRAYS
+        limit_ms = copy_ms * own_arrays / (CONTENDER_ARRAYS.get(limit, arrays) or NAN)
         measured = asdict(times) | {
             "bytes": float(own_arrays * subject.array_bytes),
             "gb_per_s": own_arrays * subject.array_bytes / times.median_ms / 1e6,

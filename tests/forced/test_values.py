@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.utils import parametrize
 
-import wnkernel
 from wnkernel import ForcedWeightNorm
 
 from .. import reference

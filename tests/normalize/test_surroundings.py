@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import wnkernel
-from wnkernel import normalize_, normalizing, norms_of
+from wnkernel import constants, normalize_, normalizing, norms_of
 from wnkernel.backends import BACKENDS
 
 from .. import reference
@@ -150,17 +150,17 @@ def test_the_backend_that_was_asked_for_computes(
 def test_constants_are_made_once_and_do_not_pile_up(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(normalizing, "_constants", {})
-    monkeypatch.setattr(normalizing, "_KEPT", 2)
+    monkeypatch.setattr(constants, "_kept", {})
+    monkeypatch.setattr(constants, "KEPT", 2)
     x = randn(SHAPE)
     for r in (1.0, 1.0, 2.0, 2.0):
         assert_normalizes(x, 0, r)
-    kept = dict(normalizing._constants)
+    kept = dict(constants._kept)
     assert len(kept) == 2
     assert_normalizes(x, 0, 1.0)
-    assert all(normalizing._constants[key] is t for key, t in kept.items())
+    assert all(constants._kept[key] is t for key, t in kept.items())
     assert_normalizes(x, 0, 3.0)
-    assert len(normalizing._constants) == 1
+    assert len(constants._kept) == 1
     assert_normalizes(x.to(torch.float64), 0, 3.0)
     assert_normalizes(x.t().contiguous(), 0, 3.0)
 
@@ -225,7 +225,7 @@ def test_a_function_mode_sees_one_call(route: str) -> None:
 
 def test_inference_mode(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept there, constants and norms, serves outside, too."""
-    monkeypatch.setattr(normalizing, "_constants", {})
+    monkeypatch.setattr(constants, "_kept", {})
     x = randn(SHAPE)
     with torch.inference_mode():
         y = randn(SHAPE)

@@ -13,7 +13,7 @@ from benchmarks.environment import ROOT
 TESTS = ROOT / "tests"
 
 FIRST = (
-    *(f"gpu/test_on_gpus_{name}.py" for name in ("bits", "streams", "graphs")),
+    *(f"gpu/test_on_gpus_{name}.py" for name in ("bits", "in_place", "streams", "graphs")),
     *(f"core/test_{name}.py" for name in ("values", "gradients", "lists", "norms")),
     *("core/test_norms_of_v.py", "core/test_determinism.py", "grouping/test_launches.py"),
     *("grouping/test_autograd.py", "grouping/test_modes.py", "models/test_layer.py"),
