@@ -113,12 +113,13 @@ def over_bounds(v: Variant, spilled_bytes: int = 0) -> Iterator[str]:
 def needed(v: Variant, tile: Tile) -> dict[str, Counter[int]]:
     """A thread's loads and stores of v and w, or of v, grad_w and grad_v, and of how many bytes: as
     wide as can be for v, and as many elements of w. Rows over many tiles are read twice, unless
-    their sums are there."""
+    their sums are there. A forward stores v in case that norms are forced."""
     read = [v.types.v] if v.direction == "forward" else [v.types.v, v.types.w]
-    written = v.types.w if v.direction == "forward" else v.types.v
+    written = [v.types.v, v.types.w] if v.direction == "forward" else [v.types.v]
     times = 1 if tile.kind is Kind.ROWS or v.finish else 2
     found: dict[str, Counter[int]] = {"loads": Counter(), "stores": Counter()}
-    for accesses, dtype in [*(("loads", dtype) for dtype in times * read), ("stores", written)]:
+    each = *(("loads", dtype) for dtype in times * read), *(("stores", dtype) for dtype in written)
+    for accesses, dtype in each:
         width = min(v.types.vector * dtype.itemsize, VECTOR_BYTES)
         found[accesses][width] += tile.lines * tile.columns // THREADS * dtype.itemsize // width
     return found

@@ -111,9 +111,28 @@ class TritonBackend:
                 Then each norm has its own memory, because norms leave the package, and no
                 allocated memory is kept after the call.
         """
+        return self._forward(problems, (), apart)
+
+    def forced(
+        self, problems: Sequence[Problem], forced: Sequence[float], *, apart: bool = False
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Force norms, and return w and norm of every problem, in one launch.
+
+        With ``forced`` > 0, v becomes ``forced * v / n`` in place, where n is that of a weight norm
+        (csrc/weight_norm.h); such a v must be dense. w and norm are those of the new v before it is
+        rounded. With 0, v stays. A row of zeros stays too, and its w is 0 even if eps is 0. The
+        rest is as in :meth:`weights`.
+        """
+        found = self._forward(problems, forced, apart)
+        _count_writes([p.v for p, norm in zip(problems, forced, strict=True) if norm])
+        return found
+
+    def _forward(
+        self, problems: Sequence[Problem], forced: Sequence[float], apart: bool
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
         if not problems:
             return [], []
-        many, prepared = self._ready(Problems.of(problems))
+        many, prepared = self._ready(Problems.of(problems), forced)
         with guard(prepared.device):
             w = prepared.like_v.make(prepared.allocate, prepared.w_dtypes)
             columns = [list(map(_address, column)) for column in (many.v, many.g, w)]
@@ -146,9 +165,7 @@ class TritonBackend:
                 addresses = group.of([v, g, v, norm])
                 batch = group.batch(FORWARD, addresses[0])
                 self._launcher.launch(batch, addresses, {"v": many.v, "g": many.g})
-        for p in problems:
-            if not p.v.is_inference():
-                torch.autograd.graph.increment_version(p.v)
+        _count_writes([p.v for p in problems])
         for k in prepared.empty:
             norms[k].zero_()
         self._used.add(prepared.device)
@@ -191,7 +208,9 @@ class TritonBackend:
         v, g = list(map(_address, many.v)), list(map(_address, many.g))
         dtypes = [t.dtype for t in grad_ws]
         if not (isinstance(norms, Norms) and norms.are_of(many, v, g, dtypes)):
-            many = Problems(many.v, many.g, forms=many.forms_now(dtypes))
+            each = zip(many.options, dtypes, strict=True)
+            options = [(dim, eps, dtype) for (dim, eps, _), dtype in each]
+            many = Problems(many.v, many.g, options)
         asked = many
         many, prepared = self._ready(many)
         if many is not asked:
@@ -235,15 +254,15 @@ class TritonBackend:
 
         return {"launched": variants.launched(), "at_most_per_dtypes": variants.most()}
 
-    def _ready(self, many: Problems) -> tuple[Problems, Prepared]:
+    def _ready(self, many: Problems, forced: Sequence[float] = ()) -> tuple[Problems, Prepared]:
         """Return the weights, with copies of any v and g that kernels cannot read in place."""
-        prepared = self._launcher.prepared(many)
+        prepared = self._launcher.prepared(many, forced)
         if prepared.is_ready:
             return many, prepared
         v = [dense("v", t) for t in many.v]
         g = [dense("g", t).contiguous() for t in many.g]
         many = Problems(v, g, many.options)
-        return many, self._launcher.prepared(many)
+        return many, self._launcher.prepared(many, forced)
 
     @cached_property
     def _launcher(self) -> Launcher:
@@ -252,6 +271,13 @@ class TritonBackend:
         # If two threads get here at once, both must take the same launcher: captured graphs use its
         # memory, so no launcher may be dropped.
         return vars(self).setdefault("_launcher", Launcher())
+
+
+def _count_writes(written: Sequence[Tensor]) -> None:
+    """Tell autograd that kernels have written to tensors."""
+    for t in written:
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
 
 
 def _ordered(

@@ -1,9 +1,11 @@
-"""The work of one program of the Triton kernels: w = g * v / max(norm, eps) and its derivative.
+"""The work of one program of the Triton kernels: w = g * v / n and its derivative, where n is
+max(norm, eps), or norm - eps if eps is negative (csrc/weight_norm.h).
 
-The forward reads v and writes w. The backward reads v and grad_w, and writes grad_v. If a row does
-not fit into a line of one tile, the inputs are read twice. Without the help of a cache that is 1.5
-times the traffic in the forward and 1.67 times in the backward. Lines whose size is no multiple of
-16 bytes are slow too, because a thread accesses one element at a time.
+The forward reads v and writes w, and v if its norms are forced. The backward reads v and grad_w,
+and writes grad_v. If a row does not fit into a line of one tile, the inputs are read twice. Without
+the help of a cache that is 1.5 times the traffic in the forward and 1.67 times in the backward.
+Lines whose size is no multiple of 16 bytes are slow too, because a thread accesses one element at a
+time.
 
 If a sum of squares leaves the safe range of floats, the rows are multiplied by a power of two,
 ``unit``, before they are squared. The backward divides by the stored norm, so a norm must be a
@@ -88,27 +90,95 @@ def _divisor(norm, rows, V: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def _bounded(norm, eps):
+    """Return n for a norm. A bound is never negative, so a negative eps is one to add."""
+    return tl.where(eps < 0.0, norm - eps, tl.where(norm < eps, eps, norm))
+
+
+@triton.jit
+def _ratio(a, b):
+    """Return a / b. GPUs may round a quotient of equal numbers to something else than 1, but w must
+    be v if g is the norm."""
+    return tl.where(a == b, 1.0, a / b)
+
+
+@triton.jit
 def _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V: tl.constexpr, G: tl.constexpr):
     """Compute norms from ``squares``, which are multiplied by ``unit`` squared, and store them.
 
-    Return two factors whose product is g / n, where n is max(norm, eps), to multiply v with one
-    after the other. They are g / n and 1 if g / n is a normal number, else 1 / n and g if 1 / n is
-    one, and else the unit and the rest of g / n."""
+    Return two factors whose product is g / n, to multiply v with one after the other. They are
+    g / n and 1 if g / n is a normal number, else 1 / n and g if 1 / n is one, and else the unit and
+    the rest of g / n."""
     norm = tl.sqrt(squares)
     true_norm = tl.where(unit == 1.0, norm, norm / unit)
     tl.store(p, true_norm, mask=mask)
     eps = _float(eps_bits, norm.dtype)
-    clamped = true_norm < eps
-    held = _divisor(true_norm, rows, V, G)
-    n = tl.where(held < eps, eps, held)
-    # GPUs may round a quotient of equal numbers to something else than 1, but w must be v if g is
-    # the norm.
-    ratio, inverse = tl.where(scale == n, 1.0, scale / n), 1.0 / n
+    n = _bounded(_divisor(true_norm, rows, V, G), eps)
+    ratio, inverse = _ratio(scale, n), 1.0 / n
     has_ratio = _is_normal(n) & _is_normal(ratio)
     has_inverse = _is_normal(n) & _is_normal(inverse)
-    rest = scale / tl.where(clamped, eps * unit, norm)
+    bound = eps * unit
+    rest = scale / tl.where(eps < 0.0, norm - bound, tl.where(true_norm < eps, bound, norm))
     a = tl.where(has_ratio, ratio, tl.where(has_inverse, inverse, unit))
     return a, tl.where(has_ratio, 1.0, tl.where(has_inverse, scale, rest))
+
+
+@triton.jit
+def _force_norm(
+    p, mask, squares, unit, scale, rows, eps_bits, forced_bits, V: tl.constexpr, G: tl.constexpr
+):
+    """Compute the norms of the new v if norms are forced, and store them. Return two factors that
+    make the new v of v, and one that makes w of the new v.
+
+    Everything is in units of the row, so an eps of 2^38 or more is infinite for a tiny row. A row
+    of zeros stays. More cases would take registers that the other branch does not need."""
+    norm = tl.sqrt(squares)
+    eps, forced = _float(eps_bits, norm.dtype), _float(forced_bits, norm.dtype)
+    n = _bounded(norm, eps * unit)
+    b = forced / tl.where(n == 0.0, 1.0, n)
+    norm *= b
+    tl.store(p, norm, mask=mask)
+    n = _bounded(_divisor(norm, rows, V, G), eps)
+    return unit, b, scale / tl.where(n == 0.0, 1.0, n)
+
+
+@triton.jit
+def _factors(
+    p, mask, squares, unit, scale, rows, eps_bits, forced_bits, V: tl.constexpr, G: tl.constexpr
+):
+    """Store norms, and return three factors of w, to multiply v with one after the other. The first
+    two make the new v if norms are forced; otherwise the third is 1."""
+    if forced_bits != 0:
+        a, b, c = _force_norm(p, mask, squares, unit, scale, rows, eps_bits, forced_bits, V, G)
+    else:
+        a, b = _finish_norm(p, mask, squares, unit, scale, rows, eps_bits, V, G)
+        c = tl.zeros_like(b) + 1.0
+    return a, b, c
+
+
+@triton.jit
+def _store_scaled(v, w, origin, offsets, x, a, b, c, forced_bits, mask, VECTOR: tl.constexpr):
+    """Store w for elements x of v, and also the new v if norms are forced. The factors are those of
+    _factors."""
+    x = x * a * b
+    store_at(w, origin, offsets, x * c, mask, VECTOR)
+    if forced_bits != 0:
+        # No forced norm is negative, so 0 is added. But the compiler does not know this, so that it
+        # keeps no addresses of v in registers.
+        store_at(v, origin + (forced_bits >> 63), offsets, x, mask, VECTOR)
+
+
+@triton.jit
+def _inverse_and_part(norm, eps):
+    """Return 1 / n, and by what s is multiplied along u in grad_v: 1 under a bound that is not
+    reached, 0 below it, and n / norm if eps is added. Where that overflows, as in rows of zeros,
+    u is too small to count."""
+    n = _bounded(norm, eps)
+    part = tl.where(norm < eps, 0.0, tl.zeros_like(norm) + 1.0)
+    if eps < 0.0:
+        part = n / norm
+        part = tl.where(part < float("inf"), part, 0.0)
+    return 1.0 / n, part
 
 
 @triton.jit
@@ -122,7 +192,7 @@ def _finish_ratio(scale, inverse):
 
 @triton.jit
 def forward_rows(
-    v, g, w, norm, eps_bits, strip, plan,
+    v, g, w, norm, eps_bits, forced_bits, strip, plan,
     LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Run a forward where each row is a line of one tile, which stays on chip."""
@@ -135,16 +205,16 @@ def forward_rows(
     if _any(unit != 1.0):
         squares = tl.sum((x * unit) * (x * unit), 1, keep_dims=True)
     scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-    a, b = _finish_norm(
-        norm + row, valid, squares, unit, scale, plan[0], eps_bits,
+    a, b, c = _factors(
+        norm + row, valid, squares, unit, scale, plan[0], eps_bits, forced_bits,
         v.dtype.element_ty, g.dtype.element_ty,
     )  # fmt: skip
-    store_at(w, origin, offsets, x * a * b, mask, VECTOR)
+    _store_scaled(v, w, origin, offsets, x, a, b, c, forced_bits, mask, VECTOR)
 
 
 @triton.jit
 def forward_tiles(
-    v, g, w, norm, partials, eps_bits, program, plan,
+    v, g, w, norm, partials, eps_bits, forced_bits, program, plan,
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
@@ -175,14 +245,14 @@ def forward_tiles(
             store_partial_sum(partials, program, 1, unit, 2, KIND, COLUMNS)
     if FINISH or split == 1:
         scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
-        a, b = _finish_norm(
-            norm + row, first & (chunk == 0), squares, unit, scale, rows, eps_bits,
+        a, b, c = _factors(
+            norm + row, first & (chunk == 0), squares, unit, scale, rows, eps_bits, forced_bits,
             v.dtype.element_ty, g.dtype.element_ty,
         )  # fmt: skip
         for tile in range(start, end):
             origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
             x = load(v, origin, offsets, mask, ACC, VECTOR)
-            store_at(w, origin, offsets, x * a * b, mask, VECTOR)
+            _store_scaled(v, w, origin, offsets, x, a, b, c, forced_bits, mask, VECTOR)
 
 
 @triton.jit
@@ -190,18 +260,15 @@ def backward_rows(
     grad_w, v, g, norm, grad_v, grad_g, eps_bits, strip, want_v, want_g, plan,
     LINES: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Run a backward where each row is a line of one tile. With n = max(norm, eps) and u = v / n:
-    grad_g = s = <grad_w, u> and grad_v = (g / n) (grad_w - u s). The term u s is absent where the
-    norm is below eps."""
+    """Run a backward where each row is a line of one tile. With u = v / n: grad_g = s = <grad_w, u>
+    and grad_v = (g / n) (grad_w - u s part); _inverse_and_part says what part is."""
     ACC: tl.constexpr = norm.dtype.element_ty
     row, valid, _ = rows_of(strip, plan, ROWS, LINES, COLUMNS)
     origin, offsets, mask = tile_of(0, strip, plan, ROWS, LINES, COLUMNS, VECTOR)
     u = load(v, origin, offsets, mask, ACC, VECTOR)
     grad = load(grad_w, origin, offsets, mask, ACC, VECTOR)
-    n = tl.load(norm + row, mask=valid, other=1.0)
-    eps = _float(eps_bits, ACC)
-    clamped = n < eps
-    inverse = 1.0 / tl.where(clamped, eps, n)
+    length = tl.load(norm + row, mask=valid, other=1.0)
+    inverse, part = _inverse_and_part(length, _float(eps_bits, ACC))
     u *= inverse
     s = tl.sum(grad * u, 1, keep_dims=True)
     if want_g:
@@ -209,7 +276,7 @@ def backward_rows(
     if want_v:
         scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
         a, b = _finish_ratio(scale, inverse)
-        along = tl.where(clamped, 0.0, s)
+        along = tl.where(part == 0.0, 0.0, s * part)
         store_at(grad_v, origin, offsets, (grad - u * along) * a * b, mask, VECTOR)
 
 
@@ -227,10 +294,8 @@ def backward_tiles(
         p, there = partial_sums(partials, strip, split, 0, 1, KIND, COLUMNS)
         s = tl.sum(tl.load(p, mask=there, other=0.0), 1)
     row, valid, first = rows_of(strip, plan, KIND, LINES, COLUMNS)
-    n = tl.load(norm + row, mask=valid, other=1.0)
-    eps = _float(eps_bits, ACC)
-    clamped = n < eps
-    inverse = 1.0 / tl.where(clamped, eps, n)
+    length = tl.load(norm + row, mask=valid, other=1.0)
+    inverse, part = _inverse_and_part(length, _float(eps_bits, ACC))
     if not FINISH:
         sums = tl.zeros([LINES, COLUMNS], ACC)
         for tile in range(start, end):
@@ -246,7 +311,7 @@ def backward_tiles(
         if want_v:
             scale = widen(tl.load(g + row, mask=valid, other=0.0), ACC)
             a, b = _finish_ratio(scale, inverse)
-            along = tl.where(clamped, 0.0, s)
+            along = tl.where(part == 0.0, 0.0, s * part)
             for tile in range(start, end):
                 origin, offsets, mask = tile_of(tile, strip, plan, KIND, LINES, COLUMNS, VECTOR)
                 u = load(v, origin, offsets, mask, ACC, VECTOR) * inverse
@@ -257,17 +322,18 @@ def backward_tiles(
 
 @triton.jit
 def forward_program(
-    v, g, w, norm, partials, eps_bits, program, plan,
+    v, g, w, norm, partials, eps_bits, forced_bits, program, plan,
     KIND: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """Run one program of a forward, for a single weight as well as for a weight of a list."""
     if KIND == ROWS:
-        forward_rows(v, g, w, norm, eps_bits, program, plan, LINES, COLUMNS, VECTOR)
+        forward_rows(v, g, w, norm, eps_bits, forced_bits, program, plan, LINES, COLUMNS, VECTOR)
     else:
         forward_tiles(
-            v, g, w, norm, partials, eps_bits, program, plan, KIND, LINES, COLUMNS, VECTOR, FINISH
-        )
+            v, g, w, norm, partials, eps_bits, forced_bits, program, plan,
+            KIND, LINES, COLUMNS, VECTOR, FINISH,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -23,6 +23,7 @@ _BACKWARD_LINE = tl.constexpr(len(BACKWARD.columns))
 _FIRST = tl.constexpr(HEADER.index("first"))
 _PARTIALS = tl.constexpr(HEADER.index("partials"))
 _EPS = tl.constexpr(HEADER.index("eps_bits"))
+_FORCED = tl.constexpr(HEADER.index("forced_bits"))
 _ADDRESSES = tl.constexpr(len(HEADER))
 
 
@@ -61,9 +62,12 @@ def _line(table, line_of, LINE: tl.constexpr, FINISH: tl.constexpr):
     return line, tl.load(line), program - tl.load(line + _FIRST + FINISH)
 
 
-@triton.jit(do_not_specialize=["v", "g", "w", "norm", "partials", "eps_bits", *SIZES])
+@triton.jit(
+    do_not_specialize=["v", "g", "w", "norm", "partials", "eps_bits", "forced_bits", *SIZES]
+)
 def forward_one(
-    v: tl.int64, g: tl.int64, w: tl.int64, norm: tl.int64, partials: tl.int64, eps_bits: tl.int64,
+    v: tl.int64, g: tl.int64, w: tl.int64, norm: tl.int64, partials: tl.int64,
+    eps_bits: tl.int64, forced_bits: tl.int64,
     rows: tl.int64, inner: tl.int64, lines: tl.int64, pitch: tl.int64, strip_rows: tl.int64,
     width: tl.int64, numel: tl.int64, per_chunk: tl.int64, tiles: tl.int64, split: tl.int64,
     V: tl.constexpr, G: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr,
@@ -74,7 +78,8 @@ def forward_one(
     with FINISH 0."""
     forward_program(
         _pointer(v, V), _pointer(g, G), _pointer(w, W), _pointer(norm, ACC),
-        _pointer(partials, ACC), eps_bits.to(tl.int64), tl.program_id(0).to(tl.int64),
+        _pointer(partials, ACC), eps_bits.to(tl.int64), forced_bits.to(tl.int64),
+        tl.program_id(0).to(tl.int64),
         _long(rows, inner, lines, pitch, strip_rows, width, numel, per_chunk, tiles, split),
         KIND, LINES, COLUMNS, VECTOR, FINISH,
     )  # fmt: skip
@@ -121,7 +126,7 @@ def forward_list(
                     _pointer(tl.load(line + _ADDRESSES + 2), W),
                     _pointer(tl.load(line + _ADDRESSES + 3), ACC),
                     _pointer(partials, ACC) + tl.load(line + _PARTIALS),
-                    tl.load(line + _EPS), program, _sizes(line),
+                    tl.load(line + _EPS), tl.load(line + _FORCED), program, _sizes(line),
                     TILES[k][0], TILES[k][1], TILES[k][2],
                     VECTOR if TILES[k][3] else 1, FINISH,
                 )  # fmt: skip

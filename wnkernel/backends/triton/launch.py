@@ -6,20 +6,21 @@ addresses is prepared once for a list.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from operator import attrgetter, or_
+from operator import attrgetter, itemgetter, or_
 
 import torch
 from torch import Tensor
 
-from ...forms import Problems
+from ...forms import Form, Problems
 from ...problem import accumulation_dtype, bound_of, is_dense, row_view
 from ...streams import current_stream, is_capturing
 from . import variants
 from .arrays import Packed, Results, allocator, check_memory
 from .plan import VECTOR_BYTES, plan, tiles
-from .tables import Direction, Kept, Table, Uploads, Weight, bits_of, build, workspace
+from .tables import FORWARD, Direction, Kept, Table, Uploads, Weight, bits_of, build, workspace
 from .variants import Types
 
 PREPARED = 1024
@@ -31,7 +32,7 @@ BATCHES = 8
 direction and each pattern of addresses that are no multiples of 16 bytes. Gradients in flat buffers
 have many patterns."""
 
-_is_neg, _dtype = Tensor.is_neg, attrgetter("dtype")
+_is_neg, _dtype, _eps = Tensor.is_neg, attrgetter("dtype"), itemgetter(1)
 
 
 class Batch:
@@ -46,7 +47,8 @@ class Batch:
         self.table: Table | None = None
         """The table of a list; None for a single weight."""
         self.sizes: tuple[int, ...] = ()
-        """The arguments of a single weight's kernel after the addresses; empty for a list."""
+        """The arguments of a single weight's kernel after the addresses: the bits of eps and, in a
+        forward, of forced, and the sizes of the plan. Empty for a list."""
         if len(weights) > 1:
             self.table = table = build(weights, itemsize, direction)
             self.workspace = table.workspace
@@ -59,7 +61,8 @@ class Batch:
             (w,) = weights
             p = plan(w.outer, w.rows, w.inner, itemsize, w.vector)
             tile = tiles(itemsize)[p.tile]
-            self.sizes = bits_of(w.eps), *p[1:-1]
+            numbers = [bits_of(w.eps), *([bits_of(w.forced)] if direction is FORWARD else [])]
+            self.sizes = *numbers, *p[1:-1]
             self.workspace = workspace(p, itemsize, direction)
             self.launches = [
                 (variants.of_one(direction, t, tile, finish, device), p.programs)
@@ -70,13 +73,16 @@ class Batch:
 class Group:
     """The weights of a list that have the same dtypes."""
 
-    def __init__(self, types: Types, places: Sequence[int], many: Problems) -> None:
+    def __init__(
+        self, types: Types, places: Sequence[int], many: Problems, forced: Sequence[float]
+    ) -> None:
         self.types, self.places = types, places
         self._device = many.v[0].device
         options = many.options
         self._views = [row_view(many.v[k], options[k][0]) for k in places]
         acc = accumulation_dtype(self.types.v)
-        self._eps = [bound_of(options[k][1], acc) for k in places]
+        self._eps = [_bound(options[k][1], acc) for k in places]
+        self._forced = [forced[k] if forced else 0.0 for k in places]
         self._is_all = len(places) == len(many)
         self._batches: dict[tuple[object, ...], Batch] = {}
 
@@ -108,8 +114,8 @@ class Group:
 
     def _batch(self, direction: Direction, odd: Sequence[bool]) -> Batch:
         weights = [
-            Weight(view.outer, view.rows, view.inner, 1 if o else self.types.vector, eps)
-            for view, eps, o in zip(self._views, self._eps, odd, strict=True)
+            Weight(view.outer, view.rows, view.inner, 1 if o else self.types.vector, eps, forced)
+            for view, eps, forced, o in zip(self._views, self._eps, self._forced, odd, strict=True)
         ]
         return Batch(direction, self.types, weights, self._device)
 
@@ -118,7 +124,7 @@ class Prepared:
     """Everything about a list that does not depend on addresses: the results to allocate, and the
     groups of weights with the same dtypes."""
 
-    def __init__(self, many: Problems) -> None:
+    def __init__(self, many: Problems, forced: Sequence[float] = ()) -> None:
         self.device = many.v[0].device
         self.is_ready = all(map(_is_ready, many.v, many.g))
         """Whether kernels can read v and g in place, without copies."""
@@ -137,7 +143,8 @@ class Prepared:
                 places.setdefault(Types(*types), []).append(k)
             else:
                 self.empty.append(k)
-        self.groups = [Group(*group, many) for group in places.items()] if self.is_ready else []
+        ready = places.items() if self.is_ready else ()
+        self.groups = [Group(*group, many, forced) for group in ready]
 
     def is_of(self, v: Sequence[Tensor], g: Sequence[Tensor]) -> bool:
         """Return whether kernels can read v and g in place, and v and g have the sizes, strides and
@@ -151,6 +158,18 @@ class Prepared:
             and not any(map(_is_neg, v))
             and not any(map(_is_neg, g))
         )
+
+
+def _bound(eps: float, acc_dtype: torch.dtype) -> float:
+    """Return eps as kernels take it: neither a bound nor what is added to norms may vanish."""
+    return math.copysign(bound_of(abs(eps), acc_dtype), eps)
+
+
+def _forms_of_bounds(many: Problems) -> Sequence[Form]:
+    """Return the forms with the size of each eps. Forms are made by the checks of public functions,
+    which refuse a negative eps."""
+    options = [(dim, abs(eps), out_dtype) for dim, eps, out_dtype in many.options]
+    return Problems(many.v, many.g, options).forms
 
 
 def _is_ready(v: Tensor, g: Tensor) -> bool:
@@ -167,9 +186,18 @@ class Launcher:
         self._line_of = Kept()
         self._uploads = Uploads()
 
-    def prepared(self, many: Problems) -> Prepared:
-        """Return the prepared list, which is kept for the next call."""
-        return self._prepared.get(tuple(many.forms), lambda: Prepared(many))
+    def prepared(self, many: Problems, forced: Sequence[float] = ()) -> Prepared:
+        """Return the prepared list, which is kept for the next call.
+
+        Args:
+            many: the weights of the list.
+            forced: the norm that each v gets first, 0 if it stays; empty if all stay.
+        """
+        is_added = min(map(_eps, many.options)) < 0.0
+        key: object = tuple(_forms_of_bounds(many) if is_added else many.forms)
+        if is_added or any(forced):
+            key = key, tuple(eps < 0.0 for _, eps, _ in many.options), tuple(forced)
+        return self._prepared.get(key, lambda: Prepared(many, forced))
 
     def launch(
         self,

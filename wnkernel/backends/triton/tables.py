@@ -22,10 +22,10 @@ from torch import Tensor
 from ...streams import is_capturing
 from .plan import VECTOR_BYTES, Kind, Plan, plan, tiles
 
-HEADER = (*Plan._fields, "first", "first_to_finish", "partials", "eps_bits")
+HEADER = (*Plan._fields, "first", "first_to_finish", "partials", "eps_bits", "forced_bits")
 """The first columns of the tables of both directions. ``first`` and ``first_to_finish`` are the
 numbers of a weight's first program in the two launches. ``partials`` is the number of elements
-before the weight's partial sums in the workspace."""
+before the weight's partial sums in the workspace. A backward does not read ``forced_bits``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,7 @@ class Weight(NamedTuple):
     inner: int
     vector: int
     eps: float
+    forced: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +127,8 @@ def build(weights: Sequence[Weight], itemsize: int, direction: Direction) -> Tab
     first = first_to_finish = partials = 0
     for k in order:
         p = plans[k]
-        eps_bits = bits_of(weights[k].eps)
-        lines.append((*p, first, first_to_finish, partials, eps_bits, *no_addresses))
+        numbers = bits_of(weights[k].eps), bits_of(weights[k].forced)
+        lines.append((*p, first, first_to_finish, partials, *numbers, *no_addresses))
         first += p.programs
         first_to_finish += p.programs if p.split > 1 else 0
         partials += workspace(p, itemsize, direction)
