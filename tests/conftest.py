@@ -80,7 +80,8 @@ that is called from Python, and the interpreter takes 15 ms for a launch; on a G
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = [name for name in BACKENDS if name != "cuda" or torch.cuda.is_available()]
     folder, _, file = metafunc.module.__name__.rpartition(".")
-    is_left_out = folder.endswith((".forced", ".grouping", ".normalize")) and file not in INTERPRETED
+    of_lists = folder.endswith((".forced", ".grouping", ".normalize"))
+    is_left_out = of_lists and file not in INTERPRETED
     if is_left_out and not torch.cuda.is_available():
         names.remove("triton")
     for fixture, choices in (("backend", names), ("route", [*names, AUTO])):

@@ -165,3 +165,17 @@ def check(
     assert grad.dtype == v.dtype
     reference.assert_close("grad_v", grad, expected_gradient(v, grad_w, dim, gain, eps))
     return grad
+
+
+def check_both(
+    v: Tensor,
+    dim: int | None = 0,
+    gain: float = 1.0,
+    eps: float = EPS,
+    *,
+    grad_w: Tensor | None = None,
+) -> list[Tensor]:
+    """:func:`check` of an evaluation, and then of a training forward, which changes v."""
+    return [
+        check(v, dim, gain, eps, training=training, grad_w=grad_w) for training in (False, True)
+    ]

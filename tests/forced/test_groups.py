@@ -113,7 +113,7 @@ def assert_same_steps(model: nn.Module, twin: nn.Module, count: int = 3) -> None
         outputs = model(), twin()
         assert_same(*outputs)
         assert_same_tensors(parameters(model), parameters(twin))
-        for m, y, optimizer in zip((model, twin), outputs, optimizers, strict=True):
+        for y, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             y.square().sum().backward()
             optimizer.step()
@@ -134,10 +134,11 @@ def test_training_has_the_same_bits(backend: str, reuse: str, launched: list[int
 @both_modes
 def test_one_node_and_one_write(backend: str, reuse: str) -> None:
     model, twin, group = twins(reuse)
+    want = twin()
     with writes(model, 1), group.scope():
         found = weights(model)
         for _ in range(2):
-            assert_same(model(), twin())
+            assert_same(model(), want)
     assert len(found) == ALL
     assert len({w.grad_fn for w in found.values()}) == 1
     assert len({w.grad_fn for w in weights(twin).values()}) == ALL
@@ -230,16 +231,10 @@ def test_parts_in_evaluation(backend: str, launched: list[int]) -> None:
     model, twin, _ = twins()
     for m in (model, twin):
         m.front.eval()
-    before = parameters(model.front)
-    assert_same_steps(model, twin, 1)
+    with writes(model.front, 0), writes(model.back, 1):
+        assert_same(model(), twin())
     assert launched == [ALL]
-    v = "conv.parametrizations.weight.original"
-    model, twin, _ = twins()
-    for m in (model, twin):
-        m.front.eval()
-    before = parameters(model.front)
-    model()
-    assert_same(original(model.front.conv).detach(), before[v])
+    assert_same_steps(model, twin, 2)
 
 
 @both_modes
@@ -252,12 +247,9 @@ def test_scopes(backend: str, reuse: str, launched: list[int]) -> None:
             assert_same(model(), want)
             assert model.head.weight is w
     assert launched == [ALL]
-    with writes(model, 1):
-        assert model.head.weight is not w or reuse == "version"
+    again = 0 if reuse == "version" else 1
+    with writes(model.front, again), writes(model.back, again):
         model.front(), model.back()  # each is a scope of its own
-        if reuse == "version":
-            group.refresh()
-            model()
 
 
 @both_modes
@@ -301,8 +293,7 @@ def test_autocast(backend: str, reuse: str) -> None:
     x = torch.randn(2, 6)
     with torch.autocast("cpu", BF16), writes(model, 1):
         with group.scope():
-            for w in weights(model).values():
-                assert w.dtype == BF16
+            assert {w.dtype for w in weights(model).values()} == {BF16}
             assert len({w.grad_fn for w in weights(model).values()}) == 1
             y = model(x)
         want = twin(x)
@@ -342,9 +333,10 @@ def test_buckets(backend: str, cap: float, launches: int, reuse: str, launched: 
         y = model()
     assert len(launched) == launches
     assert sum(launched) == ALL
-    assert_same(y, twin())
-    y.square().sum().backward()
-    twin.zero_grad()
+    want = twin()
+    assert_same(y, want)
+    y.square().sum().backward(), want.square().sum().backward()
+    assert_same_tensors(gradients(model), gradients(twin))
 
 
 @both_modes
@@ -389,7 +381,8 @@ def test_removal_within_a_forward(backend: str) -> None:
     model, twin, group = twins()
     model.between = group.remove
     y, want = model(), twin()
-    torch.testing.assert_close(y, want)
+    assert_same(y[: model.front().numel()], want[: twin.front().numel()])
+    torch.testing.assert_close(y[-8:], want[-8:], rtol=1e-5, atol=1e-5)  # the head
 
 
 @both_modes
@@ -404,8 +397,13 @@ def test_copies(backend: str, reuse: str, launched: list[int]) -> None:
         y = copied()
     assert launched == [ALL]
     assert_same_tensors(parameters(model), before)
-    assert_same(y, copy.deepcopy(twin)())
-    assert_same_steps(copied, twin) if reuse == "forward" else None
+    assert_same(y, twin())
+    group.remove()
+    for m in (copied, twin):
+        for v in m.parameters():
+            v.data.mul_(2)
+    WeightNormGroup.of(copied).refresh()
+    assert_same_steps(copied, twin)
 
 
 def test_layers_beside_a_group_that_is_theirs_alone(backend: str) -> None:
@@ -413,7 +411,7 @@ def test_layers_beside_a_group_that_is_theirs_alone(backend: str) -> None:
     layer = forced_weight_norm(nn.Linear(4, 3))
     group = wnkernel.fuse(layer)
     assert group.layers == ["weight"]
-    with pytest.raises(RuntimeError, match="expected layers outside any group, got '0.weight'"):
+    with pytest.raises(RuntimeError, match=r"expected layers outside any group, got '0\.weight'"):
         wnkernel.fuse(nn.Sequential(layer))
 
 
@@ -429,7 +427,9 @@ def test_loading_into_a_group(backend: str) -> None:
 
 
 def test_a_removed_forced_norm_leaves_the_others(backend: str) -> None:
-    model, twin, group = twins()
+    model, twin = Net(), Net()
+    twin.load_state_dict(model.state_dict())
+    group = wnkernel.fuse(model)
     for m in (model, twin):
         m.eval()
         parametrize.remove_parametrizations(m.head, "weight")
@@ -482,15 +482,14 @@ def test_evaluations_of_several_threads_at_once(backend: str) -> None:
 
 @layers_in_graphs
 @pytest.mark.usefixtures("fresh_compiler")
-@both_modes
-def test_compiled(reuse: str, launched: list[int]) -> None:
+def test_compiled(launched: list[int]) -> None:
     """A graph computes each weight by itself, and forces it once per call."""
 
     def build() -> nn.Module:
-        layers = (forced_weight_norm(nn.Linear(4, 4, dtype=F64)) for _ in range(2))
-        return nn.Sequential(*layers, weight_norm(nn.Linear(4, 2, dtype=F64)))
+        layer = forced_weight_norm(nn.Linear(4, 4, dtype=F64))
+        return nn.Sequential(layer, weight_norm(nn.Linear(4, 2, dtype=F64)))
 
-    model, twin, _ = twins(reuse, build)
+    model, twin, _ = twins("version", build)
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 4, dtype=F64)
     for training in (True, True, False):

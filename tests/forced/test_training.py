@@ -18,7 +18,7 @@ from . import edm2
 from .edm2 import Layer, MPConv, original
 
 F32, F64 = torch.float32, torch.float64
-STEPS = 40
+STEPS = 30
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -78,13 +78,14 @@ def denoiser(make: type[MPConv], dtype: torch.dtype = F64) -> Denoiser:
 
 
 def train(model: Denoiser, steps: int = STEPS) -> list[float]:
-    """The loss of every step, with EDM2's optimizer and decay of the learning rate."""
-    random = torch.Generator("cpu").manual_seed(5)
+    """The loss of every step, with EDM2's optimizer and decay of the learning rate, on two batches
+    in turns."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02, betas=(0.9, 0.99))
     dtype = model.out_gain.dtype
     losses = []
     model.train()
     for k in range(steps):
+        random = torch.Generator("cpu").manual_seed(k % 2)
         for group in optimizer.param_groups:
             group["lr"] = 0.02 / math.sqrt(max(k / 10, 1))
         y, noise = (torch.randn(4, 2, 6, 6, generator=random, dtype=F64) for _ in range(2))
@@ -115,7 +116,7 @@ def test_losses_in_float64(backend: str, how: str) -> None:
         wnkernel.fuse(model, reuse=how)
     got = train(model)
     assert got == pytest.approx(want, rel=1e-9)
-    assert want[-1] < 0.8 * want[0]  # it learns something
+    assert sum(want[-10:]) < 0.85 * sum(want[:10])  # it learns something
     state = model.state_dict()
     for name, p in plain.state_dict().items():
         torch.testing.assert_close(state[name], p, rtol=1e-6, atol=1e-8)

@@ -208,9 +208,7 @@ class TritonBackend:
         v, g = list(map(_address, many.v)), list(map(_address, many.g))
         dtypes = [t.dtype for t in grad_ws]
         if not (isinstance(norms, Norms) and norms.are_of(many, v, g, dtypes)):
-            each = zip(many.options, dtypes, strict=True)
-            options = [(dim, eps, dtype) for (dim, eps, _), dtype in each]
-            many = Problems(many.v, many.g, options)
+            many = Problems(many.v, many.g, forms=many.forms_now(dtypes))
         asked = many
         many, prepared = self._ready(many)
         if many is not asked:
