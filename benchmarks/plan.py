@@ -56,7 +56,7 @@ class Plan:
     normalize_budget_s: float = _sizes(0.8, 3.0, 12.0)
     # Whether the published loop runs compiled, too. That takes up to half a minute for each set.
     normalize_compiled: bool = _sizes(False, True, True)
-    forced_every: int = _sizes(16, 4, 1)  # Take every n-th layer of EDM2-S.
+    forced_every: int = _sizes(32, 4, 1)  # Take every n-th layer of EDM2-S.
     memory_phases: int = _sizes(1, 2, 2)  # How many of the phases training and no_grad to run.
 
 

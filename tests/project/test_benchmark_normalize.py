@@ -223,7 +223,7 @@ def test_smaller_runs_name_their_part_of_edm2():
     }
     assert {t[0] for t in titles.values()} == {"forced one layer of EDM2-S"}
     assert [t[1] for t in titles.values()] == [
-        "forced EDM2-S, 1 layer in 16",
+        "forced EDM2-S, 1 layer in 32",
         "forced EDM2-S, 1 layer in 4",
         "forced EDM2-S",
     ]
