@@ -61,17 +61,17 @@ def forced(p: Problem, norm: float) -> tuple[Tensor, Tensor]:
     before it was rounded to its dtype. A row of zeros stays. Nothing may record gradients."""
     v = p.v.to(p.acc_dtype)
     old = norm_except_dim(v, p.dim).reshape(p.g.shape)
-    scale = norm / _nonzero(divided_by(old, p))
+    scale = norm / _nonzero(divided_by(old, p.bound))
     v, new = v * scale, old * scale
     p.v.copy_(v)
-    w = v * (p.g.to(p.acc_dtype) / _nonzero(divided_by(new, p)))
+    w = v * (p.g.to(p.acc_dtype) / _nonzero(divided_by(new, p.bound)))
     return w.to(p.out_dtype), new
 
 
-def divided_by(norm: Tensor, p: Problem) -> Tensor:
-    """What rows with these norms are divided by: ``max(norm, eps)``, or ``norm - eps`` if eps is
-    negative."""
-    return norm - p.eps if p.eps < 0 else norm.clamp_min(p.bound)
+def divided_by(norm: Tensor, bound: float) -> Tensor:
+    """What rows with these norms are divided by, given :attr:`Problem.bound`: the larger of both,
+    or ``norm - bound`` if the bound is negative."""
+    return norm - bound if bound < 0 else norm.clamp_min(bound)
 
 
 def _nonzero(divisor: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def normalize_(v: Tensor, g: Tensor | float, dim: int, eps: float) -> Tensor:
     acc = accumulation_dtype(v.dtype)
     x = v.to(acc)
     norm = norm_except_dim(x, dim)
-    v.copy_(x / _nonzero(norm.clamp_min(bound_of(eps, acc))) * g)
+    v.copy_(x / _nonzero(divided_by(norm, bound_of(eps, acc))) * g)
     return norm
 
 
@@ -161,7 +161,7 @@ def gradients(p: Problem, norm: Tensor, grad_w: Tensor) -> tuple[Tensor, Tensor]
     """
     acc = p.acc_dtype
     v, g, grad_w, norm = (t.to(acc) for t in (p.v, p.g, grad_w, norm))
-    n = divided_by(norm, p)
+    n = divided_by(norm, p.bound)
     inverse = n.reciprocal()
     u = v * inverse
     s = _row_sum(p, grad_w * u)

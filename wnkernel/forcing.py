@@ -15,6 +15,8 @@ from .backends import choose
 from .backends.base import PythonBackend
 from .constants import Constants
 from .forms import Problems
+from .in_place import Rows
+from .normalizing import scale_rows
 from .problem import (
     WHOLE_TENSOR,
     Problem,
@@ -65,7 +67,9 @@ def forced_weights(weights: Sequence[Terms], out_dtype: torch.dtype | None = Non
     """
     v, g = [w.v for w in weights], [w.g for w in weights]
     problems = [Problem(w.v, w.g, w.dim, w.eps, out_dtype or w.v.dtype) for w in weights]
-    if is_compiling() or not observers.are_untouched([*v, *g]) or any(t.is_neg() for t in v):
+    if is_compiling():
+        return [_traced(p, w.forced) for p, w in zip(problems, weights, strict=True)]
+    if not observers.are_untouched([*v, *g]) or any(t.is_neg() for t in v):
         return [_composed(p, w.forced) for p, w in zip(problems, weights, strict=True)]
     backend = choose(v[0])
     forced, dim, eps = ([w[k] for w in weights] for k in (2, 3, 4))
@@ -74,6 +78,25 @@ def forced_weights(weights: Sequence[Terms], out_dtype: torch.dtype | None = Non
     if not all(t.is_contiguous() or is_dense(t) for t in v):
         return [_composed(p, w.forced) for p, w in zip(problems, weights, strict=True)]
     return _autograd.weight_norms(Problems.of(problems), cast(PythonBackend, backend), forced)
+
+
+@torch.library.custom_op(
+    "wnkernel_traced::force_",
+    mutates_args=("v",),
+    schema="(Tensor(a!) v, int dim, float norm, float eps) -> ()",
+)
+def _force_(v: Tensor, dim: int, norm: float, eps: float) -> None:
+    """Replace v in a compiled graph. Inductor must not see how: to save memory it would compute
+    parts of the new v once more in the backward, from a v that is no longer the old one. (torch
+    2.13 gives wrong gradients for the published code of EDM2 for this reason.)"""
+    scale_rows([Rows(v, dim, "v")], [norm], eps)
+
+
+def _traced(p: Problem, forced: float) -> Tensor:
+    if forced:
+        with torch.no_grad():
+            _force_(p.v, p.dim, forced, p.eps)
+    return functional.traced(p)
 
 
 def _composed(p: Problem, forced: float) -> Tensor:

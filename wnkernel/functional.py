@@ -76,7 +76,7 @@ def weight_norm(
     if has_torch_function((v, g)):
         return handle_torch_function(weight_norm, (v, g), v, g, dim, eps=eps, out_dtype=out_dtype)
     if is_compiling():
-        return _traced(check(v, g, dim, eps, out_dtype))
+        return traced(check(v, g, dim, eps, out_dtype))
     if observers.is_torchscript_trace():
         return _in_torchscript([v], [g], [dim], [eps], out_dtype)[0]
     if observers.is_distributed(v) or observers.is_distributed(g):
@@ -99,7 +99,7 @@ def weight_norm_in_graph(
     """:func:`weight_norm` for code that Dynamo traces. Weights of one ``bucket`` share a launch."""
     if has_torch_function((v, g)):
         return handle_torch_function(weight_norm, (v, g), v, g, dim, eps=eps, out_dtype=out_dtype)
-    return _traced(check(v, g, dim, eps, out_dtype), bucket)
+    return traced(check(v, g, dim, eps, out_dtype), bucket)
 
 
 def weight_norms(
@@ -240,8 +240,8 @@ def _on_python_backend(problems: Problems, chosen: Backend) -> list[Tensor]:
     return _autograd.weight_norms(problems, backend)
 
 
-def _traced(p: Problem, bucket: int | None = None) -> Tensor:
-    """The weight norm in code that is being traced: the plain formula for exporters, and for
+def traced(p: Problem, bucket: int | None = None) -> Tensor:
+    """A checked weight norm in code that is being traced: the plain formula for exporters, and for
     compilers one operator if the kernels of this package can run it."""
     if observers.is_exporting():
         return composed.plain_weight_norm(p, p.divisor_dtype)

@@ -131,7 +131,7 @@ if _C is not None:
         bucket: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         compiled_graphs.install()
-        return _fake_forward(check(v, g, dim, eps, out_dtype))
+        return _fake_forward(check(v, g, dim, eps, out_dtype, may_add=True))
 
     @torch.library.register_fake("wnkernel::weight_norm")
     def _(*arguments: Any) -> Tensor:
@@ -163,7 +163,8 @@ if _C is not None:
         eps: Sequence[float],
         out_dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
-        results = [_fake_forward(p) for p in check_forward(v, g, dim, eps, out_dtype)]
+        problems = check_forward(v, g, dim, eps, out_dtype, may_add=True)
+        results = [_fake_forward(p) for p in problems]
         return [w for w, _ in results] + [norm for _, norm in results]
 
     @torch.library.register_fake("wnkernel::backward")

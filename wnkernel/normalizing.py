@@ -99,7 +99,7 @@ def normalize_(
         return handle_torch_function(normalize_, relevant, tensors, dim, **options)
     rows = rows_of(tensors, dim)
     check_writable(rows)
-    norms = _run(rows, targets_of(norm, rows, keep=_remembered), check_eps(eps))
+    norms = scale_rows(rows, targets_of(norm, rows, keep=_remembered), check_eps(eps))
     if not return_norms:
         return None
     return norms[0] if isinstance(tensors, Tensor) else norms
@@ -185,8 +185,9 @@ def _target(norm: Any, rows: Rows, name: str, keep: Callable[[Tensor, int], Tens
 # The work.
 
 
-def _run(rows: Sequence[Rows], targets: Sequence[float | Tensor], eps: float) -> list[Tensor]:
-    """Scale the rows of checked tensors, and return the norms that were there."""
+def scale_rows(rows: Sequence[Rows], targets: Sequence[float | Tensor], eps: float) -> list[Tensor]:
+    """Scale the rows of checked tensors, and return the norms that were there. A negative eps is
+    added to norms."""
     launches: dict[torch.device, list[int]] = {}
     for k, (t, _, _) in enumerate(rows):
         launches.setdefault(t.device, []).append(k)

@@ -108,7 +108,7 @@ def _forward_one(p: Problem) -> tuple[Tensor, Tensor]:
         return w.to(p.out_dtype), norm
     acc = p.acc_dtype
     norm = composed.norm_except_dim(p.v.to(acc), p.dim).reshape(p.g.shape)
-    divisor = composed.divided_by(composed.norm_held(norm, p.divisor_dtype), p)
+    divisor = composed.divided_by(composed.norm_held(norm, p.divisor_dtype), p.bound)
     return (p.v.to(acc) * (p.g.to(acc) / divisor)).to(p.out_dtype), norm
 
 
