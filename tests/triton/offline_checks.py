@@ -41,6 +41,7 @@ fits. For gfx942 these are scalars that are kept in a vector register, and none 
 SPILLED_IN_LISTS = {("cuda90", "float64"): 16, ("cuda80", "mixed"): 16, ("cuda100", "mixed"): 16}
 SPILLED_IN_LISTS |= {("cuda100", dtypes): 8 for dtypes in ("float16", "bfloat16", "autocast")}
 SPILLED_IN_LISTS["cuda100", "float64"] = 32
+SPILLED_IN_LISTS["cuda80", "float64"] = 8
 """The same for lists of every tile, where that is more: to stay at 80 registers, or 64."""
 
 ROWS, EVERY = "rows", "every tile"

@@ -71,7 +71,6 @@ def problem(c: Case) -> Problem:
 
 
 def run(cases: Sequence[Case], forced: Sequence[float], *, apart: bool = False) -> list[Results]:
-    """Of copies of v."""
     problems = [problem(c._replace(v=c.v.clone())) for c in cases]
     ws, norms = TRITON.forced(problems, forced, apart=apart)
     return [Results(p.v, norm, w) for p, norm, w in zip(problems, norms, ws, strict=True)]
