@@ -23,9 +23,11 @@ class Constants:
         # Memory that is allocated while a graph is captured belongs to the graph.
         self._may_keep = not streams.is_capturing(device)
 
-    def get(self, number: float, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor with ``number`` everywhere, which nobody may write to."""
-        key = number, shape, dtype, self._device, self._stream
+    def get(
+        self, number: float, shape: tuple[int, ...], dtype: torch.dtype, use: str = ""
+    ) -> Tensor:
+        """A tensor with ``number`` everywhere, which nobody may write to. Each use has its own."""
+        key = number, shape, dtype, self._device, self._stream, use
         found = _kept.get(key) if self._may_keep else None
         if found is None:
             with torch.inference_mode(False):

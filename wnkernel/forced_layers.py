@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from .census import own_parametrizations, parametrizations_of, weight_norm_kind
 from .forcing import ForcedWeightNorm, Terms
+from .module_class import own_class
 from .parametrization import classes_are_as_made, module_is_untouched
 from .problem import check_module, check_v
 
@@ -73,9 +75,23 @@ def forced_weight_norm(
     parametrize.register_parametrization(module, name, norm, unsafe=True)
     weights: Any = parametrizations_of(module, name)
     weights.__class__ = ForcedWeightNormList
+    cls: Any = type(module)
+    cls.__deepcopy__ = _deepcopy_by(cls.__deepcopy__)
     module.register_state_dict_post_hook(partial(_rename_saved, name))
     module.register_load_state_dict_pre_hook(partial(_rename_loaded, name))
     return module
+
+
+def _deepcopy_by(deepcopy: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Give copies classes of their own: torch would take the property of the weight from all copies
+    when it is removed from one."""
+
+    def copied(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        new = deepcopy(self, memo)
+        own_class(new)
+        return new
+
+    return copied
 
 
 class ForcedOwner(Protocol):
@@ -103,6 +119,19 @@ class ForcedWeightNormList(parametrize.ParametrizationList):
         if owner is None or is_dynamo_compiling() or not self.is_untouched():
             return super().__call__()
         return owner.read_forced(self.terms()) if classes_are_as_made() else super().__call__()
+
+    def right_inverse(self, value: Tensor) -> None:
+        """Set v to a copy of ``value``.
+
+        Raises:
+            ValueError: if ``value`` has another shape.
+        """
+        shape = self._parameters["original"].shape
+        if value.shape != shape:
+            raise ValueError(
+                f"weight: expected a tensor of shape {list(shape)}, got {list(value.shape)}"
+            )
+        super().right_inverse(value.clone())
 
     def terms(self) -> Terms:
         """What kernels are given for this weight now."""
@@ -139,6 +168,7 @@ class ForcedParameter:
         """Make w of eval mode the plain parameter, which stays the same Parameter object."""
         self.weights.owner = None
         self.weights.eval()
+        own_class(self.module)
         parametrize.remove_parametrizations(self.module, self.name)
 
 

@@ -106,6 +106,11 @@ def _composed(p: Problem, forced: float) -> Tensor:
     return composed.weight_norm(p)
 
 
+def _in_backward() -> bool:
+    """Whether this thread runs a backward, which computes again what a forward has computed."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class ForcedWeightNorm(nn.Module):
     r"""The parametrization ``v -> w`` of EDM2's magnitude-preserving layers.
 
@@ -122,7 +127,9 @@ class ForcedWeightNorm(nn.Module):
 
     Each training forward writes to v, also the second one before an optimizer step, which changes
     v by rounding only. As with the authors' code, a graph that was made before that write raises in
-    its backward. Within a fused model (:func:`wnkernel.fuse`) a forward writes once.
+    its backward. Within a fused model (:func:`wnkernel.fuse`) a forward writes once. A forward that
+    runs within a backward, as activation checkpointing has it, writes nothing. With ``eps=0`` a row
+    of zeros has NaN in evaluation mode, as any weight norm has.
 
     Args:
         dim: the dimension along which each index has a norm; ``None`` and -1 mean the whole tensor.
@@ -159,10 +166,14 @@ class ForcedWeightNorm(nn.Module):
         root = math.sqrt(v.numel() // max(rows, 1))
         shape, dtype = norm_shape(v.shape, dim), accumulation_dtype(v.dtype)
         if is_compiling() or not observers.are_plain((v,)):
+            is_forced = self.training
             g = torch.full(shape, self.gain, dtype=dtype, device=v.device)
         else:
-            g = Constants(v.device).get(self.gain, shape, dtype)
-        return Terms(v, g, root if self.training else 0.0, dim, -self.eps * root)
+            is_forced = self.training and not _in_backward()
+            # Training has a g of its own: a group that has w of evaluation must force v.
+            use = "forced" if self.training else ""
+            g = Constants(v.device).get(self.gain, shape, dtype, use)
+        return Terms(v, g, root if is_forced else 0.0, dim, -self.eps * root)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """``weight`` itself: what is assigned to a layer's weight becomes v."""

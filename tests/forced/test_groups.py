@@ -205,7 +205,6 @@ def test_in_version_mode_a_changed_weight_is_written_alone(backend: str) -> None
     assert_same(original(model.head), original(twin.head))
 
 
-@pytest.mark.xfail(strict=True, reason="a slot does not know whether its v was forced")
 def test_in_version_mode_training_after_evaluation_writes(backend: str) -> None:
     """A validation with gradients enabled, then the next step: v has to be forced there, on which
     its gradient depends."""

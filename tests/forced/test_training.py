@@ -128,9 +128,7 @@ def test_losses_in_float32(backend: str) -> None:
         model = denoiser(Layer, F32)
         if fused:
             wnkernel.fuse(model)
-        got = train(model)
-        assert got == pytest.approx(want, rel=2e-3)
-        assert got[:10] == pytest.approx(want[:10], rel=1e-5)
+        assert train(model, 15) == pytest.approx(want[:15], rel=1e-4)
 
 
 def test_training_goes_on_from_a_file_of_the_other(backend: str) -> None:

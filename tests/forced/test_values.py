@@ -194,6 +194,17 @@ def test_gain(backend: str, dim: int | None) -> None:
         check_both(randn((4, 5, 6), dtype), dim, gain)
 
 
+@both
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_gain_is_not_rounded(backend: str, dtype: torch.dtype, training: bool) -> None:
+    """The mean of many elements is more exact than each, and shows factors that they share."""
+    v = randn((4, 2048), dtype)
+    want = edm2.expected(v, 0, 1.3, training=training).w.value
+    w = ForcedWeightNorm(gain=1.3).train(training)(v).double()
+    slope = (w * want).sum() / want.square().sum()
+    assert slope.item() == pytest.approx(1, abs=1e-4)
+
+
 @all_dims
 def test_eps(backend: str, dim: int | None) -> None:
     for eps, dtype in itertools.product([0.0, 0, 1e-8, 0.125, 3, 50.0], [BF16, F32, F64]):

@@ -14,10 +14,14 @@ from ..cases import g_shape
 
 def scaled(x: Tensor, dim: int | None, r: Tensor | float, eps: float = 0.0) -> reference.Expected:
     """``r * x / max(norm, eps)`` in float64, where rows of zeros stay."""
+    length, acc = reference.length(x, dim), reference.acc_dtype(x)
     r = torch.as_tensor(r, dtype=torch.float64, device=x.device)
+    # Of subnormal numbers, norms in float64 have few digits.
+    unit = 2.0**200 if x.numel() and x.abs().max() < 1e-250 else 1.0
+    x = x.double() * unit
     norm = reference.norm(x, dim)
-    y = x.double() / torch.where(norm == 0, 1.0, norm.clamp_min(eps)) * r
-    return reference.Expected(y, y.abs(), reference.length(x, dim), reference.acc_dtype(x))
+    y = x / torch.where(norm == 0, 1.0, norm.clamp_min(eps * unit)) * r
+    return reference.Expected(y, y.abs(), length, acc)
 
 
 def assert_normal(

@@ -179,8 +179,11 @@ def test_rows_that_have_their_norm_keep_their_bits(compiled_backend: str) -> Non
 
 @pytest.mark.parametrize("factor", [0.25, 8.0])
 def test_a_power_of_two_keeps_w_of_weight_norm(compiled_backend: str, factor: float) -> None:
-    """v may be normalised now and then without a change of the model."""
+    """v may be normalised now and then without a change of the model, as long as its dtype holds
+    all digits of the smallest numbers, which float16 does not."""
     for shape, dim, dtype, layout in TENSORS:
+        if dtype == F16 and factor < 1:
+            continue
         v, g = randn(shape, dtype, layout), randn_g(shape, dim)
         before, w = v.clone(), F.weight_norm(v, g, dim)
         normalize_(v, dim, norm=norms_of(v, dim) * factor)
