@@ -126,7 +126,8 @@ class ForcedWeightNormList(parametrize.ParametrizationList):
         Raises:
             ValueError: if ``value`` has another shape.
         """
-        shape = self._parameters["original"].shape
+        v: Any = self._parameters["original"]
+        shape = v.shape
         if value.shape != shape:
             raise ValueError(
                 f"weight: expected a tensor of shape {list(shape)}, got {list(value.shape)}"
