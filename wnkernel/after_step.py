@@ -31,7 +31,7 @@ def normalize_after_step(
     https://arxiv.org/abs/2410.01131), and, with ``dim=None`` and ``norm="keep"``, how Hyperball
     optimizers keep the norm that a matrix began with (Wen et al. 2025). Nothing is written before
     the first step; call :func:`wnkernel.normalize_` to begin on the sphere. A step that a
-    ``GradScaler`` skips is no step.
+    ``GradScaler`` skips is no step, except with fused optimizers, for which it calls ``step()``.
 
     Args:
         optimizer_or_params: an optimizer, whose parameters with two and more dimensions are

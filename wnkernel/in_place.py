@@ -66,7 +66,7 @@ def check_writable(rows: Sequence[Rows]) -> None:
         ValueError: if tensors, or elements of a tensor, share memory.
     """
     records = torch.is_grad_enabled()
-    is_outside = not torch.is_inference_mode_enabled()
+    is_outside = not is_compiling() and not torch.is_inference_mode_enabled()
     have_addresses = not is_compiling() and observers.have_addresses([row.t for row in rows])
     places: dict[torch.device, list[tuple[int, int, str]]] = {}
     for t, _, name in rows:
@@ -86,7 +86,7 @@ def check_writable(rows: Sequence[Rows]) -> None:
                 f"{name}: expected a tensor whose elements do not share memory, got one of shape "
                 f"{list(t.shape)} and strides {list(t.stride())}; call .clone() on it"
             )
-        if not have_addresses or numel == 0 or t.is_meta:
+        if not have_addresses or numel == 0 or t.is_meta or torch._is_functional_tensor(t):
             continue
         start = t.data_ptr()
         if start == 0 or not observers.has_memory(t):
@@ -100,7 +100,8 @@ def check_writable(rows: Sequence[Rows]) -> None:
         for (_, end, name), (start, _, other) in pairwise(of_device):
             if start < end:
                 raise ValueError(
-                    f"tensors: expected tensors that do not share memory, but {name} and {other} do"
+                    "tensors: expected tensors that do not share memory, but "
+                    f"{name} and {other} do, or lie in the same stretch of it"
                 )
 
 

@@ -108,6 +108,8 @@ def normalize_(
 def norms_of(tensors: Tensor | Iterable[Tensor], dim: int | None | Sequence[int | None] = 0) -> Any:
     """The norms of the rows of one or many tensors, which ``normalize_(norm="keep")`` gives back.
 
+    Call this outside of functions that torch.compile compiles with ``fullgraph=True``.
+
     The norms are remembered for each tensor and ``dim`` until the next call or until the tensor is
     gone; copies of the tensor do not have them. :func:`wnkernel.functional.norm_except_dim` returns
     norms that are not remembered.
@@ -168,7 +170,12 @@ def _target(norm: Any, rows: Rows, name: str, keep: Callable[[Tensor, int], Tens
         norm = keep(t, dim)
     if isinstance(norm, Tensor):
         check_g(norm, t, dim, name, name_of_t)
-        return norm.detach()
+        if (is_distributed := observers.is_distributed(t)) != observers.is_distributed(norm):
+            kind = "a DTensor" if is_distributed else "no DTensor"
+            raise TypeError(
+                f"{name}: expected {kind}, as {name_of_t} is, got {type(norm).__name__}"
+            )
+        return norm.detach().reshape(norm_shape(t.shape, dim))
     if isinstance(norm, str) and norm == SQRT_NUMEL:
         count = 1 if dim == WHOLE_TENSOR else t.shape[dim]
         return math.sqrt(t.numel() // max(count, 1))
@@ -179,6 +186,8 @@ def _target(norm: Any, rows: Rows, name: str, keep: Callable[[Tensor, int], Tens
         )
     if not 0.0 <= norm < math.inf:
         raise ValueError(f"{name}: expected a finite number >= 0, got {norm}")
+    if norm > (most := torch.finfo(accumulation_dtype(t.dtype)).max):
+        raise ValueError(f"{name}: expected a number up to {most:.2g} for {t.dtype}, got {norm}")
     return float(norm)
 
 
@@ -188,6 +197,7 @@ def _target(norm: Any, rows: Rows, name: str, keep: Callable[[Tensor, int], Tens
 def scale_rows(rows: Sequence[Rows], targets: Sequence[float | Tensor], eps: float) -> list[Tensor]:
     """Scale the rows of checked tensors, and return the norms that were there. A negative eps is
     added to norms."""
+    targets = _apart(rows, targets)
     launches: dict[torch.device, list[int]] = {}
     for k, (t, _, _) in enumerate(rows):
         launches.setdefault(t.device, []).append(k)
@@ -241,15 +251,29 @@ def _launched(
     return norms
 
 
+def _apart(rows: Sequence[Rows], targets: Sequence[float | Tensor]) -> list[float | Tensor]:
+    """The norms to reach, with copies of those in memory that is going to be written to."""
+    if not any(isinstance(r, Tensor) for r in targets):
+        return list(targets)
+    tensors = [row.t for row in rows] + [r for r in targets if isinstance(r, Tensor)]
+    if is_compiling() or not observers.have_addresses(tensors):
+        return [r.clone() if isinstance(r, Tensor) else r for r in targets]
+    written = {row.t.untyped_storage()._cdata for row in rows}
+    return [
+        r.clone() if isinstance(r, Tensor) and r.untyped_storage()._cdata in written else r
+        for r in targets
+    ]
+
+
 def _scales(rows: Sequence[Rows], targets: Sequence[float | Tensor]) -> list[Tensor]:
-    """The norms to reach as tensors that share no memory with the tensors to write to."""
+    """The norms to reach as tensors. They get the dtype of norms, because kernels round the norm of
+    a whole tensor to the type of a g of a half type."""
     constants = Constants(rows[0].t.device)
-    scales, written = [], None
+    scales = []
     for (t, dim, _), r in zip(rows, targets, strict=True):
-        if not isinstance(r, Tensor):
-            scales.append(constants.get(r, norm_shape(t.shape, dim), accumulation_dtype(t.dtype)))
-            continue
-        if written is None:
-            written = {t.untyped_storage().data_ptr() for t, _, _ in rows}
-        scales.append(r.clone() if r.untyped_storage().data_ptr() in written else r)
+        acc = accumulation_dtype(t.dtype)
+        if isinstance(r, Tensor):
+            scales.append(r.to(acc) if r.dtype.itemsize == 2 else r)
+        else:
+            scales.append(constants.get(r, norm_shape(t.shape, dim), acc))
     return scales

@@ -124,14 +124,18 @@ def test_functional_python_types(route, case):
         functional(*arguments())
 
 
-@pytest.mark.parametrize("case", CASES)
+OF_OPERATORS = [case for case in CASES if case != "eps negative"]
+"""Forced weight norms (tests/forced) call operators with an eps that is added to norms."""
+
+
+@pytest.mark.parametrize("case", OF_OPERATORS)
 def test_operator(compiled_backend, ops, case):
     arguments, error, *pattern = CASES[case]
     with pytest.raises(error, match=message(*pattern)):
         ops.weight_norm(*single(*arguments()))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OF_OPERATORS)
 def test_operator_forward(compiled_backend, ops, case):
     arguments, error, *pattern = CASES[case]
     with pytest.raises(error, match=message(*pattern)):
@@ -194,7 +198,7 @@ def test_operator_backward_control(compiled_backend, ops):
         ({"norm": [torch.ones(4, 1, dtype=torch.float64)]}, "norm"),
         ({"norm": [torch.ones(4, 1, dtype=torch.int64)]}, "norm"),
         ({"dim": [2]}, "dim"),
-        ({"eps": [-1.0]}, "eps"),
+        ({"eps": [float("inf")]}, "eps"),
         ({"grad_w": []}, "grad_w"),
         ({"g": []}, "g"),
         ({"norm": []}, "norm"),

@@ -30,9 +30,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """A list that grows with every call of check()."""
     calls: list[tuple[Any, ...]] = []
 
-    def counted(*weight: Any) -> Any:
+    def counted(*weight: Any, **options: Any) -> Any:
         calls.append(weight)
-        return check(*weight)
+        return check(*weight, **options)
 
     monkeypatch.setattr(forms, "check", counted)
     return calls

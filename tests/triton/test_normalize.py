@@ -216,3 +216,12 @@ def test_a_second_call_takes_no_new_table(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(built) == 2
     for x in xs:
         torch.testing.assert_close(x.norm(dim=1), torch.full((len(x),), 3.0, device=DEVICE))
+
+
+def test_one_norm_of_halves_is_not_rounded_on_triton() -> None:
+    x = randn((64, 64), torch.bfloat16)
+    y = x.clone()
+    with wnkernel.use_backend("triton"):
+        normalize_(x, None, norm=torch.tensor(64.0, dtype=torch.bfloat16))
+        normalize_(y, None, norm=64.0)
+    assert torch.equal(x, y)
