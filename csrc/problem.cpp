@@ -79,7 +79,8 @@ void check_forward(const at::Tensor& v, const at::Tensor& g, int64_t dim, double
   TORCH_CHECK_VALUE(v.dim() > 0, "v: expected at least 1 dimension, got a 0-dimensional tensor");
   dim = canonical_dim(dim, v.dim());
   check_g(g, v, dim);
-  TORCH_CHECK_VALUE(std::isfinite(eps), "eps: expected a finite number, >= 0 as a bound or < 0 to be added, got ", eps);
+  TORCH_CHECK_VALUE(std::isfinite(eps),
+                    "eps: expected a finite number, >= 0 as a bound or < 0 to be added, got ", eps);
   TORCH_CHECK_TYPE(!out_dtype || is_float(*out_dtype), "out_dtype: expected ", kFloatNames,
                    ", got ", *out_dtype);
 }
