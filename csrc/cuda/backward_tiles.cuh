@@ -99,6 +99,7 @@ __device__ inline void backward_tiles(const BackwardLine& line, int block,
   if (line.grad_g && tiles.is_first()) store_as(line.grad_g, line.g_type, tiles.row(), s);
   if (!line.grad_v) return;
   if constexpr (!kHeld) load_step(last);
+  if (tiles.owns_row()) s = along_added<false>(s, line, tiles.row());
   tiles.set(1, own.along(s), scratch);
   const bool two_factors =
       __syncthreads_or(own_ratio.b != 1);  // one answer for all rows saves registers

@@ -73,8 +73,8 @@ struct Word<16> {
 };
 
 // Loads from an array to which no thread of the launch writes, so a load may overtake a store.
-// There is one exception: where w is v, each thread writes only the elements that it has loaded for
-// the last time, and needs nothing that another thread writes.
+// There is one exception: where w is v, or v is replaced, each thread writes only the elements that
+// it has loaded for the last time, and needs nothing that another thread writes.
 template <int N, class T>
 __device__ inline Vector<T, N> load(const T* p) {
   const auto word = __ldg(reinterpret_cast<const typename Word<sizeof(T) * N>::type*>(p));

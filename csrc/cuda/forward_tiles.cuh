@@ -135,11 +135,15 @@ __device__ inline void forward_tiles(const ForwardLine& line, int block,
 
   if constexpr (!kHeld) load_tile(tiles, last, v, x);
   if (tiles.owns_row()) {
-    const auto f = Forwards<Sum>::of(squares, unit, value_of<Sum>(g, line.g_type), line.eps,
-                                     line.divisor_type);
+    const auto f = Forwards<Sum>::of(squares, unit, value_of<Sum>(g, line.g_type), line);
     if (tiles.is_first()) static_cast<Sum*>(line.norm)[tiles.row()] = f.norm;
     tiles.set(1, f.a, scratch);
     tiles.set(2, f.b, scratch);
+    if (line.forced > 0) {
+      const auto of_v = Forwards<Sum>::of_v(squares, unit, line);
+      tiles.set(3, of_v.a, scratch);
+      tiles.set(4, of_v.b, scratch);
+    }
   }
   __syncthreads();
   Sum a[M], b[M];
@@ -159,6 +163,14 @@ __device__ inline void forward_tiles(const ForwardLine& line, int block,
         w.x[j] = narrow<W>(widen(x[k].x[j]) * a[m] * b[m]);
       }
       store_past_cache(static_cast<W*>(line.w) + at, w);
+      if (!(line.forced > 0)) continue;
+      Vector<V, N> of_v;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {  // no registers are left for these factors
+        const int c = tiles.column(j);
+        of_v.x[j] = narrow<V>(widen(x[k].x[j]) * scratch.columns[3][c] * scratch.columns[4][c]);
+      }
+      store_past_cache(static_cast<V*>(const_cast<void*>(line.v)) + at, of_v);
     }
     if (--tile < first) break;
   }

@@ -2,6 +2,7 @@
 // one instance for each pair of types (types_*.cu).
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -17,8 +18,11 @@ inline bool is_aligned(const Backward& p) {
   return is_aligned(p.v) && is_aligned(p.grad_w) && is_aligned(p.grad_v);
 }
 
+// A forced norm of a row of zeros is bounded by the smallest number, if it is not bounded anyway.
 inline ForwardLine line_of(const Forward& p) {
-  return {p.v, p.g, p.w, p.norm, nullptr, p.eps, {}, 1, p.g_type, p.divisor_type};
+  const double least = p.forced > 0 ? std::numeric_limits<double>::denorm_min() : 0;
+  const double eps = p.eps == 0 ? least : p.eps;
+  return {p.v, p.g, p.w, p.norm, nullptr, eps, p.forced, {}, 1, p.g_type, p.divisor_type};
 }
 inline BackwardLine line_of(const Backward& p) {
   return {p.grad_w, p.v, p.g, p.norm, p.grad_v, p.grad_g, nullptr, p.eps, {}, 1, p.g_type};

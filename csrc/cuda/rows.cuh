@@ -99,7 +99,7 @@ __device__ inline void forward_rows(const ForwardLine& line, int block,
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (!place.has_row(r)) continue;
-    const auto f = Forwards<Sum>::of(squares[r], unit[r], g[r], line.eps, line.divisor_type);
+    const auto f = Forwards<Sum>::of(squares[r], unit[r], g[r], line);
     if (place.lane == 0) static_cast<Sum*>(line.norm)[place.row(r)] = f.norm;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -108,6 +108,16 @@ __device__ inline void forward_rows(const ForwardLine& line, int block,
 #pragma unroll
       for (int j = 0; j < N; ++j) w.x[j] = narrow<W>(widen(v[r][k].x[j]) * f.a * f.b);
       store(static_cast<W*>(line.w) + place.at(r, k), w);
+    }
+    if (!(line.forced > 0)) continue;
+    const auto of_v = Forwards<Sum>::of_v(squares[r], unit[r], line);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (!place.has(r, k)) continue;
+      Vector<V, N> x;
+#pragma unroll
+      for (int j = 0; j < N; ++j) x.x[j] = narrow<V>(widen(v[r][k].x[j]) * of_v.a * of_v.b);
+      store(static_cast<V*>(const_cast<void*>(line.v)) + place.at(r, k), x);
     }
   }
 }
@@ -130,7 +140,7 @@ __device__ inline void backward_unusual(const BackwardLine& line, int64_t row) {
   if (line.grad_g) store_as(line.grad_g, line.g_type, row, s);
   if (!line.grad_v) return;
   V* grad_v = static_cast<V*>(line.grad_v) + start;
-  const Sum along = b.along(s);
+  const Sum along = b.along(along_added<false>(s, line, row));
   for (int64_t k = 0; k < inner; ++k) {
     const Sum u = widen(v[k]) * b.inverse;
     grad_v[k] = narrow<V>(fma(-u, along, Sum(widen(grad_w[k]))) * ratio.a * ratio.b);
@@ -176,6 +186,7 @@ __device__ inline void backward_rows(const BackwardLine& line, int block,
     if (line.grad_g && place.lane == 0) store_as(line.grad_g, line.g_type, row, s);
     if (!line.grad_v) continue;
     const Sum ratio = g[r] * d.inverse;
+    s = along_added<true>(s, line, row);
     const Sum along = d.clamped ? Sum(0) : s;
 #pragma unroll
     for (int k = 0; k < K; ++k) {

@@ -7,14 +7,15 @@ namespace wnkernel::cuda {
 
 // One weight of a launch. partials has the sums of a split weight: one for each part of a row, or
 // for each part and column of a strip. A forward has two planes of them; see tiles.cuh. per_block
-// is how many parts a block takes; launch.cuh chooses it for the card.
+// is how many parts a block takes; launch.cuh chooses it for the card. If v is replaced (forced >
+// 0), eps is not 0.
 struct ForwardLine {
   const void* v;
   const void* g;
   void* w;
   void* norm;
   void* partials;
-  double eps;
+  double eps, forced;
   Plan plan;
   int32_t per_block;
   DType g_type, divisor_type;

@@ -11,7 +11,7 @@ template <class Sum>
 struct Scratch {
   Sum warps[kWarps];
   Sum partial[kWarps][kMostColumns];
-  Sum columns[4][kMostColumns];
+  Sum columns[5][kMostColumns];
 };
 
 // The parts of a row (runs), or of a strip of columns of adjacent rows, that one block takes. A
@@ -118,7 +118,7 @@ struct Tiles {
     return of_row;
   }
 
-  // set() stores number 1, 2 or 3 of every column, in the thread that owns it. get() reads them
+  // set() stores number 1, 2, 3 or 4 of every column, in the thread that owns it. get() reads them
   // after a barrier.
   template <class Sum>
   __device__ void set(int number, Sum value, Scratch<Sum>& scratch) const {

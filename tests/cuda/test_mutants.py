@@ -21,6 +21,7 @@ from ..simt.cases import (
     MOST_LINES,
     ORDERS,
     Case,
+    Result,
     assert_ends_right,
     assert_right,
     assert_right_forward,
@@ -29,6 +30,7 @@ from ..simt.cases import (
     run_forward,
     run_list,
 )
+from ..simt.formulas import assert_right_added, assert_right_forced
 from ..simt.mutants import MUTANTS, NUMBERS, write
 from ..simt.process import Worker, worker
 
@@ -105,6 +107,17 @@ def around_a_limit(view: tuple[int, int, int]) -> Case:
     return c
 
 
+FORCED = [(), (1e-42,), (1e-30, -1e-30), (3e-40, -1e-40)]
+"""The size and eps of :func:`forced`."""
+
+
+def forced(view: tuple[int, int, int], size: float = 1.0, eps: float = 0.0) -> Case:
+    """The first row is one of zeros."""
+    c = with_g(view, size, 2.0, eps)._replace(forced=1.0)
+    c.v[:, 0] = 0
+    return c
+
+
 @pytest.fixture(scope="module")
 def batches() -> list[list[Case]]:
     """Lists of weights, those that take long last. No test has set its seed when they are made."""
@@ -122,10 +135,21 @@ def make_batches() -> list[list[Case]]:
     alone += [bounded_by_norms(view) for view in ((1, 4, 64), (64, 4, 36))]
     alone += [around_a_limit(SPLIT[2])]
     mixed = [case(view, aligned=k % 3 > 0) for k, view in enumerate(VIEWS)]
+    added = [case(view, eps=-0.5) for view in (*VIEWS[::2], SPLIT[1])]
+    new_v = [forced(view, *of) for view in VIEWS[::2] for of in FORCED]
+    new_v += [forced(view, 1.0, -0.5) for view in SPLIT[1:3]]
     split = [*map(case, SPLIT[::2]), *(extreme(view, 1e15) for view in SPLIT[1:])]
     split.append(extreme(SPLIT[-1], 1e-20))
     many = [[case((1, 1, 4)) for _ in range(n + 1)] for n in (FEW_LINES, MOST_LINES)]
-    return [*([c] for c in alone), mixed, *many, ends_of_the_range(), *([c] for c in split), split]
+    lists = [mixed, *many, ends_of_the_range(), added, new_v]
+    return [*([c] for c in alone), *lists, *([c] for c in split), split]
+
+
+def assert_all_right(c: Case, result: Result) -> None:
+    if c.forced:
+        assert_right_forced(c, result)
+    else:
+        (assert_right_added if c.eps < 0 else assert_right)(c, result)
 
 
 def check(mutated: Worker, batches: list[list[Case]], mutant: int = 0) -> None:
@@ -137,7 +161,7 @@ def check(mutated: Worker, batches: list[list[Case]], mutant: int = 0) -> None:
     for k, cases in enumerate(batches):
         results = run_list(mutated, cases, ORDERS[k % len(ORDERS)], mutant).results
         for c, result in zip(cases, results, strict=True):
-            assert_right(c, result)
+            assert_all_right(c, result)
     split = batches[-1]
     large, small = (run_list(mutated, split, DESCENDING, mutant, n).results for n in PROCESSORS)
     for c, *results in zip(split, large, small, strict=True):

@@ -64,15 +64,20 @@ class Case(NamedTuple):
     """Names of arrays that begin one element of v after a 16-byte boundary."""
     want_v: bool = True
     want_g: bool = True
+    forced: float = 0.0
+    in_place: bool = False
+    """Whether w is v, the same memory."""
 
 
 class Result(NamedTuple):
-    """What a forward and a backward give. Gradients that are not wanted are None."""
+    """What a forward and a backward give. Gradients that are not wanted are None, as is a v that is
+    not replaced."""
 
     w: Tensor
     norm: Tensor
     grad_v: Tensor | None
     grad_g: Tensor | None
+    v: Tensor | None = None
 
 
 def case(
@@ -115,8 +120,10 @@ def forward_problem(c: Case) -> Problem:
     norm = c.g.numel() * accumulation_dtype(c.v.dtype).itemsize
     outputs = {"w": c.grad_w.nbytes, "norm": norm}
     divisor = check(c.v, c.g.view(1, -1, 1), 1).divisor_dtype
-    fields = _fields(c) | {"divisor_type": DTYPES.index(divisor)}
-    return Problem({"v": _bytes(c.v), "g": _bytes(c.g)}, outputs, fields, _offsets(c))
+    fields = _fields(c) | {"divisor_type": DTYPES.index(divisor), "forced": c.forced}
+    outputs |= {"v": c.v.nbytes} if c.forced else {}
+    same = {"w": "v"} if c.in_place else {}
+    return Problem({"v": _bytes(c.v), "g": _bytes(c.g)}, outputs, fields, _offsets(c), same)
 
 
 def backward_problem(c: Case, norm: Tensor) -> Problem:
@@ -141,10 +148,13 @@ def run_list(
     mutant: int = 0,
     processors: int = PROCESSORS,
 ) -> Run:
-    """All of them in one call each way."""
+    """All of them in one call each way; the backward has the v that the forward leaves."""
     cases, how = list(cases), {"order": order, "mutant": mutant, "processors": processors}
     forward = run_forward(worker, cases, **how)
-    problems = [backward_problem(c, r.norm) for c, r in zip(cases, forward.results, strict=True)]
+    left = [
+        c if r.v is None else c._replace(v=r.v) for c, r in zip(cases, forward.results, strict=True)
+    ]
+    problems = [backward_problem(c, r.norm) for c, r in zip(left, forward.results, strict=True)]
     backward: Called = worker.ask(Call("backward", problems, **how))
     assert backward.error == 0
     grads = [
@@ -154,7 +164,9 @@ def run_list(
         ]
         for o, c in zip(backward.outputs, cases, strict=True)
     ]
-    results = [Result(r.w, r.norm, *both) for r, both in zip(forward.results, grads, strict=True)]
+    results = [
+        Result(r.w, r.norm, *both, r.v) for r, both in zip(forward.results, grads, strict=True)
+    ]
     return Run(results, forward.forward, backward.launches)
 
 
@@ -168,6 +180,7 @@ def run_forward(worker: Worker, cases: Sequence[Case], **how: int) -> Run:
             _tensor(o["norm"], accumulation_dtype(c.v.dtype), c.g),
             None,
             None,
+            _tensor(o["v"], c.v.dtype, c.v) if c.forced else None,
         )
         for o, c in zip(called.outputs, cases, strict=True)
     ]

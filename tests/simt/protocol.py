@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 PROCESSORS, BLOCKS_OF_PROCESSOR = 132, 3
@@ -23,10 +23,12 @@ class Problem:
 
     inputs: dict[str, bytes]
     outputs: dict[str, int]
-    """How many bytes they have."""
+    """How many bytes they have. Those that are inputs, too, are changed in place."""
     fields: dict[str, int | float]
     offsets: dict[str, int]
     """Bytes from 16-byte boundaries to arrays, where there are some."""
+    same: dict[str, str] = field(default_factory=dict)
+    """Outputs that are in the memory of an input."""
 
 
 @dataclass(frozen=True)

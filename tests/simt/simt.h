@@ -74,5 +74,6 @@ void __stcs(T* p, T x) {
   *p = x;
 }
 
+inline float __fdividef(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline double __dsqrt_rn(double x) { return sqrt(x); }

@@ -55,7 +55,8 @@ class Forward(ctypes.Structure):
 
     _arrays = ("v", "g", "w", "norm")
     _fields_ = (
-        *((name, c_void_p) for name in _arrays), *VIEW, *TYPES, ("divisor_type", c_uint8), EPS
+        *((name, c_void_p) for name in _arrays), *VIEW, *TYPES, ("divisor_type", c_uint8), EPS,
+        ("forced", c_double),
     )  # fmt: skip
 
 
@@ -123,7 +124,8 @@ def _(call: Call) -> Called:
         error = launch(table, c_int64(len(places)), c_void_p(STREAM))
         outputs = []
         for problem, place in zip(call.problems, places, strict=True):
-            for name, data in problem.inputs.items():
+            for name in problem.inputs.keys() - {*problem.outputs, *problem.same.values()}:
+                data = problem.inputs[name]
                 assert ctypes.string_at(place[name], len(data)) == data, f"{name} was changed"
             outputs.append({k: ctypes.string_at(place[k], n) for k, n in problem.outputs.items()})
     launches = _log("launches", 4)
@@ -142,7 +144,9 @@ def _place(memory: Heap, problem: Problem) -> dict[str, int]:
     """Addresses of all arrays."""
     offset = problem.offsets.get
     places = {name: memory.copy(data, offset(name, 0)) for name, data in problem.inputs.items()}
-    return places | {k: memory.reserve(n, offset(k, 0)) for k, n in problem.outputs.items()}
+    places |= {name: places[of] for name, of in problem.same.items()}
+    new = {k: n for k, n in problem.outputs.items() if k not in places}
+    return places | {k: memory.reserve(n, offset(k, 0)) for k, n in new.items()}
 
 
 @answer.register
