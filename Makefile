@@ -72,7 +72,7 @@ coverage: $(STAMP)
 	$(PY) -m tests.measured $(ARGS)
 
 mutants: build
-	WNKERNEL_MUTANTS=1 $(PY) -m pytest -q -n $(JOBS) tests/core/test_cpu_mutants.py
+	WNKERNEL_MUTANTS=1 $(PY) -m pytest -q -n $(JOBS) tests/core/test_cpu_mutants.py tests/cuda/test_mutants.py
 	$(PY) -m tests.mutation $(ARGS)
 
 fuzz: build

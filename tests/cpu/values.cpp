@@ -350,9 +350,11 @@ void check_all() {
   check(cases);
   cases.clear();
   for (const Rows rows : kRows) {
+    // Every view with every kind of rows, but with every second pair of types only, in turns.
+    int turn = 0;
     for (const RowView& view : kSmall)
       for (const auto& [v_type, w_type] : kPairs)
-        cases.push_back(with({view, v_type, v_type, w_type}, rows));
+        if (++turn % 2) cases.push_back(with({view, v_type, v_type, w_type}, rows));
     check(cases);
     cases.clear();
   }
