@@ -40,8 +40,8 @@ def normalize_after_step(
             any optimizer that holds them. They are not kept alive.
         dim: as for :func:`wnkernel.normalize_`. Only for an iterable it may be a sequence.
         norm: as for :func:`wnkernel.normalize_`, except that ``"keep"`` means the norms that a
-            parameter has now, or after the first step if it is added to an optimizer later. Only
-            for an iterable it may be a sequence or tensors.
+            parameter has now, or after the first step if it is added to an optimizer later; move
+            parameters to their device before. Only for an iterable it may be a sequence or tensors.
         eps: as for :func:`wnkernel.normalize_`.
 
     Returns:

@@ -127,7 +127,7 @@ def plain_weight_norm(p: Problem, divisor_dtype: torch.dtype, *, reduce_l2: bool
     v, g = _cast(p.v, p.acc_dtype), _cast(p.g, p.acc_dtype)
     norm = norm_held(_plain_norm(p, v, reduce_l2), divisor_dtype)
     if p.eps:
-        norm = norm.clamp_min(p.bound)
+        norm = divided_by(norm, p.bound)
     return _cast(v * (g / norm), p.out_dtype)
 
 

@@ -35,5 +35,5 @@ class Constants:
             if self._may_keep:
                 if len(_kept) >= KEPT:
                     _kept.clear()
-                _kept[key] = found
+                found = _kept.setdefault(key, found)
         return found

@@ -36,6 +36,8 @@ def forced_weight_norm(
 
     The parameter stays what it is, with its name in state dicts: checkpoints of EDM2, MMAudio and
     other code that keeps v as ``weight`` load, and are saved the same. ``layer.weight`` becomes w.
+    In ``parameters()`` it comes after the other parameters of the layer, such as a bias; optimizer
+    states of a model of plain layers go by that order.
 
     Args:
         module: the layer, changed in place.
@@ -113,6 +115,7 @@ class ForcedWeightNormList(parametrize.ParametrizationList):
 
     bucket: int | None = None
     casts: bool = False
+    """Both are for groups, as in a list of a usual weight norm. Compiled graphs ignore them."""
 
     def __call__(self) -> Tensor:
         owner = self.owner

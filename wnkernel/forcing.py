@@ -15,7 +15,7 @@ from .backends import choose
 from .backends.base import PythonBackend
 from .constants import Constants
 from .forms import Problems
-from .in_place import Rows
+from .in_place import Rows, check_writable
 from .normalizing import scale_rows
 from .problem import (
     WHOLE_TENSOR,
@@ -48,11 +48,14 @@ def weights_of(weights: Sequence[Terms], out_dtype: torch.dtype | None = None) -
 
     Raises:
         TypeError: as for :func:`wnkernel.functional.weight_norms`.
-        ValueError: as for :func:`wnkernel.functional.weight_norms`.
+        ValueError: as for :func:`wnkernel.functional.weight_norms`, or if weights of which one is
+            forced share their v.
     """
     v, g, forced, dim, eps = zip(*weights, strict=True) if weights else ((),) * 5
     if not any(forced) and all(e >= 0 for e in eps):
         return functional.weight_norms(v, g, dim, eps=eps, out_dtype=out_dtype)
+    if len({id(t) for t in v}) < len(v):  # one would be read while the other is written
+        raise ValueError("v: expected forced weights that share v with no other weight")
     for w in weights:
         check(w.v, w.g, w.dim, w.eps, may_add=True)
     return forced_weights(weights, out_dtype)
@@ -71,6 +74,8 @@ def forced_weights(weights: Sequence[Terms], out_dtype: torch.dtype | None = Non
         return [_traced(p, w.forced) for p, w in zip(problems, weights, strict=True)]
     if not observers.are_untouched([*v, *g]) or any(t.is_neg() for t in v):
         return [_composed(p, w.forced) for p, w in zip(problems, weights, strict=True)]
+    with torch.no_grad():  # v is written below autograd
+        check_writable([Rows(w.v, w.dim, "v") for w in weights if w.forced])
     backend = choose(v[0])
     forced, dim, eps = ([w[k] for w in weights] for k in (2, 3, 4))
     if backend.is_compiled:
@@ -95,7 +100,10 @@ def _force_(v: Tensor, dim: int, norm: float, eps: float) -> None:
 def _traced(p: Problem, forced: float) -> Tensor:
     if forced:
         with torch.no_grad():
-            _force_(p.v, p.dim, forced, p.eps)
+            if observers.is_exporting():
+                composed.forced(p, forced)
+            else:
+                _force_(p.v, p.dim, forced, p.eps)
     return functional.traced(p)
 
 
@@ -122,14 +130,15 @@ class ForcedWeightNorm(nn.Module):
     66, and Algorithm 1, with eps where that and the authors' code have it. One launch reads v and
     writes the new v and w. Gradients are those of w with respect to the new v.
 
-    Two differences from the authors' code: where it computes w from v again, w comes from the same
-    norms here, which is equal up to rounding; and v keeps its dtype, in which w is returned.
+    Three differences from the authors' code: where it computes w from v again, w comes from the
+    same norms here, which is equal up to rounding; for v of a half type, gradients are those of the
+    new v here and of the old one there; and v keeps its dtype, in which w is returned.
 
     Each training forward writes to v, also the second one before an optimizer step, which changes
     v by rounding only. As with the authors' code, a graph that was made before that write raises in
     its backward. Within a fused model (:func:`wnkernel.fuse`) a forward writes once. A forward that
     runs within a backward, as activation checkpointing has it, writes nothing. With ``eps=0`` a row
-    of zeros has NaN in evaluation mode, as any weight norm has.
+    of zeros has NaN in evaluation mode, and in compiled graphs in training mode too.
 
     Args:
         dim: the dimension along which each index has a norm; ``None`` and -1 mean the whole tensor.

@@ -101,6 +101,7 @@ def fold(model: nn.Module) -> list[str]:
     found = _outermost(census(model))
     forced = [e for path, m in model.named_modules() for e in forced_in(m, path)]
     _check(model, found)
+    _refuse_shared(forced)
     _refuse_within(model, sharding_modules(), forced, _SHARDED)
     _refuse_within(
         model,
@@ -130,6 +131,16 @@ def _outermost(found: list[NormedParameter]) -> list[NormedParameter]:
     are folded together with that one."""
     lists = {id(e.weights) for e in found if e.kind != TORCH_HOOK}
     return [e for e in found if id(e.module) not in lists]
+
+
+def _refuse_shared(forced: list[ForcedParameter]) -> None:
+    """Raise an error for forced weights that share their v, which can become one w only."""
+    seen: set[int] = set()
+    for e in forced:
+        v = id(e.weights.terms().v)
+        if v in seen:
+            _refuse(e, "which shares its parameter with another one")
+        seen.add(v)
 
 
 _SHARDED = "part of a sharded module; do this first and shard it then"

@@ -88,8 +88,9 @@ def normalize_(
         ValueError: if a shape, device, ``dim``, ``norm`` or ``eps`` is wrong, tensors share memory,
             or ``norm`` is ``"keep"`` and :func:`norms_of` was not called.
         RuntimeError: if a tensor requires grad and grad mode is on, a tensor is an inference tensor
-            outside of inference mode, or the backend chosen by :func:`wnkernel.use_backend` cannot
-            run. After an error of any of these types no tensor has changed.
+            outside of inference mode, the memory of a tensor was freed, or the backend chosen by
+            :func:`wnkernel.use_backend` cannot run. After one of these errors no tensor has
+            changed; if memory runs out, some may have.
     """
     if not isinstance(tensors, Tensor):
         tensors = list_of("tensors", tensors)

@@ -57,7 +57,7 @@ class PythonBackend(Backend, Protocol):
         """Return ``w`` and ``norm`` of every problem."""
 
     def forced(
-        self, problems: Sequence[Problem], forced: Sequence[float], *, apart: bool = False
+        self, problems: Sequence[Problem], forced: Sequence[float]
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
         """Replace the v of each problem so that its norm is the one given, unless that is 0, and
         return ``w`` and ``norm`` of the new v, as :meth:`weights` does. Each v is dense and

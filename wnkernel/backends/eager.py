@@ -52,7 +52,7 @@ class EagerBackend:
         return [w for w, _ in pairs], [norm for _, norm in pairs]
 
     def forced(
-        self, problems: Sequence[Problem], forced: Sequence[float], *, apart: bool = False
+        self, problems: Sequence[Problem], forced: Sequence[float]
     ) -> tuple[list[Tensor], Sequence[Tensor]]:
         pairs = [
             composed.forced(p, norm) if norm else _forward_one(p)

@@ -75,7 +75,7 @@ class Operators:
         eps: Sequence[float],
         out_dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
-        problems = check_forward(v, g, dim, eps, out_dtype)
+        problems = check_forward(v, g, dim, eps, out_dtype, may_add=True)
         if self._triton.takes(v[0]):
             w, norm = self._triton.weights(problems, apart=True)
         else:

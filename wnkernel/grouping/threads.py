@@ -256,7 +256,10 @@ def launch(
         weights = member.weights()
         if weights is None or not weights.is_untouched():
             continue
-        terms = weights.terms()
+        try:
+            terms = weights.terms()
+        except (TypeError, ValueError):
+            continue
         v, g = terms.v, terms.g
         if not _can_be_launched(v, g) or v.device != bucket.device:
             continue

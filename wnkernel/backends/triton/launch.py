@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from operator import attrgetter, itemgetter, or_
+from operator import attrgetter, or_
 
 import torch
 from torch import Tensor
 
-from ...forms import Form, Problems
+from ...forms import Problems
 from ...problem import accumulation_dtype, bound_of, is_dense, row_view
 from ...streams import current_stream, is_capturing
 from . import variants
@@ -32,7 +32,7 @@ BATCHES = 8
 direction and each pattern of addresses that are no multiples of 16 bytes. Gradients in flat buffers
 have many patterns."""
 
-_is_neg, _dtype, _eps = Tensor.is_neg, attrgetter("dtype"), itemgetter(1)
+_is_neg, _dtype = Tensor.is_neg, attrgetter("dtype")
 
 
 class Batch:
@@ -165,13 +165,6 @@ def _bound(eps: float, acc_dtype: torch.dtype) -> float:
     return math.copysign(bound_of(abs(eps), acc_dtype), eps)
 
 
-def _forms_of_bounds(many: Problems) -> Sequence[Form]:
-    """Return the forms with the size of each eps. Forms are made by the checks of public functions,
-    which refuse a negative eps."""
-    options = [(dim, abs(eps), out_dtype) for dim, eps, out_dtype in many.options]
-    return Problems(many.v, many.g, options).forms
-
-
 def _is_ready(v: Tensor, g: Tensor) -> bool:
     dense = (v.is_contiguous() or is_dense(v)) and g.is_contiguous()
     return dense and not (v.is_neg() or g.is_neg())
@@ -193,10 +186,9 @@ class Launcher:
             many: the weights of the list.
             forced: the norm that each v gets first, 0 if it stays; empty if all stay.
         """
-        is_added = min(map(_eps, many.options)) < 0.0
-        key: object = tuple(_forms_of_bounds(many) if is_added else many.forms)
-        if is_added or any(forced):
-            key = key, tuple(eps < 0.0 for _, eps, _ in many.options), tuple(forced)
+        key: object = tuple(many.forms)
+        if any(forced):
+            key = key, tuple(forced)
         return self._prepared.get(key, lambda: Prepared(many, forced))
 
     def launch(
