@@ -79,8 +79,9 @@ def forced_weight_norm(
     weights.__class__ = ForcedWeightNormList
     cls: Any = type(module)
     cls.__deepcopy__ = _deepcopy_by(cls.__deepcopy__)
-    module.register_state_dict_post_hook(partial(_rename_saved, name))
-    module.register_load_state_dict_pre_hook(partial(_rename_loaded, name))
+    # Old versions of torch have these methods under private names only.
+    module._register_state_dict_hook(partial(_rename_saved, name))
+    module._register_load_state_dict_pre_hook(partial(_rename_loaded, name), with_module=True)
     return module
 
 
