@@ -40,6 +40,8 @@ class Terms(NamedTuple):
     dim: int
     eps: float
     """Negative if it is added to the norm, see :class:`wnkernel.problem.Problem`."""
+    may_add: bool = False
+    """Whether eps may be negative, which it may not in a usual weight norm."""
 
 
 def weights_of(weights: Sequence[Terms], out_dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -51,13 +53,14 @@ def weights_of(weights: Sequence[Terms], out_dtype: torch.dtype | None = None) -
         ValueError: as for :func:`wnkernel.functional.weight_norms`, or if weights of which one is
             forced share their v.
     """
-    v, g, forced, dim, eps = zip(*weights, strict=True) if weights else ((),) * 5
-    if not any(forced) and all(e >= 0 for e in eps):
+    v, g = [w.v for w in weights], [w.g for w in weights]
+    if not any(w.may_add for w in weights):
+        dim, eps = [w.dim for w in weights], [w.eps for w in weights]
         return functional.weight_norms(v, g, dim, eps=eps, out_dtype=out_dtype)
     if len({id(t) for t in v}) < len(v):  # one would be read while the other is written
         raise ValueError("v: expected forced weights that share v with no other weight")
     for w in weights:
-        check(w.v, w.g, w.dim, w.eps, may_add=True)
+        check(w.v, w.g, w.dim, w.eps, may_add=w.may_add)
     return forced_weights(weights, out_dtype)
 
 
@@ -182,7 +185,7 @@ class ForcedWeightNorm(nn.Module):
             # Training has a g of its own: a group that has w of evaluation must force v.
             use = "forced" if self.training else ""
             g = Constants(v.device).get(self.gain, shape, dtype, use)
-        return Terms(v, g, root if is_forced else 0.0, dim, -self.eps * root)
+        return Terms(v, g, root if is_forced else 0.0, dim, -self.eps * root, may_add=True)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """``weight`` itself: what is assigned to a layer's weight becomes v."""

@@ -197,7 +197,7 @@ BAD = {
         "grad_w", torch.ones(3, 4, 6), ValueError, message("grad_w", "4, 5", "4, 6")
     ),
     "g of another shape": ("g", torch.ones(4, 1, 1), ValueError, message("g", "3, 1", "4, 1")),
-    "negative eps": ("eps", -1.0, ValueError, message("eps", ">= 0", "-1")),
+    "infinite eps": ("eps", float("inf"), ValueError, message("eps", ">= 0", "inf")),
     "no such dim": ("dim", 3, ValueError, message("dim", "-3 <= dim < 3", "3")),
 }  # fmt: skip
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from .. import native
 from ..census import OURS, TORCH, TORCH_HOOK, NormedParameter, normed_in, stacked_in
 from ..forced_layers import forced_in
+from ..keys import V
 from ..lost_writes import end_watches
 from ..parametrization import WeightNormList
 from ..problem import check_module
@@ -288,7 +289,8 @@ def _buckets(weights: list[NormedList], cap_mb: float | None) -> list[int]:
     bucket, filled = 0, 0
     buckets = []
     for entry in reversed(weights):
-        size = entry.terms().v.nbytes
+        v: Tensor = getattr(entry, V if isinstance(entry, WeightNormList) else "original")
+        size = v.nbytes
         if cap_mb is not None and filled and filled + size > cap_mb * 2**20:
             bucket, filled = bucket + 1, 0
         filled += size
