@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
 
 from .keys import G, V, legacy_keys
 from .norm_module import WeightNorm
+from .problem import check_v
 from .removal import RemovalHook
 
 OURS = "wnkernel.weight_norm"
@@ -131,6 +133,36 @@ def weight_norm_kind(module: nn.Module, name: str) -> str | None:
     """Which weight norm ``module.<name>`` has: OURS, TORCH, TORCH_HOOK or None."""
     normed = normed_in(module).get(name)
     return None if normed is None else normed.kind
+
+
+def check_parameter(module: nn.Module, name: str, dim: int | None) -> None:
+    """Check a plain parameter that is about to get a weight norm.
+
+    Raises:
+        TypeError: if it is not a dense floating-point tensor.
+        ValueError: if there is no such parameter, if it is uninitialised, or if ``dim`` is wrong.
+    """
+    if module._parameters.get(name) is None:
+        known = ", ".join(module._parameters) or "none"
+        raise ValueError(
+            f"name: expected a parameter of {type(module).__name__} (it has: {known}), got {name!r}"
+            f"{_layers_instead(module, name)}"
+        )
+    weight = getattr(module, name)
+    if is_lazy(weight):  # before torch 2.5 or so isinstance() is true of any subclass of Tensor
+        raise ValueError(
+            f"name: expected an initialised parameter, got {name!r}; run it once before applying "
+            "weight norm (a normed module can't have uninitialized parameters)"
+        )
+    check_v(weight, dim)
+
+
+def _layers_instead(module: nn.Module, name: str) -> str:
+    """The part of an error message that names a layer inside ``module`` that has the parameter."""
+    for path, layer in module.named_modules():
+        if layer._parameters.get(name) is not None:
+            return f"; apply it to the layers, for example to {path!r} ({type(layer).__name__})"
+    return ""
 
 
 def is_known(norm: nn.Module | LegacyHook) -> bool:

@@ -10,14 +10,18 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .census import own_parametrizations, parametrizations_of, weight_norm_kind
+from .census import (
+    check_parameter,
+    own_parametrizations,
+    parametrizations_of,
+    weight_norm_kind,
+)
 from .forcing import ForcedWeightNorm, Terms
 from .module_class import own_class
 from .parametrization import classes_are_as_made, module_is_untouched
-from .problem import check_module, check_v
+from .problem import check_module
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -63,15 +67,7 @@ def forced_weight_norm(
             f"name: expected a plain parameter, got {name!r}, which has a parametrization or a "
             "weight norm already"
         )
-    weight = module._parameters.get(name)
-    if weight is None:
-        known = ", ".join(module._parameters) or "none"
-        raise ValueError(
-            f"name: expected a parameter of {type(module).__name__} (it has: {known}), got {name!r}"
-        )
-    if is_lazy(weight):
-        raise ValueError(f"name: expected an initialised parameter, got {name!r}; run it once")
-    check_v(weight, dim)
+    check_parameter(module, name, dim)
     norm = ForcedWeightNorm(dim, gain, eps=eps)
     norm.train(module.training)
     parametrize.register_parametrization(module, name, norm, unsafe=True)

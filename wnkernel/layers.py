@@ -8,19 +8,25 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from .aliases import forget_legacy_names, pruned_original
-from .census import TORCH_HOOK, legacy_hooks, parametrizations_of, stacked_in, weight_norm_kind
+from .census import (
+    TORCH_HOOK,
+    check_parameter,
+    legacy_hooks,
+    parametrizations_of,
+    stacked_in,
+    weight_norm_kind,
+)
 from .checkpoint import WeightNormOriginals, register_load_hook, unregister_load_hook
 from .keys import legacy_keys
 from .lost_writes import FirstReads, stop_watching
 from .module_class import adopt_class, own_class, share_class
 from .norm_module import WeightNorm
 from .parametrization import WeightNormList
-from .problem import check_eps, check_module, check_v
+from .problem import check_eps, check_module
 from .removal import RemovalHook, add_removal_hook, take_removal_hook
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,31 +73,11 @@ def weight_norm(module: M, name: str = "weight", dim: int | None = 0, *, eps: fl
             f"name: expected a parameter without parametrizations, got {name!r}; weight norm has "
             "to come first, others may be registered on top of it"
         )
-    if module._parameters.get(name) is None:
-        known = ", ".join(module._parameters) or "none"
-        raise ValueError(
-            f"name: expected a parameter of {type(module).__name__} (it has: {known}), got {name!r}"
-            f"{_layers_instead(module, name)}"
-        )
-    weight = getattr(module, name)
-    if is_lazy(weight):  # before torch 2.5 or so isinstance() is true of any subclass of Tensor
-        raise ValueError(
-            f"name: expected an initialised parameter, got {name!r}: a normed module can't "
-            "have uninitialized parameters; run it once before applying weight norm"
-        )
-    check_v(weight, dim)
+    check_parameter(module, name, dim)
     register(module, name, WeightNorm(dim, eps=check_eps(eps)))
     update_flat_weights(module, name)
     share_class(module)
     return module
-
-
-def _layers_instead(module: nn.Module, name: str) -> str:
-    """The part of an error message that names a layer inside ``module`` that has the parameter."""
-    for path, layer in module.named_modules():
-        if layer._parameters.get(name) is not None:
-            return f"; apply it to the layers, for example to {path!r} ({type(layer).__name__})"
-    return ""
 
 
 def register(module: nn.Module, name: str, norm: WeightNorm) -> None:

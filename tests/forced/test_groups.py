@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 
 import wnkernel
 from wnkernel import WeightNormGroup, forced_weight_norm, weight_norm
-from wnkernel.grouping import threads
 
+from .. import groups
 from ..compiled import step
 from ..groups import (
     Block,
@@ -67,27 +67,11 @@ class Net(nn.Module):
 FORCED, ALL = 6, 8
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that gets the number of weights of every launch of a group."""
-    sizes, launch = [], threads.launch
-
-    def counted(*args: Any) -> list:
-        slots = launch(*args)
-        sizes.append(len(slots))
-        return slots
-
-    monkeypatch.setattr(threads, "launch", counted)
-    return sizes
-
-
 def twins(
     reuse: str = "forward", build: Callable[[], nn.Module] = Net, **options: Any
 ) -> tuple[nn.Module, nn.Module, WeightNormGroup]:
-    """A fused model, an unfused twin with equal parameters, and the group."""
-    model = build()
-    twin = copy.deepcopy(model)
-    return model, twin, wnkernel.fuse(model, reuse=reuse, **options)
+    """Those of other tests of groups, of :class:`Net` here."""
+    return groups.twins(reuse, build, **options)
 
 
 def versions(model: nn.Module) -> list[int]:
